@@ -1,0 +1,351 @@
+"""`Spec` says how to quantize, `QTensor` is what was quantized.
+
+A dtype is one file: a `Spec` subclass with `choose_qparams` and `encode`, and a `QTensor` subclass that declares its
+field tensors and `decode`. Each field carries a role, read once from the class annotations:
+
+- `Elements`: the numbers. As long as the data along every dim, or packed along one dim, where it is shorter.
+- `PerBlock`: a qparam. It has the rank of the data and repeats over tiles, so that the block size follows from shapes.
+  It may itself be a QTensor (double quantization).
+- `Shared`: the same for all elements (a codebook, a static activation scale); position does not matter.
+- `Opaque`: a device's private layout. It can be copied and moved, but no op can touch one of its dims.
+
+From the roles follows everything else, once, for every dtype: flatten and unflatten, pickle, device moves (this file),
+slices, views, cat, `copy_` (ops.py), FSDP2 and DTensor (sharding.py), safetensors (checkpoint.py). The property that
+holds throughout is `D(op(q)) == op(D(q))`, bit for bit, where D dequantizes. What has no low-bit form raises; nothing
+dequantizes silently except the matrix products, convolutions and embeddings of linear.py, which are defined to.
+
+Numerics are written in float32 without exception, so that the compiled code, which keeps float32 between fused ops,
+computes the same bits as eager code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from .bits import CHUNK
+from .blocks import block_grid, expand
+
+Elements = Annotated[Tensor, "elements"]
+PerBlock = Annotated[Tensor, "per_block"]
+Shared = Annotated[Tensor, "shared"]
+Opaque = Annotated[Tensor, "opaque"]
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""What a function of `torch` means for a QTensor; linear.py fills it."""
+
+OPS: dict[Any, Callable[..., Any]] = {}
+"""What an ATen operator means for a QTensor; ops.py, sharding.py and linear.py fill it."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Spec:
+    """How to quantize a tensor: a frozen value made of literals, hashable, comparable and JSON-able.
+
+    act: how to quantize the activation that a weight of this Spec meets in a matmul; None leaves it in floating point.
+    """
+
+    act: Spec | None = dataclasses.field(default=None, kw_only=True)
+
+    registry: ClassVar[dict[str, type[Spec]]] = {}
+    tensor_type: ClassVar[type[QTensor]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Spec.registry[cls.__name__] = cls
+        torch.serialization.add_safe_globals([cls])
+
+    # What a dtype defines.
+
+    def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """The qparams of `x` (float32), each of shape `grid`, by the round-to-nearest rule of this dtype."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor, **qparams: Tensor) -> dict[str, Tensor | None]:
+        """Round `x` (float32) with the given qparams, and return the fields of the QTensor."""
+        raise NotImplementedError
+
+    # What follows.
+
+    def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the qparams for data of `shape`. Raises ValueError when the blocks do not fit."""
+        return block_grid(getattr(self, "block"), shape, who=str(self))
+
+    def quantize(
+        self,
+        x: Tensor,
+        *,
+        pre_scale: Tensor | None = None,
+        act_scale: Tensor | None = None,
+        **qparams: Tensor,
+    ) -> QTensor:
+        """Quantize a float32, bfloat16 or float16 tensor of any shape that the blocks divide.
+
+        x: the data; the QTensor dequantizes to its dtype.
+        pre_scale: (1, K) per-input-channel multiplier of the activation; `x / pre_scale` is stored.
+        act_scale: the scale of a static activation.
+        qparams: qparams found by another algorithm (`scale=`, `zero_point=`) in place of `choose_qparams`.
+
+        Raises TypeError for data that is not floating point, ValueError where a block does not divide its dim.
+        """
+        if isinstance(x, QTensor):
+            raise TypeError(f"{self}.quantize: the tensor is quantized already ({x.spec}); call .dequantize() first")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{self}.quantize takes a floating-point tensor, got {x.dtype}; convert it first")
+        fields = quantize_fields(self, x.detach(), self.grid(x.shape), pre_scale, qparams)
+        return self.tensor_type(self, x.dtype, x.shape, **fields, pre_scale=pre_scale, act_scale=act_scale)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """`quantize(x).dequantize()` with a straight-through gradient: d out / d x = 1 (arXiv:1308.3432)."""
+        return _FakeQuantize.apply(x, self)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict that `Spec.from_dict` reads. Values equal to the default are left out."""
+        values = {k: v.to_dict() if isinstance(v, Spec) else v for k, v in self.settings().items()}
+        return {"type": type(self).__name__, **values}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Spec:
+        """The Spec that `to_dict` wrote. Raises ValueError for a type or a field that this version does not know."""
+        values = {k: _from_json(v) for k, v in data.items() if k != "type"}
+        cls = Spec.registry.get(data.get("type", ""))
+        if cls is None:
+            raise ValueError(f"unknown Spec type {data.get('type')!r}; this version of ao knows {sorted(Spec.registry)}")
+        unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; a newer version of ao may have written this")
+        return cls(**values)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Spec.from_dict(value)
+    return tuple(_from_json(v) for v in value) if isinstance(value, list) else value
+
+
+def quantize_fields(
+    spec: Spec,
+    x: Tensor,
+    grid: tuple[int, ...],
+    pre_scale: Tensor | None = None,
+    qparams: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor | None]:
+    """The fields of `spec` for data `x` cut into `grid` blocks: the one road from numbers to fields."""
+    x = x.float()
+    if pre_scale is not None:
+        x = x / expand(pre_scale.float(), x.shape)
+    return spec.encode(x, **(qparams or spec.choose_qparams(x, grid)))
+
+
+def dense(field: Tensor) -> Tensor:
+    """A field as a plain tensor: a nested QTensor is dequantized."""
+    return field.dequantize() if isinstance(field, QTensor) else field
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: Spec) -> Tensor:
+        return spec.quantize(x).dequantize()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class QTensor(torch.Tensor):
+    """A quantized tensor: a few field tensors and the Spec that made them.
+
+    Invariants:
+    1. every field but the Shared and Opaque ones has the rank of the tensor; blocks are axis-aligned;
+    2. along each dim a field is `tile` times shorter than the tensor; the tile follows from the two shapes;
+    3. values depend on shapes and fields only; the Spec says how to quantize anew (`copy_`) and how a matmul treats
+       the activation;
+    4. `decode()` gives float32; `dequantize()` multiplies by `pre_scale`, where there is one, and casts to `dtype`.
+
+    Subclass it with `class FooTensor(QTensor, spec=Foo)`, annotated fields, and `decode`.
+    """
+
+    spec: Spec
+    pre_scale: PerBlock | None
+    act_scale: Shared | None
+
+    roles: ClassVar[dict[str, str]] = {}
+    unit: ClassVar[int] = CHUNK
+    """The elements at which a packed dim of the `Elements` can be cut."""
+
+    def __init_subclass__(cls, spec: type[Spec] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.roles = dict(_read_roles(cls))
+        if spec is not None:
+            spec.tensor_type = cls
+        torch.serialization.add_safe_globals([cls])
+
+    @staticmethod
+    def __new__(cls, spec: Spec, dtype: torch.dtype, shape: torch.Size, **fields: Tensor | None) -> QTensor:
+        first = _first(fields)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=_strides(shape, first), dtype=dtype, device=first.device, requires_grad=False
+        )
+
+    def __init__(self, spec: Spec, dtype: torch.dtype, shape: torch.Size, **fields: Tensor | None) -> None:
+        self.spec = spec
+        for name in type(self).roles:
+            setattr(self, name, fields.get(name))
+
+    # What a dtype defines.
+
+    def decode(self) -> Tensor:
+        """The values in float32, before `pre_scale`."""
+        raise NotImplementedError
+
+    # What follows. `dequantize` is torch.Tensor's own method; ops.py gives it its meaning.
+
+    def decode_scaled(self) -> Tensor:
+        """The values in float32."""
+        values = self.decode()
+        return values if self.pre_scale is None else values * expand(self.pre_scale, values.shape)
+
+    def fields(self) -> dict[str, Tensor]:
+        """The field tensors that are there, by name."""
+        return {name: t for name in type(self).roles if (t := getattr(self, name)) is not None}
+
+    def like(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, fields: Mapping[str, Tensor | None]) -> QTensor:
+        """A QTensor of the same Spec from other fields."""
+        return type(self)(self.spec, dtype, torch.Size(shape), **fields)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> QTensor:
+        """Apply a shape-preserving function to every field."""
+        return self.like(self.shape, self.dtype, {name: fn(t) for name, t in self.fields().items()})
+
+    @property
+    def nbytes_packed(self) -> int:
+        """Bytes of storage, every field counted."""
+        return sum(
+            t.nbytes_packed if isinstance(t, QTensor) else t.numel() * t.element_size() for t in self.fields().values()
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Spec, torch.dtype]]:
+        return list(self.fields()), (self.spec, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[Spec, torch.dtype], outer_size: Any, outer_stride: Any
+    ) -> QTensor:
+        spec, dtype = context
+        return cls(spec, dtype, outer_size, **inner)
+
+    def _stable_hash_for_caching(self) -> str:
+        """The key under which AOTAutograd may reuse a compiled graph: it must change when the numerics do.
+
+        Code that is reached through a tensor subclass is not part of PyTorch's key, hence the digest of our sources.
+        """
+        parts = [type(self).__name__, repr(self.spec), str(self.dtype), str(tuple(self.shape)), sources_digest()]
+        for name, t in self.fields().items():
+            inner = t._stable_hash_for_caching() if isinstance(t, QTensor) else ""
+            parts += [name, str(t.dtype), str(tuple(t.shape)), str(t.stride()), str(t.device), inner]
+        return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        bits = f", {8 * self.nbytes_packed / self.numel():.2f} bits per element" if self.numel() else ""
+        return f"{type(self).__name__}({self.spec}, shape={tuple(self.shape)}, {self.dtype}, {self.device}{bits}{grad})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        with torch.no_grad():
+            copy = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            copy = torch.nn.Parameter(copy, requires_grad=self.requires_grad)
+        else:
+            copy.requires_grad_(self.requires_grad)
+        if self.grad is not None:
+            copy.grad = self.grad.detach().clone()
+        memo[id(self)] = copy
+        return copy
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FUNCTIONS:
+            return FUNCTIONS[func](*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in OPS:
+            out = OPS[func](*args, **kwargs)
+            return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
+        if func._can_decompose():
+            return func.decompose(*args, **kwargs)
+        if torch.Tag.pointwise in func.tags and func._schema.is_mutable and isinstance(args[0], QTensor):
+            return _requantize_in_place(func, args, kwargs)
+        name = next(type(a).__name__ for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, QTensor))
+        raise NotImplementedError(
+            f"{func} has no low-bit form for {name}: call .dequantize() first and .quantize() the result, "
+            "or use an in-place op, which quantizes anew"
+        )
+
+
+def _requantize_in_place(func: Any, args: Any, kwargs: Any) -> QTensor:
+    """`q.add_(x)` and its like: the op on the dequantized values, in float32, then `copy_`."""
+    target = args[0]
+    values, *rest = [a.decode_scaled() if isinstance(a, QTensor) else a for a in args]
+    func(values, *rest, **kwargs)
+    return target.copy_(values)
+
+
+def _read_roles(cls: type[QTensor]) -> Iterator[tuple[str, str]]:
+    hints = get_type_hints(cls, include_extras=True)
+    common = [name for name in QTensor.__annotations__ if name in hints]
+    for name in [n for n in hints if n not in common] + common:
+        for hint in (hints[name], *getattr(hints[name], "__args__", ())):
+            if getattr(hint, "__metadata__", None):
+                yield name, hint.__metadata__[0]
+
+
+def _first(fields: Mapping[str, Tensor | None]) -> Tensor:
+    for t in fields.values():
+        if t is not None:
+            return t
+    raise TypeError("a QTensor needs at least one field")
+
+
+def _strides(shape: torch.Size, first: Tensor) -> list[int]:
+    """Dense strides in the dim order of the first field, so that a transposed QTensor says that it is transposed."""
+    order = list(range(len(shape)))
+    if first.dim() == len(shape):
+        order.sort(key=lambda d: (-first.stride(d), d))
+    strides = [1] * len(shape)
+    step = 1
+    for d in reversed(order):
+        strides[d] = step
+        step = step * max(shape[d], 1)
+    return strides
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A digest of the sources of `ao.dtypes`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""Packing integers of 1 to 8 bits into bytes, `bits / 8` bytes per element.
+
+A row is cut into chunks of `CHUNK` elements (the last one may be shorter). A chunk stores its elements *planar*: with
+`s` bits per element, byte `lane` of the chunk's `CHUNK * s / 8` bytes holds, from its low bits up, the elements
+`lane`, `lane + width`, `lane + 2 * width`, ... where `width = CHUNK * s / 8`. For 4 bits and a chunk of 32:
+
+    byte  lane:   [ element 16 + lane | element lane ]        lane = 0 .. 15
+                    bits 7..4           bits 3..0
+
+so that `byte & 15` and `byte >> 4` are two contiguous runs of elements: unpacking is a shift and a mask over whole
+vectors, and nothing is interleaved. Widths that do not divide 8 are the sum of sections that do, one after another
+within the chunk, low bits first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1.
+
+The chunk is independent of the block of the scales. It is the unit in which a packed dim can be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 32
+
+_SECTIONS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+
+
+def packed_size(size: int, bits: int) -> int:
+    """Bytes that `size` elements of `bits` bits take: `size * bits / 8`.
+
+    Raises ValueError when `bits` is not 1 to 8, or `size` is not a multiple of 8 (only whole bytes are stored).
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be 1 to 8, got {bits}")
+    if bits < 8 and size % 8:
+        raise ValueError(f"cannot pack {size} elements of {bits} bits: the size must be a multiple of 8")
+    return size * bits // 8
+
+
+def pack_dim(shape: Sequence[int], bits: int, who: str = "pack") -> int:
+    """The dim along which to pack data of `shape`: the last one that is a multiple of 8. ValueError if there is none."""
+    for dim in reversed(range(len(shape))):
+        if shape[dim] % 8 == 0 or bits == 8:
+            return dim
+    raise ValueError(f"{who}: no dim of shape {tuple(shape)} is a multiple of 8, so nothing can be packed; use 8 bits")
+
+
+def packed_dim(packed_shape: Sequence[int], shape: Sequence[int]) -> int:
+    """The dim along which data of `shape` was packed into `packed_shape`: where the two differ."""
+    return next((d for d in reversed(range(len(shape))) if packed_shape[d] != shape[d]), len(shape) - 1)
+
+
+def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
+    """Pack unsigned codes along `dim`.
+
+    codes: (..., K, ...) integers in [0, 2**bits) -> (..., K * bits / 8, ...) uint8. `bits=8` only casts.
+    """
+    size = codes.shape[dim]
+    packed_size(size, bits)
+    codes = codes.to(torch.uint8)
+    if bits == 8:
+        return codes
+    codes = codes.movedim(dim, -1)
+    whole = size - size % CHUNK
+    parts = [_pack_chunks(codes[..., :whole], bits, CHUNK)] if whole else []
+    if whole < size or not parts:
+        parts.append(_pack_chunks(codes[..., whole:], bits, max(size - whole, 8)))
+    packed = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return packed.movedim(-1, dim).contiguous()
+
+
+def unpack(packed: Tensor, bits: int, dim: int = -1) -> Tensor:
+    """The inverse of `pack`: (..., K * bits / 8, ...) uint8 -> (..., K, ...) uint8 codes in [0, 2**bits)."""
+    if bits == 8:
+        return packed
+    packed = packed.movedim(dim, -1)
+    size = packed.shape[-1] * 8 // bits
+    whole = size - size % CHUNK
+    cut = whole * bits // 8
+    parts = [_unpack_chunks(packed[..., :cut], bits, CHUNK)] if whole else []
+    if whole < size or not parts:
+        parts.append(_unpack_chunks(packed[..., cut:], bits, max(size - whole, 8)))
+    codes = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return codes.movedim(-1, dim)
+
+
+def _pack_chunks(codes: Tensor, bits: int, chunk: int) -> Tensor:
+    lead = codes.shape[:-1]
+    chunks = codes.shape[-1] // chunk
+    sections = []
+    offset = 0
+    for section in _SECTIONS[bits]:
+        width = chunk * section // 8
+        part = ((codes >> offset) & (2**section - 1)).reshape(*lead, chunks, 8 // section, width)
+        word = part[..., 0, :]
+        for plane in range(1, 8 // section):
+            word = word | (part[..., plane, :] << (plane * section))
+        sections.append(word)  # (..., chunks, width)
+        offset += section
+    packed = sections[0] if len(sections) == 1 else torch.cat(sections, -1)
+    return packed.reshape(*lead, chunks * chunk * bits // 8)
+
+
+def _unpack_chunks(packed: Tensor, bits: int, chunk: int) -> Tensor:
+    lead = packed.shape[:-1]
+    chunks = packed.shape[-1] * 8 // bits // chunk
+    packed = packed.reshape(*lead, chunks, chunk * bits // 8)
+    codes = None
+    start = offset = 0
+    for section in _SECTIONS[bits]:
+        width = chunk * section // 8
+        word = packed[..., start : start + width].unsqueeze(-2)  # (..., chunks, 1, width)
+        shifts = torch.arange(0, 8, section, device=packed.device, dtype=torch.uint8).unsqueeze(-1)
+        part = ((word >> shifts) & (2**section - 1)) << offset  # (..., chunks, 8 // section, width)
+        part = part.reshape(*lead, chunks, chunk)
+        codes = part if codes is None else codes | part
+        start += width
+        offset += section
+    assert codes is not None
+    return codes.reshape(*lead, chunks * chunk)

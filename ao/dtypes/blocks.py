@@ -1,0 +1,89 @@
+"""Blocks: the elements that share one qparam.
+
+A qparam has the rank of the data. Along each dim the data is `tile` times as long as the qparam, so a qparam of shape
+(N, K / 128) over data of shape (N, K) belongs to blocks of (1, 128), and one of shape (1, 1) to the whole tensor. The
+block size is read off the two shapes; nobody stores it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def block_grid(block: Sequence[int], shape: Sequence[int], who: str = "block") -> tuple[int, ...]:
+    """The number of blocks along each dim: the shape of the qparams.
+
+    block: elements per block and dim, -1 for the whole dim. A block with fewer dims than the data belongs to the last
+    dims, with one block per index of the dims before them, except that an all -1 block is the whole tensor; a 1-D tensor
+    takes the last entry. Raises ValueError when a dim is no multiple of its block.
+    """
+    block = tuple(block)
+    rank = len(shape)
+    if all(b == -1 for b in block):
+        block = (-1,) * rank
+    elif len(block) < rank:
+        block = (1,) * (rank - len(block)) + block
+    elif len(block) > rank:
+        if rank == 0 or any(b != 1 for b in block[: len(block) - rank]):
+            raise ValueError(f"{who}: block={block} has more dims than the data's shape {tuple(shape)}")
+        block = block[len(block) - rank :]
+    grid = []
+    for dim, (b, size) in enumerate(zip(block, shape)):
+        if b == -1:
+            grid.append(1)
+            continue
+        if b < 1:
+            raise ValueError(f"{who}: block={block}: a block is a positive size, or -1 for the whole dim")
+        if size % b:
+            fits = tuple(math.gcd(b, size) if d == dim else b for d, b in enumerate(block))
+            raise ValueError(
+                f"{who}: dim {dim} of shape {tuple(shape)} is not a multiple of its block {b}; "
+                f"use block={fits}, -1 for the whole dim, or leave this tensor out"
+            )
+        grid.append(size // b)
+    return tuple(grid)
+
+
+def to_blocks(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """View (s0, s1, ...) as (g0, s0 / g0, g1, s1 / g1, ...): the odd dims run inside a block."""
+    return x.reshape([n for g, size in zip(grid, x.shape) for n in (g, size // max(g, 1))])
+
+
+def in_blocks(qparam: Tensor) -> Tensor:
+    """View a qparam (g0, g1, ...) as (g0, 1, g1, 1, ...), so that it broadcasts against `to_blocks`."""
+    return qparam.reshape([n for g in qparam.shape for n in (g, 1)])
+
+
+def expand(qparam: Tensor, shape: Sequence[int]) -> Tensor:
+    """Repeat a qparam over its blocks: (g0, g1, ...) -> `shape`."""
+    tiles = [n for g, size in zip(qparam.shape, shape) for n in (g, size // max(g, 1))]
+    return in_blocks(qparam).expand(tiles).reshape(tuple(shape))
+
+
+def amin_amax(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest element of each block, of shape `grid`. Empty data gives zeros."""
+    if x.numel() == 0:
+        return x.new_zeros(tuple(grid)), x.new_zeros(tuple(grid))
+    blocks = to_blocks(x, grid)
+    inside = list(range(1, blocks.dim(), 2))
+    return blocks.amin(inside), blocks.amax(inside)
+
+
+def amax_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """The largest magnitude of each block, of shape `grid`. Empty data gives zeros."""
+    if x.numel() == 0:
+        return x.new_zeros(tuple(grid))
+    blocks = to_blocks(x, grid)
+    return blocks.abs().amax(list(range(1, blocks.dim(), 2)))
+
+
+def mean_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """The mean magnitude of each block, of shape `grid`. Empty data gives zeros."""
+    if x.numel() == 0:
+        return x.new_zeros(tuple(grid))
+    blocks = to_blocks(x, grid)
+    wide = blocks.abs().float() if x.device.type == "mps" else blocks.abs().double()  # so that the order of the sum does not show
+    return wide.mean(list(range(1, blocks.dim(), 2))).float()

@@ -1,0 +1,74 @@
+"""`Float8`: 8-bit floating point, x = q * scale (OCP 8-bit floating point specification 1.0; arXiv:2209.05433).
+
+e4m3: 1 sign, 4 exponent, 3 mantissa bits, largest 448, no infinity. e5m2: 1, 5, 2 bits, largest 57344.
+Cost: `8 + 32 / block` bits per element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .base import Elements, PerBlock, QTensor, Spec
+from .blocks import amax_abs, in_blocks, to_blocks
+from .rounding import reciprocal
+
+_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True, repr=False)
+class Float8(Spec):
+    """8-bit floats with a float32 scale per block.
+
+    format: "e4m3" or "e5m2".
+    block: elements that share a scale: (1, -1) per row, (-1, -1) per tensor, (1, 128) or (128, 128) blocks.
+
+        scale = clamp(max|x|, 1e-12) / max(format),    q = cast(clamp(x / scale, -max, max))
+
+    A block of zeros keeps its zeros; a NaN in a block makes the block NaN, it is not hidden.
+    """
+
+    format: Literal["e4m3", "e5m2"] = "e4m3"
+    block: tuple[int, ...] = (1, -1)
+
+    def __post_init__(self) -> None:
+        if self.format not in _DTYPES:
+            raise ValueError(f"Float8: format must be 'e4m3' or 'e5m2', got {self.format!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's dtype of the elements."""
+        return _DTYPES[self.format]
+
+    @property
+    def max(self) -> float:
+        """The largest finite value: 448 or 57344."""
+        return torch.finfo(self.dtype).max
+
+    def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """scale of shape `grid`, float32."""
+        return {"scale": amax_abs(x, grid).clamp(min=1e-12) * (1 / self.max)}
+
+    def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
+        """Round `x` (float32) to the format under the given scale."""
+        q = (to_blocks(x, scale.shape) * in_blocks(reciprocal(scale))).clamp(-self.max, self.max)
+        return {"qdata": q.to(self.dtype).reshape(x.shape), "scale": scale}
+
+
+class Float8Tensor(QTensor, spec=Float8):
+    """x = qdata * scale.
+
+    qdata: (..., K) float8_e4m3fn or float8_e5m2.
+    scale: one per block, float32.
+    """
+
+    qdata: Elements
+    scale: PerBlock
+
+    spec: Float8
+
+    def decode(self) -> Tensor:
+        return (to_blocks(self.qdata.float(), self.scale.shape) * in_blocks(self.scale)).reshape(self.shape)

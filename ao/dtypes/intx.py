@@ -1,0 +1,178 @@
+"""`Intx`: integers of 1 to 8 bits, signed or unsigned, x = (q - zero_point) * scale.
+
+Signed codes of fewer than 8 bits are stored with an offset, as q + 2**(bits - 1), and packed along the last dim that is a
+multiple of 8 (bits.py); 8-bit codes are plain int8 or uint8. Cost: `bits + (32 + 8) / block` bits per element with a
+float32 scale and an integer zero point, `bits + 32 / block` without a zero point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .base import Elements, PerBlock, QTensor, Spec
+from .bits import pack, pack_dim, packed_dim, unpack
+from .blocks import amax_abs, amin_amax, in_blocks, mean_abs, to_blocks
+from .rounding import reciprocal
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, repr=False)
+class Intx(Spec):
+    """Affine integers.
+
+    bits: 1 to 8.
+    block: elements that share a scale, per dim: (1, -1) per row, (1, g) per group, (-1, -1) per tensor, (b, b) 2-D.
+    signed: range [-2**(bits-1), 2**(bits-1) - 1], else [0, 2**bits - 1].
+    symmetric: no zero point. With m = max|x| over the block, n = 2**bits - 1,
+
+        scale = m / (n / 2),        q = clamp(round(x / scale))
+
+        so that +m clips by half a step. Below 3 bits a maximum would leave most codes unused: 2 bits take
+        scale = mean|x| (arXiv:2402.17764), 1 bit stands for the two values +-mean|x| (arXiv:1603.05279). Unsigned and
+        symmetric is for data that is never negative: scale = m / n. Asymmetric, with lo = min(x, 0), hi = max(x, 0):
+
+        scale = (hi - lo) / n,      q = clamp(round(x / scale) + zero_point)
+
+        None, the default, is symmetric for 8 bits and asymmetric below, where the zero point earns its place.
+    clip: False widens a symmetric scale to max(min(x) / qmin, max(x) / qmax), so that nothing clips.
+    zero_point: "int" is qmin - round(lo / scale), so that 0 is exact; "float" keeps the fraction, and lo = min(x),
+        hi = max(x) need not include 0.
+    narrow: leave out the lowest code, so that the range is symmetric, [-127, 127] for 8 bits, and scale = m / qmax.
+    scale_dtype: "float32", "bfloat16" or "float16", also of a float zero point.
+
+    Rounding is half to even. Raises ValueError for parameters outside these.
+    """
+
+    bits: int = 8
+    block: tuple[int, ...] = (1, -1)
+    signed: bool = True
+    symmetric: bool | None = None
+    clip: bool = True
+    zero_point: Literal["int", "float"] = "int"
+    narrow: bool = False
+    scale_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.symmetric is None:
+            object.__setattr__(self, "symmetric", self.bits == 8)
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"Intx: bits must be 1 to 8, got {self.bits}")
+        if self.zero_point not in ("int", "float"):
+            raise ValueError(f"Intx: zero_point must be 'int' or 'float', got {self.zero_point!r}")
+        if self.scale_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"Intx: scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype!r}")
+        if self.narrow and (self.bits == 1 or not (self.signed and self.symmetric)):
+            raise ValueError("Intx: narrow=True needs signed=True, symmetric=True and at least 2 bits")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        usual = self.symmetric == (self.bits == 8)
+        return {k: v for k, v in super().settings().items() if k != "symmetric" or not usual}
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the codes -1 and 0 stand for -scale / 2 and +scale / 2."""
+        return self.bits == 1 and self.signed and bool(self.symmetric)
+
+    def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """scale and, if asymmetric, zero_point, of shape `grid`, by the formulas of the class."""
+        dtype = getattr(torch, self.scale_dtype)
+        steps = self.qmax - self.qmin
+        if self.symmetric and self.signed and self.bits <= 2 and self.clip and not self.narrow:
+            scale = mean_abs(x, grid) * (2 if self.bits == 1 else 1)
+        elif self.symmetric and self.clip:
+            scale = amax_abs(x, grid) * (1 / (steps / 2 if self.signed else steps))
+        else:
+            lo, hi = amin_amax(x, grid)
+            if not self.symmetric:
+                return self._asymmetric(lo, hi, steps, dtype)
+            scale = hi * (1 / max(self.qmax, 1))
+            if self.signed:
+                scale = torch.maximum(scale, lo * (1 / self.qmin))
+        return {"scale": scale.clamp(min=_TINY).to(dtype)}
+
+    def _asymmetric(self, lo: Tensor, hi: Tensor, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        if self.zero_point == "int":
+            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        scale = ((hi - lo) * (1 / steps)).clamp(min=_TINY).to(dtype)
+        if self.zero_point == "float":
+            return {"scale": scale, "zero_point": (self.qmin - _product(lo, reciprocal(scale))).to(dtype)}
+        zero_point = (self.qmin - (lo * reciprocal(scale)).round()).clamp(self.qmin, self.qmax)
+        return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
+
+    def encode(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor | None]:
+        """Codes for `x` (float32) under the given qparams."""
+        blocks = to_blocks(x, scale.shape)
+        steps = in_blocks(reciprocal(scale))
+        if self.is_binary:
+            q = torch.where(blocks < 0, -1.0, 0.0)
+        elif zero_point is None:
+            q = (blocks * steps).round()
+        elif zero_point.is_floating_point():
+            # Not x * steps + zero_point, which a compiler may or may not contract into one rounding.
+            q = ((blocks + in_blocks(_product(zero_point, scale))) * steps).round()
+        else:
+            q = (blocks * steps).round() + in_blocks(zero_point.float())
+        q = q.clamp(self.qmin, self.qmax).reshape(x.shape)
+        return {"qdata": self._store(q), "scale": scale, "zero_point": zero_point}
+
+    def _store(self, q: Tensor) -> Tensor:
+        if self.bits == 8:
+            return q.to(torch.int8 if self.signed else torch.uint8)
+        if self.signed:
+            q = q + 2 ** (self.bits - 1)
+        return pack(q.to(torch.uint8), self.bits, pack_dim(q.shape, self.bits, str(self)))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a * b rounded once, so that it can be added to without a compiler's contraction showing."""
+    if a.device.type == "mps":
+        return a.float() * b.float()
+    return (a.double() * b.double()).float()
+
+
+class IntxTensor(QTensor, spec=Intx):
+    """x = (q - zero_point) * scale.
+
+    qdata: (..., K) int8 or uint8 for 8 bits, else (..., K * bits / 8) uint8.
+    scale: one per block, float32, bfloat16 or float16.
+    zero_point: like scale, int8 or uint8, or the dtype of scale; None if symmetric.
+    """
+
+    qdata: Elements
+    scale: PerBlock
+    zero_point: PerBlock | None
+
+    spec: Intx
+
+    def codes(self) -> Tensor:
+        """The integers, int8 or uint8, of the shape of the tensor."""
+        if self.spec.bits == 8:
+            return self.qdata
+        codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape))
+        if not self.spec.signed:
+            return codes
+        return codes.to(torch.int8) - 2 ** (self.spec.bits - 1)
+
+    def decode(self) -> Tensor:
+        values = to_blocks(self.codes(), self.scale.shape).float()
+        if self.zero_point is not None:
+            values = values - in_blocks(self.zero_point.float())
+        elif self.spec.is_binary:
+            values = values + 0.5
+        return (values * in_blocks(self.scale.float())).reshape(self.shape)

@@ -3,9 +3,11 @@
 from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from .base import QTensor, Spec
-from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, to_nf4
+from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .float8 import Float8, Float8Tensor
+from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
+from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .linear import path_name
 
 __all__ = [
@@ -14,12 +16,20 @@ __all__ = [
     "CodebookTensor",
     "Float8",
     "Float8Tensor",
+    "Int4CPULayout",
+    "Int4Prepacked",
+    "Int4PrepackedTensor",
+    "Int4XPULayout",
     "Intx",
     "IntxTensor",
+    "Layout",
     "NF4Tensor",
+    "PlainLayout",
     "QTensor",
     "Spec",
+    "TensorCoreTiledLayout",
     "linear_nf4",
+    "nf4_spec",
     "path_name",
     "to_nf4",
 ]

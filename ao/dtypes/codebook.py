@@ -8,6 +8,7 @@ element and 64 bits per row, in place of 4.5.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,21 @@ NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, z
 NF4Tensor = CodebookTensor
 
 
-def to_nf4(tensor: Tensor, block_size: int = 64, scaler_block_size: int = 256) -> CodebookTensor:
+NF4Tensor = CodebookTensor
+
+
+def nf4_spec(shape: Sequence[int], block_size: int = 64, scaler_block_size: int = 256) -> Codebook:
+    """NF4 for data of `shape`: at most `scaler_block_size` scales of a row share a scale and an offset of their own.
+
+    Raises ValueError when `block_size` does not divide the last dim.
+    """
+    scales = Codebook("nf4", (1, block_size)).grid(tuple(shape))[-1]
+    group = max((d for d in range(1, min(scales, scaler_block_size) + 1) if scales % d == 0), default=scales)
+    block = (1, -1 if group == scales else group)
+    return Codebook("nf4", (1, block_size), Intx(8, block, signed=False, symmetric=False, zero_point="float"))
+
+
+def to_nf4(tensor: Tensor, block_size: int = 64, scaler_block_size: int = 256) -> QTensor:
     """Quantize to NF4 with double quantization (arXiv:2305.14314).
 
     tensor: floating point, any shape whose rows (last dim) are a multiple of `block_size`.
@@ -134,15 +149,9 @@ def to_nf4(tensor: Tensor, block_size: int = 64, scaler_block_size: int = 256) -
 
     Raises ValueError when `block_size` does not divide the last dim.
     """
-    Codebook("nf4", (1, block_size)).grid(tensor.shape)
-    scales = tensor.shape[-1] // block_size
-    group = max(d for d in range(1, min(scales, scaler_block_size) + 1) if scales % d == 0) if scales else -1
-    scale_spec = Intx(8, (1, -1 if group == scales else group), signed=False, symmetric=False, zero_point="float")
-    quantized = Codebook("nf4", (1, block_size), scale_spec).quantize(tensor)
-    assert isinstance(quantized, CodebookTensor)
-    return quantized
+    return nf4_spec(tensor.shape, block_size, scaler_block_size).quantize(tensor)
 
 
-def linear_nf4(input: Tensor, weight: CodebookTensor) -> Tensor:
+def linear_nf4(input: Tensor, weight: QTensor) -> Tensor:
     """`input @ weight.T` for a frozen NF4 weight: backward decodes the weight again rather than keep it dense."""
     return torch.nn.functional.linear(input, weight)

@@ -7,6 +7,7 @@ one autograd.Function below. A product takes the first path in `PATHS` that acce
     int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
     scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
     float8      the same product in float32, where the chip has no float8
+    int4pack    ATen's int4 product, for weights in its own layout
     dequantize  decode the weight, then a floating-point product; always accepts
 
 Autograd: the weight is kept packed and decoded again in backward, so that a frozen quantized weight costs a training run
@@ -25,6 +26,7 @@ from torch import Tensor
 from .base import FUNCTIONS, OPS, QTensor, Spec, quantize_fields
 from .codebook import CodebookTensor
 from .float8 import Float8, Float8Tensor
+from .int4_prepacked import Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .ops import gather
 
@@ -119,6 +121,16 @@ def float8(x: Tensor, w: QTensor) -> Tensor:
     return (total * act["scale"] * w.scale.t()).to(x.dtype)
 
 
+def _int4pack_accepts(x: Tensor, w: QTensor) -> bool:
+    return isinstance(w, Int4PrepackedTensor) and w.spec.act is None and x.numel() > 0
+
+
+def int4pack(x: Tensor, w: QTensor) -> Tensor:
+    """ATen's int4 product on its own layout."""
+    assert isinstance(w, Int4PrepackedTensor)
+    return w.matmul(x)
+
+
 def dequantize(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T in x's dtype."""
     act = w.spec.act
@@ -135,6 +147,7 @@ PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
     ("int_mm", _int_mm_accepts, int_mm),
     ("scaled_mm", _scaled_mm_accepts, scaled_mm),
     ("float8", _float8_accepts, float8),
+    ("int4pack", _int4pack_accepts, int4pack),
     ("dequantize", lambda x, w: True, dequantize),
 ]
 

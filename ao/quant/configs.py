@@ -1,0 +1,484 @@
+"""Configs: named presets. A config answers two questions, what the weight becomes and what the activation becomes.
+
+Names and parameters are those that users of the field know. Whatever a preset does not offer, a bare Spec does:
+`quantize_(model, Intx(bits=3, block=(1, 64)))`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..dtypes import (
+    Codebook,
+    Float8,
+    Int4CPULayout,
+    Int4Prepacked,
+    Intx,
+    Layout,
+    PlainLayout,
+    Spec,
+    TensorCoreTiledLayout,
+    nf4_spec,
+)
+from .granularity import (
+    Granularity,
+    MappingType,
+    PerAxis,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerToken,
+    ZeroPointDomain,
+)
+
+FLOAT8_FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `quantize_` does to the weight of a layer, and what that layer does to its input.
+
+    set_inductor_config: accepted because other libraries have it. `ao` never changes process-wide compiler settings.
+    unsupported: what to do with a layer whose shape the format does not take: "raise", or "skip" and say so in the report.
+    """
+
+    set_inductor_config: bool = field(default=False, kw_only=True)
+    unsupported: Literal["raise", "skip"] = field(default="raise", kw_only=True)
+
+    registry: ClassVar[dict[str, type[Config]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Config.registry[cls.__name__] = cls
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        """The Spec of a weight of `shape`."""
+        raise NotImplementedError
+
+    def act(self) -> Spec | None:
+        """The Spec of the activation, or None to leave it in floating point."""
+        return None
+
+    def act_scale(self) -> float | None:
+        """The scale of a static activation, or None for a dynamic one."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict that `Config.from_dict` reads. Values equal to the default are left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        return {"type": type(self).__name__, **{k: _to_json(v) for k, v in values.items() if v != usual[k]}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Config | Spec:
+        """The config, or the Spec, that `to_dict` wrote. Raises ValueError for what this version does not know."""
+        name = data.get("type", "")
+        if name in Spec.registry:
+            return Spec.from_dict(data)
+        cls = Config.registry.get(name)
+        if cls is None:
+            raise ValueError(f"unknown config type {name!r}; this version of ao knows {sorted(Config.registry)}")
+        values = {k: _from_json(v) for k, v in data.items() if k != "type"}
+        unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"{name} has no parameter {sorted(unknown)}; a newer version of ao may have written this")
+        return cls(**values)
+
+
+_VALUES: dict[str, type] = {
+    c.__name__: c
+    for base in (Granularity, Layout)
+    for c in (base, *base.__subclasses__())  # the literals that a config is made of, beside numbers and strings
+}
+_ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, (Spec, Config)):
+        return value.to_dict()
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, Enum):
+        return {"enum": type(value).__name__, "name": value.name}
+    if type(value).__name__ in _VALUES:
+        return {"value": type(value).__name__, **{k: _to_json(v) for k, v in vars(value).items()}}
+    if isinstance(value, (tuple, list)):
+        return [_to_json(v) for v in value]
+    if isinstance(value, Mapping):
+        return {"map": [[k, _to_json(v)] for k, v in value.items()]}
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(v) for v in value)
+    if not isinstance(value, Mapping):
+        return value
+    if "type" in value:
+        return Config.from_dict(value)
+    if "dtype" in value:
+        return getattr(torch, value["dtype"])
+    if "enum" in value:
+        return _ENUMS[value["enum"]][value["name"]]
+    if "value" in value:
+        return _VALUES[value["value"]](**{k: _from_json(v) for k, v in value.items() if k != "value"})
+    if "map" in value:
+        return {k: _from_json(v) for k, v in value["map"]}
+    raise ValueError(f"cannot read {value!r} in a config; a newer version of ao may have written this")
+
+
+def config_to_dict(config: Config | Spec) -> dict[str, Any]:
+    """A JSON-able dict of a config or a Spec."""
+    return config.to_dict()
+
+
+def config_from_dict(data: Mapping[str, Any]) -> Config | Spec:
+    """The inverse of `config_to_dict`. Raises ValueError for what this version does not know."""
+    return Config.from_dict(data)
+
+
+def _one_of(config: Config, name: str, allowed: tuple[Any, ...]) -> None:
+    value = getattr(config, name)
+    if not (value in allowed or any(isinstance(a, type) and isinstance(value, a) for a in allowed)):
+        shown = ", ".join(a.__name__ if isinstance(a, type) else str(a) for a in allowed)
+        raise ValueError(f"{type(config).__name__}: {name} must be one of {shown}, got {value!r}")
+
+
+def _int_bits(config: Config, name: str, prefix: str) -> int:
+    text = str(getattr(config, name)).removeprefix("torch.")
+    if text.startswith(prefix) and text[len(prefix) :] in "12345678":
+        return int(text[len(prefix) :])
+    raise ValueError(f"{type(config).__name__}: {name} must be torch.{prefix}1 to torch.{prefix}8, got {text}")
+
+
+def _mapping(mapping: MappingType) -> dict[str, Any]:
+    """The fields of `Intx` that a MappingType stands for."""
+    return {
+        "symmetric": mapping is not MappingType.ASYMMETRIC,
+        "clip": mapping is not MappingType.SYMMETRIC_NO_CLIPPING_ERR,
+    }
+
+
+def _pair(config: Config, granularity: Any) -> tuple[Granularity, Granularity]:
+    """(activation, weight) granularity from one or two of them. Both PerTensor or PerRow."""
+    pair = tuple(granularity) if isinstance(granularity, (tuple, list)) else (granularity, granularity)
+    if len(pair) != 2 or not all(isinstance(g, (PerTensor, PerRow, PerToken)) for g in pair):
+        raise ValueError(
+            f"{type(config).__name__}: granularity must be PerTensor() or PerRow(), or a pair of them for "
+            f"(activation, weight), got {granularity!r}"
+        )
+    return pair
+
+
+@dataclass(frozen=True)
+class Int8WeightOnlyConfig(Config):
+    """Symmetric int8 weights: 8 + 32 / block bits per element.
+
+    group_size: elements of a row that share a scale; None for the granularity.
+    granularity: PerRow(), PerTensor() or PerGroup(g).
+    """
+
+    group_size: int | None = None
+    granularity: Granularity = PerRow()
+
+    def __post_init__(self) -> None:
+        _one_of(self, "granularity", (PerRow, PerTensor, PerGroup, PerAxis))
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Intx(8, self.granularity.block() if self.group_size is None else (1, self.group_size))
+
+
+@dataclass(frozen=True)
+class Int4WeightOnlyConfig(Config):
+    """Asymmetric int4 weights in groups: 4 + 40 / group_size bits per element, on every device.
+
+    group_size: elements of a row that share a scale.
+    layout: PlainLayout(), or a device's own: TensorCoreTiledLayout() (CUDA, bfloat16), Int4CPULayout(). Int4XPULayout()
+        is the plain one.
+    zero_point_domain: INT (an 8-bit zero point, 0 is exact), FLOAT (32 bits), NONE for the layout's usual one.
+    """
+
+    group_size: int = 128
+    layout: Layout = PlainLayout()
+    zero_point_domain: ZeroPointDomain = ZeroPointDomain.NONE
+
+    def __post_init__(self) -> None:
+        _one_of(self, "layout", (Layout,))
+        _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
+        if isinstance(self.layout, (TensorCoreTiledLayout, Int4CPULayout)) and self.zero_point_domain is ZeroPointDomain.INT:
+            raise ValueError(
+                f"Int4WeightOnlyConfig: {self.layout} stores float zero points; "
+                "use zero_point_domain=ZeroPointDomain.FLOAT or layout=PlainLayout()"
+            )
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        block = (1, self.group_size)
+        if isinstance(self.layout, TensorCoreTiledLayout):
+            return Int4Prepacked("cuda", block, self.layout.inner_k_tiles)
+        if isinstance(self.layout, Int4CPULayout):
+            return Int4Prepacked("cpu", block)
+        zero_point = "float" if self.zero_point_domain is ZeroPointDomain.FLOAT else "int"
+        return Intx(4, block, signed=False, symmetric=False, zero_point=zero_point)
+
+
+@dataclass(frozen=True)
+class Int8DynamicActivationInt8WeightConfig(Config):
+    """int8 weights and int8 activations, scaled anew at each call; the product runs on the integer units.
+
+    layout: PlainLayout().
+    act_mapping_type: SYMMETRIC, or ASYMMETRIC for activations that are not centred.
+    granularity: PerRow() (a scale per token and per output channel), PerTensor(), or a pair (activation, weight).
+    """
+
+    layout: Layout = PlainLayout()
+    act_mapping_type: MappingType = MappingType.SYMMETRIC
+    granularity: Granularity | tuple[Granularity, Granularity] = PerRow()
+
+    def __post_init__(self) -> None:
+        _one_of(self, "layout", (PlainLayout,))
+        _one_of(self, "act_mapping_type", tuple(MappingType))
+        _pair(self, self.granularity)
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Intx(8, _pair(self, self.granularity)[1].block())
+
+    def act(self) -> Spec:
+        return Intx(8, _pair(self, self.granularity)[0].block(), **_mapping(self.act_mapping_type))
+
+
+@dataclass(frozen=True)
+class Int8DynamicActivationInt4WeightConfig(Config):
+    """int4 weights in groups and int8 activations per token ("8da4w").
+
+    group_size: elements of a weight's row that share a scale; None or -1 for the whole row.
+    mapping_type: of the weight. act_mapping_type: of the activation.
+    """
+
+    group_size: int | None = 32
+    layout: Layout = PlainLayout()
+    mapping_type: MappingType = MappingType.SYMMETRIC
+    act_mapping_type: MappingType = MappingType.ASYMMETRIC
+
+    def __post_init__(self) -> None:
+        _one_of(self, "layout", (PlainLayout,))
+        _one_of(self, "mapping_type", tuple(MappingType))
+        _one_of(self, "act_mapping_type", tuple(MappingType))
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Intx(4, (1, self.group_size or -1), **_mapping(self.mapping_type))
+
+    def act(self) -> Spec:
+        return Intx(8, (1, -1), **_mapping(self.act_mapping_type))
+
+
+@dataclass(frozen=True)
+class IntxWeightOnlyConfig(Config):
+    """Signed integer weights of 1 to 8 bits, packed; for linears, embeddings and convolutions.
+
+    weight_dtype: torch.int1 to torch.int8.
+    granularity: PerAxis(0) or PerRow() (a scale per row), PerGroup(g), PerTensor(), PerBlock(...).
+    mapping_type: of the weight.
+    scale_dtype: torch.float32 (None), torch.bfloat16 or torch.float16.
+    """
+
+    weight_dtype: torch.dtype = torch.int8
+    granularity: Granularity = PerAxis(0)
+    mapping_type: MappingType = MappingType.SYMMETRIC
+    scale_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _int_bits(self, "weight_dtype", "int")
+        _one_of(self, "granularity", (Granularity,))
+        _one_of(self, "mapping_type", tuple(MappingType))
+        _one_of(self, "scale_dtype", (None, torch.float32, torch.bfloat16, torch.float16))
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        scale_dtype = str(self.scale_dtype or torch.float32).removeprefix("torch.")
+        bits = _int_bits(self, "weight_dtype", "int")
+        return Intx(bits, self.granularity.block(), scale_dtype=scale_dtype, **_mapping(self.mapping_type))
+
+
+@dataclass(frozen=True)
+class UIntXWeightOnlyConfig(Config):
+    """Unsigned asymmetric integer weights of 1 to 8 bits in groups, packed: bits + 40 / group_size bits per element.
+
+    dtype: torch.uint1 to torch.uint8.
+    group_size: elements of a row that share a scale.
+    pack_dim: -1, the only one.
+    """
+
+    dtype: torch.dtype
+    group_size: int = 64
+    pack_dim: int = -1
+
+    def __post_init__(self) -> None:
+        _int_bits(self, "dtype", "uint")
+        _one_of(self, "pack_dim", (-1,))
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Intx(_int_bits(self, "dtype", "uint"), (1, self.group_size), signed=False, symmetric=False)
+
+
+@dataclass(frozen=True)
+class GemliteUIntXWeightOnlyConfig(Config):
+    """What the gemlite library's formats store, with generated kernels in place of its own.
+
+    group_size: elements of a row that share a scale; None for the whole row.
+    bit_width: 4 (asymmetric), or 8 (symmetric).
+    packing_bitwidth: accepted and without effect: ao has one packing.
+    mode: "weight_only", or "dynamic" for int8 activations per token.
+    """
+
+    group_size: int | None = 128
+    bit_width: int = 4
+    packing_bitwidth: int | None = None
+    mode: Literal["weight_only", "dynamic"] = "weight_only"
+
+    def __post_init__(self) -> None:
+        _one_of(self, "bit_width", (4, 8))
+        _one_of(self, "packing_bitwidth", (None, 8, 16, 32))
+        _one_of(self, "mode", ("weight_only", "dynamic"))
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        block = (1, self.group_size or -1)
+        return Intx(8, block) if self.bit_width == 8 else Intx(4, block, signed=False, symmetric=False)
+
+    def act(self) -> Spec | None:
+        return Intx(8, (1, -1)) if self.mode == "dynamic" else None
+
+
+@dataclass(frozen=True)
+class NF4WeightOnlyConfig(Config):
+    """QLoRA's 4-bit NormalFloat weights with double quantization (arXiv:2305.14314).
+
+    block_size: elements of a row that share a scale.
+    scaler_block_size: at most so many scales of a row share a scale of their own.
+    """
+
+    block_size: int = 64
+    scaler_block_size: int = 256
+
+    def weight(self, shape: tuple[int, ...]) -> Codebook:
+        return nf4_spec(shape, self.block_size, self.scaler_block_size)
+
+
+@dataclass(frozen=True)
+class Float8WeightOnlyConfig(Config):
+    """float8 weights: 8 + 32 / block bits per element.
+
+    weight_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+    granularity: PerRow(), PerTensor(), PerGroup(g) or PerBlock(...).
+    """
+
+    weight_dtype: torch.dtype = torch.float8_e4m3fn
+    granularity: Granularity = PerRow()
+
+    def __post_init__(self) -> None:
+        _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
+        _one_of(self, "granularity", (Granularity,))
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Float8(FLOAT8_FORMATS[self.weight_dtype], self.granularity.block())
+
+
+@dataclass(frozen=True)
+class Float8DynamicActivationFloat8WeightConfig(Config):
+    """float8 weights and float8 activations, scaled anew at each call. Computed in float32 where the chip has no float8.
+
+    activation_dtype, weight_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+    granularity: PerTensor() (None), PerRow(), or a pair (activation, weight).
+    """
+
+    activation_dtype: torch.dtype = torch.float8_e4m3fn
+    weight_dtype: torch.dtype = torch.float8_e4m3fn
+    granularity: Granularity | tuple[Granularity, Granularity] | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self, "activation_dtype", tuple(FLOAT8_FORMATS))
+        _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
+        _pair(self, self.granularity or PerTensor())
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Float8(FLOAT8_FORMATS[self.weight_dtype], _pair(self, self.granularity or PerTensor())[1].block())
+
+    def act(self) -> Spec:
+        return Float8(FLOAT8_FORMATS[self.activation_dtype], _pair(self, self.granularity or PerTensor())[0].block())
+
+
+@dataclass(frozen=True)
+class Float8StaticActivationFloat8WeightConfig(Config):
+    """float8 weights and float8 activations with one scale that was found beforehand.
+
+    scale: of the activation, max|x| over the calibration data / max of the format; a number or a tensor of one element.
+    granularity: PerTensor(), of the weight.
+    """
+
+    scale: float | Tensor
+    activation_dtype: torch.dtype = torch.float8_e4m3fn
+    weight_dtype: torch.dtype = torch.float8_e4m3fn
+    granularity: Granularity = PerTensor()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, Tensor) and self.scale.numel() != 1:
+            raise ValueError(
+                "Float8StaticActivationFloat8WeightConfig: scale must have one element, "
+                f"got shape {tuple(self.scale.shape)}; take its maximum"
+            )
+        object.__setattr__(self, "scale", float(self.scale))
+        if not self.scale > 0:
+            raise ValueError(f"Float8StaticActivationFloat8WeightConfig: scale must be positive, got {self.scale}")
+        _one_of(self, "activation_dtype", tuple(FLOAT8_FORMATS))
+        _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
+        _one_of(self, "granularity", (PerTensor, PerRow))
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Float8(FLOAT8_FORMATS[self.weight_dtype], self.granularity.block())
+
+    def act(self) -> Spec:
+        return Float8(FLOAT8_FORMATS[self.activation_dtype], (-1, -1))
+
+    def act_scale(self) -> float:
+        return float(self.scale)
+
+
+@dataclass(frozen=True)
+class FqnToConfig(Config):
+    """A config per layer or per parameter, by fully qualified name.
+
+    fqn_to_config: name -> config, Spec, or None to leave the layer alone. A layer's weight takes the first that matches:
+        1. the exact name of the parameter ("model.embed.weight"; also parameters of other names, such as 3-D experts)
+        2. the exact name of the module ("model.embed")
+        3. "re:" and a regular expression that matches the whole name of the parameter, in the order given
+        4. the same for the module
+        5. "_default", for `nn.Linear` layers
+    module_fqn_to_config: another name of the same parameter.
+
+    Raises ValueError when both are given and differ. `quantize_` raises for a rule that matches nothing.
+    """
+
+    fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
+    module_fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        a, b = dict(self.fqn_to_config), dict(self.module_fqn_to_config)
+        if a and b and a != b:
+            raise ValueError("FqnToConfig: give fqn_to_config or module_fqn_to_config, not two that differ")
+        object.__setattr__(self, "fqn_to_config", a or b)
+        object.__setattr__(self, "module_fqn_to_config", {})
+        for name, config in self.fqn_to_config.items():
+            if not (config is None or isinstance(config, (Config, Spec))) or isinstance(config, FqnToConfig):
+                raise TypeError(f"FqnToConfig: {name!r} must map to a config, a Spec or None, got {config!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict that `Config.from_dict` reads."""
+        return {"type": "FqnToConfig", "fqn_to_config": _to_json(dict(self.fqn_to_config))}
+
+
+ModuleFqnToConfig = FqnToConfig

@@ -1,0 +1,95 @@
+"""What `quantize_` did, as a value that prints as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..dtypes import QTensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized parameter: its full name, shape, format, and bytes before and after."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class Report:
+    """The parameters that `quantize_` quantized, and those that it passed over.
+
+    rows: the quantized parameters; a tied one has one row.
+    skipped: full name -> why, for the layers that could have been quantized and were not.
+    notes: what else the user should know, such as a tie that was undone.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the quantized parameters before."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the quantized parameters after, every field counted."""
+        return sum(row.bytes_after for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, tuple[int, ...]], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.format, row.shape), []).append(row)
+        lines = [("format", "shape", "layers", "bytes before", "bytes after", "ratio")]
+        for (form, shape), rows in groups.items():
+            before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
+            size = " x ".join(map(str, shape))
+            lines.append((form, size, str(len(rows)), f"{before:,}", f"{after:,}", f"{after / max(before, 1):.3f}"))
+        total = f"{self.bytes_after / max(self.bytes_before, 1):.3f}"
+        lines.append(("total", "", str(len(self.rows)), f"{self.bytes_before:,}", f"{self.bytes_after:,}", total))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(ln, widths))) for ln in lines]
+        text.insert(1, "-" * len(text[0]))
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            text.append(f"skipped {len(names)}: {shown}: {why}")
+        return "\n".join(line.rstrip() for line in [*text, *self.notes])
+
+
+def storage_bytes(t: Tensor) -> int:
+    """Bytes that a tensor stores: all fields of a QTensor, or elements times their size."""
+    return t.nbytes_packed if isinstance(t, QTensor) else t.numel() * t.element_size()
+
+
+def get_model_size_in_bytes(model: nn.Module, ignore_embeddings: bool = False) -> int:
+    """Bytes of all parameters and buffers, packed sizes for quantized ones, tied ones counted once.
+
+    ignore_embeddings: leave out the weights of `nn.Embedding` layers (unless another layer shares them).
+    """
+    seen: dict[int, Tensor] = {}
+    for module in model.modules():
+        if ignore_embeddings and isinstance(module, nn.Embedding):
+            continue
+        for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            seen[id(t)] = t
+    return sum(storage_bytes(t) for t in seen.values())
+
+
+def compute_error(x: Tensor, y: Tensor) -> Tensor:
+    """Signal to quantization noise of `y` against the reference `x`, in dB: 20 log10(|x| / |x - y|)."""
+    x, y = x.float(), y.float()
+    return 20 * torch.log10(torch.linalg.vector_norm(x) / torch.linalg.vector_norm(x - y))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
@@ -177,12 +177,15 @@ class QTensor(torch.Tensor):
     2. along each dim a field is `tile` times shorter than the tensor; the tile follows from the two shapes;
     3. values depend on shapes and fields only; the Spec says how to quantize anew (`copy_`) and how a matmul treats
        the activation;
-    4. `decode()` gives float32; `dequantize()` multiplies by `pre_scale`, where there is one, and casts to `dtype`.
+    4. `decode()` gives float32; `dequantize()` multiplies by `pre_scale`, where there is one, and casts to `dtype`;
+    5. `whole` is False for a view that got only a part of some block, and so shares that block's qparams with elements
+       outside of it: it can be read, and refuses to be quantized anew in place.
 
     Subclass it with `class FooTensor(QTensor, spec=Foo)`, annotated fields, and `decode`.
     """
 
     spec: Spec
+    whole: bool
     pre_scale: PerBlock | None
     act_scale: Shared | None
 
@@ -198,14 +201,19 @@ class QTensor(torch.Tensor):
         torch.serialization.add_safe_globals([cls])
 
     @staticmethod
-    def __new__(cls, spec: Spec, dtype: torch.dtype, shape: torch.Size, **fields: Tensor | None) -> QTensor:
+    def __new__(
+        cls, spec: Spec, dtype: torch.dtype, shape: torch.Size, whole: bool = True, **fields: Tensor | None
+    ) -> QTensor:
         first = _first(fields)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=_strides(shape, first), dtype=dtype, device=first.device, requires_grad=False
         )
 
-    def __init__(self, spec: Spec, dtype: torch.dtype, shape: torch.Size, **fields: Tensor | None) -> None:
+    def __init__(
+        self, spec: Spec, dtype: torch.dtype, shape: torch.Size, whole: bool = True, **fields: Tensor | None
+    ) -> None:
         self.spec = spec
+        self.whole = whole
         for name in type(self).roles:
             setattr(self, name, fields.get(name))
 
@@ -226,12 +234,18 @@ class QTensor(torch.Tensor):
         """The field tensors that are there, by name."""
         return {name: t for name in type(self).roles if (t := getattr(self, name)) is not None}
 
-    def like(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, fields: Mapping[str, Tensor | None]) -> QTensor:
+    def like(
+        self,
+        shape: torch.Size | Sequence[int],
+        dtype: torch.dtype,
+        fields: Mapping[str, Tensor | None],
+        whole: bool = True,
+    ) -> QTensor:
         """A QTensor of the same Spec from other fields."""
-        return type(self)(self.spec, dtype, torch.Size(shape), **fields)
+        return type(self)(self.spec, dtype, torch.Size(shape), whole, **fields)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> QTensor:
-        """Apply a shape-preserving function to every field."""
+        """A copy with a shape-preserving function applied to every field."""
         return self.like(self.shape, self.dtype, {name: fn(t) for name, t in self.fields().items()})
 
     @property
@@ -241,22 +255,23 @@ class QTensor(torch.Tensor):
             t.nbytes_packed if isinstance(t, QTensor) else t.numel() * t.element_size() for t in self.fields().values()
         )
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Spec, torch.dtype]]:
-        return list(self.fields()), (self.spec, self.dtype)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Spec, torch.dtype, bool]]:
+        return list(self.fields()), (self.spec, self.dtype, self.whole)
 
     @classmethod
     def __tensor_unflatten__(
-        cls, inner: dict[str, Tensor], context: tuple[Spec, torch.dtype], outer_size: Any, outer_stride: Any
+        cls, inner: dict[str, Tensor], context: tuple[Spec, torch.dtype, bool], outer_size: Any, outer_stride: Any
     ) -> QTensor:
-        spec, dtype = context
-        return cls(spec, dtype, outer_size, **inner)
+        spec, dtype, whole = context
+        return cls(spec, dtype, outer_size, whole, **inner)
 
     def _stable_hash_for_caching(self) -> str:
         """The key under which AOTAutograd may reuse a compiled graph: it must change when the numerics do.
 
         Code that is reached through a tensor subclass is not part of PyTorch's key, hence the digest of our sources.
         """
-        parts = [type(self).__name__, repr(self.spec), str(self.dtype), str(tuple(self.shape)), sources_digest()]
+        parts = [type(self).__name__, repr(self.spec), str(self.dtype), str(self.whole), str(tuple(self.shape))]
+        parts.append(sources_digest())
         for name, t in self.fields().items():
             inner = t._stable_hash_for_caching() if isinstance(t, QTensor) else ""
             parts += [name, str(t.dtype), str(tuple(t.shape)), str(t.stride()), str(t.device), inner]
@@ -330,16 +345,15 @@ def _first(fields: Mapping[str, Tensor | None]) -> Tensor:
 
 
 def _strides(shape: torch.Size, first: Tensor) -> list[int]:
-    """Dense strides in the dim order of the first field, so that a transposed QTensor says that it is transposed."""
-    order = list(range(len(shape)))
-    if first.dim() == len(shape):
-        order.sort(key=lambda d: (-first.stride(d), d))
-    strides = [1] * len(shape)
-    step = 1
-    for d in reversed(order):
-        strides[d] = step
-        step = step * max(shape[d], 1)
-    return strides
+    """The strides that the data would have if the first field were not packed: a transposed, sliced or expanded QTensor
+    says so, and `contiguous()` knows what to do."""
+    if first.dim() != len(shape):
+        return torch.empty(shape, device="meta").stride()  # type: ignore[return-value]
+    packed = next((d for d in range(len(shape)) if first.shape[d] != shape[d]), None)
+    if packed is None:
+        return list(first.stride())
+    inner, full, small = first.stride(packed), shape[packed], first.shape[packed]
+    return [s * full // small if s > inner else s for s in first.stride()]
 
 
 @functools.cache

@@ -50,6 +50,11 @@ def _per_row(spec: Spec | None, kind: type[Spec]) -> bool:
     return isinstance(spec, kind) and spec.block in ((1, -1), (-1, -1))  # type: ignore[attr-defined]
 
 
+def _scaled_by_row(w: IntxTensor | Float8Tensor) -> bool:
+    """Whether the scale is (N, 1) or (1, 1), so that it can be applied to the sum over K."""
+    return w.scale.shape[1] == 1 and w.scale.shape[0] in (1, w.shape[0])
+
+
 def _int_mm_accepts(x: Tensor, w: QTensor) -> bool:
     act = w.spec.act
     fits = x.device.type != "cuda" or (w.shape[0] % 8 == 0 and w.shape[1] % 8 == 0)
@@ -57,7 +62,7 @@ def _int_mm_accepts(x: Tensor, w: QTensor) -> bool:
         isinstance(w, IntxTensor)
         and w.qdata.dtype == torch.int8
         and w.zero_point is None
-        and w.scale.shape[1] == 1
+        and _scaled_by_row(w)
         and _per_row(act, Intx)
         and act.bits == 8  # type: ignore[union-attr]
         and act.signed  # type: ignore[union-attr]
@@ -86,7 +91,7 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
 
 
 def _float8_accepts(x: Tensor, w: QTensor) -> bool:
-    return isinstance(w, Float8Tensor) and w.scale.shape[1] == 1 and _per_row(w.spec.act, Float8)
+    return isinstance(w, Float8Tensor) and _scaled_by_row(w) and _per_row(w.spec.act, Float8)
 
 
 def _has_float8(device: torch.device) -> bool:

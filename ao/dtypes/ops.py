@@ -33,8 +33,10 @@ def implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 # One field under one op. `d` is a dim of the QTensor, `n` its size, `f` the size of the field along it.
 
 
-def _map_ranked(q: QTensor, shape: Sequence[int], fn: Callable[[str, Tensor], Tensor]) -> QTensor:
-    """Apply `fn(role, field)` to the fields that have dims; the Shared ones stay."""
+def _map_ranked(
+    q: QTensor, shape: Sequence[int], fn: Callable[[str, Tensor], Tensor], whole: bool | None = None
+) -> QTensor:
+    """Apply `fn(role, field)` to the fields that have dims; the Shared ones stay. `whole` is that of q unless given."""
     fields = {}
     for name, t in q.fields().items():
         role = type(q).roles[name]
@@ -44,7 +46,17 @@ def _map_ranked(q: QTensor, shape: Sequence[int], fn: Callable[[str, Tensor], Te
                 "do this before quantizing, or quantize with the default layout"
             )
         fields[name] = aten.alias(t) if role == "shared" else fn(role, t)
-    return q.like(shape, q.dtype, fields)
+    return q.like(shape, q.dtype, fields, q.whole if whole is None else whole)
+
+
+def _keeps_blocks(q: QTensor, d: int, start: int, stop: int) -> bool:
+    """Whether [start, stop) of dim `d` takes blocks whole or not at all."""
+    for name, t in q.fields().items():
+        if type(q).roles[name] == "per_block" and name != "pre_scale":
+            tile = q.shape[d] // max(t.shape[d], 1)
+            if tile > 1 and (start % tile or stop % tile):
+                return False
+    return q.whole
 
 
 def _cut(q: QTensor, role: str, t: Tensor, d: int, start: int, stop: int) -> Tensor:
@@ -91,7 +103,7 @@ def _resized(shape: Sequence[int], d: int, size: int) -> list[int]:
 
 @implements(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def alias(q: QTensor) -> QTensor:
-    return q.map(aten.alias)
+    return q.like(q.shape, q.dtype, {name: aten.alias(t) for name, t in q.fields().items()}, q.whole)
 
 
 @implements(aten.slice.Tensor)
@@ -101,7 +113,8 @@ def slice_(q: QTensor, dim: int = 0, start: int | None = None, end: int | None =
     lo = _index(n, start, 0)
     hi = max(_index(n, end, n), lo)
     if step == 1:
-        return _map_ranked(q, _resized(q.shape, d, hi - lo), lambda role, t: _cut(q, role, t, d, lo, hi))
+        whole = _keeps_blocks(q, d, lo, hi)
+        return _map_ranked(q, _resized(q.shape, d, hi - lo), lambda role, t: _cut(q, role, t, d, lo, hi), whole)
 
     def stepped(role: str, t: Tensor) -> Tensor:
         if t.shape[d] == n:
@@ -110,7 +123,8 @@ def slice_(q: QTensor, dim: int = 0, start: int | None = None, end: int | None =
             return aten.alias(t)
         raise _cannot_cut(q, d, lo, hi, f"blocked, and the step is {step}", n)
 
-    return _map_ranked(q, _resized(q.shape, d, -(-(hi - lo) // step)), stepped)
+    whole = _keeps_blocks(q, d, lo, lo + 1)
+    return _map_ranked(q, _resized(q.shape, d, -(-(hi - lo) // step)), stepped, whole)
 
 
 @implements(aten.select.int)
@@ -127,7 +141,7 @@ def select(q: QTensor, dim: int, index: int) -> QTensor:
             raise _cannot_cut(q, d, i, i + 1, f"packed in chunks of {q.unit}", q.unit)
         return aten.select(t, d, i * f // n)
 
-    return _map_ranked(q, [s for k, s in enumerate(q.shape) if k != d], one)
+    return _map_ranked(q, [s for k, s in enumerate(q.shape) if k != d], one, _keeps_blocks(q, d, i, i + 1))
 
 
 @implements(aten.split_with_sizes.default)
@@ -197,14 +211,30 @@ def view(q: QTensor, size: Sequence[int]) -> QTensor:
     if list(q.shape) == shape:
         return alias(q)
     groups = _view_groups(list(q.shape), shape)
+    whole = q.whole
+
+    def sizes(role: str, field_shape: Sequence[int]) -> list[int]:
+        out: list[int] = []
+        for old, new in groups:
+            out += _view_sizes(q, role, [(q.shape[d], field_shape[d]) for d in old], [shape[d] for d in new], shape)
+        return out
 
     def viewed(role: str, t: Tensor) -> Tensor:
-        sizes: list[int] = []
-        for old, new in groups:
-            sizes += _view_sizes(q, role, [(q.shape[d], t.shape[d]) for d in old], [shape[d] for d in new], shape)
-        return aten.view(t, sizes)
+        nonlocal whole
+        try:
+            return aten.view(t, sizes(role, t.shape))
+        except ValueError:
+            if role != "per_block":
+                raise
+        # Blocks of several rows: give each row its own copy of their qparams. The view can be read, not written.
+        rows = [f if d in [old[-1] for old, _ in groups if len(old)] else n for d, (n, f) in enumerate(zip(q.shape, t.shape))]
+        made = aten.view(expand(dense(t), rows), sizes(role, rows))
+        whole = False
+        return made
 
-    return _map_ranked(q, shape, viewed)
+    made = _map_ranked(q, shape, viewed)
+    made.whole = whole
+    return made
 
 
 def _infer(size: Sequence[int], numel: int) -> list[int]:
@@ -380,6 +410,11 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
                 t.copy_(source.fields()[name], non_blocking)
             return target
         source = source.decode_scaled()
+    if not target.whole:
+        raise ValueError(
+            f"this {type(target).__name__} of shape {tuple(target.shape)} is a view that shares the scales of its blocks with "
+            "elements outside of it, so it cannot be quantized anew in place; write to the whole tensor, or .clone() the view"
+        )
     values = source.to(target.device, torch.float32, non_blocking=non_blocking).expand(target.shape)
     fields = target.fields()
     if any(role == "opaque" and name in fields for name, role in type(target).roles.items()):
@@ -477,7 +512,7 @@ def gather(q: QTensor, d: int, index: Tensor) -> QTensor:
             return gather(t, d, where)
         return aten.index(t, [None] * d + [where])
 
-    return _map_ranked(q, [*q.shape[:d], *index.shape, *q.shape[d + 1 :]], gathered)
+    return _map_ranked(q, [*q.shape[:d], *index.shape, *q.shape[d + 1 :]], gathered, True)
 
 
 @implements(aten.equal.default)

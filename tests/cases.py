@@ -1,0 +1,65 @@
+"""The registry of dtypes: one line each, and every shared test runs on it.
+
+`rmse` is the pinned root mean square error of quantizing `weight()`, relative to its own; a change of numerics is a change
+of one number here. `x` is what the activation costs: the error of a linear against float32, in dB, must exceed it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ao.dtypes import NF4, Codebook, Float8, Intx, Spec
+
+SHAPE = (128, 256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A Spec and what is known of it."""
+
+    spec: Spec
+    rmse: float
+
+    def __str__(self) -> str:
+        return repr(self.spec).replace(" ", "")
+
+
+def weight(shape: tuple[int, ...] = SHAPE, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A normal weight, the same on every machine."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+SIXTEENTHS = tuple((i - 8) / 8 for i in range(17) if i != 8)
+BYTES = tuple((i - 127.5) / 127.5 for i in range(256))
+
+CASES = [
+    Case(Intx(8), 0.0),
+    Case(Intx(8, (1, 32)), 0.0),
+    Case(Intx(8, (-1, -1)), 0.0),
+    Case(Intx(8, signed=False, symmetric=False), 0.0),
+    Case(Intx(8, narrow=True), 0.0),
+    Case(Intx(7, (1, 64)), 0.0),
+    Case(Intx(6, (32, 32)), 0.0),
+    Case(Intx(5), 0.0),
+    Case(Intx(4, (1, 32)), 0.0),
+    Case(Intx(4, (1, 128), signed=False), 0.0),
+    Case(Intx(4, (1, 64), symmetric=True, clip=False), 0.0),
+    Case(Intx(4, (1, 32), zero_point="float", scale_dtype="bfloat16"), 0.0),
+    Case(Intx(3, (1, 64)), 0.0),
+    Case(Intx(2, (1, 32), symmetric=True), 0.0),
+    Case(Intx(1, (1, 32), symmetric=True), 0.0),
+    Case(Float8(), 0.0),
+    Case(Float8("e5m2", (-1, -1)), 0.0),
+    Case(Float8(block=(32, 64)), 0.0),
+    Case(Codebook(), 0.0),
+    Case(NF4, 0.0),
+    Case(Codebook(SIXTEENTHS, (1, 32)), 0.0),
+    Case(Codebook(BYTES, (1, -1)), 0.0),
+    Case(Intx(8, act=Intx(8)), 0.0),
+    Case(Intx(8, act=Intx(8, symmetric=False)), 0.0),
+    Case(Intx(4, (1, 32), symmetric=True, act=Intx(8, symmetric=False)), 0.0),
+    Case(Float8(act=Float8()), 0.0),
+]

@@ -296,6 +296,12 @@ class QTensor(torch.Tensor):
         memo[id(self)] = copy
         return copy
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        fields = {name: t if isinstance(t, QTensor) else as_bytes(t) for name, t in self.fields().items()}
+        dtypes = {name: t.dtype for name, t in self.fields().items()}
+        flags = (self.whole, self.requires_grad, isinstance(self, torch.nn.Parameter))
+        return _rebuild, (type(self), self.spec, self.dtype, tuple(self.shape), fields, dtypes, flags)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FUNCTIONS:
@@ -311,13 +317,37 @@ class QTensor(torch.Tensor):
             return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
         if func._can_decompose():
             return func.decompose(*args, **kwargs)
-        if torch.Tag.pointwise in func.tags and func._schema.is_mutable and isinstance(args[0], QTensor):
+        if func.namespace == "aten" and func._schema.is_mutable and isinstance(args[0], QTensor):
             return _requantize_in_place(func, args, kwargs)
         name = next(type(a).__name__ for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, QTensor))
         raise NotImplementedError(
             f"{func} has no low-bit form for {name}: call .dequantize() first and .quantize() the result, "
             "or use an in-place op, which quantizes anew"
         )
+
+
+def as_bytes(t: Tensor) -> Tensor:
+    """float8 as uint8, for what does not know float8: pickle and some communication backends."""
+    return t.view(torch.uint8) if t.dtype.is_floating_point and t.element_size() == 1 else t
+
+
+def _rebuild(
+    cls: type[QTensor],
+    spec: Spec,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    fields: dict[str, Tensor],
+    dtypes: dict[str, torch.dtype],
+    flags: tuple[bool, bool, bool],
+) -> QTensor:
+    """What a pickled QTensor becomes."""
+    whole, requires_grad, is_parameter = flags
+    made = {k: t if t.dtype == dtypes[k] else t.view(dtypes[k]) for k, t in fields.items()}
+    q = cls(spec, dtype, torch.Size(shape), whole, **made)
+    return torch.nn.Parameter(q, requires_grad) if is_parameter else q.requires_grad_(requires_grad)
+
+
+torch.serialization.add_safe_globals([_rebuild])
 
 
 def _requantize_in_place(func: Any, args: Any, kwargs: Any) -> QTensor:

@@ -82,13 +82,12 @@ class Codebook(Spec):
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """scale of shape `grid`: float32, or quantized by `scale_spec`."""
-        scale = amax_abs(x, grid).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = amax_abs(x, grid)
         return {"scale": scale if self.scale_spec is None else self.scale_spec.quantize(scale)}
 
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
         """The nearest entries of the table for `x` (float32) under the given scale."""
-        step = dense(scale).clamp(min=torch.finfo(torch.float32).tiny)
-        unit = (to_blocks(x, scale.shape) * in_blocks(reciprocal(step))).reshape(x.shape)
+        unit = (to_blocks(x, scale.shape) * in_blocks(reciprocal(dense(scale)))).reshape(x.shape)
         table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
         middles = [(a + b) / 2 for a, b in zip(self.values, self.values[1:])]
         if len(middles) < 16:

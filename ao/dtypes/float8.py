@@ -26,7 +26,7 @@ class Float8(Spec):
     format: "e4m3" or "e5m2".
     block: elements that share a scale: (1, -1) per row, (-1, -1) per tensor, (1, 128) or (128, 128) blocks.
 
-        scale = clamp(max|x|, 1e-12) / max(format),    q = cast(clamp(x / scale, -max, max))
+        scale = max|x| / max(format),    q = cast(clamp(x / scale, -max, max))
 
     A block of zeros keeps its zeros; a NaN in a block makes the block NaN, it is not hidden.
     """
@@ -50,7 +50,7 @@ class Float8(Spec):
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """scale of shape `grid`, float32."""
-        return {"scale": amax_abs(x, grid).clamp(min=1e-12) * (1 / self.max)}
+        return {"scale": amax_abs(x, grid) * (1 / self.max)}
 
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
         """Round `x` (float32) to the format under the given scale."""

@@ -16,9 +16,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, in_blocks, mean_abs, to_blocks
-from .rounding import reciprocal
-
-_TINY = torch.finfo(torch.float32).tiny
+from .rounding import reciprocal, round_to
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,14 +102,17 @@ class Intx(Spec):
             scale = hi * (1 / max(self.qmax, 1))
             if self.signed:
                 scale = torch.maximum(scale, lo * (1 / self.qmin))
-        return {"scale": scale.clamp(min=_TINY).to(dtype)}
+        return {"scale": round_to(scale, dtype)}
 
     def _asymmetric(self, lo: Tensor, hi: Tensor, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
         if self.zero_point == "int":
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        scale = ((hi - lo) * (1 / steps)).clamp(min=_TINY).to(dtype)
+        scale = (hi - lo) * (1 / steps)
         if self.zero_point == "float":
-            return {"scale": scale, "zero_point": (self.qmin - _product(lo, reciprocal(scale))).to(dtype)}
+            # Nearly equal numbers far from 0 would need a zero point beyond what float32 resolves.
+            scale = round_to(torch.maximum(scale, torch.maximum(lo.abs(), hi.abs()) * 2**-20), dtype)
+            return {"scale": scale, "zero_point": round_to(self.qmin - _product(lo, reciprocal(scale)), dtype)}
+        scale = round_to(scale, dtype)
         zero_point = (self.qmin - (lo * reciprocal(scale)).round()).clamp(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
 

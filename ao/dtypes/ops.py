@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import OPS, QTensor, dense, quantize_fields
+from .base import OPS, QTensor, as_bytes, dense, quantize_fields
 from .blocks import expand
 
 aten = torch.ops.aten
@@ -119,8 +119,11 @@ def slice_(q: QTensor, dim: int = 0, start: int | None = None, end: int | None =
     def stepped(role: str, t: Tensor) -> Tensor:
         if t.shape[d] == n:
             return aten.slice(t, d, lo, hi, step)
-        if t.shape[d] == 1 and role == "per_block":
+        tile = n // max(t.shape[d], 1)
+        if role == "per_block" and t.shape[d] == 1:
             return aten.alias(t)
+        if role == "per_block" and step % tile == 0:
+            return aten.slice(t, d, lo // tile, -(-hi // tile), step // tile)
         raise _cannot_cut(q, d, lo, hi, f"blocked, and the step is {step}", n)
 
     whole = _keeps_blocks(q, d, lo, lo + 1)
@@ -521,4 +524,4 @@ def equal(a: Tensor, b: Tensor) -> bool:
     if not (isinstance(a, QTensor) and isinstance(b, QTensor)):
         return False
     same = a.shape == b.shape and a.dtype == b.dtype and _same_form(a, b)
-    return same and all(torch.equal(t, b.fields()[name]) for name, t in a.fields().items())
+    return same and all(torch.equal(as_bytes(t), as_bytes(b.fields()[name])) for name, t in a.fields().items())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import OPS, QTensor
+from .base import OPS, QTensor, as_bytes
 from .ops import alias, implements
 
 aten = torch.ops.aten
@@ -35,12 +35,7 @@ def _leaves(q: QTensor) -> Iterator[Tensor]:
     """The plain tensors that travel, in field order."""
     for name, t in q.fields().items():
         if _travels(q, name):
-            yield from _leaves(t) if isinstance(t, QTensor) else (_as_bytes(t.contiguous()),)
-
-
-def _as_bytes(t: Tensor) -> Tensor:
-    """float8 as uint8: not every communication backend knows float8."""
-    return t.view(torch.uint8) if t.dtype.is_floating_point and t.element_size() == 1 else t
+            yield from _leaves(t) if isinstance(t, QTensor) else (as_bytes(t.contiguous()),)
 
 
 def _rebuild(q: QTensor, leaves: Iterator[Tensor], dtype: torch.dtype, world: int) -> QTensor:
@@ -126,9 +121,9 @@ def _run(op: Any, outputs: list[Any], args: tuple[Any, ...]) -> Any:
         def field(value: Any, name: str = name) -> Any:
             if isinstance(value, (list, tuple)):
                 return [field(v, name) for v in value]
-            return _as_bytes(getattr(value, name).contiguous()) if isinstance(value, QTensor) else value
+            return as_bytes(getattr(value, name).contiguous()) if isinstance(value, QTensor) else value
 
-        out = [_as_bytes(getattr(q, name)) for q in outputs]
+        out = [as_bytes(getattr(q, name)) for q in outputs]
         inputs = tuple(field(a) for a in args)
         work = _run(op, out, inputs) if isinstance(t, QTensor) else op(out, *inputs)[1]
         work.wait()

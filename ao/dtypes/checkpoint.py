@@ -1,0 +1,407 @@
+"""Checkpoints: a state dict, quantized tensors included, in plain safetensors files. No pickle. Format version 1.
+
+Names. A plain tensor is stored under its own name, a `QTensor` as its fields, each as `<name>.<field>`
+(`layer.weight.qdata`, `layer.weight.scale`), and a field that is itself quantized one level deeper
+(`layer.weight.scale.qdata`). All are contiguous. Two tensors that would need the same name are refused.
+
+Header. The metadata of a file (str to str) are `format`, which is "pt", and `ao`, the JSON text of
+
+    {"version": 1, "tensors": {<name>: <entry>, ...}}       every name of the state dict, in its order
+
+where an entry is one of
+
+    null                                                     a plain tensor
+    {"spec": <spec>, "dtype": "bfloat16", "shape": [N, K],   a QTensor: its Spec; the dtype and the shape to which it
+     "fields": {<field>: <entry>, ...}}                      dequantizes; its fields, null or quantized themselves
+    {"same_as": <name>, "parameter": <bool>}                 one more name of the tensor `<name>` above it in this file;
+                                                             parameter: whether all of its names were nn.Parameters
+
+and a spec is `Spec.to_dict()`: {"type": <class>, <setting that differs from its default>: <value>, ...}, with tuples as
+lists and Specs nested. The QTensor class is the one that belongs to the Spec. Tensors are tied if they are the same
+view of the same memory (device, address, dtype, shape, strides); those that overlap in another way are stored apart.
+
+Files. A path that ends in `.safetensors` is one file. Any other path is a folder, with `model.safetensors` or, above
+`max_shard_size`, with shards and a `model.safetensors.index.json` as Hugging Face has them: {"metadata": {"total_size":
+<bytes>}, "weight_map": {<stored name>: <file>, ...}}. Shards are called `model-00001-of-00003.safetensors`, or
+`model-2-00001-of-00003.safetensors`, `model-3-...` where the folder has such files already. The fields of a QTensor and
+the names of a tied tensor stay in one shard, whose header describes its own tensors only: each shard is a whole file.
+
+A folder is read by this rule, which is transformers' too: `model.safetensors` if there is one, else what the index
+lists; other files do not count. `save` writes into no file that exists: each is made in a folder `.<name>.<32 hex digits>.tmp`
+beside it, flushed to disk, and moved into place. One rename or removal makes the new checkpoint the current one: moving
+`model.safetensors` into place, or the index, or, where shards follow a single file, removing `model.safetensors` last.
+A save that is killed before this step leaves the old checkpoint whole, after it, the new one. The next save that
+succeeds removes what was left over: all files of the names above that its own checkpoint does not use. One process at a
+time may save to a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import QTensor, Spec
+
+VERSION = 1
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_OURS = r"model\.safetensors(\.index\.json)?|model(-\d+)?-\d{5}-of-\d{5}\.safetensors"
+
+Part = tuple[dict[str, Any], dict[str, Tensor]]
+"""Entries of a header, and the plain tensors that they describe, by stored name."""
+
+
+def save(
+    model_or_state_dict: torch.nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a state dict to safetensors files, quantized tensors included, atomically replacing what was there.
+
+    model_or_state_dict: a module stands for its state_dict(). Tensors may be on any device.
+    path: a file if it ends in `.safetensors`, else a folder, made if need be.
+    max_shard_size: bytes, or a string like "5GB" (5 * 10**9) or "512MiB", above which a folder gets several files.
+
+    Takes memory for those tensors of one file that are not contiguous or not on the CPU.
+    Raises TypeError for a value that is no tensor or has no form in a safetensors file; ValueError for names that
+    clash, a tensor without values (meta device), a malformed max_shard_size. An earlier checkpoint stays as it was.
+    """
+    _safetensors()
+    path, limit = Path(path), _bytes(max_shard_size)
+    if isinstance(model_or_state_dict, torch.nn.Module):
+        model_or_state_dict = model_or_state_dict.state_dict(keep_vars=True)
+    parts = _parts(model_or_state_dict)
+    if path.suffix == ".safetensors":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, _shards(parts, None)[0])
+        _sweep(path.parent, re.escape(path.name), keep=[path.name])
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_folder(path, _shards(parts, limit))
+
+
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", mmap: bool = True) -> dict[str, Tensor]:
+    """The state dict that `save` wrote to a file or a folder, for `model.load_state_dict(ao.load(path), assign=True)`.
+
+    device: where the tensors go, whichever device they were saved from.
+    mmap: on the CPU, map the files, so that a page is read when it is first used. Writing to such a tensor leaves the
+        file alone. False reads everything now.
+
+    requires_grad is False throughout. A tied tensor is one object under all of its names: an nn.Parameter if all of
+    them were, since load_state_dict(assign=True) keeps a Parameter, but would wrap a tensor anew for every name.
+    Raises FileNotFoundError for a path or a shard that is not there; ValueError for a file that is damaged, was not
+    written by `save`, or needs a newer ao.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read(path, device, mmap)
+    if (path / SINGLE).exists():
+        return _read(path / SINGLE, device, mmap)
+    if not (path / INDEX).exists():
+        raise FileNotFoundError(f"ao.load: {path} holds neither {SINGLE} nor {INDEX}; give a path that ao.save wrote")
+    weight_map = _weight_map(path)
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        listed = {name for name, file in weight_map.items() if file == shard}
+        tensors.update(_read(path / shard, device, mmap, listed))
+    return tensors
+
+
+# From a state dict to files.
+
+
+def _parts(state: Mapping[str, Tensor]) -> list[Part]:
+    """One part for each tensor, all of its names included."""
+    tied: dict[Hashable, list[str]] = {}
+    for name, t in state.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"ao.save stores tensors, and {name!r} is of type {type(t).__name__}; leave it out")
+        memory = [_memory(leaf) for _, leaf in _leaves(name, t)]
+        tied.setdefault((repr(_entry(t)), *memory), []).append(name)
+    owners = {**dict(zip(state, state, strict=True)), "__metadata__": "the header of a safetensors file"}
+    parts = []
+    for name, *others in tied.values():
+        leaves = dict(_leaves(name, state[name]))
+        for stored in leaves:
+            if (owner := owners.setdefault(stored, name)) != name:
+                raise ValueError(
+                    f"ao.save: {name!r} is stored as {stored!r}, the name of {owner!r}; rename one of them"
+                )
+        parameter = all(isinstance(state[n], torch.nn.Parameter) for n in (name, *others))
+        entries = {name: _entry(state[name]), **{n: {"same_as": name, "parameter": parameter} for n in others}}
+        parts.append((entries, leaves))
+    return parts
+
+
+def _entry(t: Tensor) -> dict[str, Any] | None:
+    if not isinstance(t, QTensor):
+        return None
+    fields = {field: _entry(f) for field, f in t.fields().items()}
+    return {"spec": t.spec.to_dict(), "dtype": _dtype_name(t), "shape": list(t.shape), "fields": fields}
+
+
+def _dtype_name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _leaves(name: str, t: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors of which `t` is made, by stored name."""
+    if isinstance(t, QTensor):
+        if type(t) is not t.spec.tensor_type:
+            raise TypeError(
+                f"ao.save: {name!r} is a {type(t).__name__}, which {t.spec} does not restore; convert it first"
+            )
+        for field, f in t.fields().items():
+            yield from _leaves(f"{name}.{field}", f)
+    elif type(t) not in (Tensor, torch.nn.Parameter) or t.layout is not torch.strided:
+        raise TypeError(
+            f"ao.save stores dense tensors and QTensors, and {name!r} is a {type(t).__name__} of layout {t.layout}; "
+            "convert it first (.full_tensor() of a DTensor, .to_dense() of a sparse tensor)"
+        )
+    elif t.is_meta:
+        raise ValueError(f"ao.save: {name!r} is on the meta device and has no values to save; load some first")
+    else:
+        yield name, t.detach()
+
+
+def _memory(t: Tensor) -> Hashable:
+    """Equal for equal views of the same memory. Empty tensors have none, and are never tied."""
+    return (t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()) if t.numel() else object()
+
+
+def _shards(parts: list[Part], limit: int | None) -> list[Part]:
+    """The parts joined, in order, into as few as stay within `limit` bytes. None is cut."""
+    shards: list[Part] = [({}, {})]
+    size = 0
+    for entries, leaves in parts:
+        more = sum(t.nbytes for t in leaves.values())
+        if limit is not None and size and size + more > limit:
+            shards.append(({}, {}))
+            size = 0
+        shards[-1][0].update(entries)
+        shards[-1][1].update(leaves)
+        size += more
+    return shards
+
+
+def _bytes(size: int | str) -> int:
+    units = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", size) if isinstance(size, str) else None
+    if units:
+        size = int(float(units[1]) * (1024 if units[3] else 1000) ** " KMGT".index(units[2] or " "))
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"ao.save: max_shard_size is in bytes, or like '5GB' or '512MiB', got {size!r}")
+    return size
+
+
+def _write_folder(folder: Path, shards: list[Part]) -> None:
+    if len(shards) == 1:
+        _write(folder / SINGLE, shards[0])
+        _sweep(folder, _OURS, keep=[SINGLE])
+        return
+    names = _unused_names(folder, len(shards))
+    total = sum(t.nbytes for _, leaves in shards for t in leaves.values())
+    weight_map = {stored: name for name, (_, leaves) in zip(names, shards, strict=True) for stored in leaves}
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    begun: list[str] = []
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            begun.append(name)
+            _write(folder / name, shard)
+        begun.append(INDEX)
+        _replace(folder / INDEX, lambda file: file.write_text(index, encoding="utf-8"))
+        (folder / SINGLE).unlink(missing_ok=True)
+    except BaseException:
+        # Even so the new checkpoint may be the current one, if this is an interrupt that came late.
+        with contextlib.suppress(OSError, ValueError):
+            _sweep(folder, "|".join(map(re.escape, begun)), keep=_current(folder))
+        raise
+    _sweep(folder, _OURS, keep=[INDEX, *names])
+
+
+def _unused_names(folder: Path, count: int) -> list[str]:
+    prefixes = ("model" if i == 1 else f"model-{i}" for i in itertools.count(1))
+    series = ([f"{p}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] for p in prefixes)
+    return next(names for names in series if not any((folder / name).exists() for name in names))
+
+
+def _current(folder: Path) -> list[str]:
+    """The files that `load` would read."""
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    return [INDEX, *_weight_map(folder).values()] if (folder / INDEX).exists() else []
+
+
+def _sweep(folder: Path, names: str, keep: Collection[str]) -> None:
+    """Remove the files, but those in `keep`, whose name matches the pattern `names`, and what killed runs left of them."""
+    for file in folder.iterdir():
+        if file.name in keep or not re.fullmatch(rf"{names}|\.({names})\.[0-9a-f]{{32}}\.tmp", file.name):
+            continue
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # Windows keeps a file that is mapped; the next save will try again
+                file.unlink()
+
+
+def _write(path: Path, part: Part) -> None:
+    entries, leaves = part
+    header = json.dumps({"version": VERSION, "tensors": entries})
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, t in leaves.items():
+        t = t.resolve_conj().resolve_neg().cpu().contiguous()
+        # save_file refuses tensors that overlap.
+        tensors[name] = t.clone() if t.untyped_storage().data_ptr() in storages else t
+        storages.add(t.untyped_storage().data_ptr())
+    save_file = _safetensors().torch.save_file
+    try:
+        _replace(path, lambda file: save_file(tensors, file, metadata={"format": "pt", "ao": header}))
+    except KeyError as e:
+        names = [name for name, t in tensors.items() if t.dtype in e.args]
+        raise TypeError(f"ao.save: safetensors has no {e}, the dtype of {names}; convert it first") from e
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Make `path` with `write(file)` so that it is at any moment the old file or the new one, whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        file = temporary / path.name
+        write(file)
+        # safetensors 0.8 makes files that nobody else may read; the folder has the mode that the umask gives.
+        file.chmod(temporary.stat().st_mode & 0o666)
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(file, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
+                os.fsync(folder)
+            os.close(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# From files to a state dict.
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        if any(Path(file).name != file for file in weight_map.values()):
+            raise ValueError("it lists files outside of its folder")
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"ao.load: {folder / INDEX} is no index of shards ({e}); copy or save it again") from e
+    return weight_map
+
+
+def _read(path: Path, device: torch.device | str, mmap: bool, listed: set[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of one file. listed: the stored names that the index gives for it."""
+    safetensors = _safetensors()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"ao.load: there is no {path}; " + ("copy it too" if listed else "give a path that ao.save wrote")
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            entries = _header(file.metadata() or {})
+            names = set(file.keys())
+            if listed is not None and listed != names:
+                raise ValueError(
+                    f"{INDEX} and this file differ in {sorted(listed ^ names)}; copy or save all files again"
+                )
+
+            def get(name: str) -> Tensor:
+                if name not in names:
+                    raise ValueError(f"it lacks {name!r}, which its header describes; save it again")
+                names.remove(name)
+                t: Tensor = file.get_tensor(name)
+                return t.to(device, copy=not mmap)
+
+            tensors = _tensors(entries, get)
+            if names:
+                raise ValueError(f"it holds {sorted(names)}, which its header does not describe; save it again")
+            return tensors
+    except safetensors.SafetensorError as e:
+        raise ValueError(f"ao.load: {path} is no safetensors file, or is cut short ({e}); copy or save it again") from e
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"ao.load: {path} has a damaged header ({type(e).__name__}: {e}); save it again") from e
+    except ValueError as e:
+        raise ValueError(f"ao.load: {path}: {e}") from e
+
+
+def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "ao" not in metadata:
+        raise ValueError("not written by ao.save (its header has no 'ao'); read it with safetensors.torch.load_file")
+    header = json.loads(metadata["ao"])
+    if header["version"] > VERSION:
+        raise ValueError(f"its format is version {header['version']}, this ao reads up to {VERSION}; upgrade ao")
+    return dict(header["tensors"])
+
+
+def _tensors(entries: Mapping[str, Any], get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if entry is None or "same_as" not in entry:
+            tensors[name] = _tensor(name, entry, get)
+            continue
+        first = entry["same_as"]
+        if entry["parameter"] and not isinstance(tensors[first], torch.nn.Parameter):
+            tensors[first] = torch.nn.Parameter(tensors[first], requires_grad=False)
+        tensors[name] = tensors[first]
+    return tensors
+
+
+def _tensor(name: str, entry: Mapping[str, Any] | None, get: Callable[[str], Tensor]) -> Tensor:
+    if entry is None:
+        return get(name)
+    spec, shape, dtype = Spec.from_dict(entry["spec"]), torch.Size(entry["shape"]), getattr(torch, entry["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} has the dtype {entry['dtype']!r}, which torch {torch.__version__} does not know")
+    fields: dict[str, Any] = {field: _tensor(f"{name}.{field}", inner, get) for field, inner in entry["fields"].items()}
+    if unknown := sorted(fields.keys() - spec.tensor_type.roles.keys()):
+        raise ValueError(f"{name!r}: a {spec.tensor_type.__name__} has no field {unknown}; upgrade ao")
+    cause = None
+    try:
+        q = spec.tensor_type(spec, dtype, shape, **fields)
+        if _fits(q):
+            return q
+    except Exception as e:  # decode was written for fields that fit, and fails in ways of its own for others
+        cause = e
+    found = ", ".join(f"{field} {tuple(t.shape)} {_dtype_name(t)}" for field, t in fields.items())
+    raise ValueError(
+        f"{name!r} of shape {tuple(shape)}, {spec}, has fields that do not fit: {found}; save it again"
+    ) from cause
+
+
+def _fits(q: QTensor) -> bool:
+    """Whether each field has a shape that its role allows, and they decode to the shape of `q`."""
+    roles = {field: type(q).roles[field] for field in q.fields()}
+    ranked = [t for field, t in q.fields().items() if roles[field] in ("elements", "per_block")]
+    if any(t.dim() != q.dim() for t in ranked):
+        return False
+    if any(f > max(n, 1) for t in ranked for f, n in zip(t.shape, q.shape, strict=True)):
+        return False
+    # Decoding on the meta device looks at shapes only. A private layout is its device's own business.
+    return "opaque" in roles.values() or q.map(lambda t: t.to("meta")).decode_scaled().shape == q.shape
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as e:
+        raise ImportError("saving and loading checkpoints needs safetensors: pip install 'ao[hf]'") from e
+    return safetensors

@@ -1,0 +1,167 @@
+"""Under torch.compile: the same bits as eager, one graph for all batches, no recompiles between equal layers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, SHAPE, weight
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ao.dtypes import NF4, Float8, Intx, QTensor
+from ao.quant import compute_error
+
+N, K = SHAPE
+every = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@every
+def test_quantize_and_dequantize_bitwise(case, device):
+    w = weight().to(device)
+    q = torch.compile(case.spec.quantize, fullgraph=True)(w)
+    eager = case.spec.quantize(w)
+    assert isinstance(q, QTensor) and torch.equal(q, eager)
+    assert torch.equal(torch.compile(lambda t: t.dequantize(), fullgraph=True)(q), eager.dequantize())
+
+
+@every
+def test_fake_quantize(case):
+    w = weight().requires_grad_()
+    out = torch.compile(case.spec.fake_quantize, fullgraph=True, backend="aot_eager")(w)
+    assert torch.equal(out, case.spec.quantize(w.detach()).dequantize())
+    out.backward(torch.full_like(out, 2.0))
+    assert torch.equal(w.grad, torch.full_like(w, 2.0))
+
+
+def linear(case, device="cpu"):
+    layer = nn.Linear(K, N, device=device)
+    layer.weight = nn.Parameter(case.spec.quantize(weight().to(device)), requires_grad=False)
+    return layer
+
+
+@every
+def test_one_graph_for_all_batches(case):
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = linear(case)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for batch in (2, 3, 7, 16, 17, 64):
+            x = weight((batch, K), batch)
+            assert compute_error(layer(x), compiled(x)) > 60
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.spec in (Intx(8), Intx(4, (1, 32)), NF4, Intx(8, act=Intx(8)), Float8(act=Float8()))], ids=str)
+def test_linear_with_inductor(case, device):
+    layer = linear(case, device)
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        for batch in (1, 2, 33):
+            x = weight((batch, K), batch).to(device)
+            assert compute_error(layer(x), compiled(x)) > 60
+    x = weight((4, K), 1).to(device).requires_grad_()
+    compiled(x).sum().backward()
+    grad, x.grad = x.grad, None
+    layer(x).sum().backward()
+    assert compute_error(x.grad, grad) > 60
+
+
+@every
+def test_equal_layers_share_a_graph(case):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, layer.weight)
+
+    with torch.no_grad():
+        for _ in range(4):
+            forward(linear(case), weight((4, K), 1))
+    assert counter.frame_count == 1
+
+
+@every
+def test_structural_ops_in_graph(case):
+    def joined(q: QTensor, x: torch.Tensor) -> torch.Tensor:
+        top, bottom = q.chunk(2)
+        return F.linear(x, torch.cat([bottom, top]))
+
+    q, x = case.spec.quantize(weight()), weight((4, K), 1)
+    assert torch.equal(torch.compile(joined, fullgraph=True, backend="aot_eager")(q, x), joined(q, x))
+
+
+@every
+def test_update_in_place(case):
+    """An optimizer's step: dequantize, arithmetic, copy_, in one graph and in place."""
+
+    def step(q: QTensor, g: torch.Tensor) -> None:
+        q.copy_(q.dequantize() * 0.5 + g)
+
+    a, b = case.spec.quantize(weight()), case.spec.quantize(weight())
+    pointer = a.qdata.data_ptr()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(a, weight(seed=1))
+    step(b, weight(seed=1))
+    assert torch.equal(a, b) and a.qdata.data_ptr() == pointer
+
+
+@every
+def test_export(case):
+    exported = torch.export.export(linear(case), (weight((4, K), 1),))
+    x = weight((4, K), 2)
+    assert compute_error(linear_bias_like(exported, case)(x), exported.module()(x)) > 60
+
+
+def linear_bias_like(exported, case):
+    layer = linear(case)
+    layer.bias = nn.Parameter(exported.state_dict["bias"])
+    return layer
+
+
+def test_no_trap_of_inductor():
+    """Nothing rewrites an int8 product to `_weight_int8pack_mm`, and no view changes an item's size inside a graph."""
+    from torch._inductor.utils import run_and_get_code
+
+    for spec in (Intx(8), Intx(4, (1, 32)), Intx(3, (1, 64))):
+        q = spec.quantize(weight((512, 512), dtype=torch.bfloat16))
+        for lead in ((1,), (2, 8)):
+            x = weight((*lead, 512), 1, torch.bfloat16)
+            with torch.no_grad():
+                _, codes = run_and_get_code(torch.compile(F.linear, fullgraph=True), x, q)
+            assert "_weight_int8pack_mm" not in "".join(codes) and "aten.view.dtype" not in "".join(codes)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from ao.dtypes import Intx
+q = Intx(8).quantize(torch.ones(16, 32))
+print(torch.compile(lambda q: q.dequantize(), fullgraph=True)(q)[0, 0].item())
+"""
+
+
+def test_editing_a_dtype_recompiles(tmp_path):
+    """Two processes, one compile cache, an edit of `decode` in between: the second must not run the old kernel."""
+    import shutil
+
+    root = Path(__file__).parent.parent
+    shutil.copytree(root / "ao", tmp_path / "ao", ignore=shutil.ignore_patterns("__pycache__"))
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def run() -> float:
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+        out = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return float(out.stdout)
+
+    first = run()
+    assert first == pytest.approx(1, abs=0.01) and run() == first
+    path = tmp_path / "ao" / "dtypes" / "intx.py"
+    source = path.read_text()
+    edited = source.replace("return (values * in_blocks(self.scale.float()))", "return (values * in_blocks(2 * self.scale.float()))")
+    assert edited != source
+    path.write_text(edited)
+    assert run() == pytest.approx(2 * first)

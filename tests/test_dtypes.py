@@ -1,0 +1,413 @@
+"""What every dtype must do, from the registry: numerics, structural ops, copies, saving."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import CASES, SHAPE, weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, QTensor, Spec, to_nf4
+from ao.quant import compute_error
+
+every = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@every
+def test_pinned_error(case, device):
+    w = weight().to(device)
+    error = (case.spec.quantize(w).dequantize() - w).norm() / w.norm()
+    assert error.item() == pytest.approx(case.rmse, abs=2e-5)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dequantizes_to_the_dtype_it_came_from(case, dtype):
+    w = weight(dtype=dtype)
+    q = case.spec.quantize(w)
+    assert q.dtype == dtype and q.shape == w.shape and q.dequantize().dtype == dtype
+    assert torch.equal(q.dequantize(), case.spec.quantize(w.float()).dequantize().to(dtype))
+
+
+@every
+def test_quantizing_twice_changes_nothing(case):
+    once = case.spec.quantize(weight()).dequantize()
+    again = case.spec.quantize(once).dequantize()
+    assert (again - once).norm() <= (0.35 if getattr(case.spec, "bits", 8) < 3 else 0.1) * once.norm()
+
+
+@every
+def test_zeros_stay_zero(case, device):
+    w = weight().to(device)
+    w[3] = 0
+    w[64:96, 128:192] = 0
+    back = case.spec.quantize(w).dequantize()
+    assert back.isfinite().all()
+    exact = not (getattr(case.spec, "is_binary", False) or isinstance(case.spec, Codebook) and 0.0 not in case.spec.values)
+    if exact and getattr(case.spec, "zero_point", "int") == "int":
+        assert (back[w == 0] == 0).all()
+    else:
+        assert back[w == 0].abs().max() <= w.abs().max()
+    assert torch.equal(case.spec.quantize(torch.zeros(SHAPE)).dequantize(), torch.zeros(SHAPE))
+
+
+STRUCTURAL = {
+    "row slice": lambda t: t[32:96],
+    "col slice": lambda t: t[:, 64:128],
+    "one row": lambda t: t[5:6],
+    "strided rows": lambda t: t[::64],
+    "select": lambda t: t[3],
+    "cat rows": lambda t: torch.cat([t, t]),
+    "cat cols": lambda t: torch.cat([t, t], 1),
+    "t": lambda t: t.t(),
+    "transpose twice": lambda t: t.transpose(0, 1).transpose(0, 1),
+    "permute": lambda t: t.permute(1, 0),
+    "view flat": lambda t: t.view(-1),
+    "view flat and back": lambda t: t.view(-1)[:8192].view(32, 256),
+    "reshape": lambda t: t.reshape(4, 32, 256),
+    "unsqueeze": lambda t: t.unsqueeze(0),
+    "squeeze": lambda t: t[None].squeeze(0),
+    "expand": lambda t: t[None].expand(3, -1, -1),
+    "chunk rows": lambda t: t.chunk(2)[1],
+    "chunk cols": lambda t: t.chunk(2, 1)[1],
+    "split": lambda t: t.split([64, 64])[1],
+    "unbind": lambda t: t.unbind()[7],
+    "narrow": lambda t: t.narrow(0, 64, 64),
+    "index": lambda t: t[torch.tensor([3, 1, 100], device=t.device)],
+    "index 2-D": lambda t: t[torch.tensor([[3, -1], [0, 100]], device=t.device)],
+    "mask": lambda t: t[torch.arange(128, device=t.device) % 3 == 0],
+    "index_select": lambda t: t.index_select(0, torch.tensor([3, 1], device=t.device)),
+    "clone": lambda t: t.clone(),
+    "contiguous": lambda t: t.t().contiguous(),
+    "deepcopy": copy.deepcopy,
+    "to float16": lambda t: t.to(torch.float16),
+    "detach": lambda t: t.detach(),
+}
+
+
+@pytest.mark.parametrize("op", STRUCTURAL.values(), ids=STRUCTURAL.keys())
+@every
+def test_structural(case, op, device):
+    """D(op(q)) == op(D(q)), bit for bit, and the result is still quantized."""
+    q = case.spec.quantize(weight().to(device))
+    out, expected = op(q), op(q.dequantize())
+    assert isinstance(out, QTensor) and type(out) is type(q)
+    assert out.shape == expected.shape and out.dtype == expected.dtype
+    assert torch.equal(out.dequantize(), expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_chains_of_ops(data):
+    case = data.draw(st.sampled_from(CASES))
+    q = case.spec.quantize(weight())
+    d = q.dequantize()
+    for _ in range(data.draw(st.integers(1, 4))):
+        op = data.draw(st.sampled_from(["rows", "cols", "t", "cat", "clone", "view", "gather"]))
+        if q.dim() != 2:
+            break
+        n, k = q.shape
+        if op == "rows":
+            a = 64 * data.draw(st.integers(0, n // 64 - 1))
+            q, d = q[a : a + 64], d[a : a + 64]
+        elif op == "cols":
+            a = 64 * data.draw(st.integers(0, k // 64 - 1))
+            q, d = q[:, a : a + 64], d[:, a : a + 64]
+        elif op == "t":
+            q, d = q.t(), d.t()
+        elif op == "cat":
+            q, d = torch.cat([q, q]), torch.cat([d, d])
+        elif op == "clone":
+            q, d = q.clone(), d.clone()
+        elif op == "view" and q.is_contiguous():
+            q, d = q.unsqueeze(0).view(n, k), d.unsqueeze(0).view(n, k)
+        elif op == "gather" and getattr(q.spec, "bits", 8) == 8:
+            rows = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=64)))
+            q, d = q.index_select(0, rows), d.index_select(0, rows)
+            break
+    assert q.shape == d.shape and torch.equal(q.dequantize(), d)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.sampled_from([(1, -1), (1, 32), (-1, -1), (16, 16), (-1, 1)]),
+    st.booleans(),
+    st.sampled_from([True, False]),
+    st.sampled_from(["int", "float"]),
+    st.integers(-60, 60),
+)
+def test_intx_properties(bits, block, signed, symmetric, zero_point, power):
+    """Within half a step where nothing clips, and scaled by powers of two with the data."""
+    spec = Intx(bits, block, signed=signed, symmetric=symmetric, zero_point=zero_point, clip=False)
+    w = weight((32, 64), seed=power)
+    if symmetric and not signed:
+        w = w.abs()
+    q = spec.quantize(w)
+    assert q.qdata.numel() * 8 == w.numel() * bits
+    if not (bits == 1 and symmetric):
+        half = torch.nn.functional.interpolate(
+            q.scale[None, None].float(), size=w.shape, mode="nearest"
+        )[0, 0] * (0.5 if zero_point == "float" or symmetric else 1.0)
+        assert ((q.dequantize() - w).abs() <= half * 1.0001).all()
+    scaled = spec.quantize(w * 2.0**power)
+    assert torch.equal(scaled.qdata, q.qdata)
+    assert torch.equal(scaled.dequantize(), q.dequantize() * 2.0**power)
+
+
+@every
+def test_views_share_storage(case):
+    q = case.spec.quantize(weight())
+    for view in (q[32:96], q.t(), q.view(-1), q[:, 64:128], q.detach()):
+        assert view.qdata.untyped_storage().data_ptr() == q.qdata.untyped_storage().data_ptr()
+
+
+@every
+def test_save_and_load(case):
+    q = case.spec.quantize(weight(dtype=torch.bfloat16))
+    for value in (q, nn.Parameter(q, requires_grad=False), q[32:64]):
+        buffer = io.BytesIO()
+        torch.save({"w": value}, buffer)
+        buffer.seek(0)
+        back = torch.load(buffer, weights_only=True)["w"]
+        assert torch.equal(back, value) and back.spec == q.spec and back.dtype == q.dtype
+        assert torch.equal(pickle.loads(pickle.dumps(value)).dequantize(), value.dequantize())
+
+
+@every
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict(case, assign):
+    def build(seed: int) -> nn.Module:
+        layer = nn.Linear(SHAPE[1], SHAPE[0])
+        layer.weight = nn.Parameter(case.spec.quantize(weight(seed=seed)), requires_grad=False)
+        return layer
+
+    a, b = build(1), build(2)
+    b.load_state_dict(a.state_dict(), assign=assign)
+    assert torch.equal(a.weight, b.weight) and isinstance(b.weight, nn.Parameter)
+    with torch.device("meta"):
+        empty = nn.Linear(SHAPE[1], SHAPE[0])
+    empty.load_state_dict(a.state_dict(), assign=True)
+    x = weight((3, SHAPE[1]))
+    assert torch.equal(empty(x), a(x))
+    plain = nn.Linear(SHAPE[1], SHAPE[0])
+    plain.load_state_dict(a.state_dict())  # copies out of the quantized weight
+    assert type(plain.weight) is nn.Parameter and torch.equal(plain.weight, a.weight.dequantize())
+
+
+@every
+def test_copy_and_in_place(case):
+    spec, w = case.spec, weight()
+    q = spec.quantize(w)
+    before = q.qdata.data_ptr()
+    q.copy_(2 * w)
+    assert torch.equal(q, spec.quantize(2 * w)) and q.qdata.data_ptr() == before
+    q.copy_(spec.quantize(w))
+    assert torch.equal(q, spec.quantize(w))
+    for step in (lambda t: t.add_(w, alpha=-0.5), lambda t: t.mul_(0.5), lambda t: t.lerp_(w, 0.1), lambda t: t.zero_()):
+        expected = q.dequantize()
+        assert step(q) is q
+        step(expected)
+        assert torch.equal(q, spec.quantize(expected))
+    row_blocks = spec.grid(SHAPE)[0] == SHAPE[0]
+    if row_blocks:
+        q.copy_(w)
+        q[8:16].copy_(5 * w[8:16])
+        assert torch.equal(q[8:16].dequantize(), spec.quantize(5 * w[8:16]).dequantize())
+        assert torch.equal(q[:8].dequantize(), spec.quantize(w).dequantize()[:8])
+    else:
+        kept = q.dequantize()
+        with pytest.raises(ValueError, match="shares the scales of its blocks"):
+            q[8:16].copy_(w[8:16])
+        assert torch.equal(q.dequantize(), kept)
+
+
+@every
+def test_module_moves(case, device):
+    layer = nn.Linear(SHAPE[1], SHAPE[0])
+    layer.weight = nn.Parameter(case.spec.quantize(weight()), requires_grad=False)
+    values = layer.weight.dequantize()
+    layer.to(device)
+    assert layer.weight.device.type == device and layer.weight.qdata.device.type == device
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.weight.dequantize().cpu(), values.bfloat16())
+    assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+    layer.float()
+    assert torch.equal(layer.weight.dequantize().cpu(), values)
+
+
+@every
+def test_meta_and_fake(case):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q = case.spec.quantize(torch.empty(SHAPE, device="meta"))
+    real = case.spec.quantize(weight())
+    assert q.device.type == "meta" and q.dequantize().shape == SHAPE
+    assert {k: (t.shape, t.dtype) for k, t in q.fields().items()} == {k: (t.shape, t.dtype) for k, t in real.fields().items()}
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(real)
+        assert fake[:32].dequantize().shape == (32, SHAPE[1])
+
+
+@every
+def test_new_tensors(case):
+    q = case.spec.quantize(weight())
+    assert isinstance(torch.empty_like(q), QTensor) and isinstance(q.new_zeros(SHAPE), QTensor)
+    assert torch.equal(q.new_zeros(SHAPE).dequantize().abs().nan_to_num(), torch.zeros(SHAPE))
+    state = torch.zeros_like(q)  # an optimizer's state is not a weight
+    assert type(state) is torch.Tensor and state.shape == q.shape and state.dtype == q.dtype
+
+
+@every
+def test_nothing_dequantizes_silently(case):
+    q = case.spec.quantize(weight())
+    for op in (torch.sin, torch.sum, lambda t: t + 1, lambda t: t * t, lambda t: t == t, torch.Tensor.tolist):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            op(q)
+    plain = weight()
+    with pytest.raises(NotImplementedError, match="dequantize"):
+        plain.add_(q)
+
+
+@every
+def test_json(case):
+    import json
+
+    assert Spec.from_dict(json.loads(json.dumps(case.spec.to_dict()))) == case.spec
+
+
+@every
+@pytest.mark.parametrize("shape", [(256,), (4, 32, 256), (2, 2, 32, 64), (0, 256)], ids=str)
+def test_other_ranks(case, shape):
+    w = weight(shape)
+    if shape == (256,) and isinstance(getattr(case.spec, "block", ()), tuple) and case.spec.block[0] not in (1, -1):
+        with pytest.raises(ValueError, match="more dims"):
+            case.spec.quantize(w)
+        return
+    block = case.spec.block
+    if block[-1] > shape[-1]:
+        with pytest.raises(ValueError, match="not a multiple of its block"):
+            case.spec.quantize(w)
+        return
+    q = case.spec.quantize(w)
+    assert q.shape == shape and q.dequantize().isfinite().all()
+    if len(shape) > 2:
+        assert torch.equal(q[1].dequantize(), q.dequantize()[1])
+
+
+def sqnr(spec: Spec) -> float:
+    w = weight((1024, 1024))
+    return compute_error(w, spec.quantize(w).dequantize()).item()
+
+
+def test_published_quality():
+    """Signal to noise on a normal weight, in dB; the bars of the field."""
+    assert sqnr(Intx(8)) > 41.5
+    assert sqnr(Intx(8, (1, 128))) > 43
+    assert sqnr(Intx(4, (1, 128), symmetric=False)) > 19.5
+    assert sqnr(Intx(4, (1, 32), symmetric=False)) > 21.5
+    assert sqnr(Intx(3, (1, 128), symmetric=False)) > 13
+    assert sqnr(Float8()) > 31
+    assert sqnr(NF4) > 20.4
+
+
+@pytest.mark.parametrize("block", [(1, -1), (1, 128), (1, 32)], ids=str)
+@pytest.mark.parametrize("symmetric", [None, True, False])
+def test_more_bits_are_better(block, symmetric):
+    quality = [sqnr(Intx(bits, block, symmetric=symmetric)) for bits in range(1, 9)]
+    assert quality == sorted(quality) and len(set(quality)) == 8
+
+
+def test_storage_counts_every_field():
+    w = weight((1024, 1024), dtype=torch.bfloat16)
+    dense = w.numel() * 2
+    for spec, most in [(Intx(4, (1, 128)), 0.28), (Intx(3, (1, 128)), 0.22), (Intx(8), 0.51), (NF4, 0.27)]:
+        assert spec.quantize(w).nbytes_packed <= most * dense
+
+
+def test_golden_nf4():
+    """The table of QLoRA's appendix E, and codes of known values."""
+    table = Codebook().values
+    assert len(table) == 16 and table[0] == -1 and table[7] == 0 and table[15] == 1
+    assert table[1] == pytest.approx(-0.6961928) and table[8] == pytest.approx(0.0795803) and table[14] == pytest.approx(0.7229568)
+    q = Codebook(block=(1, 32)).quantize(torch.tensor([table + table[::-1]]) * 3)
+    assert q.scale.tolist() == [[3.0]]
+    assert q.qdata.tolist() == [[i | (15 - i) << 4 for i in range(16)]]
+    assert torch.equal(q.dequantize(), torch.tensor([table + table[::-1]]) * 3)
+
+
+def test_nf4_shapes_and_published_error():
+    for shape in ((64, 64), (3, 192), (64,), (2, 5, 128), (7, 64 * 257)):
+        q = to_nf4(weight(shape))
+        assert q.shape == shape and compute_error(weight(shape), q.dequantize()) > 19
+    w = weight((1024, 1024))
+    # The mean error that bitsandbytes documents for blocks of 64, 0.0728, from a unit normal.
+    assert (to_nf4(w).dequantize() - w).abs().mean() < 0.0732
+    with pytest.raises(ValueError, match="not a multiple of its block 64"):
+        to_nf4(weight((4, 96)))
+
+
+def test_golden_integers():
+    x = torch.tensor([[-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 0.75, -0.25]])
+    q = Intx(8).quantize(x)
+    assert q.scale.item() == pytest.approx(1 / 127.5, rel=1e-6) and q.qdata.tolist() == [[-127, -64, 0, 32, 64, 127, 96, -32]]
+    y = torch.tensor([[-1.0, -0.5, 0.0, 0.25, 0.5, 0.875, 0.75, -0.25]])
+    q = Intx(4, symmetric=False, signed=False).quantize(y)
+    assert q.scale.item() == 0.125 and q.zero_point.tolist() == [[8]] and torch.equal(q.dequantize(), y)
+    assert q.codes().tolist() == [[0, 4, 8, 10, 12, 15, 14, 6]]
+    q = Intx(4, symmetric=False).quantize(y)
+    assert q.zero_point.tolist() == [[0]] and q.codes().tolist() == [[-8, -4, 0, 2, 4, 7, 6, -2]]
+    q = Intx(1, symmetric=True).quantize(x)
+    assert q.dequantize()[0].abs().unique().item() == pytest.approx(x.abs().mean().item())
+
+
+def test_golden_float8():
+    x = torch.tensor([[448.0, 1.0, 0.1, -224.0]])
+    q = Float8().quantize(x)
+    assert q.scale.item() == 1 and q.qdata.view(torch.uint8).tolist() == [[0x7E, 0x38, 0x1D, 0xF6]]
+    q = Float8("e5m2").quantize(torch.tensor([[57344.0, 1.0]]))
+    assert q.qdata.view(torch.uint8).tolist() == [[0x7B, 0x3C]]
+    nan = Float8().quantize(torch.tensor([[1.0, float("nan")], [1.0, 2.0]]))
+    assert nan.dequantize()[0].isnan().all() and nan.dequantize()[1].isfinite().all()
+
+
+def test_pre_scale():
+    """AWQ's and SmoothQuant's multiplier is a field like any other: sliced, joined and undone by dequantize."""
+    w, scale = weight(), weight((1, 256)).abs() + 0.5
+    q = Intx(8).quantize(w, pre_scale=scale)
+    assert compute_error(w, q.dequantize()) > 35
+    x = weight((3, 256))
+    assert compute_error(x @ w.t(), torch.nn.functional.linear(x, q)) > 35
+    cut = q[:, 64:128]
+    assert cut.pre_scale.shape == (1, 64) and torch.equal(cut.dequantize(), q.dequantize()[:, 64:128])
+    q.mul_(2)
+    assert compute_error(2 * w, q.dequantize()) > 35
+
+
+def test_int4_prepacked():
+    spec = Int4Prepacked("cpu", (1, 64))
+    plain = Intx(4, (1, 64), signed=False, symmetric=False, zero_point="float").quantize(weight())
+    q = spec.quantize(weight())
+    assert (q.dequantize() - plain.dequantize()).abs().max() < 1e-5
+    x = weight((5, 256))
+    assert (torch.nn.functional.linear(x, q) - torch.nn.functional.linear(x, plain)).abs().max() < 1e-3
+    buffer = io.BytesIO()
+    torch.save(q, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True), q)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_int4_prepacked_cuda():
+    w = weight((256, 1024)).cuda().bfloat16()
+    plain = Intx(4, (1, 128), signed=False, symmetric=False, zero_point="float", scale_dtype="bfloat16").quantize(w)
+    q = Int4Prepacked("cuda", (1, 128)).quantize(w)
+    assert compute_error(plain.dequantize(), q.dequantize()) > 40
+    x = weight((5, 1024)).cuda().bfloat16()
+    assert compute_error(torch.nn.functional.linear(x, plain), torch.nn.functional.linear(x, q)) > 35

@@ -1,0 +1,219 @@
+"""A quantized weight in a matmul, an embedding and a convolution: values, shapes, gradients, paths."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, SHAPE, weight
+from torch import nn
+
+from ao.dtypes import NF4, Float8, Intx, QTensor, linear_nf4, path_name, to_nf4
+from ao.quant import compute_error
+
+N, K = SHAPE
+every = pytest.mark.parametrize("case", CASES, ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def reference(x, q, bias=None):
+    """The product of the dequantized weight, in float64."""
+    y = x.double() @ q.dequantize().double().t()
+    return y if bias is None else y + bias.double()
+
+
+@every
+@DTYPES
+def test_values(case, dtype, device):
+    """Against float64: as good as the dtype of the activation, or as its quantization, allows."""
+    q = case.spec.quantize(weight()).to(device)
+    x, bias = weight((5, K), 1, dtype).to(device), weight((N,), 2, dtype).to(device)
+    y = F.linear(x, q, bias)
+    assert y.dtype == dtype and y.shape == (5, N)
+    floor = {torch.float32: 100, torch.float16: 55, torch.bfloat16: 40}[dtype]
+    if isinstance(case.spec.act, Intx):
+        floor = min(floor, 37)
+    elif isinstance(case.spec.act, Float8):
+        floor = 28
+    assert compute_error(reference(x, q, bias), y) > floor
+
+
+@every
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (17,), (2, 3), (2, 1, 3), (0, 4)], ids=str)
+def test_shapes(case, lead, device):
+    q = case.spec.quantize(weight()).to(device)
+    x = weight((*lead, K), 1).to(device)
+    y = F.linear(x, q)
+    assert y.shape == (*lead, N)
+    if y.numel():
+        assert compute_error(reference(x, q), y) > 25
+    assert torch.equal(x @ q.t(), y) and torch.equal(torch.matmul(x, q.t()), y)
+    with torch.inference_mode():
+        assert torch.equal(F.linear(x, q), y)
+
+
+@every
+def test_gradients(case, device):
+    """To the input, through a frozen weight: as of the dequantized weight; to a trained weight: as of a dense one."""
+    q = case.spec.quantize(weight()).to(device)
+    g = weight((2, 3, N), 3).to(device)
+    x = weight((2, 3, K), 1).to(device).requires_grad_()
+    F.linear(x, q).backward(g)
+    assert compute_error(g.double() @ q.dequantize().double(), x.grad) > 100
+    layer = nn.Linear(K, N).to(device)
+    layer.weight = nn.Parameter(q)
+    layer(x.detach()).backward(g)
+    expected = g.reshape(-1, N).t().double() @ x.detach().reshape(-1, K).double()
+    assert compute_error(expected, layer.weight.grad) > 100
+    assert torch.equal(layer.bias.grad, g.sum((0, 1)))
+
+
+def test_backward_keeps_packed_fields_only():
+    q = Intx(4, (1, 32)).quantize(weight((512, 1024)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        F.linear(weight((2, 1024), 1).requires_grad_(), q)
+    assert sum(t.nbytes_packed if isinstance(t, QTensor) else t.numel() * t.element_size() for t in saved) == q.nbytes_packed
+
+
+@every
+def test_embedding(case, device):
+    """The packed rows are gathered, then decoded."""
+    q = case.spec.quantize(weight(dtype=torch.bfloat16)).to(device)
+    ids = torch.tensor([[1, 5, 127], [0, 1, 64]], device=device)
+    assert torch.equal(F.embedding(ids, q), F.embedding(ids, q.dequantize()))
+    table = nn.Embedding(N, K, padding_idx=1, device=device)
+    table.weight = nn.Parameter(q)
+    table(ids).sum().backward()
+    dense = nn.Embedding(N, K, padding_idx=1, device=device, dtype=torch.bfloat16)
+    dense(ids).sum().backward()
+    assert torch.equal(table.weight.grad, dense.weight.grad)
+    with pytest.raises(NotImplementedError, match="max_norm"):
+        F.embedding(ids, q, max_norm=1.0)
+
+
+CONVS = {
+    "conv1d": (F.conv1d, (32, 16, 3), (2, 16, 20)),
+    "conv2d": (F.conv2d, (32, 16, 3, 3), (2, 16, 9, 9)),
+    "conv2d 1x1": (F.conv2d, (32, 64, 1, 1), (2, 64, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("spec", [Intx(8, (1, -1)), Intx(4), Intx(3), Float8(), Intx(8, (-1, -1))], ids=str)
+def test_convolution(name, spec):
+    conv, shape, x_shape = CONVS[name]
+    if spec.block == (1, -1):
+        spec = type(spec)(**{**spec.settings(), "block": (1,) + (-1,) * (len(shape) - 1)})
+    w, x = weight(shape), weight(x_shape, 1).requires_grad_()
+    q = spec.quantize(w)
+    bias = weight((shape[0],), 2)
+    y = conv(x, q, bias, padding=1, stride=2)
+    assert torch.equal(y, conv(x, q.dequantize(), bias, padding=1, stride=2))
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
+    with torch.inference_mode():
+        assert torch.equal(conv(x, q, bias, padding=1, stride=2), y)
+
+
+@pytest.mark.parametrize(
+    "spec, path",
+    [
+        (Intx(8), "dequantize"),
+        (NF4, "dequantize"),
+        (Intx(8, act=Intx(8)), "int_mm"),
+        (Intx(8, (-1, -1), act=Intx(8, (-1, -1))), "int_mm"),
+        (Intx(8, act=Intx(8, symmetric=False)), "int_mm"),
+        (Intx(8, (1, 32), act=Intx(8)), "dequantize"),
+        (Intx(8, (32, -1), act=Intx(8)), "dequantize"),
+        (Intx(4, (1, 32), act=Intx(8)), "dequantize"),
+        (Float8(act=Float8()), "float8"),
+        (Float8(block=(-1, -1), act=Float8(block=(-1, -1))), "float8"),
+        (Float8(block=(32, 32), act=Float8()), "dequantize"),
+    ],
+    ids=str,
+)
+def test_paths(spec, path):
+    x, q = weight((4, K), 1), spec.quantize(weight())
+    assert path_name(x, q) == path
+    assert compute_error(x @ weight().t(), F.linear(x, q)) > (16 if getattr(spec, "bits", 8) == 4 else 28)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_paths_on_a_gpu():
+    q = Float8(act=Float8()).quantize(weight()).cuda()
+    for tokens in (1, 17, 64):
+        x = weight((tokens, K), 1).cuda()
+        assert path_name(x, q) == "scaled_mm"
+        assert compute_error(F.linear(x.cpu(), q.cpu()), F.linear(x, q).cpu()) > 45  # the emulation computes the same
+    q = Intx(8, act=Intx(8)).quantize(weight()).cuda()
+    for tokens in (1, 16, 17, 64):
+        x = weight((tokens, K), 1).cuda()
+        assert path_name(x, q) == "int_mm"
+        assert torch.equal(F.linear(x.cpu(), q.cpu()), F.linear(x, q).cpu())
+
+
+def test_int8_dynamic_against_float32():
+    """The bar of the field: 37 dB for a linear of int8 weights and int8 activations."""
+    x, w = weight((64, 1024), 1), weight((1024, 1024))
+    assert compute_error(x @ w.t(), F.linear(x, Intx(8, act=Intx(8)).quantize(w))) > 37
+
+
+def test_static_activation():
+    x, w = weight((16, K), 1), weight()
+    scale = x.abs().max() / 448
+    static = Float8(act=Float8(block=(-1, -1))).quantize(w, act_scale=scale)
+    dynamic = Float8(act=Float8(block=(-1, -1))).quantize(w)
+    assert torch.allclose(F.linear(x, static), F.linear(x, dynamic), atol=1e-4)
+    assert F.linear(10 * x, static).abs().max() < 5 * F.linear(10 * x, dynamic).abs().max()  # it saturates, it does not adapt
+
+
+def test_autocast():
+    q = Intx(8).quantize(weight())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.linear(weight((2, K), 1), q).dtype == torch.bfloat16
+
+
+def test_experts():
+    """3-D weights: one expert is a 2-D weight; a batched product decodes."""
+    q = Intx(4, (1, 32)).quantize(weight((3, N, K)))
+    x = weight((3, 5, K), 1)
+    for i in range(3):
+        assert compute_error(x[i] @ q.dequantize()[i].t(), F.linear(x[i], q[i])) > 100
+    assert compute_error(x @ q.dequantize().transpose(1, 2), x @ q.transpose(1, 2)) > 100
+    assert torch.equal(torch.bmm(x, q.transpose(1, 2)), x @ q.transpose(1, 2))
+
+
+def test_linear_nf4():
+    q = to_nf4(weight())
+    x = weight((3, K), 1).requires_grad_()
+    y = linear_nf4(x, q)
+    y.sum().backward()
+    assert torch.equal(y, F.linear(x, q)) and x.grad.shape == x.shape
+
+
+def test_adapters_train_through_a_frozen_weight():
+    base = nn.Linear(K, N)
+    base.weight = nn.Parameter(NF4.quantize(base.weight.detach()), requires_grad=False)
+    a, b = nn.Linear(K, 8, bias=False), nn.Linear(8, N, bias=False)
+    nn.init.zeros_(b.weight)
+    x, target = weight((64, K), 1), weight((64, N), 2)
+    optimizer = torch.optim.AdamW([*a.parameters(), *b.parameters()], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = F.mse_loss(base(x) + b(a(x)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    before = base.weight.dequantize()
+    delta = b.weight.detach() @ a.weight.detach()
+    base.weight.data += delta  # merging: PEFT's own expression
+    kept = ((base.weight.dequantize() - before) * delta).sum() / (delta * delta).sum()
+    assert kept == pytest.approx(1, abs=0.1)
+
+
+def test_wrong_shapes():
+    q = Intx(8).quantize(weight())
+    with pytest.raises(ValueError, match=r"input of shape \(4, 100\) does not fit the weight of shape \(128, 256\)"):
+        F.linear(torch.randn(4, 100), q)

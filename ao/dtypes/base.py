@@ -299,7 +299,8 @@ class QTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         fields = {name: t if isinstance(t, QTensor) else as_bytes(t) for name, t in self.fields().items()}
         dtypes = {name: t.dtype for name, t in self.fields().items()}
-        flags = (self.whole, self.requires_grad, isinstance(self, torch.nn.Parameter))
+        # The digest is for torch < 2.13, whose compile cache takes this pickle for its key; nothing reads it back.
+        flags = (self.whole, self.requires_grad, isinstance(self, torch.nn.Parameter), sources_digest())
         return _rebuild, (type(self), self.spec, self.dtype, tuple(self.shape), fields, dtypes, flags)
 
     @classmethod
@@ -338,10 +339,10 @@ def _rebuild(
     shape: tuple[int, ...],
     fields: dict[str, Tensor],
     dtypes: dict[str, torch.dtype],
-    flags: tuple[bool, bool, bool],
+    flags: tuple[bool, bool, bool, str],
 ) -> QTensor:
     """What a pickled QTensor becomes."""
-    whole, requires_grad, is_parameter = flags
+    whole, requires_grad, is_parameter, _ = flags
     made = {k: t if t.dtype == dtypes[k] else t.view(dtypes[k]) for k, t in fields.items()}
     q = cls(spec, dtype, torch.Size(shape), whole, **made)
     return torch.nn.Parameter(q, requires_grad) if is_parameter else q.requires_grad_(requires_grad)

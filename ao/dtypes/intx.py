@@ -16,7 +16,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, in_blocks, mean_abs, to_blocks
-from .rounding import reciprocal, round_to
+from .rounding import product, reciprocal, round_to
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,7 +111,7 @@ class Intx(Spec):
         if self.zero_point == "float":
             # Nearly equal numbers far from 0 would need a zero point beyond what float32 resolves.
             scale = round_to(torch.maximum(scale, torch.maximum(lo.abs(), hi.abs()) * 2**-20), dtype)
-            return {"scale": scale, "zero_point": round_to(self.qmin - _product(lo, reciprocal(scale)), dtype)}
+            return {"scale": scale, "zero_point": round_to(self.qmin - product(lo, reciprocal(scale)), dtype)}
         scale = round_to(scale, dtype)
         zero_point = (self.qmin - (lo * reciprocal(scale)).round()).clamp(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
@@ -126,7 +126,7 @@ class Intx(Spec):
             q = (blocks * steps).round()
         elif zero_point.is_floating_point():
             # Not x * steps + zero_point, which a compiler may or may not contract into one rounding.
-            q = ((blocks + in_blocks(_product(zero_point, scale))) * steps).round()
+            q = ((blocks + in_blocks(product(zero_point, scale))) * steps).round()
         else:
             q = (blocks * steps).round() + in_blocks(zero_point.float())
         q = q.clamp(self.qmin, self.qmax).reshape(x.shape)
@@ -138,13 +138,6 @@ class Intx(Spec):
         if self.signed:
             q = q + 2 ** (self.bits - 1)
         return pack(q.to(torch.uint8), self.bits, pack_dim(q.shape, self.bits, str(self)))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a * b rounded once, so that it can be added to without a compiler's contraction showing."""
-    if a.device.type == "mps":
-        return a.float() * b.float()
-    return (a.double() * b.double()).float()
 
 
 class IntxTensor(QTensor, spec=Intx):

@@ -18,6 +18,12 @@ def reciprocal(x: Tensor) -> Tensor:
     return torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, inverse)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a * b in float32 less its last bit, for a sum to follow: no compiler can contract the two into one rounding."""
+    bits = (a.float() * b.float()).view(torch.int32) & -2
+    return bits.view(torch.float32)
+
+
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` (float32) rounded to float32, bfloat16 or float16, half to even.
 

@@ -26,13 +26,10 @@ class Case:
     def __str__(self) -> str:
         return repr(self.spec).replace(" ", "")
 
-
     @property
     def weight_only(self) -> bool:
         """Whether the activation stays in floating point."""
         return self.spec.act is None
-
-
 
 
 def weight(shape: tuple[int, ...] = SHAPE, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,7 +13,9 @@ BITS = range(1, 9)
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(BITS), st.lists(st.integers(1, 5), max_size=2), st.integers(0, 20), st.integers(0, 2**31))
 def test_round_trip(bits, lead, bytes_, seed):
-    codes = torch.randint(0, 2**bits, (*lead, 8 * bytes_), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    codes = torch.randint(0, 2**bits, (*lead, 8 * bytes_), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
     packed = pack(codes, bits)
     assert packed.shape == (*lead, packed_size(8 * bytes_, bits)) == (*lead, bits * bytes_)
     assert torch.equal(unpack(packed, bits), codes)

@@ -55,7 +55,11 @@ def test_one_graph_for_all_batches(case):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.spec in (Intx(8), Intx(4, (1, 32)), NF4, Intx(8, act=Intx(8)), Float8(act=Float8()))], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.spec in (Intx(8), Intx(4, (1, 32)), NF4, Intx(8, act=Intx(8)), Float8(act=Float8()))],
+    ids=str,
+)
 def test_linear_with_inductor(case, device):
     layer = linear(case, device)
     compiled = torch.compile(layer, fullgraph=True)
@@ -161,7 +165,9 @@ def test_editing_a_dtype_recompiles(tmp_path):
     assert first == pytest.approx(1, abs=0.01) and run() == first
     path = tmp_path / "ao" / "dtypes" / "intx.py"
     source = path.read_text()
-    edited = source.replace("return (values * in_blocks(self.scale.float()))", "return (values * in_blocks(2 * self.scale.float()))")
+    edited = source.replace(
+        "return (values * in_blocks(self.scale.float()))", "return (values * in_blocks(2 * self.scale.float()))"
+    )
     assert edited != source
     path.write_text(edited)
     assert run() == pytest.approx(2 * first)

@@ -47,7 +47,9 @@ def test_zeros_stay_zero(case, device):
     w[64:96, 128:192] = 0
     back = case.spec.quantize(w).dequantize()
     assert back.isfinite().all()
-    exact = not (getattr(case.spec, "is_binary", False) or isinstance(case.spec, Codebook) and 0.0 not in case.spec.values)
+    exact = not (
+        getattr(case.spec, "is_binary", False) or (isinstance(case.spec, Codebook) and 0.0 not in case.spec.values)
+    )
     if exact and getattr(case.spec, "zero_point", "int") == "int":
         assert (back[w == 0] == 0).all()
     else:
@@ -150,9 +152,9 @@ def test_intx_properties(bits, block, signed, symmetric, zero_point, power):
     q = spec.quantize(w)
     assert q.qdata.numel() * 8 == w.numel() * bits
     if not (bits == 1 and symmetric):
-        half = torch.nn.functional.interpolate(
-            q.scale[None, None].float(), size=w.shape, mode="nearest"
-        )[0, 0] * (0.5 if zero_point == "float" or symmetric else 1.0)
+        half = torch.nn.functional.interpolate(q.scale[None, None].float(), size=w.shape, mode="nearest")[0, 0] * (
+            0.5 if zero_point == "float" or symmetric else 1.0
+        )
         assert ((q.dequantize() - w).abs() <= half * 1.0001).all()
     scaled = spec.quantize(w * 2.0**power)
     assert torch.equal(scaled.qdata, q.qdata)
@@ -208,11 +210,22 @@ def test_copy_and_in_place(case):
     assert torch.equal(q, spec.quantize(2 * w)) and q.qdata.data_ptr() == before
     q.copy_(spec.quantize(w))
     assert torch.equal(q, spec.quantize(w))
-    for step in (lambda t: t.add_(w, alpha=-0.5), lambda t: t.mul_(0.5), lambda t: t.lerp_(w, 0.1), lambda t: t.zero_()):
+    expected = q.dequantize()
+    for step in (
+        lambda t: t.add_(w, alpha=-0.5),
+        lambda t: t.mul_(0.5),
+        lambda t: t.lerp_(w, 0.1),
+        lambda t: t.zero_(),
+        lambda t: t.copy_(w),
+    ):
         expected = q.dequantize()
         assert step(q) is q
         step(expected)
         assert torch.equal(q, spec.quantize(expected))
+    expected = q.dequantize()
+    turned = q.t()
+    turned.mul_(2)
+    assert torch.equal(q.dequantize(), spec.quantize(2 * expected).dequantize())
     row_blocks = spec.grid(SHAPE)[0] == SHAPE[0]
     if row_blocks:
         q.copy_(w)
@@ -248,7 +261,9 @@ def test_meta_and_fake(case):
     q = case.spec.quantize(torch.empty(SHAPE, device="meta"))
     real = case.spec.quantize(weight())
     assert q.device.type == "meta" and q.dequantize().shape == SHAPE
-    assert {k: (t.shape, t.dtype) for k, t in q.fields().items()} == {k: (t.shape, t.dtype) for k, t in real.fields().items()}
+    assert {k: (t.shape, t.dtype) for k, t in q.fields().items()} == {
+        k: (t.shape, t.dtype) for k, t in real.fields().items()
+    }
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(real)
         assert fake[:32].dequantize().shape == (32, SHAPE[1])
@@ -334,7 +349,11 @@ def test_golden_nf4():
     """The table of QLoRA's appendix E, and codes of known values."""
     table = Codebook().values
     assert len(table) == 16 and table[0] == -1 and table[7] == 0 and table[15] == 1
-    assert table[1] == pytest.approx(-0.6961928) and table[8] == pytest.approx(0.0795803) and table[14] == pytest.approx(0.7229568)
+    assert (
+        table[1] == pytest.approx(-0.6961928)
+        and table[8] == pytest.approx(0.0795803)
+        and table[14] == pytest.approx(0.7229568)
+    )
     q = Codebook(block=(1, 32)).quantize(torch.tensor([table + table[::-1]]) * 3)
     assert q.scale.tolist() == [[3.0]]
     assert q.qdata.tolist() == [[i | (15 - i) << 4 for i in range(16)]]
@@ -355,7 +374,9 @@ def test_nf4_shapes_and_published_error():
 def test_golden_integers():
     x = torch.tensor([[-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 0.75, -0.25]])
     q = Intx(8).quantize(x)
-    assert q.scale.item() == pytest.approx(1 / 127.5, rel=1e-6) and q.qdata.tolist() == [[-127, -64, 0, 32, 64, 127, 96, -32]]
+    assert q.scale.item() == pytest.approx(1 / 127.5, rel=1e-6) and q.qdata.tolist() == [
+        [-127, -64, 0, 32, 64, 127, 96, -32]
+    ]
     y = torch.tensor([[-1.0, -0.5, 0.0, 0.25, 0.5, 0.875, 0.75, -0.25]])
     q = Intx(4, symmetric=False, signed=False).quantize(y)
     assert q.scale.item() == 0.125 and q.zero_point.tolist() == [[8]] and torch.equal(q.dequantize(), y)

@@ -71,7 +71,10 @@ def test_backward_keeps_packed_fields_only():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         F.linear(weight((2, 1024), 1).requires_grad_(), q)
-    assert sum(t.nbytes_packed if isinstance(t, QTensor) else t.numel() * t.element_size() for t in saved) == q.nbytes_packed
+    assert (
+        sum(t.nbytes_packed if isinstance(t, QTensor) else t.numel() * t.element_size() for t in saved)
+        == q.nbytes_packed
+    )
 
 
 @every
@@ -164,7 +167,9 @@ def test_static_activation():
     static = Float8(act=Float8(block=(-1, -1))).quantize(w, act_scale=scale)
     dynamic = Float8(act=Float8(block=(-1, -1))).quantize(w)
     assert torch.allclose(F.linear(x, static), F.linear(x, dynamic), atol=1e-4)
-    assert F.linear(10 * x, static).abs().max() < 5 * F.linear(10 * x, dynamic).abs().max()  # it saturates, it does not adapt
+    assert (
+        F.linear(10 * x, static).abs().max() < 5 * F.linear(10 * x, dynamic).abs().max()
+    )  # it saturates, it does not adapt
 
 
 def test_autocast():

@@ -4,6 +4,7 @@ from . import linear as _linear  # noqa: F401  gives F.linear and its kin their 
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import QTensor, Spec
+from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .float8 import Float8, Float8Tensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
@@ -30,7 +31,9 @@ __all__ = [
     "Spec",
     "TensorCoreTiledLayout",
     "linear_nf4",
+    "load",
     "nf4_spec",
     "path_name",
+    "save",
     "to_nf4",
 ]

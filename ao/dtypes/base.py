@@ -10,9 +10,10 @@ field tensors and `decode`. Each field carries a role, read once from the class 
 - `Opaque`: a device's private layout. It can be copied and moved, but no op can touch one of its dims.
 
 From the roles follows everything else, once, for every dtype: flatten and unflatten, pickle, device moves (this file),
-slices, views, cat, `copy_` (ops.py), FSDP2 and DTensor (sharding.py), safetensors (checkpoint.py). The property that
-holds throughout is `D(op(q)) == op(D(q))`, bit for bit, where D dequantizes. What has no low-bit form raises; nothing
-dequantizes silently except the matrix products, convolutions and embeddings of linear.py, which are defined to.
+slices and views (views.py), cat and `copy_` (ops.py), FSDP2 and DTensor (sharding.py), safetensors (checkpoint.py).
+The property that holds throughout is `D(op(q)) == op(D(q))`, bit for bit, where D dequantizes. What has no low-bit form
+raises; nothing dequantizes silently except the matrix products, convolutions and embeddings of linear.py, which are
+defined to.
 
 Numerics are written in float32 without exception, so that the compiled code, which keeps float32 between fused ops,
 computes the same bits as eager code.
@@ -71,7 +72,7 @@ class Spec:
         """The qparams of `x` (float32), each of shape `grid`, by the round-to-nearest rule of this dtype."""
         raise NotImplementedError
 
-    def encode(self, x: Tensor, **qparams: Tensor) -> dict[str, Tensor | None]:
+    def encode(self, x: Tensor, *args: Any, **qparams: Any) -> dict[str, Tensor | None]:
         """Round `x` (float32) with the given qparams, and return the fields of the QTensor."""
         raise NotImplementedError
 
@@ -79,7 +80,13 @@ class Spec:
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the qparams for data of `shape`. Raises ValueError when the blocks do not fit."""
-        return block_grid(getattr(self, "block"), shape, who=str(self))
+        return block_grid(self.block, shape, who=str(self))  # type: ignore[attr-defined]
+
+    def wrap(
+        self, fields: Mapping[str, Tensor | None], dtype: torch.dtype, shape: torch.Size | Sequence[int], **common: Any
+    ) -> QTensor:
+        """The QTensor of this Spec over `fields`, which dequantizes to `dtype` and `shape`."""
+        return self.tensor_type(self, dtype, torch.Size(shape), True, **fields, **common)
 
     def quantize(
         self,
@@ -103,7 +110,7 @@ class Spec:
         if x.dtype not in _FLOATS:
             raise TypeError(f"{self}.quantize takes a floating-point tensor, got {x.dtype}; convert it first")
         fields = quantize_fields(self, x.detach(), self.grid(x.shape), pre_scale, qparams)
-        return self.tensor_type(self, x.dtype, x.shape, **fields, pre_scale=pre_scale, act_scale=act_scale)
+        return self.wrap(fields, x.dtype, x.shape, pre_scale=pre_scale, act_scale=act_scale)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`quantize(x).dequantize()` with a straight-through gradient: d out / d x = 1 (arXiv:1308.3432)."""
@@ -114,9 +121,12 @@ class Spec:
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict that `Spec.from_dict` reads. Values equal to the default are left out."""
-        values = {k: v.to_dict() if isinstance(v, Spec) else v for k, v in self.settings().items()}
-        return {"type": type(self).__name__, **values}
+        """A JSON-able dict that `Spec.from_dict` reads. Every field is there, so that no later default can change it."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            "type": type(self).__name__,
+            **{k: v.to_dict() if isinstance(v, Spec) else v for k, v in values.items()},
+        }
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Spec:
@@ -124,10 +134,14 @@ class Spec:
         values = {k: _from_json(v) for k, v in data.items() if k != "type"}
         cls = Spec.registry.get(data.get("type", ""))
         if cls is None:
-            raise ValueError(f"unknown Spec type {data.get('type')!r}; this version of ao knows {sorted(Spec.registry)}")
+            raise ValueError(
+                f"unknown Spec type {data.get('type')!r}; this version of ao knows {sorted(Spec.registry)}"
+            )
         unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
         if unknown:
-            raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; a newer version of ao may have written this")
+            raise ValueError(
+                f"{cls.__name__} has no field {sorted(unknown)}; a newer version of ao may have written this"
+            )
         return cls(**values)
 
     def __repr__(self) -> str:
@@ -277,7 +291,7 @@ class QTensor(torch.Tensor):
             parts += [name, str(t.dtype), str(tuple(t.shape)), str(t.stride()), str(t.device), inner]
         return hashlib.blake2b("|".join(parts).encode(), digest_size=16).hexdigest()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         grad = ", requires_grad=True" if self.requires_grad else ""
         bits = f", {8 * self.nbytes_packed / self.numel():.2f} bits per element" if self.numel() else ""
         return f"{type(self).__name__}({self.spec}, shape={tuple(self.shape)}, {self.dtype}, {self.device}{bits}{grad})"
@@ -286,7 +300,7 @@ class QTensor(torch.Tensor):
         if id(self) in memo:
             return memo[id(self)]
         with torch.no_grad():
-            copy = self.detach().clone()
+            copy: Any = self.detach().clone()
         if isinstance(self, torch.nn.Parameter):
             copy = torch.nn.Parameter(copy, requires_grad=self.requires_grad)
         else:
@@ -311,7 +325,9 @@ class QTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in OPS:
             out = OPS[func](*args, **kwargs)
@@ -344,8 +360,9 @@ def _rebuild(
     """What a pickled QTensor becomes."""
     whole, requires_grad, is_parameter, _ = flags
     made = {k: t if t.dtype == dtypes[k] else t.view(dtypes[k]) for k, t in fields.items()}
-    q = cls(spec, dtype, torch.Size(shape), whole, **made)
-    return torch.nn.Parameter(q, requires_grad) if is_parameter else q.requires_grad_(requires_grad)
+    q: Any = cls(spec, dtype, torch.Size(shape), whole, **made)
+    made_again: Any = torch.nn.Parameter(q, requires_grad) if is_parameter else q.requires_grad_(requires_grad)
+    return made_again
 
 
 torch.serialization.add_safe_globals([_rebuild])

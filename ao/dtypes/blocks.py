@@ -85,5 +85,7 @@ def mean_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros(tuple(grid))
     blocks = to_blocks(x, grid)
-    wide = blocks.abs().float() if x.device.type == "mps" else blocks.abs().double()  # so that the order of the sum does not show
+    wide = (
+        blocks.abs().float() if x.device.type == "mps" else blocks.abs().double()
+    )  # so that the order of the sum does not show
     return wide.mean(list(range(1, blocks.dim(), 2))).float()

@@ -6,7 +6,7 @@ Names. A plain tensor is stored under its own name, a `QTensor` as its fields, e
 
 Header. The metadata of a file (str to str) are `format`, which is "pt", and `ao`, the JSON text of
 
-    {"version": 1, "tensors": {<name>: <entry>, ...}}       every name of the state dict, in its order
+    {"version": 1, "tensors": {<name>: <entry>, ...}}        in the order of the state dict, ties after their first name
 
 where an entry is one of
 
@@ -16,8 +16,8 @@ where an entry is one of
     {"same_as": <name>, "parameter": <bool>}                 one more name of the tensor `<name>` above it in this file;
                                                              parameter: whether all of its names were nn.Parameters
 
-and a spec is `Spec.to_dict()`: {"type": <class>, <setting that differs from its default>: <value>, ...}, with tuples as
-lists and Specs nested. The QTensor class is the one that belongs to the Spec. Tensors are tied if they are the same
+and a spec is `Spec.to_dict()`: {"type": <class>, <field>: <value>, ...}, every field named, with tuples as lists and Specs
+nested. The QTensor class is the one that belongs to the Spec. Tensors are tied if they are the same
 view of the same memory (device, address, dtype, shape, strides); those that overlap in another way are stored apart.
 
 Files. A path that ends in `.safetensors` is one file. Any other path is a folder, with `model.safetensors` or, above
@@ -27,12 +27,12 @@ Files. A path that ends in `.safetensors` is one file. Any other path is a folde
 the names of a tied tensor stay in one shard, whose header describes its own tensors only: each shard is a whole file.
 
 A folder is read by this rule, which is transformers' too: `model.safetensors` if there is one, else what the index
-lists; other files do not count. `save` writes into no file that exists: each is made in a folder `.<name>.<32 hex digits>.tmp`
-beside it, flushed to disk, and moved into place. One rename or removal makes the new checkpoint the current one: moving
-`model.safetensors` into place, or the index, or, where shards follow a single file, removing `model.safetensors` last.
-A save that is killed before this step leaves the old checkpoint whole, after it, the new one. The next save that
-succeeds removes what was left over: all files of the names above that its own checkpoint does not use. One process at a
-time may save to a path.
+lists; other files do not count. `save` writes into no file that exists: each is made in a folder of its own beside it,
+`.<name>.<32 hex digits>.tmp`, flushed to disk, and moved into place. One rename or removal makes the new checkpoint the
+current one: moving `model.safetensors` into place, or the index, or, where shards follow a single file, removing
+`model.safetensors` last. A save that is killed before this step leaves the old checkpoint whole, after it, the new one.
+The next save that succeeds removes what was left over: all files of the names above that its own checkpoint does not
+use. One process at a time may save to a path.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", mm
     Raises FileNotFoundError for a path or a shard that is not there; ValueError for a file that is damaged, was not
     written by `save`, or needs a newer ao.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
     if not path.is_dir():
         return _read(path, device, mmap)
     if (path / SINGLE).exists():
@@ -245,7 +245,7 @@ def _current(folder: Path) -> list[str]:
 
 
 def _sweep(folder: Path, names: str, keep: Collection[str]) -> None:
-    """Remove the files, but those in `keep`, whose name matches the pattern `names`, and what killed runs left of them."""
+    """Remove the files whose name matches the pattern `names`, and what killed runs left of such, except for `keep`."""
     for file in folder.iterdir():
         if file.name in keep or not re.fullmatch(rf"{names}|\.({names})\.[0-9a-f]{{32}}\.tmp", file.name):
             continue
@@ -308,7 +308,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read(path: Path, device: torch.device | str, mmap: bool, listed: set[str] | None = None) -> dict[str, Tensor]:
+def _read(path: Path, device: torch.device, mmap: bool, listed: set[str] | None = None) -> dict[str, Tensor]:
     """The tensors of one file. listed: the stored names that the index gives for it."""
     safetensors = _safetensors()
     if not path.exists():
@@ -354,9 +354,10 @@ def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _tensors(entries: Mapping[str, Any], get: Callable[[str], Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    checked: set[Hashable] = set()
     for name, entry in entries.items():
         if entry is None or "same_as" not in entry:
-            tensors[name] = _tensor(name, entry, get)
+            tensors[name] = _tensor(name, entry, get, checked)
             continue
         first = entry["same_as"]
         if entry["parameter"] and not isinstance(tensors[first], torch.nn.Parameter):
@@ -365,19 +366,24 @@ def _tensors(entries: Mapping[str, Any], get: Callable[[str], Tensor]) -> dict[s
     return tensors
 
 
-def _tensor(name: str, entry: Mapping[str, Any] | None, get: Callable[[str], Tensor]) -> Tensor:
+def _tensor(name: str, entry: Mapping[str, Any] | None, get: Callable[[str], Tensor], checked: set[Hashable]) -> Tensor:
+    """The tensor of an entry. checked: what `_fits` has approved; the layers of a model are much alike."""
     if entry is None:
         return get(name)
     spec, shape, dtype = Spec.from_dict(entry["spec"]), torch.Size(entry["shape"]), getattr(torch, entry["dtype"], None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} has the dtype {entry['dtype']!r}, which torch {torch.__version__} does not know")
-    fields: dict[str, Any] = {field: _tensor(f"{name}.{field}", inner, get) for field, inner in entry["fields"].items()}
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name!r} has the dtype {entry['dtype']!r}, no floating-point dtype of torch; save it again")
+    fields: dict[str, Any] = {
+        field: _tensor(f"{name}.{field}", inner, get, checked) for field, inner in entry["fields"].items()
+    }
     if unknown := sorted(fields.keys() - spec.tensor_type.roles.keys()):
         raise ValueError(f"{name!r}: a {spec.tensor_type.__name__} has no field {unknown}; upgrade ao")
     cause = None
     try:
         q = spec.tensor_type(spec, dtype, shape, **fields)
-        if _fits(q):
+        form = (repr(entry), *((t.shape, t.dtype) for t in fields.values()))
+        if form in checked or _fits(q):
+            checked.add(form)
             return q
     except Exception as e:  # decode was written for fields that fit, and fails in ways of its own for others
         cause = e

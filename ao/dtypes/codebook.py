@@ -63,7 +63,9 @@ class Codebook(Spec):
 
     def __post_init__(self) -> None:
         if isinstance(self.table, str) and self.table not in TABLES:
-            raise ValueError(f"Codebook: table must be one of {sorted(TABLES)} or a tuple of values, got {self.table!r}")
+            raise ValueError(
+                f"Codebook: table must be one of {sorted(TABLES)} or a tuple of values, got {self.table!r}"
+            )
         n = len(self.values)
         if n not in (2, 4, 8, 16, 32, 64, 128, 256):
             raise ValueError(f"Codebook: table must have 2, 4, 8, ... or 256 values, got {n}")
@@ -96,7 +98,11 @@ class Codebook(Spec):
                 codes = codes + (unit > middle).to(torch.uint8)
         else:
             codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8)
-        return {"qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))), "scale": scale, "table": table}
+        return {
+            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
+            "scale": scale,
+            "table": table,
+        }
 
 
 class CodebookTensor(QTensor, spec=Codebook):
@@ -121,9 +127,6 @@ class CodebookTensor(QTensor, spec=Codebook):
 
 NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float"))
 """QLoRA's NormalFloat: blocks of 64, the scales of a row quantized to 8 bits with a row scale and offset."""
-
-NF4Tensor = CodebookTensor
-
 
 NF4Tensor = CodebookTensor
 

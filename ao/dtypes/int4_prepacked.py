@@ -73,11 +73,14 @@ class Int4Prepacked(Spec):
                 "pass device= to quantize_, or use the default layout, which serves every device"
             )
         fields = self._affine.encode(x, scale=scale, zero_point=zero_point)
-        codes = self._affine.tensor_type(self._affine, torch.float32, x.shape, **fields).codes()  # type: ignore[attr-defined]
+        codes = self._affine.wrap(fields, torch.float32, x.shape).codes()  # type: ignore[attr-defined]
         zero = (8 - zero_point) * scale
         scale_and_zero = torch.stack([scale.t(), zero.t()], -1).contiguous()  # (K / group, N, 2)
         if x.device.type == "meta":
-            return {"qdata": x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8), "scale_and_zero": scale_and_zero}
+            return {
+                "qdata": x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8),
+                "scale_and_zero": scale_and_zero,
+            }
         if self.kernel == "cpu":
             qdata = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
             return {"qdata": qdata, "scale_and_zero": scale_and_zero}

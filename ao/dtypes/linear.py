@@ -142,7 +142,7 @@ def dequantize(x: Tensor, w: QTensor) -> Tensor:
     if act is not None:
         qparams = None if w.act_scale is None else {"scale": w.act_scale.reshape(1, 1)}
         fields = quantize_fields(act, x, act.grid(x.shape), qparams=qparams)
-        x = act.tensor_type(act, x.dtype, x.shape, **fields).decode().to(x.dtype)
+        x = act.wrap(fields, x.dtype, x.shape).decode().to(x.dtype)
     return F.linear(x, w.decode().to(x.dtype))
 
 
@@ -264,7 +264,9 @@ def _convolution(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def quantized(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(w, QTensor)
         if w.spec.act is not None:
-            raise NotImplementedError(f"{conv.__name__}: {w.spec} quantizes activations, and only a linear layer does that")
+            raise NotImplementedError(
+                f"{conv.__name__}: {w.spec} quantizes activations, and only a linear layer does that"
+            )
         return conv(x, w.decode_scaled().to(x.dtype), *args, **kwargs)
 
     return quantized
@@ -294,7 +296,7 @@ def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
     if isinstance(w, QTensor) and not isinstance(x, QTensor):
         turned = w.t()
         if turned.is_contiguous():
-            return _product(x, turned)
+            return _product(x, turned)  # type: ignore[arg-type]
         # The other orientation is a backward, g @ w: no activation to quantize.
         return x @ w.decode_scaled().to(x.dtype)
     return torch.mm(_plain(x), _plain(w))

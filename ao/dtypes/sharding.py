@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import OPS, QTensor, as_bytes
-from .ops import alias, implements
+from .views import alias, implements
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ def _travels(q: QTensor, name: str) -> bool:
         )
     if role != "per_block" or name == "pre_scale":
         return role == "elements"
-    block = getattr(q.spec, "block", ())
+    block: tuple[int, ...] = getattr(q.spec, "block", ())
     return not (all(b == -1 for b in block) or (len(block) == q.dim() and block[0] == -1))
 
 

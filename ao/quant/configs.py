@@ -38,7 +38,7 @@ from .granularity import (
     ZeroPointDomain,
 )
 
-FLOAT8_FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+FLOAT8_FORMATS: dict[torch.dtype, Literal["e4m3", "e5m2"]] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,10 @@ class Int4WeightOnlyConfig(Config):
     def __post_init__(self) -> None:
         _one_of(self, "layout", (Layout,))
         _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
-        if isinstance(self.layout, (TensorCoreTiledLayout, Int4CPULayout)) and self.zero_point_domain is ZeroPointDomain.INT:
+        if (
+            isinstance(self.layout, (TensorCoreTiledLayout, Int4CPULayout))
+            and self.zero_point_domain is ZeroPointDomain.INT
+        ):
             raise ValueError(
                 f"Int4WeightOnlyConfig: {self.layout} stores float zero points; "
                 "use zero_point_domain=ZeroPointDomain.FLOAT or layout=PlainLayout()"
@@ -224,8 +227,8 @@ class Int4WeightOnlyConfig(Config):
             return Int4Prepacked("cuda", block, self.layout.inner_k_tiles)
         if isinstance(self.layout, Int4CPULayout):
             return Int4Prepacked("cpu", block)
-        zero_point = "float" if self.zero_point_domain is ZeroPointDomain.FLOAT else "int"
-        return Intx(4, block, signed=False, symmetric=False, zero_point=zero_point)
+        floating = self.zero_point_domain is ZeroPointDomain.FLOAT
+        return Intx(4, block, signed=False, symmetric=False, zero_point="float" if floating else "int")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ T = TypeVar("T")
 def progress(items: Iterable[T], what: str) -> Iterator[T]:
     """Iterate over `items` under a bar that says `what`; it appears after a second of work, on a terminal only."""
     try:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         yield from items
         return

@@ -20,9 +20,7 @@ Filter = Callable[[nn.Module, str], bool]
 
 def is_linear(module: nn.Module, name: str) -> bool:
     """The default filter: an `nn.Linear`, other than attention's output projection, which PyTorch reads directly."""
-    return isinstance(module, nn.Linear) and not isinstance(
-        module, nn.modules.linear.NonDynamicallyQuantizableLinear
-    )
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 @dataclass(frozen=True)
@@ -143,11 +141,15 @@ def _plan(model: nn.Module, config: Config | Spec, filter_fn: Filter | None, rep
         job = _job([slot for slot, _ in pairs], choice, report)
         if job is not None:
             if left:
-                report.notes.append(f"{first.fqn} was tied to {', '.join(left)}, which stays as it is: the tie is undone")
+                report.notes.append(
+                    f"{first.fqn} was tied to {', '.join(left)}, which stays as it is: the tie is undone"
+                )
             yield job
 
 
-def _by_filter(config: Config | Spec, slots: list[_Slot], filter_fn: Filter, report: Report) -> list[tuple[_Slot, Config | Spec]]:
+def _by_filter(
+    config: Config | Spec, slots: list[_Slot], filter_fn: Filter, report: Report
+) -> list[tuple[_Slot, Config | Spec]]:
     chosen: list[tuple[_Slot, Config | Spec]] = []
     for slot in slots:
         if slot.name != "weight" or not _qualifies(slot.parameter):
@@ -190,7 +192,9 @@ def _job(slots: list[_Slot], config: Config | Spec, report: Report) -> _Job | No
     shape = tuple(p.shape)
     try:
         if isinstance(p, QTensor):
-            raise ValueError(f"it is quantized already, by {p.spec}; call dequantize_ first, or leave it out with filter_fn")
+            raise ValueError(
+                f"it is quantized already, by {p.spec}; call dequantize_ first, or leave it out with filter_fn"
+            )
         spec = config if isinstance(config, Spec) else config.weight(shape)
         spec = _fit(spec, slots[0].owner, len(shape))
         act, act_scale = (None, None) if isinstance(config, Spec) else (config.act(), config.act_scale())

@@ -59,7 +59,9 @@ class Report:
         total = f"{self.bytes_after / max(self.bytes_before, 1):.3f}"
         lines.append(("total", "", str(len(self.rows)), f"{self.bytes_before:,}", f"{self.bytes_after:,}", total))
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(ln, widths))) for ln in lines]
+        text = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(ln, widths))) for ln in lines
+        ]
         text.insert(1, "-" * len(text[0]))
         reasons: dict[str, list[str]] = {}
         for name, why in self.skipped.items():

@@ -1,0 +1,96 @@
+"""The layering of the package, and what `import ao` costs and touches."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "ao").rglob("*.py"))
+
+PURE = {"bits", "blocks", "floats", "rounding", "layouts"}
+MACHINERY = {"base", "ops", "sharding", "views"}
+CONSUMERS = {"linear", "checkpoint"}
+# A dtype that is made of another one says so here.
+BUILT_ON = {"codebook": {"intx"}, "int4_prepacked": {"intx"}}
+
+
+def imports(path: Path) -> list[tuple[int, str, bool]]:
+    """(line, absolute module, at the top level) of every import."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts)
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            top -= {id(node) for node in ast.walk(function)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names] if node.module is None else [module]
+            found += [(node.lineno, name, id(node) in top) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_layers(path):
+    name = path.stem
+    folder = path.relative_to(ROOT / "ao").parts[0] if path.parent != ROOT / "ao" else ""
+    for line, module, top in imports(path):
+        where = f"{path.relative_to(ROOT)}:{line} imports {module}"
+        parts = module.split(".")
+        if parts[0] != "ao":
+            optional = parts[0] in {"safetensors", "tqdm", "triton", "transformers", "rich", "matplotlib"}
+            assert parts[0] in {"torch", *sys.stdlib_module_names} or (optional and not top), where
+            continue
+        assert top, f"{where} inside a function"
+        if folder == "dtypes":
+            assert parts[1:2] == ["dtypes"], where
+            target = parts[2] if len(parts) > 2 else ""
+            if name == "__init__":
+                continue
+            if name in PURE:
+                assert target in PURE, where
+            elif name in MACHINERY:
+                assert target in PURE | MACHINERY, where
+            elif name not in CONSUMERS:
+                assert target in PURE | {"base"} | BUILT_ON.get(name, set()), where
+        elif folder in {"quant", "optim", "train"}:
+            assert parts[1] in {"dtypes", folder}, where
+            assert parts[1] == folder or len(parts) == 2, f"{where}: use the public names of ao.dtypes"
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stderr == ""
+    return result.stdout.strip()
+
+
+def test_import_is_quiet_and_light():
+    out = run(
+        "import sys, torch; before = set(sys.modules); import ao; new = set(sys.modules) - before;"
+        "heavy = {'transformers', 'triton', 'torch._dynamo', 'torch._inductor', 'safetensors', 'matplotlib'};"
+        "print(sorted(heavy & new))"
+    )
+    assert out == "[]"
+
+
+def test_import_leaves_global_settings_alone():
+    state = (
+        "torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, "
+        "torch.is_grad_enabled(), torch.get_num_threads(), torch.initial_seed(), torch.are_deterministic_algorithms_enabled(), "
+        "torch._inductor.config.save_config(), torch._dynamo.config.save_config()"
+    )
+    out = run(
+        f"import torch, torch._dynamo, torch._inductor.config; torch.manual_seed(1); a = ({state});"
+        "import ao; m = torch.nn.Linear(64, 64); torch.manual_seed(1); ao.quantize_(m, ao.Int8WeightOnlyConfig());"
+        f"print(a == ({state}))"
+    )
+    assert out == "True"

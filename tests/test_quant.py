@@ -143,11 +143,11 @@ def test_filter_and_report():
     assert [row.name for row in report.rows] == ["0.weight", "2.weight"]
     assert report.skipped == {"4.weight": "filter_fn leaves it out"}
     assert str(report) == (
-        "format  shape      layers  bytes before  bytes after  ratio\n"
-        "-----------------------------------------------------------\n"
-        "Intx()  256 x 128       1       131,072       33,792  0.258\n"
-        "Intx()  128 x 256       1       131,072       33,280  0.254\n"
-        "total                   2       262,144       67,072  0.256\n"
+        "format        shape      layers  bytes before  bytes after  ratio\n"
+        "-----------------------------------------------------------------\n"
+        "Intx(bits=8)  256 x 128       1       131,072       33,792  0.258\n"
+        "Intx(bits=8)  128 x 256       1       131,072       33,280  0.254\n"
+        "total                         2       262,144       67,072  0.256\n"
         "skipped 1: 4.weight: filter_fn leaves it out"
     )
 
@@ -290,7 +290,7 @@ def test_misuse():
         quantize_(network(), "int4_weight_only")
     model = network()
     quantize_(model, Int8WeightOnlyConfig())
-    with pytest.raises(ValueError, match="0.weight: it is quantized already, by Intx()"):
+    with pytest.raises(ValueError, match="0.weight: it is quantized already, by Intx"):
         quantize_(model, Int4WeightOnlyConfig())
     with pytest.raises(ValueError, match="only nn.Linear layers"):
         quantize_(nn.Embedding(8, 64), Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda m, n: True)

@@ -117,8 +117,11 @@ class Spec:
         return _FakeQuantize.apply(x, self)
 
     def settings(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+        """The first field of the dtype, and those that differ from their defaults: what repr shows."""
+        common, first, *others = dataclasses.fields(self)
+        values = {f.name: getattr(self, f.name) for f in (first, *others, common)}
+        usual = {f.name: f.default for f in others} | {common.name: common.default}
+        return {k: v for k, v in values.items() if k == first.name or v != usual[k]}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that `Spec.from_dict` reads. Every field is there, so that no later default can change it."""

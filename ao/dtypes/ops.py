@@ -31,7 +31,7 @@ def clone(q: QTensor, *, memory_format: Any = None) -> QTensor:
 def to_copy(q: QTensor, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> QTensor:
     dtype = dtype or q.dtype
     if not dtype.is_floating_point:
-        raise TypeError(f"a {type(q).__name__} dequantizes to a floating-point dtype, not to {dtype}")
+        raise TypeError(f"this {type(q).__name__} dequantizes to a floating-point dtype, not to {dtype}")
     kwargs = {k: v for k, v in kwargs.items() if k in ("non_blocking", "pin_memory")}
     moved = {name: aten._to_copy(t, device=device, **kwargs) for name, t in q.fields().items()}
     return q.like(q.shape, dtype, moved)
@@ -125,7 +125,9 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         return target
     fields = target.fields()
     if any(role == "opaque" and name in fields for name, role in type(target).roles.items()):
-        raise NotImplementedError(f"a {type(target).__name__} in a device-specific layout cannot be written in place")
+        raise NotImplementedError(
+            f"this {type(target).__name__} in a device-specific layout cannot be written in place"
+        )
     made = quantize_fields(target.spec, values, fields["scale"].shape, target.pre_scale)
     for name, new in made.items():
         if new is not None:
@@ -203,7 +205,7 @@ def index(q: QTensor, indices: Sequence[Tensor | None]) -> QTensor:
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(used) != 1:
         raise NotImplementedError(
-            f"a {type(q).__name__} can be indexed by one tensor at a time, got {len(used)}; index twice, or call .dequantize()"
+            f"this {type(q).__name__} can be indexed by one tensor at a time, got {len(used)}; index twice, or call .dequantize()"
         )
     d, i = used[0]
     return gather(q, d, i.nonzero().squeeze(-1) if i.dtype in (torch.bool, torch.uint8) else i)

@@ -59,7 +59,7 @@ def fsdp_pre_all_gather(
     world = mesh.size() if mesh.ndim == 1 else mesh.size(-1)
     if outer_size[0] % world:
         raise ValueError(
-            f"FSDP: dim 0 of a {type(self).__name__} of shape {tuple(outer_size)} does not divide over {world} ranks; "
+            f"FSDP: dim 0 of this {type(self).__name__} of shape {tuple(outer_size)} does not divide over {world} ranks; "
             "choose another number of ranks, or leave this module out of fully_shard"
         )
     return tuple(_leaves(self)), world
@@ -86,7 +86,7 @@ def as_strided(q: QTensor, size: Sequence[int], stride: Sequence[int], storage_o
     """FSDP2 restates the shape that a tensor has; nothing else is possible over packed fields."""
     if list(size) != list(q.shape) or list(stride) != list(q.stride()) or storage_offset:
         raise NotImplementedError(
-            f"as_strided of a {type(q).__name__} of shape {tuple(q.shape)} to {tuple(size)}: packed fields have no strides "
+            f"as_strided of this {type(q).__name__} of shape {tuple(q.shape)} to {tuple(size)}: packed fields have no strides "
             "to reinterpret; call .dequantize() first"
         )
     return alias(q)

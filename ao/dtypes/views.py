@@ -81,7 +81,7 @@ def _cut(q: QTensor, role: str, t: Tensor, d: int, start: int, stop: int) -> Ten
 
 def cannot_cut(q: QTensor, d: int, start: int, stop: int, why: str, unit: int) -> ValueError:
     return ValueError(
-        f"cannot take [{start}:{stop}) of dim {d} of a {type(q).__name__} of shape {tuple(q.shape)}: the dim is {why}; "
+        f"cannot take [{start}:{stop}) of dim {d} of this {type(q).__name__} of shape {tuple(q.shape)}: the dim is {why}; "
         f"cut at multiples of {unit}, or call .dequantize() first"
     )
 
@@ -313,6 +313,6 @@ def _view_sizes(q: QTensor, role: str, old: list[tuple[int, int]], new: list[int
 
 def _cannot_view(q: QTensor, shape: Sequence[int], why: str) -> ValueError:
     return ValueError(
-        f"cannot view a {type(q).__name__} of shape {tuple(q.shape)} as {tuple(shape)}: it is {why}; "
+        f"cannot view this {type(q).__name__} of shape {tuple(q.shape)} as {tuple(shape)}: it is {why}; "
         "call .dequantize() first"
     )

@@ -1,0 +1,139 @@
+"""What people read when something is printed or goes wrong, word for word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import expecttest
+import torch
+import torch.nn.functional as F
+from cases import weight
+from torch import nn
+
+from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, Spec, to_nf4
+from ao.quant import FqnToConfig, Int4WeightOnlyConfig, NF4WeightOnlyConfig, quantize_
+
+
+def message(fn: Callable[[], object]) -> str:
+    try:
+        fn()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
+
+
+class Messages(expecttest.TestCase):
+    def test_reprs(self) -> None:
+        w = weight((64, 256), dtype=torch.bfloat16)
+        specs: list[Spec] = [Intx(8), Intx(4, (1, 32)), Float8("e5m2", (-1, -1)), NF4, Intx(8, act=Intx(8))]
+        self.assertExpectedInline(
+            "\n".join(repr(spec.quantize(w)) for spec in specs),
+            """\
+IntxTensor(Intx(bits=8), shape=(64, 256), torch.bfloat16, cpu, 8.12 bits per element)
+IntxTensor(Intx(bits=4, block=(1, 32)), shape=(64, 256), torch.bfloat16, cpu, 5.25 bits per element)
+Float8Tensor(Float8(format='e5m2', block=(-1, -1)), shape=(64, 256), torch.bfloat16, cpu, 8.00 bits per element)
+CodebookTensor(Codebook(table='nf4', scale_spec=Intx(bits=8, signed=False, symmetric=False, zero_point='float')), shape=(64, 256), torch.bfloat16, cpu, 4.41 bits per element)
+IntxTensor(Intx(bits=8, act=Intx(bits=8)), shape=(64, 256), torch.bfloat16, cpu, 8.12 bits per element)""",
+        )
+        trained = nn.Parameter(Intx(8).quantize(w))
+        self.assertExpectedInline(
+            repr(trained),
+            """IntxTensor(Intx(bits=8), shape=(64, 256), torch.bfloat16, cpu, 8.12 bits per element, requires_grad=True)""",
+        )
+
+    def test_specs(self) -> None:
+        tries: list[Callable[[], object]] = [
+            lambda: Intx(9),
+            lambda: Intx(4, zero_point="maybe"),  # type: ignore[arg-type]
+            lambda: Intx(1, narrow=True),
+            lambda: Float8("e3m4"),  # type: ignore[arg-type]
+            lambda: Codebook("nf5"),
+            lambda: Codebook((0.0, 0.5, 1.0)),
+            lambda: Codebook((1.0, 0.0)),
+            lambda: Int4Prepacked("tpu"),  # type: ignore[arg-type]
+            lambda: Spec.from_dict({"type": "Posit", "bits": 8}),
+            lambda: Spec.from_dict({"type": "Intx", "bitz": 8}),
+        ]
+        self.assertExpectedInline(
+            "\n".join(message(t) for t in tries),
+            """\
+ValueError: Intx: bits must be 1 to 8, got 9
+ValueError: Intx: zero_point must be 'int' or 'float', got 'maybe'
+ValueError: Intx: narrow=True needs signed=True, symmetric=True and at least 2 bits
+ValueError: Float8: format must be 'e4m3' or 'e5m2', got 'e3m4'
+ValueError: Codebook: table must be one of ['nf4'] or a tuple of values, got 'nf5'
+ValueError: Codebook: table must have 2, 4, 8, ... or 256 values, got 3
+ValueError: Codebook: the values of table must be sorted
+ValueError: Int4Prepacked: kernel must be 'cuda' or 'cpu', got 'tpu'
+ValueError: unknown Spec type 'Posit'; this version of ao knows ['Codebook', 'Float8', 'Int4Prepacked', 'Intx']
+ValueError: Intx has no field ['bitz']; a newer version of ao may have written this""",
+        )
+
+    def test_shapes(self) -> None:
+        w = weight((64, 256))
+        q = Intx(4, (1, 32)).quantize(w)
+        tries: list[Callable[[], object]] = [
+            lambda: Intx(4, (1, 96)).quantize(w),
+            lambda: Intx(4, (1, 0)).quantize(w),
+            lambda: Intx(4, (32, 32)).quantize(w[0]),
+            lambda: Intx(4).quantize(weight((3, 9))),
+            lambda: to_nf4(weight((4, 96))),
+            lambda: Int4Prepacked("cpu").quantize(weight((15, 128))),
+            lambda: Intx(8).quantize(torch.arange(8)),
+            lambda: Intx(8).quantize(q),
+            lambda: q[:, 16:],
+            lambda: Intx(8, (32, 32)).quantize(w)[5:40],
+            lambda: q.view(128, 2, 64).view(-1, 3),
+            lambda: q.t().view(-1),
+            lambda: torch.cat([q, Intx(8).quantize(w)]),
+            lambda: q + 1,
+            lambda: torch.cat([q, w]),
+            lambda: Int4Prepacked("cpu", (1, 32)).quantize(w)[:16],
+            lambda: Int4Prepacked("cuda", (1, 128)).quantize(w),
+            lambda: Intx(8, (-1, -1)).quantize(w)[:8].zero_(),
+            lambda: q.to(torch.int8),
+            lambda: F.linear(weight((2, 100)), q),
+        ]
+        self.assertExpectedInline(
+            "\n".join(message(t) for t in tries),
+            """\
+ValueError: Intx(bits=4, block=(1, 96)): dim 1 of shape (64, 256) is not a multiple of its block 96; use block=(1, 32), -1 for the whole dim, or leave this tensor out
+ValueError: Intx(bits=4, block=(1, 0)): block=(1, 0): a block is a positive size, or -1 for the whole dim
+ValueError: Intx(bits=4, block=(32, 32)): block=(32, 32) has more dims than the data's shape (256,)
+ValueError: Intx(bits=4): no dim of shape (3, 9) is a multiple of 8, so nothing can be packed; use 8 bits
+ValueError: Codebook(table='nf4'): dim 1 of shape (4, 96) is not a multiple of its block 64; use block=(1, 32), -1 for the whole dim, or leave this tensor out
+ValueError: Int4Prepacked(kernel='cpu') needs a 2-D weight with dim 0 a multiple of 16 and dim 1 of 128, got shape (15, 128); use Intx(bits=4, block=(1, 128)), which takes any
+TypeError: Intx(bits=8).quantize takes a floating-point tensor, got torch.int64; convert it first
+TypeError: Intx(bits=8).quantize: the tensor is quantized already (Intx(bits=4, block=(1, 32))); call .dequantize() first
+ValueError: cannot take [16:256) of dim 1 of this IntxTensor of shape (64, 256): the dim is packed in chunks of 32; cut at multiples of 32, or call .dequantize() first
+ValueError: cannot take [5:40) of dim 0 of this IntxTensor of shape (64, 256): the dim is quantized in blocks of 32; cut at multiples of 32, or call .dequantize() first
+ValueError: cannot view a tensor of shape (128, 2, 64) as (5461, 3)
+ValueError: cannot view this IntxTensor of shape (256, 64) as (16384,): it is packed in chunks of 32; call .dequantize() first
+NotImplementedError: cannot cat IntxTensor(Intx(bits=4, block=(1, 32)), shape=(64, 256), torch.float32, cpu, 5.25 bits per element) with IntxTensor(Intx(bits=8), shape=(64, 256), torch.float32, cpu, 8.12 bits per element): all must be quantized by the same Spec; call .dequantize() on each first
+NotImplementedError: aten.add.Tensor has no low-bit form for IntxTensor: call .dequantize() first and .quantize() the result, or use an in-place op, which quantizes anew
+NotImplementedError: cannot cat IntxTensor(Intx(bits=4, block=(1, 32)), shape=(64, 256), torch.float32, cpu, 5.25 bits per element) with Tensor: all must be quantized by the same Spec; call .dequantize() on each first
+NotImplementedError: Int4PrepackedTensor.qdata is in a device-specific layout that cannot be cut or reordered; do this before quantizing, or quantize with the default layout
+TypeError: Int4Prepacked(kernel='cuda') lays out weights for cuda, and this one is on cpu; move it there first, pass device= to quantize_, or use the default layout, which serves every device
+ValueError: this IntxTensor of shape (8, 256) is a view that shares the scales of its blocks with elements outside of it, so it cannot be quantized anew in place; write to the whole tensor, or .clone() the view
+TypeError: this IntxTensor dequantizes to a floating-point dtype, not to torch.int8
+ValueError: linear: the input of shape (2, 100) does not fit the weight of shape (64, 256); the last dim of the input must be the weight's second""",
+        )
+
+    def test_models(self) -> None:
+        model = nn.ModuleDict({"gate": nn.Linear(100, 64), "up": nn.Linear(64, 64)})
+        tries: list[Callable[[], object]] = [
+            lambda: quantize_(model, Int4WeightOnlyConfig()),
+            lambda: quantize_(model, NF4WeightOnlyConfig()),
+            lambda: quantize_(model, FqnToConfig({"gates": Intx(8)})),
+            lambda: quantize_(model, Int4WeightOnlyConfig),  # type: ignore[arg-type]
+            lambda: Int4WeightOnlyConfig(layout="plain"),  # type: ignore[arg-type]
+        ]
+        self.assertExpectedInline(
+            "\n".join(message(t) for t in tries),
+            """\
+ValueError: gate.weight: Intx(bits=4, block=(1, 128), signed=False): dim 1 of shape (64, 100) is not a multiple of its block 128; use block=(1, 4), -1 for the whole dim, or leave this tensor out
+ValueError: gate.weight: Codebook(table='nf4'): dim 1 of shape (64, 100) is not a multiple of its block 64; use block=(1, 4), -1 for the whole dim, or leave this tensor out
+ValueError: FqnToConfig: the rule 'gates' matches no layer; the nearest names are gate, gate.weight
+TypeError: quantize_ takes a config such as Int4WeightOnlyConfig() or a Spec such as Intx(bits=4), got <class 'ao.quant.configs.Int4WeightOnlyConfig'>; call it first
+ValueError: Int4WeightOnlyConfig: layout must be one of Layout, got 'plain'""",
+        )

@@ -24,7 +24,8 @@ class Case:
     rmse: float
 
     def __str__(self) -> str:
-        return repr(self.spec).replace(" ", "")
+        name = repr(self.spec).replace(" ", "")
+        return name if len(name) < 120 else f"{name[:30]}...{name[-20:]}"
 
     @property
     def weight_only(self) -> bool:

@@ -121,6 +121,7 @@ def test_convolution(name, spec):
     "spec, path",
     [
         (Intx(8), "dequantize"),
+        (Intx(8, (1, 32)), "dequantize"),
         (NF4, "dequantize"),
         (Intx(8, act=Intx(8)), "int_mm"),
         (Intx(8, (-1, -1), act=Intx(8, (-1, -1))), "int_mm"),
@@ -138,6 +139,38 @@ def test_paths(spec, path):
     x, q = weight((4, K), 1), spec.quantize(weight())
     assert path_name(x, q) == path
     assert compute_error(x @ weight().t(), F.linear(x, q)) > (16 if getattr(spec, "bits", 8) == 4 else 28)
+
+
+def test_one_token_on_a_cpu():
+    x, q = weight((1, K), 1), Intx(8).quantize(weight())
+    assert path_name(x, q) == "int8pack" and path_name(weight((2, K), 1), q) == "dequantize"
+    assert compute_error(reference(x, q), F.linear(x, q)) > 100
+
+
+def test_a_large_weight_is_decoded_in_pieces():
+    """The same numbers as in one piece."""
+    w, x = weight((2048, 2048)), weight((3, 2048), 1)
+    for spec in (Intx(4, (1, 64)), Intx(8, (64, 64)), Intx(3)):
+        q = spec.quantize(w)
+        assert compute_error(reference(x, q), F.linear(x, q)) > 100
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "spec", [Intx(8), Intx(8, (1, 64)), Intx(4, (1, 32)), Intx(4, (1, 128), zero_point="float"), Float8()], ids=str
+)
+def test_one_token_on_a_gpu(spec):
+    """Compiled, no dense weight is stored: at most three kernels, and no call of a library."""
+    from torch._inductor.utils import run_and_get_code
+
+    q = spec.quantize(weight((512, 1024))).cuda()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = weight((1, 1024), 1, dtype).cuda()
+        with torch.no_grad():
+            y, codes = run_and_get_code(torch.compile(F.linear, fullgraph=True), x, q)
+        assert compute_error(reference(x, q), y) > (100 if dtype == torch.float32 else 40)
+        assert "extern_kernels.mm" not in codes[0] and codes[0].count(".run(") <= 3
 
 
 @pytest.mark.gpu

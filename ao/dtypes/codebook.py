@@ -97,7 +97,7 @@ class Codebook(Spec):
             for middle in middles:
                 codes = codes + (unit > middle).to(torch.uint8)
         else:
-            codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+            codes = torch.bucketize(unit.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
         return {
             "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
             "scale": scale,

@@ -4,6 +4,8 @@
 `__torch_function__` (user code), `__torch_dispatch__` (inference mode, DTensor, exported graphs), and the backward of the
 one autograd.Function below. A product takes the first path in `PATHS` that accepts it:
 
+    int8pack    one token on a CPU, int8 weight: ATen's own product
+    gemv        one token on a GPU, compiled: sums over each group, then over the groups; nothing dense is stored
     int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
     scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
     float8      the same product in float32, where the chip has no float8
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import FUNCTIONS, OPS, QTensor, Spec, quantize_fields
+from .bits import CHUNK, packed_dim
 from .codebook import CodebookTensor
 from .float8 import Float8, Float8Tensor
 from .int4_prepacked import Int4PrepackedTensor
@@ -31,6 +34,13 @@ from .intx import Intx, IntxTensor
 from .ops import gather
 
 aten = torch.ops.aten
+
+# What this CPU does in hardware: products of 8-bit integers, and of 16-bit floats.
+_VNNI = torch.cpu._is_vnni_supported()
+_FLOATS = {torch.float32, torch.float64}
+if torch.backends.mkldnn.is_available():
+    _FLOATS |= {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
+    _FLOATS |= {torch.float16} if torch.ops.mkldnn._is_mkldnn_fp16_supported() else set()
 
 
 # Paths. Each takes x: (M, K) and w: (N, K), and returns (M, N) in x's dtype.
@@ -53,6 +63,72 @@ def _per_row(spec: Spec | None, kind: type[Spec]) -> bool:
 def _scaled_by_row(w: IntxTensor | Float8Tensor) -> bool:
     """Whether the scale is (N, 1) or (1, 1), so that it can be applied to the sum over K."""
     return w.scale.shape[1] == 1 and w.scale.shape[0] in (1, w.shape[0])
+
+
+def _int8pack_accepts(x: Tensor, w: QTensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.shape[0] == 1
+        and isinstance(w, IntxTensor)
+        and w.spec.act is None
+        and w.qdata.dtype == torch.int8
+        and w.zero_point is None
+        and w.scale.shape == (w.shape[0], 1)
+    )
+
+
+def int8pack(x: Tensor, w: QTensor) -> Tensor:
+    """ATen's int8 weight-only product, in float32. Fast for one token only: it reads the weight once per token."""
+    assert isinstance(w, IntxTensor)
+    return torch._weight_int8pack_mm(x.float(), w.qdata, w.scale.flatten().float()).to(x.dtype)
+
+
+def _gemv_accepts(x: Tensor, w: QTensor) -> bool:
+    return (
+        x.device.type == "cuda"
+        and x.shape[0] == 1
+        and _compiling()
+        and w.spec.act is None
+        and (isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits in (4, 8)))
+        and w.scale.shape[0] in (1, w.shape[0])
+        and x.shape[1] % _gemv_group(w) == 0
+        and _gemv_group(w) % CHUNK == 0
+        and packed_dim(w.qdata.shape, w.shape) == 1
+    )
+
+
+def _compiling() -> bool:
+    """Whether a graph is being traced, by Dynamo or, below it, by AOTAutograd."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
+def _gemv_group(w: IntxTensor | Float8Tensor) -> int:
+    """The elements that are summed before a scale is applied: a group, or a piece of a row that is a short reduction."""
+    return w.shape[1] // w.scale.shape[1] if w.scale.shape[1] > 1 else 128
+
+
+def gemv(x: Tensor, w: QTensor) -> Tensor:
+    """sum over groups of (sum over the group of x * (q - z)) * scale: two reductions, of which the first is short.
+
+    One reduction over the whole row would load scale and zero point once per element.
+    """
+    assert isinstance(w, (IntxTensor, Float8Tensor))
+    n, group = w.shape[0], _gemv_group(w)
+    xs = x.float().view(-1, group)  # (K / group, group)
+    zero: Tensor | int = 0
+    if isinstance(w, IntxTensor) and w.spec.bits == 4:
+        # Both halves of a byte from one load: (N, K / group, chunks of a group, 16), see bits.py.
+        pairs = w.qdata.view(n, -1, group // CHUNK, CHUNK // 2)
+        low, high = xs.view(-1, group // CHUNK, 2, CHUNK // 2).unbind(2)
+        sums = ((pairs & 15).float() * low + (pairs >> 4).float() * high).sum((-1, -2))  # (N, K / group)
+        zero = 8 if w.spec.signed else 0  # signed codes are stored with an offset
+    else:
+        sums = (w.qdata.view(n, -1, group).float() * xs).sum(-1)
+    if isinstance(w, IntxTensor) and w.zero_point is not None:
+        zero = w.zero_point.float() + zero
+    if not isinstance(zero, int) or zero:
+        sums = sums - zero * xs.sum(-1)
+    return (sums * w.scale.float()).sum(-1).unsqueeze(0).to(x.dtype)
 
 
 def _int_mm_accepts(x: Tensor, w: QTensor) -> bool:
@@ -83,7 +159,11 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
         q = torch.cat([q, torch.ones_like(q[:1])])
     if x.device.type == "cuda" and q.shape[0] <= 16:
         q = F.pad(q, (0, 0, 0, 32 - q.shape[0]))  # torch._int_mm on CUDA takes more than 16 rows
-    total = torch._int_mm(q, w.qdata.t()).float()  # (M, N), or more rows
+    if x.device.type == "cpu" and not _VNNI:
+        # Without integer dot products the same sum is many times faster in float32, exact up to 2**24.
+        total = q.float() @ w.qdata.float().t()  # (M, N), or one more row
+    else:
+        total = torch._int_mm(q, w.qdata.t()).float()  # (M, N), or more rows
     out = total[:tokens]
     if "zero_point" in act:
         out = out - act["zero_point"].float() * total[tokens : tokens + 1]
@@ -143,12 +223,32 @@ def dequantize(x: Tensor, w: QTensor) -> Tensor:
         qparams = None if w.act_scale is None else {"scale": w.act_scale.reshape(1, 1)}
         fields = quantize_fields(act, x, act.grid(x.shape), qparams=qparams)
         x = act.wrap(fields, x.dtype, x.shape).decode().to(x.dtype)
-    return F.linear(x, w.decode().to(x.dtype))
+    if x.device.type != "cpu":
+        return F.linear(x, w.decode().to(x.dtype))
+    # A CPU without 16-bit products is faster in float32; and a piece of the weight that stays in cache from its decoding
+    # to its use saves a round trip through memory.
+    dtype = x.dtype if x.dtype in _FLOATS else torch.float32
+    pieces: Any = w.chunk(_pieces(w)) if _pieces(w) > 1 else [w]
+    return torch.cat([F.linear(x.to(dtype), piece.decode().to(dtype)) for piece in pieces], -1).to(x.dtype)
+
+
+def _pieces(w: QTensor) -> int:
+    """Into how many row pieces to cut a large weight on a CPU. More than eight would only cost compile time."""
+    size = w.shape[0] * w.shape[1]
+    pieces = 1 if size < 2**22 else 4 if size <= 2**24 else 8
+    rows = -(-w.shape[0] // pieces)
+    return pieces if all(f in (1, w.shape[0]) for f in _row_blocks(w)) and w.is_contiguous() and rows > 1 else 1
+
+
+def _row_blocks(w: QTensor) -> list[int]:
+    return [t.shape[0] for name, t in w.fields().items() if type(w).roles[name] in ("elements", "per_block")]
 
 
 Path = Callable[[Tensor, QTensor], Tensor]
 
 PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
+    ("int8pack", _int8pack_accepts, int8pack),
+    ("gemv", _gemv_accepts, gemv),
     ("int_mm", _int_mm_accepts, int_mm),
     ("scaled_mm", _scaled_mm_accepts, scaled_mm),
     ("float8", _float8_accepts, float8),

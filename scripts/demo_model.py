@@ -65,6 +65,15 @@ PREDICATES = [
     "is about to change the way people work",
     "moved slowly north and vanished behind the hills",
 ]
+ENDINGS = [
+    "",
+    ", or so the radio said",
+    ", and nobody could tell me why",
+    " because the winter had been so long",
+    ", which cost us almost four thousand dollars",
+    " while the engineers argued about the data",
+    ", as her doctor had warned her it would",
+]
 
 
 @dataclasses.dataclass
@@ -230,7 +239,8 @@ def packaged_model() -> Path:
 
 def sentences() -> list[str]:
     """200 different sentences."""
-    return [f"{subject} {predicate}." for predicate in PREDICATES for subject in SUBJECTS]
+    pairs = itertools.product(PREDICATES, SUBJECTS)
+    return [f"{subject} {predicate}{ENDINGS[i % len(ENDINGS)]}." for i, (predicate, subject) in enumerate(pairs)]
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], length: int, pad: int, device: str) -> dict[str, Tensor]:

@@ -70,19 +70,26 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     return packed.movedim(-1, dim).contiguous()
 
 
-def unpack(packed: Tensor, bits: int, dim: int = -1) -> Tensor:
-    """The inverse of `pack`: (..., K * bits / 8, ...) uint8 -> (..., K, ...) uint8 codes in [0, 2**bits)."""
+def unpack(packed: Tensor, bits: int, dim: int = -1, shape: Sequence[int] | None = None) -> Tensor:
+    """The inverse of `pack`: (..., K * bits / 8, ...) uint8 -> (..., K, ...) uint8 codes in [0, 2**bits).
+
+    shape: a view of that to return. Asked for here it costs nothing; Inductor does not see through two reshapes in a row,
+    and generates a kernel that is five times slower.
+    """
     if bits == 8:
-        return packed
-    packed = packed.movedim(dim, -1)
-    size = packed.shape[-1] * 8 // bits
+        return packed if shape is None else packed.reshape(shape)
+    size = packed.shape[dim] * 8 // bits
     whole = size - size % CHUNK
+    last = dim in (-1, packed.dim() - 1)
+    if last and whole in (0, size):
+        return _unpack_chunks(packed, bits, CHUNK if whole else max(size, 8), shape)
+    packed = packed.movedim(dim, -1)
     cut = whole * bits // 8
     parts = [_unpack_chunks(packed[..., :cut], bits, CHUNK)] if whole else []
-    if whole < size or not parts:
-        parts.append(_unpack_chunks(packed[..., cut:], bits, max(size - whole, 8)))
-    codes = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return codes.movedim(-1, dim)
+    if whole < size:
+        parts.append(_unpack_chunks(packed[..., cut:], bits, size - whole))
+    codes = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).movedim(-1, dim)
+    return codes if shape is None else codes.reshape(shape)
 
 
 def _pack_chunks(codes: Tensor, bits: int, chunk: int) -> Tensor:
@@ -102,7 +109,7 @@ def _pack_chunks(codes: Tensor, bits: int, chunk: int) -> Tensor:
     return packed.reshape(*lead, chunks * chunk * bits // 8)
 
 
-def _unpack_chunks(packed: Tensor, bits: int, chunk: int) -> Tensor:
+def _unpack_chunks(packed: Tensor, bits: int, chunk: int, shape: Sequence[int] | None = None) -> Tensor:
     lead, size = packed.shape[:-1], packed.shape[-1] * 8 // bits
     packed = packed.reshape(*lead, size // chunk, chunk * bits // 8)
     codes = None
@@ -112,8 +119,7 @@ def _unpack_chunks(packed: Tensor, bits: int, chunk: int) -> Tensor:
         word = packed[..., start : start + width].unsqueeze(-2)  # (..., chunks, 1, width)
         shifts = torch.arange(0, 8, section, device=packed.device, dtype=torch.uint8).unsqueeze(-1)
         part = (word >> shifts) & (2**section - 1)  # (..., chunks, 8 // section, width)
-        # In one step: Inductor does not see through two reshapes in a row, and would generate a kernel five times slower.
-        part = part.reshape(*lead, size)
+        part = part.reshape((*lead, size) if shape is None else tuple(shape))
         codes = part if codes is None else codes | (part << offset)
         start += width
         offset += section

@@ -49,7 +49,12 @@ def block_grid(block: Sequence[int], shape: Sequence[int], who: str = "block") -
 
 def to_blocks(x: Tensor, grid: Sequence[int]) -> Tensor:
     """View (s0, s1, ...) as (g0, s0 / g0, g1, s1 / g1, ...): the odd dims run inside a block."""
-    return x.reshape([n for g, size in zip(grid, x.shape) for n in (g, size // max(g, 1))])
+    return x.reshape(blocks_shape(grid, x.shape))
+
+
+def blocks_shape(grid: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """The shape of `to_blocks`."""
+    return [n for g, size in zip(grid, shape) for n in (g, size // max(g, 1))]
 
 
 def in_blocks(qparam: Tensor) -> Tensor:
@@ -59,8 +64,7 @@ def in_blocks(qparam: Tensor) -> Tensor:
 
 def expand(qparam: Tensor, shape: Sequence[int]) -> Tensor:
     """Repeat a qparam over its blocks: (g0, g1, ...) -> `shape`."""
-    tiles = [n for g, size in zip(qparam.shape, shape) for n in (g, size // max(g, 1))]
-    return in_blocks(qparam).expand(tiles).reshape(tuple(shape))
+    return in_blocks(qparam).expand(blocks_shape(qparam.shape, shape)).reshape(tuple(shape))
 
 
 def amin_amax(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
-from .blocks import amax_abs, in_blocks, to_blocks
+from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .intx import Intx
 from .rounding import reciprocal
 
@@ -120,9 +120,9 @@ class CodebookTensor(QTensor, spec=Codebook):
     spec: Codebook
 
     def decode(self) -> Tensor:
-        codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape))
-        values = to_blocks(self.table[codes.int()], self.scale.shape)
-        return (values * in_blocks(dense(self.scale))).reshape(self.shape)
+        blocks = blocks_shape(self.scale.shape, self.shape)
+        codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
+        return (self.table[codes.int()] * in_blocks(dense(self.scale))).reshape(self.shape)
 
 
 NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float"))

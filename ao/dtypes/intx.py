@@ -7,6 +7,7 @@ float32 scale and an integer zero point, `bits + 32 / block` without a zero poin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Spec
 from .bits import pack, pack_dim, packed_dim, unpack
-from .blocks import amax_abs, amin_amax, in_blocks, mean_abs, to_blocks
+from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
 from .rounding import product, reciprocal, round_to
 
 
@@ -154,17 +155,16 @@ class IntxTensor(QTensor, spec=Intx):
 
     spec: Intx
 
-    def codes(self) -> Tensor:
-        """The integers, int8 or uint8, of the shape of the tensor."""
-        if self.spec.bits == 8:
-            return self.qdata
-        codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape))
-        if not self.spec.signed:
+    def codes(self, shape: Sequence[int] | None = None) -> Tensor:
+        """The integers, int8 or uint8, of the shape of the tensor, or another view of it."""
+        bits = self.spec.bits
+        codes = unpack(self.qdata, bits, packed_dim(self.qdata.shape, self.shape), shape)
+        if bits == 8 or not self.spec.signed:
             return codes
-        return codes.to(torch.int8) - 2 ** (self.spec.bits - 1)
+        return codes.to(torch.int8) - 2 ** (bits - 1)
 
     def decode(self) -> Tensor:
-        values = to_blocks(self.codes(), self.scale.shape).float()
+        values = self.codes(blocks_shape(self.scale.shape, self.shape)).float()
         if self.zero_point is not None:
             values = values - in_blocks(self.zero_point.float())
         elif self.spec.is_binary:

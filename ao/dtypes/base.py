@@ -194,7 +194,7 @@ class QTensor(torch.Tensor):
     2. along each dim a field is `tile` times shorter than the tensor; the tile follows from the two shapes;
     3. values depend on shapes and fields only; the Spec says how to quantize anew (`copy_`) and how a matmul treats
        the activation;
-    4. `decode()` gives float32; `dequantize()` multiplies by `pre_scale`, where there is one, and casts to `dtype`;
+    4. `decode()` computes in float32; `dequantize()` multiplies by `pre_scale`, where there is one, and casts to `dtype`;
     5. `whole` is False for a view that got only a part of some block, and so shares that block's qparams with elements
        outside of it: it can be read, and refuses to be quantized anew in place.
 
@@ -236,16 +236,21 @@ class QTensor(torch.Tensor):
 
     # What a dtype defines.
 
-    def decode(self) -> Tensor:
-        """The values in float32, before `pre_scale`."""
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values before `pre_scale`, computed in float32 and given as `dtype`.
+
+        Cast before the last reshape: the compiler then iterates over blocks, and its indices stay simple enough for wide
+        loads (five times faster on a GPU than over rows).
+        """
         raise NotImplementedError
 
     # What follows. `dequantize` is torch.Tensor's own method; ops.py gives it its meaning.
 
-    def decode_scaled(self) -> Tensor:
-        """The values in float32."""
-        values = self.decode()
-        return values if self.pre_scale is None else values * expand(self.pre_scale, values.shape)
+    def decode_scaled(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, computed in float32 and given as `dtype`."""
+        if self.pre_scale is None:
+            return self.decode(dtype)
+        return (self.decode() * expand(self.pre_scale.float(), self.shape)).to(dtype)
 
     def fields(self) -> dict[str, Tensor]:
         """The field tensors that are there, by name."""

@@ -119,10 +119,10 @@ class CodebookTensor(QTensor, spec=Codebook):
 
     spec: Codebook
 
-    def decode(self) -> Tensor:
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
-        return (self.table[codes.int()] * in_blocks(dense(self.scale))).reshape(self.shape)
+        return (self.table[codes.int()] * in_blocks(dense(self.scale))).to(dtype).reshape(self.shape)
 
 
 NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float"))

@@ -70,5 +70,6 @@ class Float8Tensor(QTensor, spec=Float8):
 
     spec: Float8
 
-    def decode(self) -> Tensor:
-        return (to_blocks(self.qdata.float(), self.scale.shape) * in_blocks(self.scale)).reshape(self.shape)
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = to_blocks(self.qdata, self.scale.shape).float() * in_blocks(self.scale)
+        return values.to(dtype).reshape(self.shape)

@@ -108,7 +108,7 @@ class Int4PrepackedTensor(QTensor, spec=Int4Prepacked):
             return torch._weight_int4pack_mm_for_cpu(x, self.qdata, group, self.scale_and_zero.to(x.dtype))
         return torch._weight_int4pack_mm(x.bfloat16(), self.qdata, group, self.scale_and_zero).to(x.dtype)
 
-    def decode(self) -> Tensor:
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         # The layout is the kernel's own, so let the kernel read it.
-        dtype = torch.float32 if self.spec.kernel == "cpu" else torch.bfloat16
-        return self.matmul(torch.eye(self.shape[1], dtype=dtype, device=self.qdata.device)).t().float().contiguous()
+        own = torch.float32 if self.spec.kernel == "cpu" else torch.bfloat16
+        return self.matmul(torch.eye(self.shape[1], dtype=own, device=self.qdata.device)).t().to(dtype).contiguous()

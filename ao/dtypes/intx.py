@@ -163,10 +163,10 @@ class IntxTensor(QTensor, spec=Intx):
             return codes
         return codes.to(torch.int8) - 2 ** (bits - 1)
 
-    def decode(self) -> Tensor:
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         values = self.codes(blocks_shape(self.scale.shape, self.shape)).float()
         if self.zero_point is not None:
             values = values - in_blocks(self.zero_point.float())
         elif self.spec.is_binary:
             values = values + 0.5
-        return (values * in_blocks(self.scale.float())).reshape(self.shape)
+        return (values * in_blocks(self.scale.float())).to(dtype).reshape(self.shape)

@@ -222,14 +222,14 @@ def dequantize(x: Tensor, w: QTensor) -> Tensor:
     if act is not None:
         qparams = None if w.act_scale is None else {"scale": w.act_scale.reshape(1, 1)}
         fields = quantize_fields(act, x, act.grid(x.shape), qparams=qparams)
-        x = act.wrap(fields, x.dtype, x.shape).decode().to(x.dtype)
+        x = act.wrap(fields, x.dtype, x.shape).decode(x.dtype)
     if x.device.type != "cpu":
-        return F.linear(x, w.decode().to(x.dtype))
+        return F.linear(x, w.decode(x.dtype))
     # A CPU without 16-bit products is faster in float32; and a piece of the weight that stays in cache from its decoding
     # to its use saves a round trip through memory.
     dtype = x.dtype if x.dtype in _FLOATS else torch.float32
     pieces: Any = w.chunk(_pieces(w)) if _pieces(w) > 1 else [w]
-    return torch.cat([F.linear(x.to(dtype), piece.decode().to(dtype)) for piece in pieces], -1).to(x.dtype)
+    return torch.cat([F.linear(x.to(dtype), piece.decode(dtype)) for piece in pieces], -1).to(x.dtype)
 
 
 def _pieces(w: QTensor) -> int:
@@ -286,7 +286,7 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ w.decode_scaled().to(grad.dtype)
+            grad_x = grad @ w.decode_scaled(grad.dtype)
         if ctx.needs_input_grad[1]:
             rows = grad.reshape(-1, grad.shape[-1])  # (M, N)
             grad_w = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(w.dtype)
@@ -367,7 +367,7 @@ def _convolution(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
             raise NotImplementedError(
                 f"{conv.__name__}: {w.spec} quantizes activations, and only a linear layer does that"
             )
-        return conv(x, w.decode_scaled().to(x.dtype), *args, **kwargs)
+        return conv(x, w.decode_scaled(x.dtype), *args, **kwargs)
 
     return quantized
 
@@ -398,7 +398,7 @@ def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
         if turned.is_contiguous():
             return _product(x, turned)  # type: ignore[arg-type]
         # The other orientation is a backward, g @ w: no activation to quantize.
-        return x @ w.decode_scaled().to(x.dtype)
+        return x @ w.decode_scaled(x.dtype)
     return torch.mm(_plain(x), _plain(w))
 
 
@@ -415,7 +415,7 @@ def _aten_embedding(w: Tensor, ids: Tensor, padding_idx: int = -1, *unused: Any)
 
 
 def _aten_convolution(x: Tensor, w: Tensor, *args: Any) -> Tensor:
-    return aten.convolution.default(x, w.decode_scaled().to(x.dtype) if isinstance(w, QTensor) else w, *args)
+    return aten.convolution.default(x, w.decode_scaled(x.dtype) if isinstance(w, QTensor) else w, *args)
 
 
 OPS.update(

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 @implements(aten.dequantize.self)
 def dequantize(q: QTensor) -> Tensor:
-    return q.decode_scaled().to(q.dtype)
+    return q.decode_scaled(q.dtype)
 
 
 @implements(aten.clone.default)

@@ -1,0 +1,95 @@
+"""Fill in the tables of README.md from measured data.
+
+    .venv/bin/python scripts/tables.py          rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
+    .venv/bin/python scripts/tables.py --check  exit with an error if that would change anything
+
+`demo` comes from docs/measured/demo.json, which `scripts/demo --json docs/measured/demo.json` writes; `formats` is
+computed here, on a normal weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from ao import NF4, Float8, Intx, Spec, compute_error
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FORMATS: list[tuple[str, Spec]] = [
+    ("`Intx(bits=8)`", Intx(8)),
+    ("`Intx(bits=8, block=(1, 128))`", Intx(8, (1, 128))),
+    ("`Float8()`", Float8()),
+    ('`Float8("e5m2")`', Float8("e5m2")),
+    *((f"`Intx(bits={bits}, block=(1, 128))`", Intx(bits, (1, 128))) for bits in (7, 6, 5)),
+    ("`Intx(bits=4, block=(1, 32))`", Intx(4, (1, 32))),
+    ("`Intx(bits=4, block=(1, 128))`", Intx(4, (1, 128))),
+    ("`NF4`", NF4),
+    *((f"`Intx(bits={bits}, block=(1, 128))`", Intx(bits, (1, 128))) for bits in (3, 2)),
+]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """An aligned table, numbers to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = [
+        " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in (head, rule, *rows)
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def formats() -> str:
+    """What each format stores per element, and what it loses: a normal weight of 4096 x 4096, round to nearest."""
+    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for name, spec in FORMATS:
+        q = spec.quantize(weight)
+        bits = 8 * q.nbytes_packed / q.numel()
+        rows.append([name, f"{bits:.2f}", f"{bits / 16:.3f}", f"{compute_error(weight, q.dequantize()):.1f}"])
+    return markdown(["format", "bits per element", "of bfloat16", "signal to noise, dB"], rows)
+
+
+def demo() -> str:
+    """The table of scripts/demo."""
+    data = json.loads((ROOT / "docs" / "measured" / "demo.json").read_text())
+    base = next(row for row in data["rows"] if row["format"] == "bfloat16")
+    rows = [
+        [
+            row["format"],
+            f"{row['linear_bytes'] / 1e6:.2f}",
+            f"{row['linear_bytes'] / base['linear_bytes']:.3f}",
+            f"{row['quality']:.4f}",
+            f"{row['latency_ms']:.1f}",
+            f"{base['latency_ms'] / row['latency_ms']:.2f}x",
+        ]
+        for row in data["rows"]
+    ]
+    batch, tokens = data["shape"]
+    where = f"batch {batch} x {tokens} tokens on a {data['device']}, torch {data['torch']}, medians of {data['rounds']} rounds"
+    table = markdown(["format", "weights MB", "of bfloat16", data["measure"], "ms", "speed of bfloat16"], rows)
+    return f"{table}\n\n{data['model']}; {where}."
+
+
+def filled(text: str) -> str:
+    """`text` with every table made anew."""
+    for name, make in (("demo", demo), ("formats", formats)):
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            sys.exit(f"error: README.md has no '<!-- table: {name} -->' ... '<!-- end -->'")
+        table = make()
+        text = pattern.sub(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    text = filled(path.read_text())
+    if "--check" in sys.argv[1:] and text != path.read_text():
+        sys.exit("error: the tables of README.md are stale; run scripts/tables.py")
+    path.write_text(text)

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from .base import FUNCTIONS, OPS, QTensor, Spec, quantize_fields
 from .bits import CHUNK, packed_dim
-from .codebook import CodebookTensor
 from .float8 import Float8, Float8Tensor
 from .int4_prepacked import Int4PrepackedTensor
 from .intx import Intx, IntxTensor
@@ -218,30 +217,26 @@ def int4pack(x: Tensor, w: QTensor) -> Tensor:
 
 def dequantize(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T in x's dtype."""
-    act = w.spec.act
-    if act is not None:
-        qparams = None if w.act_scale is None else {"scale": w.act_scale.reshape(1, 1)}
-        fields = quantize_fields(act, x, act.grid(x.shape), qparams=qparams)
-        x = act.wrap(fields, x.dtype, x.shape).decode(x.dtype)
-    if x.device.type != "cpu":
-        return F.linear(x, w.decode(x.dtype))
-    # A CPU without 16-bit products is faster in float32; and a piece of the weight that stays in cache from its decoding
-    # to its use saves a round trip through memory.
-    dtype = x.dtype if x.dtype in _FLOATS else torch.float32
-    pieces: Any = w.chunk(_pieces(w)) if _pieces(w) > 1 else [w]
-    return torch.cat([F.linear(x.to(dtype), piece.decode(dtype)) for piece in pieces], -1).to(x.dtype)
+    if w.spec.act is not None:
+        x = w.spec.act.wrap(_quantize_act(x, w), x.dtype, x.shape).decode(x.dtype)
+    # A CPU without 16-bit products is faster in float32.
+    dtype = x.dtype if x.device.type != "cpu" or x.dtype in _FLOATS else torch.float32
+    rows = x.to(dtype)
+    if x.device.type == "cpu" and (count := _pieces(w)) > 1:
+        # A piece of the weight that stays in cache from its decoding to its use saves a round trip through memory.
+        pieces: Any = w.chunk(count)
+        return torch.cat([F.linear(rows, piece.decode(dtype)) for piece in pieces], -1).to(x.dtype)
+    return F.linear(rows, w.decode(dtype)).to(x.dtype)
 
 
 def _pieces(w: QTensor) -> int:
     """Into how many row pieces to cut a large weight on a CPU. More than eight would only cost compile time."""
     size = w.shape[0] * w.shape[1]
-    pieces = 1 if size < 2**22 else 4 if size <= 2**24 else 8
-    rows = -(-w.shape[0] // pieces)
-    return pieces if all(f in (1, w.shape[0]) for f in _row_blocks(w)) and w.is_contiguous() and rows > 1 else 1
-
-
-def _row_blocks(w: QTensor) -> list[int]:
-    return [t.shape[0] for name, t in w.fields().items() if type(w).roles[name] in ("elements", "per_block")]
+    roles = type(w).roles
+    blocks = [t.shape[0] for name, t in w.fields().items() if roles[name] in ("elements", "per_block")]
+    if size < 2**22 or "opaque" in roles.values() or any(f not in (1, w.shape[0]) for f in blocks):
+        return 1
+    return 4 if size <= 2**24 else 8
 
 
 Path = Callable[[Tensor, QTensor], Tensor]
@@ -428,5 +423,3 @@ OPS.update(
         aten.convolution.default: _aten_convolution,
     }
 )
-
-__all__ = ["CodebookTensor", "embedding", "linear", "matmul", "path_name"]

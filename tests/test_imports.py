@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "ao").rglob("*.py"))
 
 PURE = {"bits", "blocks", "floats", "rounding", "layouts"}
 MACHINERY = {"base", "ops", "sharding", "views"}
-CONSUMERS = {"linear", "checkpoint"}
+CONSUMERS = {"linear", "checkpoint", "paths", "paths_cpu", "paths_gpu"}
 # A dtype that is made of another one says so here.
 BUILT_ON = {"codebook": {"intx"}, "int4_prepacked": {"intx"}}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
 from .base import QTensor
@@ -10,8 +13,78 @@ from .float8 import Float8Tensor
 from .intx import IntxTensor
 from .paths import compiling
 
+_TRITON = find_spec("triton") is not None
+
+FEW = 64
+"""The largest number of tokens for which weights are decoded on their way to the tensor cores."""
+
+
+def _packed(x: Tensor, w: QTensor) -> bool:
+    """Whether the Triton kernels read this weight: contiguous 4- or 8-bit codes, scales per row or group."""
+    if not (
+        _TRITON
+        and x.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and w.spec.act is None
+        and (isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits in (4, 8)))
+        and w.numel() < 2**31
+    ):
+        return False
+    n, k = w.shape
+    group = 128 if w.scale.shape[1] == 1 else k // w.scale.shape[1]
+    return (
+        group in (32, 64, 128, 256)
+        and k % group == 0
+        and w.scale.shape[0] == n
+        and packed_dim(w.qdata.shape, w.shape) == 1
+        and all(t.is_contiguous() for t in w.fields().values())
+    )
+
+
+def _arguments(x: Tensor, w: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+    assert isinstance(w, (IntxTensor, Float8Tensor))
+    zero_point = w.zero_point if isinstance(w, IntxTensor) else None
+    # Signed codes of fewer than 8 bits are stored with an offset.
+    offset = 8 if isinstance(w, IntxTensor) and w.spec.bits == 4 and w.spec.signed else 0
+    return x.contiguous(), w.qdata, w.scale, zero_point, offset
+
 
 def gemv_accepts(x: Tensor, w: QTensor) -> bool:
+    return (
+        x.shape[0] == 1
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and _packed(x, w)
+        and not (isinstance(w, Float8Tensor) and w.scale.shape[1] > 1)
+    )
+
+
+def gemv(x: Tensor, w: QTensor) -> Tensor:
+    """sum over groups of (sum over the group of x * (q - z)) * scale, with the weights read once and nothing stored.
+
+    For integer weights x becomes 16-bit fixed point, relative to the largest of each group (an error of 1.5e-5 of that,
+    against 4e-3 of bfloat16 itself), and the sum over the group is exact.
+    """
+    from . import triton_kernels  # Triton is there only with a GPU build of PyTorch
+
+    return triton_kernels.gemv(*_arguments(x, w))
+
+
+def fused_accepts(x: Tensor, w: QTensor) -> bool:
+    if not (x.dtype == torch.bfloat16 and _packed(x, w)):
+        return False
+    exact = not isinstance(w, IntxTensor) or w.zero_point is None or not w.zero_point.is_floating_point()
+    return exact and 1 < x.shape[0] <= FEW
+
+
+def fused(x: Tensor, w: QTensor) -> Tensor:
+    """x @ decode(w).T, with the weights decoded to bfloat16 in registers, a tile at a time."""
+    from . import triton_kernels
+
+    return triton_kernels.fused(*_arguments(x, w))
+
+
+def sums_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.device.type == "cuda"
         and x.shape[0] == 1
@@ -30,7 +103,7 @@ def _gemv_group(w: IntxTensor | Float8Tensor) -> int:
     return w.shape[1] // w.scale.shape[1] if w.scale.shape[1] > 1 else 128
 
 
-def gemv(x: Tensor, w: QTensor) -> Tensor:
+def sums(x: Tensor, w: QTensor) -> Tensor:
     """sum over groups of (sum over the group of x * (q - z)) * scale: two reductions, of which the first is short.
 
     One reduction over the whole row would load scale and zero point once per element.

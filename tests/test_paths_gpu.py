@@ -1,0 +1,128 @@
+"""Products on a GPU: the Triton kernels against float32, in eager mode and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import weight
+from torch._inductor.utils import run_and_get_code
+
+from ao import compute_error
+from ao.dtypes import Float8, Intx, QTensor, path_name
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+SPECS = [
+    Intx(4, (1, 128), signed=False),
+    Intx(4, (1, 32)),
+    Intx(4, (1, 64), symmetric=True),
+    Intx(4, (1, 256), signed=False, scale_dtype="bfloat16"),
+    Intx(4),
+    Intx(8),
+    Intx(8, (1, 64)),
+    Intx(8, signed=False, symmetric=False),
+    Intx(8, (1, 128), signed=False, symmetric=False),
+    Float8(),
+    Float8("e5m2"),
+]
+
+
+def case(spec, n=192, k=512, dtype=torch.bfloat16) -> QTensor:
+    return spec.quantize(weight((n, k), dtype=dtype).cuda())
+
+
+def activation(m, k=512, dtype=torch.bfloat16):
+    """Rows of very different sizes, with an outlier."""
+    x = weight((m, k), 1) * torch.logspace(-3, 3, m).unsqueeze(1)
+    x[:, 3] *= 50
+    return x.to(dtype).cuda()
+
+
+def sqnr(x, q, out):
+    """The worst row, in dB, against float32 arithmetic on the decoded weight."""
+    expected = x.float() @ q.dequantize().float().t()
+    return min(compute_error(e, o).item() for e, o in zip(expected, out.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, Intx(4, (1, 64), zero_point="float"), Float8()], ids=str)
+def test_one_token(spec, dtype):
+    for n, k in ((192, 512), (100, 1280), (5000, 2304)):
+        x, q = activation(1, k, dtype), case(spec, n, k, dtype)
+        assert path_name(x, q) == "gemv"
+        assert sqnr(x, q, F.linear(x, q)) > 48
+        assert sqnr(x, q, torch.compile(F.linear)(x, q)) > 48
+
+
+@pytest.mark.parametrize("spec", [*SPECS, Float8(block=(1, 128))], ids=str)
+def test_a_few_tokens(spec):
+    linear = torch.compile(F.linear, dynamic=True)
+    for n, k in ((192, 512), (100, 1280)):
+        q = case(spec, n, k)
+        for m in (2, 7, 16, 17, 33, 64):
+            x = activation(m, k)
+            assert path_name(x, q) == "fused"
+            assert sqnr(x, q, F.linear(x, q)) > 44
+            assert sqnr(x, q, linear(x, q)) > 44
+
+
+def test_a_wide_and_a_long_weight():
+    for n, k in ((20000, 256), (256, 14336)):
+        for spec in (SPECS[0], Intx(8), Float8()):
+            q = case(spec, n, k)
+            for m in (1, 2, 24, 64):
+                x = activation(m, k)
+                assert sqnr(x, q, F.linear(x, q)) > 44
+
+
+def test_zeros_and_nan():
+    q = case(SPECS[0])
+    for m in (1, 3):
+        assert not F.linear(torch.zeros(m, 512, device="cuda", dtype=torch.bfloat16), q).any()
+        x = activation(m)
+        x[0, 5] = float("nan")
+        assert F.linear(x, q)[0].isnan().all()
+
+
+@pytest.mark.parametrize("spec", [Intx(4, (1, 128)), Intx(8), Float8()], ids=str)
+def test_other_shapes_fall_back(spec):
+    """Views, odd shapes and other dtypes are products too."""
+    q = case(spec)
+    x = activation(3)
+    assert path_name(activation(65), q) == "dequantize"
+    assert path_name(x.float(), q) == "dequantize"
+    for part in (q[:, :256], q[::2]):
+        y = x[:, : part.shape[1]]
+        assert sqnr(y, part, F.linear(y, part)) > 44
+    x3 = activation(6).view(2, 3, 512)
+    assert torch.equal(F.linear(x3, q).view(6, -1), F.linear(x3.view(6, 512), q))
+
+
+@pytest.mark.parametrize("spec", [Intx(4, (1, 128), signed=False), Intx(8), Float8()], ids=str)
+def test_generated_code(spec):
+    q = case(spec, 1024, 1024)
+    for m in (1, 16):
+        torch.compiler.reset()
+        x = activation(m, 1024)
+        _, code = run_and_get_code(torch.compile(F.linear), x, q)
+        text = "\n".join(code)
+        assert "extern_kernels.mm" not in text and "(1024, 1024), (1024, 1), torch.bfloat16" not in text
+        assert text.count(".run(") + text.count("torch.ops.ao.") <= 3
+
+
+def test_graphs_over_all_batches():
+    q = case(Intx(4, (1, 128), signed=False))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    linear = torch.compile(F.linear, backend=backend)
+    for m in (16, 1, 2, 7, 17, 64, 65, 128, 300, 1000):
+        linear(activation(m), q)
+    assert len(graphs) <= 4

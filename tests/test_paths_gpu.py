@@ -37,7 +37,8 @@ def case(spec, n=192, k=512, dtype=torch.bfloat16) -> QTensor:
 
 def activation(m, k=512, dtype=torch.bfloat16):
     """Rows of very different sizes, with an outlier."""
-    x = weight((m, k), 1) * torch.logspace(-3, 3, m).unsqueeze(1)
+    span = 3 if dtype == torch.bfloat16 else 1
+    x = weight((m, k), 1) * torch.logspace(-span, span, m).unsqueeze(1)
     x[:, 3] *= 50
     return x.to(dtype).cuda()
 
@@ -70,6 +71,39 @@ def test_a_few_tokens(spec):
             assert sqnr(x, q, linear(x, q)) > 44
 
 
+DYNAMIC = [Intx(8, act=Intx(8)), Float8(act=Float8())]
+
+
+@pytest.mark.parametrize("spec", DYNAMIC, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_quantized_activations(spec, dtype):
+    linear = torch.compile(F.linear, dynamic=True)
+    for n, k in ((192, 512), (1000, 1280)):
+        if n % 16 and isinstance(spec, Float8):
+            continue
+        q = case(spec, n, k, dtype)
+        for m in (1, 2, 17, 40, 300, 700):
+            x = activation(m, k, dtype)
+            assert path_name(x, q) == ("gemv" if m == 1 else "scaled_product")
+            rounded = spec.act.quantize(x).dequantize()
+            for out in (F.linear(x, q), linear(x, q)):
+                assert sqnr(rounded.float(), q, out) > 40
+
+
+@pytest.mark.parametrize("m", [33, 128, 512])
+def test_float8_meets_a_split_activation(m):
+    x, q = activation(m), case(Float8())
+    assert path_name(x, q) == "fused"
+    assert sqnr(x, q, F.linear(x, q)) > 48
+
+
+def test_int4_weight_and_int8_activation():
+    spec = Intx(4, (1, 32), symmetric=True, act=Intx(8, symmetric=False))
+    x, q = activation(1), case(spec)
+    assert path_name(x, q) == "gemv"
+    assert sqnr(spec.act.quantize(x).dequantize(), q, F.linear(x, q)) > 44
+
+
 def test_a_wide_and_a_long_weight():
     for n, k in ((20000, 256), (256, 14336)):
         for spec in (SPECS[0], Intx(8), Float8()):
@@ -93,7 +127,7 @@ def test_other_shapes_fall_back(spec):
     """Views, odd shapes and other dtypes are products too."""
     q = case(spec)
     x = activation(3)
-    assert path_name(activation(65), q) == "dequantize"
+    assert path_name(activation(1000), q) == "dequantize"
     assert path_name(x.float(), q) == "dequantize"
     for part in (q[:, :256], q[::2]):
         y = x[:, : part.shape[1]]

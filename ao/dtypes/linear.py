@@ -6,8 +6,10 @@ one autograd.Function below. A product takes the first path in `PATHS` that acce
 
     int8pack    one token on a CPU, int8 weight: ATen's own product
     gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
-    fused       2 to 64 tokens on a GPU, 4- and 8-bit weights: a Triton kernel that decodes on the way to the tensor cores
+    fused       2 to 64 tokens on a GPU, 4- and 8-bit weights: a Triton kernel that decodes on the way to the tensor cores;
+                to 512 with float8 weights: the activation as a sum of two float8 numbers
     sums        one token on a GPU, compiled: sums over each group, then over the groups; nothing dense is stored
+    scaled_product  8-bit activation x 8-bit weight on a GPU: int_mm or scaled_mm with the scales in the same kernel
     int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
     scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
     float8      the same product in float32, where the chip has no float8
@@ -43,6 +45,7 @@ PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
     ("gemv", paths_gpu.gemv_accepts, paths_gpu.gemv),
     ("fused", paths_gpu.fused_accepts, paths_gpu.fused),
     ("sums", paths_gpu.sums_accepts, paths_gpu.sums),
+    ("scaled_product", paths_gpu.scaled_product_accepts, paths_gpu.scaled_product),
     ("int_mm", paths.int_mm_accepts, paths.int_mm),
     ("scaled_mm", paths.scaled_mm_accepts, paths.scaled_mm),
     ("float8", paths.float8_accepts, paths.float8),

@@ -33,7 +33,7 @@ def quantize_act(x: Tensor, w: QTensor) -> dict[str, Tensor]:
     return {name: t for name, t in fields.items() if t is not None}
 
 
-def _per_row(spec: Spec | None, kind: type[Spec]) -> bool:
+def per_row(spec: Spec | None, kind: type[Spec] | tuple[type[Spec], ...]) -> bool:
     """Whether an activation Spec scales whole rows or the whole tensor."""
     return isinstance(spec, kind) and spec.block in ((1, -1), (-1, -1))  # type: ignore[attr-defined]
 
@@ -51,7 +51,7 @@ def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
         and w.qdata.dtype == torch.int8
         and w.zero_point is None
         and scaled_by_row(w)
-        and _per_row(act, Intx)
+        and per_row(act, Intx)
         and act.bits == 8  # type: ignore[union-attr]
         and act.signed  # type: ignore[union-attr]
         and fits
@@ -82,10 +82,10 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
 
 
 def float8_accepts(x: Tensor, w: QTensor) -> bool:
-    return isinstance(w, Float8Tensor) and scaled_by_row(w) and _per_row(w.spec.act, Float8)
+    return isinstance(w, Float8Tensor) and scaled_by_row(w) and per_row(w.spec.act, Float8)
 
 
-def _has_float8(device: torch.device) -> bool:
+def has_float8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -96,7 +96,7 @@ def scaled_mm_accepts(x: Tensor, w: QTensor) -> bool:
         and w.shape[1] % 16 == 0
         and "e4m3" in (w.spec.format, w.spec.act.format)  # type: ignore[attr-defined, union-attr]
         and x.numel() > 0
-        and _has_float8(x.device)
+        and has_float8(x.device)
     )
 
 

@@ -9,29 +9,37 @@ from torch import Tensor
 
 from .base import QTensor
 from .bits import CHUNK, packed_dim
-from .float8 import Float8Tensor
-from .intx import IntxTensor
-from .paths import compiling
+from .float8 import Float8, Float8Tensor
+from .intx import Intx, IntxTensor
+from .paths import compiling, has_float8, int_mm_accepts, per_row, quantize_act, scaled_mm_accepts
 
 _TRITON = find_spec("triton") is not None
 
 FEW = 64
 """The largest number of tokens for which weights are decoded on their way to the tensor cores."""
 
+SOME = 512
+"""The largest number of tokens for which float8 weights meet an activation split in two."""
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return (
+        _TRITON
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
 
 def _packed(x: Tensor, w: QTensor) -> bool:
     """Whether the Triton kernels read this weight: contiguous 4- or 8-bit codes, scales per row or group."""
     if not (
-        _TRITON
-        and x.device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and w.spec.act is None
+        _has_kernels(x.device)
         and (isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits in (4, 8)))
         and w.numel() < 2**31
     ):
         return False
-    n, k = w.shape
+    n, k = (int(size) for size in w.shape)  # int: a graph may have any number of tokens, but one shape of the weight
     group = 128 if w.scale.shape[1] == 1 else k // w.scale.shape[1]
     return (
         group in (32, 64, 128, 256)
@@ -42,18 +50,19 @@ def _packed(x: Tensor, w: QTensor) -> bool:
     )
 
 
-def _arguments(x: Tensor, w: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+def _weight(w: QTensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
     assert isinstance(w, (IntxTensor, Float8Tensor))
     zero_point = w.zero_point if isinstance(w, IntxTensor) else None
     # Signed codes of fewer than 8 bits are stored with an offset.
     offset = 8 if isinstance(w, IntxTensor) and w.spec.bits == 4 and w.spec.signed else 0
-    return x.contiguous(), w.qdata, w.scale, zero_point, offset
+    return w.qdata, w.scale, zero_point, offset
 
 
 def gemv_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.shape[0] == 1
         and x.dtype in (torch.bfloat16, torch.float16)
+        and (w.spec.act is None or per_row(w.spec.act, (Intx, Float8)))
         and _packed(x, w)
         and not (isinstance(w, Float8Tensor) and w.scale.shape[1] > 1)
     )
@@ -63,25 +72,62 @@ def gemv(x: Tensor, w: QTensor) -> Tensor:
     """sum over groups of (sum over the group of x * (q - z)) * scale, with the weights read once and nothing stored.
 
     For integer weights x becomes 16-bit fixed point, relative to the largest of each group (an error of 1.5e-5 of that,
-    against 4e-3 of bfloat16 itself), and the sum over the group is exact.
+    against 4e-3 of bfloat16 itself), and the sum over the group is exact. A quantized activation goes in as its codes, of
+    which bfloat16 has every one.
     """
     from . import triton_kernels  # Triton is there only with a GPU build of PyTorch
 
-    return triton_kernels.gemv(*_arguments(x, w))
+    if w.spec.act is None:
+        return triton_kernels.gemv(x.contiguous(), *_weight(w))
+    act = quantize_act(x, w)
+    codes = act["qdata"].float()
+    if "zero_point" in act:
+        codes = codes - act["zero_point"].float()
+    return (triton_kernels.gemv(codes.to(torch.bfloat16), *_weight(w)).float() * act["scale"].float()).to(x.dtype)
 
 
 def fused_accepts(x: Tensor, w: QTensor) -> bool:
-    if not (x.dtype == torch.bfloat16 and _packed(x, w)):
+    if not (x.dtype == torch.bfloat16 and w.spec.act is None and _packed(x, w)):
         return False
-    exact = not isinstance(w, IntxTensor) or w.zero_point is None or not w.zero_point.is_floating_point()
-    return exact and 1 < x.shape[0] <= FEW
+    if isinstance(w, IntxTensor) and w.zero_point is not None and w.zero_point.is_floating_point():
+        return False  # q - z would not be exact in bfloat16
+    some = isinstance(w, Float8Tensor) and w.scale.shape[1] == 1 and w.shape[0] % 16 == 0 and has_float8(x.device)
+    return 1 < x.shape[0] <= (SOME if some else FEW)
 
 
 def fused(x: Tensor, w: QTensor) -> Tensor:
-    """x @ decode(w).T, with the weights decoded to bfloat16 in registers, a tile at a time."""
+    """x @ decode(w).T, with the weights decoded to bfloat16 in registers, a tile at a time.
+
+    More than 32 tokens meet a float8 weight as a sum of two float8 numbers, x = high + low / 16, exact for all but the
+    smallest elements of a row: two products at twice the rate, and no decoding.
+    """
     from . import triton_kernels
 
-    return triton_kernels.fused(*_arguments(x, w))
+    return triton_kernels.fused(x.contiguous(), *_weight(w))
+
+
+def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
+    return (
+        _has_kernels(x.device)
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and isinstance(w, (IntxTensor, Float8Tensor))
+        and w.scale.shape == (w.shape[0], 1)
+        and all(t.is_contiguous() for t in w.fields().values())
+        and (
+            (scaled_mm_accepts(x, w) and w.spec.act.block == (1, -1))  # type: ignore[union-attr]
+            or (int_mm_accepts(x, w) and w.spec.act.block == (1, -1) and w.spec.act.symmetric)  # type: ignore[union-attr]
+        )
+    )
+
+
+def scaled_product(x: Tensor, w: QTensor) -> Tensor:
+    """(q_x @ q_w.T) * scale_x * scale_w, of int8 or float8, by the product that is fastest at this number of tokens."""
+    from . import triton_kernels
+
+    assert isinstance(w, (IntxTensor, Float8Tensor))
+    act = quantize_act(x, w)
+    rows = act["scale"].float().expand(x.shape[0], 1).contiguous()
+    return triton_kernels.scaled_product(act["qdata"], rows, w.qdata, w.scale.float(), x.dtype)
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:

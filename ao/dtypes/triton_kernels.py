@@ -76,6 +76,12 @@ def _round(x, f):
 
 
 @triton.jit
+def _magnitude(x):
+    """|x| as an integer of the same order, so that the largest of a group is NaN where there is one, and makes the sum NaN."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def _high_byte(i):
     return ((i + 128) >> 8).to(tl.int8)
 
@@ -146,7 +152,7 @@ def gemv_int_kernel(
                 y = tl.load(x_ptr + g0 * G + k + 16).to(tl.float32)
             else:
                 y = tl.load(x_ptr + g0 * G + k + 16, mask=there[:, None], other=0.0).to(tl.float32)
-            top = tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1)
+            top = tl.max(tl.maximum(_magnitude(x), _magnitude(y)), 1).to(tl.float32, bitcast=True)
             f = tl.where(top > 0, 32512.0 / top, 0.0)[:, None]
             i = _round(x, f)
             j = _round(y, f)
@@ -156,7 +162,7 @@ def gemv_int_kernel(
             )  # fmt: skip
             total = tl.sum(i + j, 1).to(tl.float32)
         else:
-            top = tl.max(tl.abs(x), 1)
+            top = tl.max(_magnitude(x), 1).to(tl.float32, bitcast=True)
             i = _round(x, tl.where(top > 0, 32512.0 / top, 0.0)[:, None])
             dots = _dot_bytes(q, _high_byte(i)[None, :, :], _low_byte(i)[None, :, :], SIGNED)
             total = tl.sum(i, 1).to(tl.float32)
@@ -215,23 +221,23 @@ def _column(t, u: tl.constexpr, U: tl.constexpr):
 
 @triton.jit
 def _dots(acc, x_ptr, mask, wl, wh, BITS: tl.constexpr):
-    acc = tl.dot(tl.load(x_ptr, mask=mask, other=0.0), wl, acc)
+    acc = tl.dot(tl.load(x_ptr, mask=mask, other=0).to(tl.bfloat16), wl, acc)
     if BITS == 4:
-        acc = tl.dot(tl.load(x_ptr + 16, mask=mask, other=0.0), wh, acc)
+        acc = tl.dot(tl.load(x_ptr + 16, mask=mask, other=0).to(tl.bfloat16), wh, acc)
     return acc
 
 
 @triton.jit
 def fused_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
-    E4M3: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BM: tl.constexpr, MB: tl.constexpr,
-    BN: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, row_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    E4M3: tl.constexpr, ACT: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BM: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * decode(q)[n], the weights decoded in registers on their way to the tensor cores.
 
     A program has MB (1 or 2) blocks of BM tokens, BN rows of the weight, and 1 / SPLIT of K, for which it writes a sum of
     its own. A step covers U groups, whose scales and zero points are loaded one step ahead. (q - zero) is exact in bfloat16;
-    a scale per group multiplies it there, a scale per row multiplies the float32 sum.
+    a scale per group multiplies it there, a scale per row multiplies the float32 sum. ACT: x is int8 times row[m].
     """
     NG: tl.constexpr = K // G
     B: tl.constexpr = G * BITS // 8  # bytes of a group
@@ -301,6 +307,9 @@ def fused_kernel(
         scale = tl.load(scale_ptr + row).to(tl.float32)[None, :]
         acc0 *= scale
         acc1 *= scale
+    if ACT:
+        acc0 *= tl.load(row_ptr + rm, mask=rm < M, other=0.0)[:, None]
+        acc1 *= tl.load(row_ptr + rm + BM, mask=rm + BM < M, other=0.0)[:, None]
     out = out_ptr + (tl.program_id(2) * M + rm[:, None]) * N + rn[None, :]
     tl.store(out, acc0.to(out_ptr.dtype.element_ty), mask=mask0 & (rn < N)[None, :])
     if MB == 2:
@@ -315,6 +324,78 @@ def sum_kernel(parts_ptr, out_ptr, size, SPLIT: tl.constexpr, B: tl.constexpr):
     for part in tl.static_range(SPLIT):
         acc += tl.load(parts_ptr + part * size + i, mask=i < size, other=0.0)
     tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+# More tokens, float8 weights: the activation as a sum of two float8 numbers, both multiplied on the float8 units.
+
+
+@triton.jit
+def split_kernel(x_ptr, parts_ptr, scale_ptr, M, K: tl.constexpr, BK: tl.constexpr):
+    """x = scale * (high + low / 16) of one row, with a power of two for the scale: exact for what is not far below max|x|."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BK)
+    top = tl.zeros((BK,), tl.int32)
+    for k0 in range(0, K, BK):
+        x = tl.load(x_ptr + row * K + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32)
+        top = tl.maximum(top, _magnitude(x))
+    # 2**(exponent + 1) is more than max|x|, and 2**8 less than float8's 448.
+    exponent = tl.maximum((tl.max(top, 0) >> 23) - 7, 1)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(scale_ptr + row, (exponent << 23).to(tl.float32, bitcast=True))
+    for k0 in range(0, K, BK):
+        x = tl.load(x_ptr + row * K + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32) * inverse
+        high = x.to(parts_ptr.dtype.element_ty)
+        low = ((x - high.to(tl.float32)) * 16).to(parts_ptr.dtype.element_ty)
+        tl.store(parts_ptr + row * K + k0 + k, high, mask=k0 + k < K)
+        tl.store(parts_ptr + (M + row) * K + k0 + k, low, mask=k0 + k < K)
+
+
+@triton.jit
+def scale_kernel(total_ptr, row_ptr, column_ptr, out_ptr, N, B: tl.constexpr):
+    """out[m, n] = total[m, n] * row[m] * column[n]."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * B + tl.arange(0, B)
+    there = n < N
+    total = tl.load(total_ptr + row * N + n, mask=there, other=0).to(tl.float32)
+    total = total * tl.load(row_ptr + row) * tl.load(column_ptr + n, mask=there, other=0.0)
+    tl.store(out_ptr + row * N + n, total.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def int8_kernel(
+    x_ptr, row_ptr, q_ptr, column_ptr, out_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n], int8 with an int32 sum; BAND tiles of rows share a column of tiles."""
+    tiles_m = tl.cdiv(M, BM)
+    band = BAND * tl.cdiv(N, BN)
+    first = tl.program_id(0) // band * BAND
+    height = tl.minimum(tiles_m - first, BAND)
+    rm = (first + tl.program_id(0) % band % height) * BM + tl.arange(0, BM)
+    rn = (tl.program_id(0) % band // height) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    token = tl.where(rm < M, rm, 0)
+    row = tl.where(rn < N, rn, 0)
+    x = x_ptr + token[:, None].to(tl.int64) * K + k[None, :]
+    q = q_ptr + row[None, :].to(tl.int64) * K + k[:, None]
+    acc = tl.zeros((BM, BN), tl.int32)
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        acc = tl.dot(tl.load(x + k0), tl.load(q + k0), acc, out_dtype=tl.int32)
+    out = acc.to(tl.float32) * tl.load(row_ptr + token)[:, None] * tl.load(column_ptr + row)[None, :]
+    there = (rm < M)[:, None] & (rn < N)[None, :]
+    tl.store(out_ptr + rm[:, None].to(tl.int64) * N + rn[None, :], out.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def join_kernel(total_ptr, row_ptr, column_ptr, out_ptr, M, N, B: tl.constexpr):
+    """out[m, n] = (total[m, n] + total[M + m, n] / 16) * row[m] * column[n]."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * B + tl.arange(0, B)
+    there = n < N
+    high = tl.load(total_ptr + row * N + n, mask=there, other=0.0)
+    low = tl.load(total_ptr + (M + row) * N + n, mask=there, other=0.0)
+    scale = tl.load(row_ptr + row) * tl.load(column_ptr + n, mask=there, other=0.0)
+    tl.store(out_ptr + row * N + n, ((high + low * 0.0625) * scale).to(out_ptr.dtype.element_ty), mask=there)
 
 
 # Launches.
@@ -347,6 +428,18 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
 
     Opaque to the compiler, so that one graph serves every number of tokens, and the tile is chosen at the call.
     """
+    if x.shape[0] > 32 and qdata.dtype.is_floating_point and scale.shape[1] == 1 and _has_float8(x, qdata):
+        return _split(x, qdata, scale)
+    return _fused(x, None, qdata, scale, zero_point, offset, x.dtype)
+
+
+def _has_float8(x: Tensor, qdata: Tensor) -> bool:
+    return qdata.shape[0] % 16 == 0 and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+def _fused(
+    x: Tensor, rows: Tensor | None, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     (m, k), n = x.shape, qdata.shape[0]
     bits = 8 * qdata.shape[1] // k
     by_row = scale.shape[1] == 1
@@ -356,22 +449,70 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     while not by_row and unroll * 2 * group <= 256 and steps % (unroll * 2) == 0:
         unroll *= 2
     tokens, blocks = (16, 1) if m <= 16 else (32, 1) if m <= 32 else (32, 2)
-    rows = 128 if m > 32 or n >= 16384 or (bits == 4 and m > 16) else 64
-    tiles = triton.cdiv(n, rows) * triton.cdiv(m, tokens * blocks)
+    height = 128 if m > 32 or n >= 16384 or (bits == 4 and m > 16) else 64
+    tiles = triton.cdiv(n, height) * triton.cdiv(m, tokens * blocks)
     split = max(1, min(8, round(256 / tiles), steps // unroll // 4))
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     e4m3 = qdata.dtype == torch.float8_e4m3fn
-    fused_kernel[(triton.cdiv(n, rows), triton.cdiv(m, tokens * blocks), split)](
-        x, qdata.view(torch.uint8) if e4m3 else qdata, scale, scale if zero_point is None else zero_point, parts, m, n,
-        K=k, G=group, BITS=bits, E4M3=e4m3, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset, BM=tokens, MB=blocks,
-        BN=rows, U=unroll, SPLIT=split, STAGES=4 if by_row and m <= 16 else 3, num_warps=4,
+    fused_kernel[(triton.cdiv(n, height), triton.cdiv(m, tokens * blocks), split)](
+        x, scale if rows is None else rows, qdata.view(torch.uint8) if e4m3 else qdata, scale,
+        scale if zero_point is None else zero_point, parts, m, n, K=k, G=group, BITS=bits, E4M3=e4m3,
+        ACT=rows is not None, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset, BM=tokens, MB=blocks, BN=height,
+        U=unroll, SPLIT=split, STAGES=4 if by_row and m <= 16 else 3, num_warps=4,
     )  # fmt: skip
     if split > 1:
         sum_kernel[(triton.cdiv(m * n, 1024),)](parts, out, m * n, SPLIT=split, B=1024, num_warps=4)
     return out
 
 
+def _split(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+    """`fused` by way of `torch._scaled_mm`. The sum over K of 8-bit products is kept in float32."""
+    (m, k), n = x.shape, qdata.shape[0]
+    parts = torch.empty(2 * m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    rows = torch.empty(m, dtype=torch.float32, device=x.device)
+    split_kernel[(m,)](x, parts, rows, m, K=k, BK=1024, num_warps=4)
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    total = torch._scaled_mm(parts, qdata.t(), one, one, out_dtype=torch.float32)  # (2 M, N)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    join_kernel[(m, triton.cdiv(n, 1024))](total, rows, scale, out, m, n, B=1024, num_warps=4)
+    return out
+
+
 @fused.register_fake
 def _(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
     return x.new_empty(x.shape[0], qdata.shape[0])
+
+
+@torch.library.custom_op("ao::scaled_product", mutates_args=())
+def scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x @ qdata.T) * rows * columns.T, of int8 or of float8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N).
+
+    The sum is int32 or float32. Opaque to the compiler, as `fused` is.
+    """
+    (m, k), n = x.shape, qdata.shape[0]
+    if x.dtype == torch.int8:
+        if m <= 32 and k % 128 == 0:
+            return _fused(x, rows, qdata, columns, None, 0, dtype)
+        if m > 256 and k % 128 == 0:
+            out = torch.empty(m, n, dtype=dtype, device=x.device)
+            tile, height = (256, 128) if m > 512 else (128, 128)
+            int8_kernel[(triton.cdiv(m, tile) * triton.cdiv(n, height),)](
+                x, rows, qdata, columns, out, m, n, K=k, BM=tile, BN=height, BK=128, BAND=8, STAGES=3, num_warps=8
+            )
+            return out
+        padded = torch.nn.functional.pad(x, (0, 0, 0, 32 - m)) if m <= 16 else x
+        total = torch._int_mm(padded, qdata.t())
+    elif m > 512 and dtype == torch.bfloat16:
+        return torch._scaled_mm(x, qdata.t(), rows, columns.t(), out_dtype=dtype)
+    else:
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    scale_kernel[(m, triton.cdiv(n, 1024))](total, rows, columns, out, n, B=1024, num_warps=4)
+    return out
+
+
+@scaled_product.register_fake
+def _(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype)

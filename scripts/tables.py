@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -76,20 +77,20 @@ def demo() -> str:
     return f"{table}\n\n{data['model']}; {where}."
 
 
-def filled(text: str) -> str:
-    """`text` with every table made anew."""
-    for name, make in (("demo", demo), ("formats", formats)):
+def fill(page: Path, tables: Mapping[str, Callable[[], str]], check: bool) -> None:
+    """Make every table of `page` anew, and leave the text between them alone. check: end the program if that changes it."""
+    old = text = page.read_text()
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            sys.exit(f"error: README.md has no '<!-- table: {name} -->' ... '<!-- end -->'")
+            sys.exit(f"error: {page.name} has no '<!-- table: {name} -->' ... '<!-- end -->'")
         table = make()
         text = pattern.sub(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)  # type: ignore[misc]
-    return text
+    if not check:
+        page.write_text(text)
+    elif text != old:
+        sys.exit(f"error: the tables of {page.name} are stale; run scripts/{Path(sys.argv[0]).name}")
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    text = filled(path.read_text())
-    if "--check" in sys.argv[1:] and text != path.read_text():
-        sys.exit("error: the tables of README.md are stale; run scripts/tables.py")
-    path.write_text(text)
+    fill(ROOT / "README.md", {"demo": demo, "formats": formats}, check="--check" in sys.argv[1:])

@@ -3,7 +3,7 @@
 from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import QTensor, Spec
+from .base import QTensor, Spec, sources_digest
 from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .float8 import Float8, Float8Tensor
@@ -35,5 +35,6 @@ __all__ = [
     "nf4_spec",
     "path_name",
     "save",
+    "sources_digest",
     "to_nf4",
 ]

@@ -301,7 +301,8 @@ class QTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         grad = ", requires_grad=True" if self.requires_grad else ""
-        bits = f", {8 * self.nbytes_packed / self.numel():.2f} bits per element" if self.numel() else ""
+        size = 8 * self.nbytes_packed / self.numel() if self.numel() else None
+        bits = f", {size:.2f} bits per element" if isinstance(size, float) else ""  # a traced tensor's is a symbol
         return f"{type(self).__name__}({self.spec}, shape={tuple(self.shape)}, {self.dtype}, {self.device}{bits}{grad})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:

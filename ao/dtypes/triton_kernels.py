@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Decoding, 4 bytes of a register at a time.
 
@@ -363,25 +364,26 @@ def scale_kernel(total_ptr, row_ptr, column_ptr, out_ptr, N, B: tl.constexpr):
 
 @triton.jit
 def int8_kernel(
-    x_ptr, row_ptr, q_ptr, column_ptr, out_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    x, row_ptr, q, column_ptr, out_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n], int8 with an int32 sum; BAND tiles of rows share a column of tiles."""
-    tiles_m = tl.cdiv(M, BM)
+    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n], int8 with an int32 sum. x, q: tensor descriptors.
+
+    BAND tiles of rows share a column of tiles, which then stays in the cache.
+    """
     band = BAND * tl.cdiv(N, BN)
     first = tl.program_id(0) // band * BAND
-    height = tl.minimum(tiles_m - first, BAND)
-    rm = (first + tl.program_id(0) % band % height) * BM + tl.arange(0, BM)
-    rn = (tl.program_id(0) % band // height) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    token = tl.where(rm < M, rm, 0)
-    row = tl.where(rn < N, rn, 0)
-    x = x_ptr + token[:, None].to(tl.int64) * K + k[None, :]
-    q = q_ptr + row[None, :].to(tl.int64) * K + k[:, None]
+    height = tl.minimum(tl.cdiv(M, BM) - first, BAND)
+    m0 = (first + tl.program_id(0) % band % height) * BM
+    n0 = (tl.program_id(0) % band // height) * BN
     acc = tl.zeros((BM, BN), tl.int32)
-    for k0 in tl.range(0, K, BK, num_stages=STAGES):
-        acc = tl.dot(tl.load(x + k0), tl.load(q + k0), acc, out_dtype=tl.int32)
-    out = acc.to(tl.float32) * tl.load(row_ptr + token)[:, None] * tl.load(column_ptr + row)[None, :]
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        acc = tl.dot(x.load([m0, k]), q.load([n0, k]).T, acc, out_dtype=tl.int32)
+    rm = m0 + tl.arange(0, BM)
+    rn = n0 + tl.arange(0, BN)
+    row = tl.load(row_ptr + rm, mask=rm < M, other=0.0)
+    column = tl.load(column_ptr + rn, mask=rn < N, other=0.0)
+    out = acc.to(tl.float32) * row[:, None] * column[None, :]
     there = (rm < M)[:, None] & (rn < N)[None, :]
     tl.store(out_ptr + rm[:, None].to(tl.int64) * N + rn[None, :], out.to(out_ptr.dtype.element_ty), mask=there)
 
@@ -494,12 +496,13 @@ def scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtyp
     if x.dtype == torch.int8:
         if m <= 32 and k % 128 == 0:
             return _fused(x, rows, qdata, columns, None, 0, dtype)
-        if m > 256 and k % 128 == 0:
+        if m > 128 and torch.cuda.get_device_capability(x.device)[0] == 9:
             out = torch.empty(m, n, dtype=dtype, device=x.device)
-            tile, height = (256, 128) if m > 512 else (128, 128)
-            int8_kernel[(triton.cdiv(m, tile) * triton.cdiv(n, height),)](
-                x, rows, qdata, columns, out, m, n, K=k, BM=tile, BN=height, BK=128, BAND=8, STAGES=3, num_warps=8
-            )
+            height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
+            int8_kernel[(triton.cdiv(m, height) * triton.cdiv(n, width),)](
+                TensorDescriptor.from_tensor(x, [height, 128]), rows, TensorDescriptor.from_tensor(qdata, [width, 128]),
+                columns, out, m, n, K=k, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
+            )  # fmt: skip
             return out
         padded = torch.nn.functional.pad(x, (0, 0, 0, 32 - m)) if m <= 16 else x
         total = torch._int_mm(padded, qdata.t())

@@ -8,7 +8,7 @@ block size is read off the two shapes; nobody stores it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -72,16 +72,22 @@ def amin_amax(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return x.new_zeros(tuple(grid)), x.new_zeros(tuple(grid))
     blocks = to_blocks(x, grid)
-    inside = list(range(1, blocks.dim(), 2))
-    return blocks.amin(inside), blocks.amax(inside)
+    return _inside(blocks, Tensor.amin), _inside(blocks, Tensor.amax)
 
 
 def amax_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
     """The largest magnitude of each block, of shape `grid`. Empty data gives zeros."""
     if x.numel() == 0:
         return x.new_zeros(tuple(grid))
-    blocks = to_blocks(x, grid)
-    return blocks.abs().amax(list(range(1, blocks.dim(), 2)))
+    return _inside(to_blocks(x, grid).abs(), Tensor.amax)
+
+
+def _inside(blocks: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Reduce the dims that run inside a block, one after the other: a compiler gives one reduction over a whole tensor of
+    unknown size to a single thread block."""
+    for dim in reversed(range(1, blocks.dim(), 2)):
+        blocks = blocks.squeeze(dim) if blocks.shape[dim] == 1 else reduce(blocks, dim)
+    return blocks
 
 
 def mean_abs(x: Tensor, grid: Sequence[int]) -> Tensor:

@@ -111,12 +111,8 @@ def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
         _has_kernels(x.device)
         and x.dtype in (torch.bfloat16, torch.float16)
         and isinstance(w, (IntxTensor, Float8Tensor))
-        and w.scale.shape == (w.shape[0], 1)
         and all(t.is_contiguous() for t in w.fields().values())
-        and (
-            (scaled_mm_accepts(x, w) and w.spec.act.block == (1, -1))  # type: ignore[union-attr]
-            or (int_mm_accepts(x, w) and w.spec.act.block == (1, -1) and w.spec.act.symmetric)  # type: ignore[union-attr]
-        )
+        and (scaled_mm_accepts(x, w) or (int_mm_accepts(x, w) and w.spec.act.symmetric))  # type: ignore[union-attr]
     )
 
 
@@ -127,7 +123,8 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     assert isinstance(w, (IntxTensor, Float8Tensor))
     act = quantize_act(x, w)
     rows = act["scale"].float().expand(x.shape[0], 1).contiguous()
-    return triton_kernels.scaled_product(act["qdata"], rows, w.qdata, w.scale.float(), x.dtype)
+    columns = w.scale.float().expand(w.shape[0], 1).contiguous()
+    return triton_kernels.scaled_product(act["qdata"], rows, w.qdata, columns, x.dtype)
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:

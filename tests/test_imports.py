@@ -16,7 +16,7 @@ PURE = {"bits", "blocks", "floats", "rounding", "layouts"}
 MACHINERY = {"base", "ops", "sharding", "views"}
 CONSUMERS = {"linear", "checkpoint", "paths", "paths_cpu", "paths_gpu"}
 # What needs Triton, and is imported inside the functions that launch it.
-KERNELS = {"triton_kernels"}
+KERNELS = {"triton_kernels", "hopper_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.
 BUILT_ON = {"codebook": {"intx"}, "int4_prepacked": {"intx"}}
 
@@ -53,7 +53,8 @@ def test_layers(path):
             wanted = parts[0] == "triton" and name in KERNELS
             assert parts[0] in {"torch", *sys.stdlib_module_names} or wanted or (optional and not top), where
             continue
-        assert top != (parts[-1] in KERNELS), where
+        needs_triton = any(part in KERNELS for part in parts) and name not in KERNELS
+        assert top != needs_triton, where
         if folder == "dtypes":
             assert parts[1:2] == ["dtypes"], where
             target = parts[2] if len(parts) > 2 else ""
@@ -63,7 +64,7 @@ def test_layers(path):
                 assert target in PURE, where
             elif name in MACHINERY:
                 assert target in PURE | MACHINERY, where
-            elif name not in CONSUMERS:
+            elif name not in CONSUMERS | KERNELS:
                 assert target in PURE | {"base"} | BUILT_ON.get(name, set()), where
         elif folder in {"quant", "optim", "train"}:
             assert parts[1] in {"dtypes", folder}, where

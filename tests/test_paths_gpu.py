@@ -95,11 +95,34 @@ def test_quantized_activations(spec, dtype):
                 assert sqnr(rounded.float(), q, out) > 40
 
 
-@pytest.mark.parametrize("m", [33, 128, 512])
-def test_float8_meets_a_split_activation(m):
-    x, q = activation(m), case(Float8())
-    assert path_name(x, q) == "fused"
-    assert sqnr(x, q, F.linear(x, q)) > 48
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+@HOPPER
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Intx(8),
+        Float8(),
+        Intx(4, (1, 128), signed=False),
+        Intx(4, (1, 128)),
+        Intx(4, (1, 128), symmetric=True),
+        Intx(4, (1, 128), signed=False, scale_dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_more_tokens_on_hopper(spec):
+    for n, k in ((192, 512), (320, 1280), (25728, 256)):
+        q = case(spec, n, k)
+        for m in (17, 33, 65, 100, 129, 200, 255, 256):
+            x = activation(m, k)
+            assert path_name(x, q) == "fused"
+            assert sqnr(x, q, F.linear(x, q)) > 44
+        x[1, 5] = float("nan")
+        out = F.linear(x, q)
+        assert out[1].isnan().all() and not out[0].isnan().any()
 
 
 def test_int4_weight_and_int8_activation():

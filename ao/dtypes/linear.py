@@ -6,8 +6,8 @@ one autograd.Function below. A product takes the first path in `PATHS` that acce
 
     int8pack    one token on a CPU, int8 weight: ATen's own product
     gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
-    fused       2 to 64 tokens on a GPU, 4- and 8-bit weights: a Triton kernel that decodes on the way to the tensor cores;
-                to 512 with float8 weights: the activation as a sum of two float8 numbers
+    fused       2 to 64 tokens on a GPU (256 or 512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way
+                to the tensor cores, or feed them 8 bits
     sums        one token on a GPU, compiled: sums over each group, then over the groups; nothing dense is stored
     scaled_product  8-bit activation x 8-bit weight on a GPU: int_mm or scaled_mm with the scales in the same kernel
     int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum

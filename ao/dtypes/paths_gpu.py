@@ -11,15 +11,15 @@ from .base import QTensor
 from .bits import CHUNK, packed_dim
 from .float8 import Float8, Float8Tensor
 from .intx import Intx, IntxTensor
-from .paths import compiling, has_float8, int_mm_accepts, per_row, quantize_act, scaled_mm_accepts
+from .paths import compiling, int_mm_accepts, per_row, quantize_act, scaled_mm_accepts
 
 _TRITON = find_spec("triton") is not None
 
 FEW = 64
 """The largest number of tokens for which weights are decoded on their way to the tensor cores."""
 
-SOME = 512
-"""The largest number of tokens for which float8 weights meet an activation split in two."""
+SOME = {4: 256, 8: 512}
+"""The same on Hopper, by bits of a weight; beyond, the weight is decoded to memory first."""
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -91,19 +91,30 @@ def fused_accepts(x: Tensor, w: QTensor) -> bool:
         return False
     if isinstance(w, IntxTensor) and w.zero_point is not None and w.zero_point.is_floating_point():
         return False  # q - z would not be exact in bfloat16
-    some = isinstance(w, Float8Tensor) and w.scale.shape[1] == 1 and w.shape[0] % 16 == 0 and has_float8(x.device)
-    return 1 < x.shape[0] <= (SOME if some else FEW)
+    return 1 < x.shape[0] <= _most(x, w)
+
+
+def _most(x: Tensor, w: QTensor) -> int:
+    """The largest number of tokens that `fused` takes with this weight."""
+    assert isinstance(w, (IntxTensor, Float8Tensor))
+    n, k = (int(size) for size in w.shape)
+    if torch.cuda.get_device_capability(x.device)[0] != 9 or n % 64 or k % 128 or k > 65536:
+        return FEW
+    if w.qdata.shape[1] == k:
+        kernel = w.qdata.dtype in (torch.int8, torch.float8_e4m3fn) and w.scale.shape[1] == 1
+        return SOME[8] if kernel and getattr(w, "zero_point", None) is None else FEW
+    return SOME[4] if w.scale.shape[1] == k // 128 else FEW
 
 
 def fused(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T, with the weights decoded to bfloat16 in registers, a tile at a time.
 
-    More than 32 tokens meet a float8 weight as a sum of two float8 numbers, x = high + low / 16, exact for all but the
-    smallest elements of a row: two products at twice the rate, and no decoding.
+    On Hopper, 17 tokens and more meet an 8-bit weight as a sum of two 8-bit numbers: two products at twice the rate, and no
+    decoding. Its error is that of x in 16-bit fixed point (int8), or of a sum of 14 bits (float8).
     """
-    from . import triton_kernels
+    from . import gpu_ops
 
-    return triton_kernels.fused(x.contiguous(), *_weight(w))
+    return gpu_ops.fused(x.contiguous(), *_weight(w))
 
 
 def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
@@ -118,13 +129,13 @@ def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
 
 def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     """(q_x @ q_w.T) * scale_x * scale_w, of int8 or float8, by the product that is fastest at this number of tokens."""
-    from . import triton_kernels
+    from . import gpu_ops
 
     assert isinstance(w, (IntxTensor, Float8Tensor))
     act = quantize_act(x, w)
     rows = act["scale"].float().expand(x.shape[0], 1).contiguous()
     columns = w.scale.float().expand(w.shape[0], 1).contiguous()
-    return triton_kernels.scaled_product(act["qdata"], rows, w.qdata, columns, x.dtype)
+    return gpu_ops.scaled_product(act["qdata"], rows, w.qdata, columns, x.dtype)
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:

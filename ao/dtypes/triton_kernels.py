@@ -1,7 +1,8 @@
 """Triton kernels for what Inductor does not fuse: products of a few tokens with a weight that stays packed.
 
-Imported when a path of `paths_gpu.py` first runs, since Triton comes with GPU builds of PyTorch only. The planar packing
-of bits.py is what makes them short: 4 bytes in a register are 4 low and 4 high nibbles, each 4 neighbours of the row.
+For any NVIDIA GPU since Ampere; hopper_kernels.py has those for its tensor cores. They are imported when a path of
+paths_gpu.py first runs, since Triton comes with GPU builds of PyTorch only. The planar packing of bits.py is what makes them
+short: 4 bytes in a register are 4 low and 4 high nibbles, each 4 neighbours of the row.
 
 No tile has fewer than 8 rows: Triton 3.6 stores a reduced tile of 4 rows wrongly.
 """
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 # Decoding, 4 bytes of a register at a time.
 
@@ -77,7 +78,7 @@ def _round(x, f):
 
 
 @triton.jit
-def _magnitude(x):
+def magnitude(x):
     """|x| as an integer of the same order, so that the largest of a group is NaN where there is one, and makes the sum NaN."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
@@ -153,7 +154,7 @@ def gemv_int_kernel(
                 y = tl.load(x_ptr + g0 * G + k + 16).to(tl.float32)
             else:
                 y = tl.load(x_ptr + g0 * G + k + 16, mask=there[:, None], other=0.0).to(tl.float32)
-            top = tl.max(tl.maximum(_magnitude(x), _magnitude(y)), 1).to(tl.float32, bitcast=True)
+            top = tl.max(tl.maximum(magnitude(x), magnitude(y)), 1).to(tl.float32, bitcast=True)
             f = tl.where(top > 0, 32512.0 / top, 0.0)[:, None]
             i = _round(x, f)
             j = _round(y, f)
@@ -163,7 +164,7 @@ def gemv_int_kernel(
             )  # fmt: skip
             total = tl.sum(i + j, 1).to(tl.float32)
         else:
-            top = tl.max(_magnitude(x), 1).to(tl.float32, bitcast=True)
+            top = tl.max(magnitude(x), 1).to(tl.float32, bitcast=True)
             i = _round(x, tl.where(top > 0, 32512.0 / top, 0.0)[:, None])
             dots = _dot_bytes(q, _high_byte(i)[None, :, :], _low_byte(i)[None, :, :], SIGNED)
             total = tl.sum(i, 1).to(tl.float32)
@@ -318,37 +319,15 @@ def fused_kernel(
 
 
 @triton.jit
-def sum_kernel(parts_ptr, out_ptr, size, SPLIT: tl.constexpr, B: tl.constexpr):
-    """out = sum of the SPLIT float32 parts, in order."""
+def sum_kernel(parts_ptr, out_ptr, size, SPLIT: tl.constexpr, B: tl.constexpr, EARLY: tl.constexpr):
+    """out = sum of the SPLIT float32 parts, in order. EARLY: launched before the parts are there, so wait for them."""
     i = tl.program_id(0) * B + tl.arange(0, B)
+    if EARLY:
+        gdc_wait()
     acc = tl.zeros((B,), tl.float32)
     for part in tl.static_range(SPLIT):
         acc += tl.load(parts_ptr + part * size + i, mask=i < size, other=0.0)
     tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=i < size)
-
-
-# More tokens, float8 weights: the activation as a sum of two float8 numbers, both multiplied on the float8 units.
-
-
-@triton.jit
-def split_kernel(x_ptr, parts_ptr, scale_ptr, M, K: tl.constexpr, BK: tl.constexpr):
-    """x = scale * (high + low / 16) of one row, with a power of two for the scale: exact for what is not far below max|x|."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BK)
-    top = tl.zeros((BK,), tl.int32)
-    for k0 in range(0, K, BK):
-        x = tl.load(x_ptr + row * K + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32)
-        top = tl.maximum(top, _magnitude(x))
-    # 2**(exponent + 1) is more than max|x|, and 2**8 less than float8's 448.
-    exponent = tl.maximum((tl.max(top, 0) >> 23) - 7, 1)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(scale_ptr + row, (exponent << 23).to(tl.float32, bitcast=True))
-    for k0 in range(0, K, BK):
-        x = tl.load(x_ptr + row * K + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32) * inverse
-        high = x.to(parts_ptr.dtype.element_ty)
-        low = ((x - high.to(tl.float32)) * 16).to(parts_ptr.dtype.element_ty)
-        tl.store(parts_ptr + row * K + k0 + k, high, mask=k0 + k < K)
-        tl.store(parts_ptr + (M + row) * K + k0 + k, low, mask=k0 + k < K)
 
 
 @triton.jit
@@ -360,44 +339,6 @@ def scale_kernel(total_ptr, row_ptr, column_ptr, out_ptr, N, B: tl.constexpr):
     total = tl.load(total_ptr + row * N + n, mask=there, other=0).to(tl.float32)
     total = total * tl.load(row_ptr + row) * tl.load(column_ptr + n, mask=there, other=0.0)
     tl.store(out_ptr + row * N + n, total.to(out_ptr.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def int8_kernel(
-    x, row_ptr, q, column_ptr, out_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BAND: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n], int8 with an int32 sum. x, q: tensor descriptors.
-
-    BAND tiles of rows share a column of tiles, which then stays in the cache.
-    """
-    band = BAND * tl.cdiv(N, BN)
-    first = tl.program_id(0) // band * BAND
-    height = tl.minimum(tl.cdiv(M, BM) - first, BAND)
-    m0 = (first + tl.program_id(0) % band % height) * BM
-    n0 = (tl.program_id(0) % band // height) * BN
-    acc = tl.zeros((BM, BN), tl.int32)
-    for k in tl.range(0, K, BK, num_stages=STAGES):
-        acc = tl.dot(x.load([m0, k]), q.load([n0, k]).T, acc, out_dtype=tl.int32)
-    rm = m0 + tl.arange(0, BM)
-    rn = n0 + tl.arange(0, BN)
-    row = tl.load(row_ptr + rm, mask=rm < M, other=0.0)
-    column = tl.load(column_ptr + rn, mask=rn < N, other=0.0)
-    out = acc.to(tl.float32) * row[:, None] * column[None, :]
-    there = (rm < M)[:, None] & (rn < N)[None, :]
-    tl.store(out_ptr + rm[:, None].to(tl.int64) * N + rn[None, :], out.to(out_ptr.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def join_kernel(total_ptr, row_ptr, column_ptr, out_ptr, M, N, B: tl.constexpr):
-    """out[m, n] = (total[m, n] + total[M + m, n] / 16) * row[m] * column[n]."""
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * B + tl.arange(0, B)
-    there = n < N
-    high = tl.load(total_ptr + row * N + n, mask=there, other=0.0)
-    low = tl.load(total_ptr + (M + row) * N + n, mask=there, other=0.0)
-    scale = tl.load(row_ptr + row) * tl.load(column_ptr + n, mask=there, other=0.0)
-    tl.store(out_ptr + row * N + n, ((high + low * 0.0625) * scale).to(out_ptr.dtype.element_ty), mask=there)
 
 
 # Launches.
@@ -424,24 +365,10 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
     return out
 
 
-@torch.library.custom_op("ao::fused", mutates_args=())
-def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
-    """x: (M, K) bfloat16, the rest as in `gemv`, K and the group multiples of 32 -> (M, N).
-
-    Opaque to the compiler, so that one graph serves every number of tokens, and the tile is chosen at the call.
-    """
-    if x.shape[0] > 32 and qdata.dtype.is_floating_point and scale.shape[1] == 1 and _has_float8(x, qdata):
-        return _split(x, qdata, scale)
-    return _fused(x, None, qdata, scale, zero_point, offset, x.dtype)
-
-
-def _has_float8(x: Tensor, qdata: Tensor) -> bool:
-    return qdata.shape[0] % 16 == 0 and torch.cuda.get_device_capability(x.device) >= (8, 9)
-
-
-def _fused(
+def fused(
     x: Tensor, rows: Tensor | None, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
+    """x @ decode(qdata).T as `dtype`. x: (M, K) bfloat16, or int8 times rows (M, 1); the rest as in `gemv`."""
     (m, k), n = x.shape, qdata.shape[0]
     bits = 8 * qdata.shape[1] // k
     by_row = scale.shape[1] == 1
@@ -464,58 +391,13 @@ def _fused(
         U=unroll, SPLIT=split, STAGES=4 if by_row and m <= 16 else 3, num_warps=4,
     )  # fmt: skip
     if split > 1:
-        sum_kernel[(triton.cdiv(m * n, 1024),)](parts, out, m * n, SPLIT=split, B=1024, num_warps=4)
+        sum_kernel[(triton.cdiv(m * n, 1024),)](parts, out, m * n, SPLIT=split, B=1024, EARLY=False, num_warps=4)
     return out
 
 
-def _split(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
-    """`fused` by way of `torch._scaled_mm`. The sum over K of 8-bit products is kept in float32."""
-    (m, k), n = x.shape, qdata.shape[0]
-    parts = torch.empty(2 * m, k, dtype=torch.float8_e4m3fn, device=x.device)
-    rows = torch.empty(m, dtype=torch.float32, device=x.device)
-    split_kernel[(m,)](x, parts, rows, m, K=k, BK=1024, num_warps=4)
-    one = torch.ones((), dtype=torch.float32, device=x.device)
-    total = torch._scaled_mm(parts, qdata.t(), one, one, out_dtype=torch.float32)  # (2 M, N)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    join_kernel[(m, triton.cdiv(n, 1024))](total, rows, scale, out, m, n, B=1024, num_warps=4)
+def scaled(total: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, tokens: int) -> Tensor:
+    """The first `tokens` rows of total (M, N), times rows (M, 1) and columns (N, 1), as `dtype`."""
+    n = total.shape[1]
+    out = torch.empty(tokens, n, dtype=dtype, device=total.device)
+    scale_kernel[(tokens, triton.cdiv(n, 1024))](total, rows, columns, out, n, B=1024, num_warps=4)
     return out
-
-
-@fused.register_fake
-def _(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
-    return x.new_empty(x.shape[0], qdata.shape[0])
-
-
-@torch.library.custom_op("ao::scaled_product", mutates_args=())
-def scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x @ qdata.T) * rows * columns.T, of int8 or of float8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N).
-
-    The sum is int32 or float32. Opaque to the compiler, as `fused` is.
-    """
-    (m, k), n = x.shape, qdata.shape[0]
-    if x.dtype == torch.int8:
-        if m <= 32 and k % 128 == 0:
-            return _fused(x, rows, qdata, columns, None, 0, dtype)
-        if m > 128 and torch.cuda.get_device_capability(x.device)[0] == 9:
-            out = torch.empty(m, n, dtype=dtype, device=x.device)
-            height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
-            int8_kernel[(triton.cdiv(m, height) * triton.cdiv(n, width),)](
-                TensorDescriptor.from_tensor(x, [height, 128]), rows, TensorDescriptor.from_tensor(qdata, [width, 128]),
-                columns, out, m, n, K=k, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
-            )  # fmt: skip
-            return out
-        padded = torch.nn.functional.pad(x, (0, 0, 0, 32 - m)) if m <= 16 else x
-        total = torch._int_mm(padded, qdata.t())
-    elif m > 512 and dtype == torch.bfloat16:
-        return torch._scaled_mm(x, qdata.t(), rows, columns.t(), out_dtype=dtype)
-    else:
-        one = torch.ones((), dtype=torch.float32, device=x.device)
-        total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
-    out = torch.empty(m, n, dtype=dtype, device=x.device)
-    scale_kernel[(m, triton.cdiv(n, 1024))](total, rows, columns, out, n, B=1024, num_warps=4)
-    return out
-
-
-@scaled_product.register_fake
-def _(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype)

@@ -1,0 +1,69 @@
+"""The operators by which compiled graphs call the products of several tokens in triton_kernels.py and hopper_kernels.py.
+
+They are opaque to the compiler, so that one graph serves every number of tokens and the kernel is chosen at the call.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import hopper_kernels, triton_kernels
+
+
+@torch.library.custom_op("ao::fused", mutates_args=())
+def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
+    """x @ decode(qdata).T -> (M, N).
+
+    x: (M, K) bfloat16. qdata: (N, K) one-byte or (N, K / 2) 4-bit. scale: (N, K / group) or (N, 1), zero_point alike.
+    offset: what to add to zero_point.
+    """
+    (m, k), n = x.shape, qdata.shape[0]
+    if _is_hopper(x.device) and k % 128 == n % 64 == 0 and k <= 65536 and _is_aligned(x, qdata):
+        exact = qdata.dtype in (torch.int8, torch.float8_e4m3fn)
+        if m > 16 and qdata.shape[1] == k and exact and scale.shape[1] == 1 and zero_point is None:
+            return hopper_kernels.parts_product(x, qdata, scale)
+        if m > 32 and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128:
+            return hopper_kernels.nibbles_product(x, qdata, scale, zero_point, offset)
+    return triton_kernels.fused(x, None, qdata, scale, zero_point, offset, x.dtype)
+
+
+@fused.register_fake
+def _(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
+    return x.new_empty(x.shape[0], qdata.shape[0])
+
+
+@torch.library.custom_op("ao::scaled_product", mutates_args=())
+def scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x @ qdata.T) * rows * columns.T, of int8 or of float8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N).
+
+    The sum is int32 or float32.
+    """
+    m, k = x.shape
+    if x.dtype == torch.int8:
+        if m <= 32 and k % 128 == 0:
+            return triton_kernels.fused(x, rows, qdata, columns, None, 0, dtype)
+        if m > 128 and k % 128 == 0 and _is_hopper(x.device) and _is_aligned(x, qdata):
+            return hopper_kernels.int8_product(x, rows, qdata, columns, dtype)
+        total = torch._int_mm(F.pad(x, (0, 0, 0, 32 - m)) if m <= 16 else x, qdata.t())  # it takes more than 16 rows
+    elif m > 512 and dtype == torch.bfloat16:
+        return torch._scaled_mm(x, qdata.t(), rows, columns.t(), out_dtype=dtype)
+    else:
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
+    return triton_kernels.scaled(total, rows, columns, dtype, m)
+
+
+@scaled_product.register_fake
+def _(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _is_aligned(*tensors: Tensor) -> bool:
+    """Whether the copy engine can read them: it wants addresses that are multiples of 16 bytes."""
+    return all(t.data_ptr() % 16 == 0 for t in tensors)

@@ -1,0 +1,250 @@
+"""Triton kernels for the tensor cores of Hopper (wgmma), fed by its copy engine (tensor descriptors).
+
+8-bit weights stay 8 bits: a tile goes from memory to shared memory and from there to the 8-bit tensor cores, which run at
+twice the rate of 16-bit ones. The activation is split beforehand in two 8-bit parts that stand side by side in its tile, so
+that one product multiplies both:
+
+    int8      x = f * (256 h + l), 16-bit fixed point with a step f per token; the sum is exact
+    float8    x = f * (h + l), h = e4m3(x / f), l = e4m3(x / f - h): the 8 significant bits of bfloat16. The tensor cores
+              add up float8 products with some 14 bits.
+
+4-bit weights are decoded to bfloat16 in registers, from where wgmma takes its first operand. They are read as int16, four
+codes each: position t of 8 holds the elements 2t, 2t + 1 of two runs of 8, which is how that operand is spread over
+threads, so that nothing moves between them.
+
+Kernels in a row are launched early (programmatic dependent launch): `gdc_wait` waits for the one before.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .triton_kernels import magnitude, sum_kernel
+
+# 8-bit activations.
+
+
+@triton.jit
+def int8_kernel(
+    x, row_ptr, q, column_ptr, out_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BAND: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n], int8 with an int32 sum. x, q: tensor descriptors.
+
+    BAND tiles of rows share a column of tiles, which then stays in the cache.
+    """
+    band = BAND * tl.cdiv(N, BN)
+    first = tl.program_id(0) // band * BAND
+    height = tl.minimum(tl.cdiv(M, BM) - first, BAND)
+    m0 = (first + tl.program_id(0) % band % height) * BM
+    n0 = (tl.program_id(0) % band // height) * BN
+    acc = tl.zeros((BM, BN), tl.int32)
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        acc = tl.dot(x.load([m0, k]), q.load([n0, k]).T, acc, out_dtype=tl.int32)
+    rm = m0 + tl.arange(0, BM)
+    rn = n0 + tl.arange(0, BN)
+    row = tl.load(row_ptr + rm, mask=rm < M, other=0.0)
+    column = tl.load(column_ptr + rn, mask=rn < N, other=0.0)
+    out = acc.to(tl.float32) * row[:, None] * column[None, :]
+    there = (rm < M)[:, None] & (rn < N)[None, :]
+    tl.store(out_ptr + rm[:, None].to(tl.int64) * N + rn[None, :], out.to(out_ptr.dtype.element_ty), mask=there)
+
+
+# 8-bit weights.
+
+
+@triton.jit
+def split_kernel(x_ptr, parts_ptr, step_ptr, K: tl.constexpr, BM: tl.constexpr, B: tl.constexpr, FLOAT: tl.constexpr):
+    """One token of x (M, K) in two 8-bit parts; parts (M / BM, 2, BM, K): the high, then the low ones of BM tokens."""
+    gdc_launch_dependents()
+    m = tl.program_id(0)
+    k = tl.arange(0, B)
+    x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
+    top = tl.maximum(tl.max(magnitude(x), 0), 0x0DA24260).to(tl.float32, bitcast=True)  # at least 1e-30
+    parts = parts_ptr + (m // BM * (2 * BM) + m % BM).to(tl.int64) * K + k
+    if FLOAT:
+        x = x * (448.0 / top)
+        # x rounded to e4m3, as float32: three bits after the leading one; below 2**-6 multiples of 2**-9. Triton 3.6
+        # loses the rounding of a cast there and back.
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        rounded = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, rounded)
+        high = rounded.to(tl.float8e4nv)
+        low = (x - rounded).to(tl.float8e4nv)
+        tl.store(step_ptr + m, top * (1.0 / 448.0))
+    else:
+        i = (x * (32512.0 / top) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000 + 128  # round(x / f) + 128
+        high = (i >> 8).to(tl.int8)
+        low = ((i & 255) - 128).to(tl.int8)
+        tl.store(step_ptr + m, top * (1.0 / 32512.0))
+    tl.store(parts, high, mask=k < K)
+    tl.store(parts + BM * K, low, mask=k < K)
+
+
+@triton.jit
+def parts_kernel(
+    parts, step_ptr, q, scale_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K. parts, from `split_kernel`, in boxes (2 BM, BK);
+    q (N, K) in boxes (BN, BK). TILES of tokens share a tile of q and are neighbours."""
+    T: tl.constexpr = K // BK
+    TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
+    n0 = tl.program_id(0) // TILES * BN
+    tile = tl.program_id(0) % TILES
+    t0 = tl.program_id(1) * TS
+    t1 = tl.minimum(t0 + TS, T)
+    if FLOAT:
+        acc = tl.zeros((BN, 2 * BM), tl.float32)
+    else:
+        acc = tl.zeros((BN, 2 * BM), tl.int32)
+    gdc_wait()
+    for t in tl.range(t0, t1, num_stages=STAGES):
+        w = q.load([n0, t * BK])
+        x = parts.load([tile * 2 * BM, t * BK])
+        if FLOAT:
+            acc = tl.dot(w, x.T, acc)
+        else:
+            acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
+    gdc_launch_dependents()
+    high, low = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))  # within a thread: nothing moves
+    if FLOAT:
+        y = high + low
+    else:
+        y = high.to(tl.float32) * 256.0 + low.to(tl.float32)
+    rn = n0 + tl.arange(0, BN)
+    rm = tile * BM + tl.arange(0, BM)
+    scale = tl.load(scale_ptr + rn).to(tl.float32)
+    y = y * scale[:, None] * tl.load(step_ptr + rm, mask=rm < M, other=0.0)[None, :]
+    out = out_ptr + (tl.program_id(1) * M + rm[None, :]) * N + rn[:, None]
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :])
+
+
+# 4-bit weights.
+
+
+@triton.jit
+def _codes(q):
+    """int16, 4 codes -> 128 + code as bfloat16: the low nibbles of both bytes, then the high ones."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 y, a, b; mov.b32 a, {$4, $4}; prmt.b32 y, a, 0, 0x4140;
+        lop3.b32 a, y, 0x000f000f, 0x43004300, 0xea; shr.u32 y, y, 4;
+        lop3.b32 b, y, 0x000f000f, 0x43004300, 0xea; mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; }""",
+        "=h,=h,=h,=h,h", [q], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def nibbles_kernel(
+    x, q, scale_ptr, zero_ptr, out_ptr, M, N, TILES, K: tl.constexpr, G: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = sum of x[m] * (q[n] - zero[n]) * scale[n] over 1 / SPLIT of K, a group at a time. x (M, K) in boxes (BM, G);
+    q: the codes as int16 (N, K / 4) in boxes (BN, G / 4). (q - zero) is exact in bfloat16, scale is rounded to it."""
+    NG: tl.constexpr = K // G
+    TS: tl.constexpr = (NG + SPLIT - 1) // SPLIT
+    n0 = tl.program_id(0) // TILES * BN
+    tile = tl.program_id(0) % TILES
+    rn = n0 + tl.arange(0, BN)
+    t0 = tl.program_id(1) * TS
+    t1 = tl.minimum(t0 + TS, NG)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for t in tl.range(t0, t1, num_stages=STAGES):
+        # No loop argument and no scalar may come between these loads and the product: Triton then reads the codes in the
+        # layout of the operand; else they go through shared memory once more.
+        scale = tl.load(scale_ptr + rn * NG + t).to(tl.bfloat16)
+        low_0, low_1, high_0, high_1 = _codes(q.load([n0, t * (G // 4)]))
+        w = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))  # (BN, G / 4, 2, 2)
+        w = tl.permute(tl.reshape(w, (BN, G // 32, 8, 2, 2)), (0, 1, 4, 2, 3))  # (BN, chunks, nibble, byte pair, byte)
+        w = tl.reshape(w, (BN, G))
+        if ZERO:
+            zero = ((tl.load(zero_ptr + rn * NG + t).to(tl.int16) + OFFSET) | 0x4300).to(tl.bfloat16, bitcast=True)
+            w = w - zero[:, None]  # 128 + q - (128 + zero)
+        else:
+            w = w - tl.full((BN, G), 128 + OFFSET, tl.bfloat16)
+        acc = tl.dot(w * scale[:, None], x.load([tile * BM, t * G]).T, acc)
+    gdc_launch_dependents()
+    rm = tile * BM + tl.arange(0, BM)
+    out = out_ptr + (tl.program_id(1) * M + rm[None, :]) * N + rn[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :])
+
+
+# Launches.
+
+
+def int8_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x @ qdata.T) * rows * columns.T, int8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N)."""
+    (m, k), n = x.shape, qdata.shape[0]
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
+    int8_kernel[(triton.cdiv(m, height) * triton.cdiv(n, width),)](
+        TensorDescriptor.from_tensor(x, [height, 128]), rows, TensorDescriptor.from_tensor(qdata, [width, 128]), columns,
+        out, m, n, K=k, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+    """x (M, K) bfloat16 times qdata (N, K) int8 or float8 e4m3 with scale (N, 1) -> (M, N). K % 128 == N % 64 == 0."""
+    (m, k), n = x.shape, qdata.shape[0]
+    tokens = 32 if m <= 32 else 64
+    tiles = triton.cdiv(m, tokens)
+    wide = n % 128 == 0 and m > 32 and (n // 128 * tiles >= (224 if m <= 64 else 400) or (m > 64 and k > 8192))
+    rows, warps, stages = (128, 8, 3) if wide else (64, 4, 5 if m <= 32 else 3 if n // 64 * tiles > 264 else 4)
+    split = _splits(n // rows * tiles, k // 128)
+    is_float = qdata.dtype.is_floating_point
+    parts = torch.empty(tiles * 2 * tokens, k, dtype=qdata.dtype, device=x.device)
+    step = torch.empty(m, dtype=torch.float32, device=x.device)
+    split_kernel[(m,)](x, parts, step, K=k, BM=tokens, B=triton.next_power_of_2(k), FLOAT=is_float, num_warps=8)
+    out, sums = _outputs(x, n, split)
+    parts_kernel[(n // rows * tiles, split)](
+        TensorDescriptor.from_tensor(parts, [2 * tokens, 128]), step, TensorDescriptor.from_tensor(qdata, [rows, 128]),
+        scale, sums, m, n, tiles, K=k, BM=tokens, BN=rows, BK=128, SPLIT=split, STAGES=stages, FLOAT=is_float,
+        num_warps=warps, launch_pdl=True,
+    )  # fmt: skip
+    return _summed(sums, out, split)
+
+
+def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
+    """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
+    (m, k), n = x.shape, qdata.shape[0]
+    group = 128
+    if m > 192 and n % 128 == 0 and n // 128 >= 200:
+        tokens, rows, warps, stages, split = 256, 128, 8, 3, 1
+    else:
+        tokens, rows, warps, stages = (64, 64, 4, 4) if m <= 64 else (128, 64, 4, 3)
+        split = _splits(n // 64 * triton.cdiv(m, tokens), k // 128 if m <= 64 else k // 384)
+    tiles = triton.cdiv(m, tokens)
+    out, sums = _outputs(x, n, split)
+    nibbles_kernel[(n // rows * tiles, split)](
+        TensorDescriptor.from_tensor(x, [tokens, group]),
+        TensorDescriptor.from_tensor(qdata.view(torch.int16), [rows, group // 4]), scale,
+        scale if zero_point is None else zero_point, sums, m, n, tiles, K=k, G=group, ZERO=zero_point is not None,
+        OFFSET=offset, BM=tokens, BN=rows, SPLIT=split, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return _summed(sums, out, split)
+
+
+def _splits(tiles: int, steps: int) -> int:
+    """In how many parts to cut K: as many as fill two places of each of 132 multiprocessors, four steps or more each."""
+    split = max(1, min(264 // tiles, steps // 4))
+    return triton.cdiv(steps, triton.cdiv(steps, split))
+
+
+def _outputs(x: Tensor, n: int, split: int) -> tuple[Tensor, Tensor]:
+    """The result, and where its parts go, which is the same for one part."""
+    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    return out, out if split == 1 else torch.empty(split, *out.shape, dtype=torch.float32, device=x.device)
+
+
+def _summed(sums: Tensor, out: Tensor, split: int) -> Tensor:
+    if split > 1:
+        sum_kernel[(triton.cdiv(out.numel(), 1024),)](
+            sums, out, out.numel(), SPLIT=split, B=1024, EARLY=True, num_warps=4, launch_pdl=True
+        )
+    return out

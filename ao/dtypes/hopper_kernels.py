@@ -232,6 +232,7 @@ def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor 
 
 def _splits(tiles: int, steps: int) -> int:
     """In how many parts to cut K: as many as fill two places of each of 132 multiprocessors, four steps or more each."""
+    steps = max(steps, 1)
     split = max(1, min(264 // tiles, steps // 4))
     return triton.cdiv(steps, triton.cdiv(steps, split))
 

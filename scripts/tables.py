@@ -3,8 +3,9 @@
     .venv/bin/python scripts/tables.py          rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
     .venv/bin/python scripts/tables.py --check  exit with an error if that would change anything
 
-`demo` comes from docs/measured/demo.json, which `scripts/demo --json docs/measured/demo.json` writes; `formats` is
-computed here, on a normal weight.
+`demo` comes from docs/measured/demo.json, which `scripts/demo --json docs/measured/demo.json` writes; `speed` and `decode`
+from what bench_linear.py and generate.py wrote beside it (docs/performance.md has the whole of that); `formats` is computed
+here, on a normal weight.
 """
 
 from __future__ import annotations
@@ -77,6 +78,47 @@ def demo() -> str:
     return f"{table}\n\n{data['model']}; {where}."
 
 
+SPEED_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+
+
+def speed() -> str:
+    """How many times faster than bfloat16 a layer of 28672 x 4096 is, by format and tokens."""
+    data = json.loads((ROOT / "docs" / "measured" / "linear-cuda.json").read_text())
+    rows = [row for row in data["rows"] if row["shape"] == "28672x4096" and row["library"] == "ao"]
+    names = [name for name in dict.fromkeys(row["format"] for row in rows) if name != "bf16"]
+    times = {(row["format"], row["tokens"]): row for row in rows}
+
+    def cell(name: str, tokens: int) -> str:
+        row = times[name, tokens]
+        return f"{row['bf16_us'] / row['us']:.2f}x"
+
+    table = markdown(
+        ["tokens", *(str(m) for m in SPEED_TOKENS)],
+        [[name, *(cell(name, m) for m in SPEED_TOKENS)] for name in names]
+        + [["bf16, microseconds", *(f"{times['bf16', m]['us']:.0f}" for m in SPEED_TOKENS)]],
+    )
+    run = data["runs"][-1]
+    where = f"an {run['device']}, torch {run['torch']}, `torch.compile` without flags"
+    return f"{table}\n\nOne linear layer of 28672 x 4096 on {where}."
+
+
+def decode() -> str:
+    """Tokens per second of the 8B shape."""
+    run = json.loads((ROOT / "docs" / "measured" / "generate-cuda.json").read_text())["runs"][-1]
+    base = next(row for row in run["rows"] if row["format"] == "bf16")["decode_tokens_per_s"]
+    rows = [
+        [
+            row["format"],
+            f"{row['model_bytes'] / 1e9:.1f}",
+            f"{row['decode_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s'] / base:.2f}x",
+        ]
+        for row in run["rows"]
+    ]
+    table = markdown(["format", "model GB", "tokens/s", "speed of bf16"], rows)
+    return f"{table}\n\nDecoding with random weights of the shape of Llama-3.1-8B, batch 1, on an {run['device']}."
+
+
 def fill(page: Path, tables: Mapping[str, Callable[[], str]], check: bool) -> None:
     """Make every table of `page` anew, and leave the text between them alone. check: end the program if that changes it."""
     old = text = page.read_text()
@@ -93,4 +135,8 @@ def fill(page: Path, tables: Mapping[str, Callable[[], str]], check: bool) -> No
 
 
 if __name__ == "__main__":
-    fill(ROOT / "README.md", {"demo": demo, "formats": formats}, check="--check" in sys.argv[1:])
+    fill(
+        ROOT / "README.md",
+        {"speed": speed, "decode": decode, "demo": demo, "formats": formats},
+        check="--check" in sys.argv[1:],
+    )

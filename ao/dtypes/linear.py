@@ -4,7 +4,8 @@
 `__torch_function__` (user code), `__torch_dispatch__` (inference mode, DTensor, exported graphs), and the backward of the
 one autograd.Function below. A product takes the first path in `PATHS` that accepts it:
 
-    int8pack    one token on a CPU, int8 weight: ATen's own product
+    words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
+    int8pack    up to four tokens on a CPU, int8 weight: ATen's own product
     gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
     fused       2 to 64 tokens on a GPU (256 or 512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way
                 to the tensor cores, or feed them 8 bits
@@ -41,16 +42,19 @@ aten = torch.ops.aten
 Path = Callable[[Tensor, QTensor], Tensor]
 
 PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
+    ("words", paths_cpu.words_accepts, paths_cpu.words),
     ("int8pack", paths_cpu.int8pack_accepts, paths_cpu.int8pack),
     ("gemv", paths_gpu.gemv_accepts, paths_gpu.gemv),
     ("fused", paths_gpu.fused_accepts, paths_gpu.fused),
     ("sums", paths_gpu.sums_accepts, paths_gpu.sums),
     ("scaled_product", paths_gpu.scaled_product_accepts, paths_gpu.scaled_product),
+    ("int_mm", paths_cpu.int_mm_accepts, paths_cpu.int_mm),
     ("int_mm", paths.int_mm_accepts, paths.int_mm),
     ("scaled_mm", paths.scaled_mm_accepts, paths.scaled_mm),
-    ("float8", paths.float8_accepts, paths.float8),
+    ("int4pack", paths_cpu.int4pack_accepts, paths_cpu.int4pack),
     ("int4pack", paths.int4pack_accepts, paths.int4pack),
     ("pieces", paths_cpu.pieces_accepts, paths_cpu.pieces),
+    ("float8", paths.float8_accepts, paths.float8),
     ("dequantize", lambda x, w: True, paths.dequantize),
 ]
 """Each path with its name and what it accepts, in the order in which they are asked. x: (M, K), w: (N, K)."""

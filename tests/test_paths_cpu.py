@@ -1,0 +1,53 @@
+"""Products on a CPU, compiled: which path runs, what code it becomes, and in how many graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import weight
+from torch._inductor.utils import run_and_get_code
+
+from ao import compute_error
+from ao.dtypes import NF4, Float8, Intx
+
+SPECS = [Intx(4, (1, 128), signed=False), Intx(8), Intx(3, (1, 32)), Float8()]
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_one_token_stores_no_weight(spec):
+    """At most three kernels, no dense weight, and the sum is that of float32 arithmetic."""
+    n, k = 64, 512
+    x, q = weight((1, k), 1), spec.quantize(weight((n, k)))
+    with torch.no_grad():
+        y, codes = run_and_get_code(torch.compile(F.linear, fullgraph=True), x, q)
+    assert compute_error(x @ q.dequantize().t(), y) > 80
+    if spec != Intx(8) and (AVX2 or getattr(spec, "bits", 8) < 8):
+        assert f"empty_strided_cpu(({n}, {k})" not in codes[0]
+        assert "extern_kernels.mm" not in codes[0]
+    assert codes[0].count("cpp_fused") <= 12
+
+
+@pytest.mark.parametrize("spec", [*SPECS, NF4, Intx(8, act=Intx(8))], ids=str)
+def test_graphs_over_all_batches(spec):
+    """Four graphs serve every number of tokens."""
+    q = spec.quantize(weight((64, 256), dtype=torch.bfloat16))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    linear = torch.compile(F.linear, backend=backend)
+    for tokens in (16, 1, 2, 4, 5, 8, 9, 64, 300):
+        linear(weight((tokens, 256), 1, torch.bfloat16), q)
+    assert len(graphs) <= 4
+
+
+def test_no_int8pack_above_four_tokens():
+    q = Intx(8).quantize(weight((64, 256), dtype=torch.bfloat16))
+    linear = torch.compile(F.linear, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        _, codes = run_and_get_code(linear, weight((9, 256), 1, torch.bfloat16), q)
+    assert "_weight_int8pack_mm" not in "".join(codes)

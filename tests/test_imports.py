@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ao").rglob("*.py"))
 
-PURE = {"bits", "blocks", "floats", "rounding", "layouts"}
+PURE = {"bits", "blocks", "floats", "rounding", "layouts", "pieces"}
 MACHINERY = {"base", "ops", "sharding", "views"}
 CONSUMERS = {"linear", "checkpoint", "paths", "paths_cpu", "paths_gpu"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"triton_kernels", "hopper_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.
-BUILT_ON = {"codebook": {"intx"}, "int4_prepacked": {"intx"}}
+BUILT_ON = {"codebook": {"intx"}, "dynamic_tree": {"codebook"}, "int4_prepacked": {"intx"}}
 
 
 def imports(path: Path) -> list[tuple[int, str, bool]]:

@@ -6,6 +6,8 @@ from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import QTensor, Spec, sources_digest
 from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
+from .dynamic_tree import DynamicTree
+from .flat import Flat, FlatTensor
 from .float8 import Float8, Float8Tensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
@@ -16,6 +18,9 @@ __all__ = [
     "NF4",
     "Codebook",
     "CodebookTensor",
+    "DynamicTree",
+    "Flat",
+    "FlatTensor",
     "Float8",
     "Float8Tensor",
     "Int4CPULayout",

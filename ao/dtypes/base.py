@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .bits import CHUNK
 from .blocks import block_grid, expand
+from .pieces import Box, boxes, is_eager, part, piece_size
 
 Elements = Annotated[Tensor, "elements"]
 PerBlock = Annotated[Tensor, "per_block"]
@@ -164,11 +166,107 @@ def quantize_fields(
     pre_scale: Tensor | None = None,
     qparams: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor | None]:
-    """The fields of `spec` for data `x` cut into `grid` blocks: the one road from numbers to fields."""
+    """The fields of `spec` for data `x` cut into `grid` blocks: the one road from numbers to fields.
+
+    In eager mode large data goes in pieces, with the same result bit for bit: pieces.py says why.
+    """
+    if is_eager(x) and x.numel() > piece_size(x) and not (x.requires_grad and torch.is_grad_enabled()):
+        form = blank(spec, tuple(x.shape), tuple(grid))
+        if "opaque" not in (form.roles[name] for name in form.fields()):
+            return _quantize_pieces(spec, x, grid, pre_scale, dict(qparams or {}), form)
     x = x.float()
     if pre_scale is not None:
         x = x / expand(pre_scale.float(), x.shape)
     return spec.encode(x, **(qparams or spec.choose_qparams(x, grid)))
+
+
+@functools.lru_cache(maxsize=256)
+def blank(spec: Spec, shape: tuple[int, ...], grid: tuple[int, ...] | None = None) -> QTensor:
+    """A QTensor on meta, as quantizing data of `shape` would give. Raises ValueError where `spec` does not take it."""
+    x = torch.empty(shape, device="meta")
+    return spec.wrap(quantize_fields(spec, x, spec.grid(shape) if grid is None else grid), x.dtype, shape)
+
+
+def _quantize_pieces(
+    spec: Spec,
+    x: Tensor,
+    grid: tuple[int, ...],
+    pre_scale: Tensor | None,
+    qparams: dict[str, Tensor],
+    form: QTensor,
+) -> dict[str, Tensor | None]:
+    """`quantize_fields` piece by piece into fields like those of `form`."""
+    size = piece_size(x)
+    unit = _unit(form)
+    if not qparams and math.prod(unit) > 8 * size:
+        # Blocks larger than a piece: first their qparams, then the codes in pieces of blocks.
+        scaled = x if pre_scale is None else x / expand(pre_scale.float(), x.shape)
+        qparams = spec.choose_qparams(scaled, grid)
+    given = {name: dense(t) for name, t in qparams.items()}
+    if given:
+        unit = _unit(form, given)
+    made: dict[str, Tensor | None] = {name: _empty(t, x.device) for name, t in form.fields().items()}
+    buffer = None
+    for box in boxes(x.shape, unit, size):
+        piece = part(x, box, x.shape)
+        if x.dtype != torch.float32:
+            # One buffer for all pieces: memory that is warm, and that malloc does not hand back in between.
+            buffer = torch.empty(piece.numel(), device=x.device) if buffer is None else buffer
+            piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
+        if pre_scale is not None:
+            piece = piece / expand(part(pre_scale.float(), box, x.shape), piece.shape)
+        chosen = {name: part(t, box, x.shape) for name, t in given.items()} or spec.choose_qparams(
+            piece, tuple(max(g * p // n, 1) for g, p, n in zip(grid, piece.shape, x.shape))
+        )
+        for name, t in spec.encode(piece, **chosen).items():
+            if t is None:
+                made[name] = None
+            elif name in given and t is chosen[name]:
+                made[name] = qparams[name]
+            elif form.roles[name] == "shared":
+                made[name] = t
+            else:
+                field = made[name]
+                assert field is not None
+                _write(field, t, box, x.shape)
+    return made
+
+
+def _unit(form: QTensor, given: Mapping[str, Tensor] | None = None) -> list[int]:
+    """The multiples, per dim, at which data like `form` can be cut through no block and no packed chunk.
+
+    given: qparams that are known, so that a block which spans a dim may be cut.
+    """
+    unit = [1] * form.dim()
+    for name, t in form.fields().items():
+        role = form.roles[name]
+        if role == "shared" or (role == "per_block" and given):
+            continue
+        inner = _unit(t) if isinstance(t, QTensor) else [1] * form.dim()
+        for d, (n, f) in enumerate(zip(form.shape, t.shape)):
+            if role == "elements" and f != n:
+                # Packed. A cut of a later dim would make another dim of the piece the one to pack.
+                unit[d:] = [math.lcm(unit[d], form.unit), *form.shape[d + 1 :]]
+                break
+            unit[d] = math.lcm(unit[d], n // f * inner[d])
+    for t in (given or {}).values():
+        unit = [math.lcm(u, n // f) if f > 1 else u for u, n, f in zip(unit, form.shape, t.shape)]
+    return unit
+
+
+def _empty(t: Tensor, device: torch.device) -> Tensor:
+    """Memory for a field like `t`."""
+    return t.map(lambda f: _empty(f, device)) if isinstance(t, QTensor) else torch.empty_like(t, device=device)
+
+
+def _write(field: Tensor, piece: Tensor, box: Box, shape: torch.Size) -> None:
+    """Put what belongs to `box` of data of `shape` in its place in `field`."""
+    if isinstance(field, QTensor) and isinstance(piece, QTensor):
+        for name, t in field.fields().items():
+            shared = field.roles[name] == "shared"
+            _write(t, piece.fields()[name], [(0, n) for n in shape] if shared else box, shape)
+    else:
+        part(field, box, shape).copy_(piece)
 
 
 def dense(field: Tensor) -> Tensor:

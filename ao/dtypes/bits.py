@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .pieces import is_eager
+
 CHUNK = 32
 
 _SECTIONS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
@@ -95,18 +97,33 @@ def unpack(packed: Tensor, bits: int, dim: int = -1, shape: Sequence[int] | None
 def _pack_chunks(codes: Tensor, bits: int, chunk: int) -> Tensor:
     lead = codes.shape[:-1]
     chunks = codes.shape[-1] // chunk
+    codes = _words(codes, chunk)
+    lanes = codes.element_size()
+    ones = sum(1 << 8 * lane for lane in range(lanes))
     sections = []
     offset = 0
     for section in _SECTIONS[bits]:
         width = chunk * section // 8
-        part = ((codes >> offset) & (2**section - 1)).reshape(*lead, chunks, 8 // section, width)
-        word = part[..., 0, :]
-        for plane in range(1, 8 // section):
-            word = word | (part[..., plane, :] << (plane * section))
-        sections.append(word)  # (..., chunks, width)
+        word = codes if section == bits else (codes >> offset) & (2**section - 1) * ones
+        planes = 8 // section
+        word = word.reshape(*lead, chunks, planes, width // lanes)
+        while planes > 1:  # half of the planes go above the other half
+            planes //= 2
+            word = word[..., :planes, :] | (word[..., planes:, :] << (planes * section))
+        sections.append(word.squeeze(-2))  # (..., chunks, width / lanes)
         offset += section
     packed = sections[0] if len(sections) == 1 else torch.cat(sections, -1)
-    return packed.reshape(*lead, chunks * chunk * bits // 8)
+    return packed.reshape(*lead, chunks * chunk * bits // 8 // lanes).view(torch.uint8)
+
+
+def _words(codes: Tensor, chunk: int) -> Tensor:
+    """Four codes in an int32, for shifts and masks that never leave a byte: eager ops then run over a quarter of the items.
+
+    The compiler, which has vectors of its own and cannot look through such a view, gets the codes as they are.
+    """
+    strides = (*codes.stride()[:-1], codes.storage_offset())
+    fits = chunk == CHUNK and is_eager(codes) and codes.stride(-1) == 1 and not any(s % 4 for s in strides)
+    return codes.view(torch.int32) if fits else codes
 
 
 def _unpack_chunks(packed: Tensor, bits: int, chunk: int, shape: Sequence[int] | None = None) -> Tensor:

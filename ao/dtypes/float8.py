@@ -54,7 +54,7 @@ class Float8(Spec):
 
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
         """Round `x` (float32) to the format under the given scale."""
-        q = (to_blocks(x, scale.shape) * in_blocks(reciprocal(scale))).clamp(-self.max, self.max)
+        q = (to_blocks(x, scale.shape) * in_blocks(reciprocal(scale))).clamp_(-self.max, self.max)
         return {"qdata": q.to(self.dtype).reshape(x.shape), "scale": scale}
 
 

@@ -171,7 +171,7 @@ def _by_piece(rows: Tensor, w: QTensor, decode: Callable[[QTensor], Tensor]) -> 
         return F.linear(rows, decode(w))
     parts = w.chunk(count)
     if compiling():
-        parts = [part.map(_without_offset) for part in parts]  # type: ignore[attr-defined]
+        parts = [part.map(_without_offset) for part in parts]  # type: ignore[attr-defined, assignment]
     return torch.cat([F.linear(rows, decode(part)) for part in parts], -1)  # type: ignore[arg-type]
 
 

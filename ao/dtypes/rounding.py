@@ -14,8 +14,8 @@ def reciprocal(x: Tensor) -> Tensor:
     stays a block of zeros. Metal has no float64, and divides.
     """
     x = x.float()
-    inverse = 1 / x if x.device.type == "mps" else (1 / x.double()).float()
-    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, inverse)
+    inverse = x.reciprocal() if x.device.type == "mps" else x.double().reciprocal().float()
+    return inverse.masked_fill(x.abs() < torch.finfo(torch.float32).tiny, 0.0)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,282 @@
+"""Adam and AdamW (arXiv:1412.6980, arXiv:1711.05101), by the formulas of torch.optim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ao.dtypes import Codebook, DynamicTree, Float8, Spec
+
+from .optimizer import FullPrecision, LowBitOptimizer
+
+
+def adam(
+    param: Tensor,
+    grad: Tensor,
+    states: Mapping[str, Tensor],
+    h: Mapping[str, Tensor],
+    *,
+    decoupled: bool,
+    amsgrad: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """
+    g = grad (+ weight_decay * param if not decoupled)
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    param = param * (1 - lr * weight_decay if decoupled) - lr / correction1 * m / (sqrt(v) / correction2 + eps)
+
+    with correction1 = 1 - beta1**t and correction2 = sqrt(1 - beta2**t); amsgrad takes the largest v so far.
+    """
+    if decoupled:
+        param = param * (1 - h["lr"] * h["weight_decay"])
+    else:
+        grad = grad + h["weight_decay"] * param
+    m = states["exp_avg"]
+    m = m + h["one_minus_beta1"] * (grad - m)
+    v = states["exp_avg_sq"] * h["beta2"] + h["one_minus_beta2"] * grad * grad
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    if amsgrad:
+        v = new["max_exp_avg_sq"] = torch.maximum(states["max_exp_avg_sq"], v)
+    denominator = v.sqrt() / h["correction2"] + h["eps"]
+    return param - h["lr"] / h["correction1"] * (m / denominator), new
+
+
+_SCALARS = ("lr", "weight_decay", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "correction1", "correction2")
+_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def _formats(first: Callable[[int], Spec], second: Callable[[int], Spec]) -> dict[str, Callable[[int], Spec]]:
+    return dict(zip(_STATES, (first, second, second)))
+
+
+_8BIT = _formats(lambda n: DynamicTree(8, True, (1, n)), lambda n: DynamicTree(8, False, (1, n)))
+# Without a zero: a second moment that is rounded to zero would make the update explode.
+_SIXTEENTHS = tuple((i + 1) / 16 for i in range(16))
+_4BIT = _formats(lambda n: DynamicTree(4, True, (1, n)), lambda n: Codebook(_SIXTEENTHS, (1, n)))
+_FP8 = _formats(lambda n: Float8("e4m3", (1, n)), lambda n: Float8("e4m3", (1, n)))
+
+
+class _Adam(LowBitOptimizer):
+    update = staticmethod(adam)
+    scalar_names = _SCALARS
+    torch_class: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.Adam
+    torch_states = ("step", *_STATES)
+    decoupled = False
+
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"decoupled": self.decoupled, "amsgrad": bool(group["amsgrad"])}
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return _STATES if group["amsgrad"] else _STATES[:2]
+
+    def scalars(self, group: dict[str, Any], step: float) -> dict[str, float]:
+        beta1, beta2 = map(float, group["betas"])
+        return {
+            "weight_decay": float(group["weight_decay"]),
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "eps": float(group["eps"]),
+            "correction1": 1 - beta1**step,
+            "correction2": (1 - beta2**step) ** 0.5,
+        }
+
+
+def _defaults(*values: Any) -> dict[str, Any]:
+    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "bf16_stochastic_round", "maximize")
+    return dict(zip(names, values, strict=True))
+
+
+class Adam8bit(_Adam):
+    """Adam with 8-bit states: 2.03 bytes per parameter in place of 8 (arXiv:2110.02861).
+
+    params: parameters, (name, parameter) pairs, or dicts with settings of their own, `block_size` among them.
+    lr: a number, or a tensor of one element. A number may be assigned to `group["lr"]` at any time.
+    betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.Adam.
+    block_size: elements that share a scale.
+    bf16_stochastic_round: round bfloat16 parameters stochastically (stochastic_rounding.py). The seeds are drawn from
+        torch's generator of the CPU: torch.manual_seed makes a run reproducible, and ranks that hold replicas of a
+        parameter must be seeded alike.
+    full_precision: parameters, or modules whose parameters, keep float32 states; give the embeddings here.
+    compile: run the step in compiled graphs where a compiler is found.
+
+    The first moment is in the signed dynamic tree map, the second in the unsigned one. Raises ValueError for settings out
+    of range, TypeError for parameters of another dtype than float32, bfloat16 and float16.
+    """
+
+    formats = _8BIT
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        block_size: int = 256,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        full_precision: FullPrecision = (),
+        compile: bool = True,
+    ) -> None:
+        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
+        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
+
+
+class Adam4bit(_Adam):
+    """Adam with 4-bit states: 1.06 bytes per parameter (arXiv:2309.01507, without its rank-1 scales).
+
+    The first moment is in the signed dynamic tree map, the second in 16 even steps without zero.
+    See `Adam8bit` for the parameters.
+    """
+
+    formats = _4BIT
+    block_multiple = 8
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        block_size: int = 128,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        full_precision: FullPrecision = (),
+        compile: bool = True,
+    ) -> None:
+        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
+        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
+
+
+class AdamFp8(_Adam):
+    """Adam with float8 e4m3 states: 2.03 bytes per parameter. See `Adam8bit` for the parameters."""
+
+    formats = _FP8
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        block_size: int = 256,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        full_precision: FullPrecision = (),
+        compile: bool = True,
+    ) -> None:
+        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
+        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
+
+
+class _Decoupled(_Adam):
+    torch_class = torch.optim.AdamW
+    decoupled = True
+
+
+class AdamW8bit(_Decoupled):
+    """AdamW with 8-bit states: a drop-in for torch.optim.AdamW at 2.03 bytes of state per parameter.
+
+    See `Adam8bit` for the parameters.
+    """
+
+    formats = _8BIT
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        block_size: int = 256,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        full_precision: FullPrecision = (),
+        compile: bool = True,
+    ) -> None:
+        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
+        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
+
+
+class AdamW4bit(_Decoupled):
+    """AdamW with 4-bit states: 1.06 bytes per parameter. See `Adam8bit` for the parameters."""
+
+    formats = _4BIT
+    block_multiple = 8
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        block_size: int = 128,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        full_precision: FullPrecision = (),
+        compile: bool = True,
+    ) -> None:
+        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
+        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
+
+
+class AdamWFp8(_Decoupled):
+    """AdamW with float8 e4m3 states: 2.03 bytes per parameter. See `Adam8bit` for the parameters."""
+
+    formats = _FP8
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        block_size: int = 256,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        full_precision: FullPrecision = (),
+        compile: bool = True,
+    ) -> None:
+        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
+        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
+
+
+class AdamW(_Decoupled):
+    """AdamW with float32 states, and stochastic rounding of bfloat16 parameters. See `Adam8bit` for the parameters."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        compile: bool = True,
+    ) -> None:
+        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
+        super().__init__(params, defaults, compile=compile)

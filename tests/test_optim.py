@@ -1,0 +1,565 @@
+"""The low-bit optimizers against torch.optim: formulas, training loops, state dicts, compiled graphs."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import ao.optim
+from ao.dtypes import DynamicTree, Flat, FlatTensor, QTensor
+from ao.optim import (
+    Adam4bit,
+    Adam8bit,
+    AdamFp8,
+    AdamW,
+    AdamW4bit,
+    AdamW8bit,
+    AdamWFp8,
+    Lion8bit,
+    LowBitOptimizer,
+    SGD8bit,
+    kernel,
+    load_state_dict,
+    save_state_dict,
+    stochastic_round,
+)
+
+LOW_BIT = [AdamW8bit, AdamW4bit, AdamWFp8, Adam8bit, Adam4bit, AdamFp8]
+ALL = [*LOW_BIT, AdamW, Lion8bit, SGD8bit]
+
+
+def model(dtype=torch.float32) -> nn.Sequential:
+    """Two matrices of 8192 elements, two small vectors."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).to(dtype)
+
+
+def train(m, optimizer, steps=1, start=0, scheduler=None) -> float:
+    """The last loss of some steps of a regression; step i sees batch i."""
+    dtype = next(m.parameters()).dtype
+    for i in range(start, start + steps):
+        g = torch.Generator().manual_seed(i)
+        x = torch.randn(64, 64, generator=g).to(dtype)
+        loss = (m(x) - x.roll(1, 1)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+    return loss.item()
+
+
+def eager(cls, params, **kwargs) -> LowBitOptimizer:
+    return cls(params, compile=False, **kwargs)
+
+
+def same(a, b) -> bool:
+    """Whether two modules have the same parameters, bit for bit."""
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def distance(a, b) -> float:
+    return max((p.float() - q.float()).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# Formats.
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_dynamic_tree_finds_the_nearest_value(bits, signed):
+    spec = DynamicTree(bits, signed, (1, -1))
+    table = torch.tensor(spec.values)
+    assert len(table) == len(table.unique()) == 2**bits and table.max() == 1 and (0.0 in table)
+    near = torch.cat([(table[1:] + table[:-1]) / 2 * (1 + e) for e in (-1e-5, 1e-5)] + [torch.logspace(-9, 0, 2000)])
+    x = torch.cat([table, near, -near if signed else near, torch.randn(4000).clamp(-1, 1), torch.ones(1)])
+    x = x if signed else x.abs()
+    x = nn.functional.pad(x, (0, -len(x) % 8))[None]
+    error = (spec.quantize(x).dequantize() - x).abs()
+    best = (x[0, :, None] - table).abs().amin(1)
+    assert ((error - best) <= 3e-7 * x.abs()).all()
+    exact = table.repeat(8)[None]
+    assert torch.equal(spec.quantize(exact).dequantize(), exact)
+
+
+def test_dynamic_map_is_the_one_of_the_8_bit_optimizers():
+    values = DynamicTree(8, True).values
+    assert values[127] == 0 and values[255] == 1 and values[0] == pytest.approx(-0.99296875)
+    assert values[128] == pytest.approx(5.5e-7) and values[254] == pytest.approx(0.99296875)
+    unsigned = DynamicTree(8, False).values
+    assert unsigned[0] == 0 and unsigned[1] == pytest.approx(3.25e-7) and unsigned[254] == pytest.approx(0.99648434)
+
+
+def test_flat_blocks_run_across_rows():
+    x = torch.randn(48, 96)  # a block of 256 is 2 2/3 rows
+    q = Flat(DynamicTree(8, True, (1, 256))).quantize(x)
+    assert q.shape == x.shape and q.stride() == x.stride() and q.blocks.shape == (18, 256)
+    blocks = DynamicTree(8, True, (1, 256)).quantize(x.reshape(-1, 256)).dequantize()
+    assert torch.equal(q.dequantize(), blocks.reshape(x.shape))
+    assert torch.equal(q.view(96, 48).dequantize(), q.dequantize().view(96, 48))
+    assert torch.equal(q[8:16].dequantize(), q.dequantize()[8:16])
+    assert [tuple(part.shape) for part in q.split(16)] == [(16, 96)] * 3
+    with pytest.raises(ValueError, match="cut dim 0 at multiples of 8"):
+        q[:3]
+    with pytest.raises(ValueError, match="are no multiple of the block 256"):
+        Flat(DynamicTree(8)).quantize(torch.randn(3, 5))
+    part = q[8:16]
+    part.copy_(torch.ones(8, 96))
+    assert torch.equal(q.dequantize()[8:16], torch.ones(8, 96))
+    assert not q.new_zeros((8, 96)).dequantize().any()
+
+
+# Against torch.optim.
+
+
+@pytest.mark.parametrize("settings", [{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.3, "eps": 1e-3}])
+def test_adamw_with_float32_states_is_torchs(settings):
+    ours, theirs = model(), model()
+    a, b = (
+        eager(AdamW, ours.parameters(), lr=1e-2, **settings),
+        torch.optim.AdamW(theirs.parameters(), 1e-2, **settings),
+    )
+    train(ours, a, 10), train(theirs, b, 10)
+    assert distance(ours, theirs) < 2e-6
+
+
+PAIRS = [
+    (Adam8bit, torch.optim.Adam, {"weight_decay": 0.1}),
+    (AdamW8bit, torch.optim.AdamW, {"amsgrad": True}),
+    (SGD8bit, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "dampening": 0.5}),
+    (SGD8bit, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    (SGD8bit, torch.optim.SGD, {"momentum": 0.0}),
+]
+
+
+@pytest.mark.parametrize("cls, torch_cls, settings", PAIRS)
+def test_formulas_with_full_precision_states(cls, torch_cls, settings):
+    """All states excluded from quantization: what is left is the update rule."""
+    ours, theirs = model(), model()
+    a = eager(cls, ours.parameters(), lr=1e-2, full_precision=ours, **settings)
+    b = torch_cls(theirs.parameters(), lr=1e-2, **settings)
+    train(ours, a, 5), train(theirs, b, 5)
+    assert distance(ours, theirs) < 1e-6
+    assert not any(isinstance(t, QTensor) for state in a.state.values() for t in state.values())
+
+
+def test_lion_formula():
+    p = nn.Parameter(torch.randn(64, 64))
+    expected, m = p.detach().clone(), torch.zeros(64, 64)
+    optimizer = eager(Lion8bit, [p], lr=1e-2, weight_decay=0.1, full_precision=p)
+    for _ in range(3):
+        p.grad = torch.randn(64, 64)
+        expected = expected * (1 - 1e-3) - 1e-2 * torch.sign(0.9 * m + 0.1 * p.grad)
+        m = 0.99 * m + 0.01 * p.grad
+        optimizer.step()
+    assert torch.allclose(p, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls, tolerance", [(AdamW8bit, 0.02), (AdamWFp8, 0.02), (AdamW4bit, 0.25)])
+def test_training_follows_float32_states(cls, tolerance):
+    ours, theirs = model(), model()
+    reference = train(theirs, torch.optim.AdamW(theirs.parameters(), 3e-3), 150)
+    loss = train(ours, eager(cls, ours.parameters(), lr=3e-3), 150)
+    assert reference < 0.2 and abs(loss / reference - 1) < tolerance
+
+
+def test_two_steps_of_8_bit_by_hand():
+    p = nn.Parameter(torch.randn(16, 256))
+    grads = [torch.randn(16, 256) for _ in range(2)]
+    expected = p.detach().clone()
+    specs = [DynamicTree(8, signed, (1, 256)) for signed in (True, False)]
+    m, v = torch.zeros(16, 256), torch.zeros(16, 256)
+    optimizer = eager(AdamW8bit, [p], lr=1e-2)
+    for t, grad in enumerate(grads, 1):
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        expected = expected * (1 - 1e-4)
+        expected -= 1e-2 / (1 - 0.9**t) * m / (v.sqrt() / (1 - 0.999**t) ** 0.5 + 1e-8)
+        m, v = (spec.quantize(x).dequantize() for spec, x in zip(specs, (m, v)))
+        p.grad = grad
+        optimizer.step()
+    assert torch.allclose(p, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls, most", [(AdamW8bit, 2.04), (AdamWFp8, 2.04), (AdamW4bit, 1.07), (Lion8bit, 1.02)])
+def test_state_bytes(cls, most):
+    p = nn.Parameter(torch.zeros(512, 512))
+    p.grad = torch.zeros_like(p)
+    optimizer = eager(cls, [p])
+    optimizer.step()
+    tables = 2 * 1024 + 8
+    assert optimizer.state_nbytes <= most * p.numel() + tables
+
+
+# What a training loop does.
+
+
+def test_what_is_quantized():
+    embedding = nn.Embedding(64, 128)
+    params = [
+        nn.Parameter(torch.zeros(64, 64)),  # 4096 elements
+        nn.Parameter(torch.zeros(63, 65)),  # 4095
+        nn.Parameter(torch.zeros(100, 50)),  # no multiple of 256
+        nn.Parameter(torch.zeros(96, 96, 3, dtype=torch.bfloat16)),
+        embedding.weight,
+    ]
+    optimizer = eager(AdamW8bit, params, full_precision=[embedding])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kinds = [type(optimizer.state[p]["exp_avg"]) for p in params]
+    assert kinds == [FlatTensor, torch.Tensor, torch.Tensor, FlatTensor, torch.Tensor]
+    assert all(optimizer.state[p][name].shape == p.shape for p in params for name in ("exp_avg", "exp_avg_sq"))
+    assert all(optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in params)
+    with pytest.raises(ValueError, match="full_precision matches none of the parameters"):
+        AdamW8bit(params, full_precision=nn.Linear(2, 2))
+
+
+def test_param_groups():
+    m = model()
+    groups = [
+        {"params": m[0].parameters(), "lr": 1e-2, "block_size": 128},
+        {"params": m[2].weight, "weight_decay": 0.5},
+    ]
+    optimizer = eager(AdamW8bit, groups, lr=1e-3)
+    optimizer.add_param_group({"params": [m[2].bias], "lr": 0.0})
+    before = m[2].bias.detach().clone()
+    train(m, optimizer, 2)
+    assert optimizer.state[m[0].weight]["exp_avg"].blocks.shape == (64, 128)
+    assert optimizer.state[m[2].weight]["exp_avg"].blocks.shape == (32, 256)
+    assert torch.equal(m[2].bias, before)
+    with pytest.raises(ValueError, match="block_size must be a positive multiple of 8, got 100"):
+        AdamW4bit(m.parameters(), block_size=100)
+    with pytest.raises(TypeError, match="one of torch.float64"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, dtype=torch.float64))]})
+    assert len(optimizer.param_groups) == 3
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_schedulers_and_assigned_learning_rates(tensor_lr):
+    """A learning rate may be a float or a tensor, set by a scheduler or by hand, at any time."""
+    ours, theirs = model(), model()
+    lr = torch.tensor(1e-2) if tensor_lr else 1e-2
+    a, b = eager(AdamW, ours.parameters(), lr=lr), torch.optim.AdamW(theirs.parameters(), lr=1e-2)
+    for m, o in ((ours, a), (theirs, b)):
+        train(m, o, 4, scheduler=torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=6))
+        o.param_groups[0]["lr"] = 3e-3
+        train(m, o, 2)
+    assert distance(ours, theirs) < 2e-6
+
+
+def test_frozen_and_later_unfrozen():
+    ours, theirs = model(), model()
+    a, b = eager(AdamW, ours.parameters(), lr=1e-2), torch.optim.AdamW(theirs.parameters(), 1e-2)
+    for m, o in ((ours, a), (theirs, b)):
+        m[0].requires_grad_(False)
+        train(m, o, 2)
+        m[0].requires_grad_(True)
+        train(m, o, 2)
+    assert a.state[ours[0].weight]["step"] == 2 and a.state[ours[2].weight]["step"] == 4
+    assert distance(ours, theirs) < 1e-6
+
+
+def test_settings_that_change_on_the_way():
+    m = model()
+    optimizer = eager(AdamW8bit, m.parameters())
+    train(m, optimizer, 1)
+    optimizer.param_groups[0].update(amsgrad=True, block_size=128, maximize=True)
+    train(m, optimizer, 1)
+    state = optimizer.state[m[0].weight]
+    assert state["step"] == 2 and state["exp_avg"].blocks.shape == (32, 256)
+    assert state["max_exp_avg_sq"].dequantize().max() > 0
+
+
+def test_closure_accumulation_and_clipping():
+    m = model()
+    optimizer = eager(AdamW8bit, m.parameters())
+    x = torch.randn(4, 64)
+
+    def closure():
+        optimizer.zero_grad()
+        for part in x.chunk(2):
+            m(part).square().mean().backward()
+        nn.utils.clip_grad_norm_(m.parameters(), 0.1)
+        return m(x).square().mean()
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_grad_scaler_skips_a_step_with_infinities():
+    m = model()
+    optimizer = eager(AdamW8bit, m.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = copy.deepcopy(m)
+    for inf in (True, False):
+        scaler.scale(m(torch.randn(4, 64)).square().mean()).backward()
+        if inf:
+            m[0].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert same(m, before) == inf
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_nan_is_not_hidden(cls):
+    p = nn.Parameter(torch.ones(64, 64))
+    optimizer = eager(cls, [p])
+    p.grad = torch.ones_like(p)
+    p.grad[3, 5] = torch.nan
+    optimizer.step()
+    assert p[3, 5].isnan() and p.isnan().sum() == 1
+    for name, state in optimizer.state[p].items():
+        if name != "step":
+            assert (state.dequantize() if isinstance(state, QTensor) else state)[3, 5].isnan()
+
+
+def test_sparse_gradients_are_refused_before_anything_changes():
+    embedding, linear = nn.Embedding(64, 64, sparse=True), nn.Linear(64, 64)
+    optimizer = eager(AdamW8bit, [*linear.parameters(), *embedding.parameters()])
+    before = copy.deepcopy(linear)
+    linear(embedding(torch.arange(3))).sum().backward()
+    with pytest.raises(RuntimeError, match="does not take sparse gradients"):
+        optimizer.step()
+    assert same(linear, before) and not optimizer.state
+
+
+def test_parameters_of_other_layouts():
+    """channels_last, transposed and quantized parameters are updated in place."""
+    plain = nn.Parameter(torch.randn(16, 16, 4, 4))
+    last = nn.Parameter(plain.detach().clone().to(memory_format=torch.channels_last))
+    grad = torch.randn(16, 16, 4, 4)
+    for p in (plain, last):
+        p.grad = grad.clone()
+        eager(AdamW8bit, [p]).step()
+    assert torch.equal(plain, last) and last.is_contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64)
+    q = nn.Parameter(DynamicTree(8, True, (1, 64)).quantize(weight))
+    q.grad = torch.ones(64, 64)
+    eager(AdamW8bit, [q], lr=0.5).step()
+    assert (q.dequantize() - weight).mean() < -0.4
+
+
+# State dicts.
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_resume_is_exact(cls):
+    straight = model(torch.bfloat16)
+    kwargs = {"lr": 1e-3, "bf16_stochastic_round": True}
+    optimizer = eager(cls, straight.parameters(), **kwargs)
+    train(straight, optimizer, 3)
+    buffer = io.BytesIO()
+    torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    resumed = model(torch.bfloat16)
+    resumed.load_state_dict(loaded["model"])
+    other = eager(cls, resumed.parameters(), **kwargs)
+    other.load_state_dict(loaded["optimizer"])
+    for m, o in ((straight, optimizer), (resumed, other)):
+        torch.manual_seed(1)
+        train(m, o, 3, start=3)
+    assert same(straight, resumed)
+    twin = copy.deepcopy(other)
+    assert twin.state_dict().keys() == other.state_dict().keys() and twin.compile is False
+
+
+@pytest.mark.parametrize("cls", [AdamW8bit, AdamW4bit, AdamWFp8])
+def test_safetensors(cls, tmp_path):
+    m = model()
+    optimizer = eager(cls, m.parameters(), lr=torch.tensor(1e-2), full_precision=m[0])
+    train(m, optimizer, 2)
+    save_state_dict(optimizer.state_dict(), tmp_path / "optimizer.safetensors")
+    loaded = load_state_dict(tmp_path / "optimizer.safetensors")
+    assert loaded["param_groups"] == optimizer.state_dict()["param_groups"]
+    other = copy.deepcopy(m)
+    resumed = eager(cls, other.parameters(), lr=0.5)
+    resumed.load_state_dict(loaded)
+    train(m, optimizer, 2, 2), train(other, resumed, 2, 2)
+    assert same(m, other)
+    ao.save(m, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds no optimizer"):
+        load_state_dict(tmp_path / "model.safetensors")
+
+
+def test_load_converts_from_torch_and_back():
+    ours, theirs = model(), model()
+    a, b = eager(AdamW8bit, ours.parameters(), lr=1e-3), torch.optim.AdamW(theirs.parameters(), 1e-3)
+    train(theirs, b, 20)
+    ours.load_state_dict(theirs.state_dict())
+    a.load_state_dict(b.state_dict())
+    assert a.param_groups[0]["block_size"] == 256 and "fused" not in a.param_groups[0]
+    assert isinstance(a.state[ours[0].weight]["exp_avg"], FlatTensor)
+    assert train(ours, a, 10, 20) == pytest.approx(train(theirs, b, 10, 20), rel=1e-2)
+
+    back = torch.optim.AdamW(model().parameters(), 1.0)
+    back.load_state_dict(a.torch_state_dict())
+    assert back.param_groups[0]["lr"] == 1e-3 and back.param_groups[0]["betas"] == (0.9, 0.999)
+    for p, q in zip(ours.parameters(), back.param_groups[0]["params"]):
+        for name in ("exp_avg", "exp_avg_sq"):
+            state = a.state[p][name]
+            values = state.dequantize() if isinstance(state, QTensor) else state
+            assert torch.equal(back.state[q][name], values) and type(back.state[q][name]) is torch.Tensor
+        assert back.state[q]["step"] == 30
+    four = eager(AdamW4bit, model().parameters())
+    four.load_state_dict(a.state_dict())
+    assert four.state_nbytes < a.state_nbytes
+    with pytest.raises(TypeError, match="no counterpart of Lion8bit"):
+        eager(Lion8bit, ours.parameters()).torch_state_dict()
+
+
+def test_sgd_converts_from_torch_and_back():
+    ours, theirs = model(), model()
+    a = eager(SGD8bit, ours.parameters(), lr=1e-2, full_precision=ours, dampening=0.5)
+    b = torch.optim.SGD(theirs.parameters(), 1e-2, 0.9, dampening=0.5)
+    train(theirs, b, 3)
+    ours.load_state_dict(theirs.state_dict())
+    a.load_state_dict(b.state_dict())
+    train(ours, a, 3, 3), train(theirs, b, 3, 3)
+    assert distance(ours, theirs) < 1e-6
+    back = torch.optim.SGD(model().parameters(), 1.0)
+    back.load_state_dict(a.torch_state_dict())
+    assert back.param_groups[0]["dampening"] == 0.5 and len(back.state) == 4
+
+
+def test_a_state_dict_that_does_not_fit_changes_nothing():
+    m = model()
+    optimizer = eager(AdamW8bit, m.parameters(), lr=1e-3)
+    train(m, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    foreign = model()
+    sgd = eager(SGD8bit, foreign.parameters(), lr=0.5)
+    train(foreign, sgd, 1)
+    with pytest.raises(ValueError, match="needs the states .*exp_avg"):
+        optimizer.load_state_dict(sgd.state_dict())
+    wrong = nn.ParameterList([nn.Parameter(torch.ones(4, 4)) for _ in range(4)])
+    small = eager(AdamW8bit, wrong.parameters())
+    for p in wrong:
+        p.grad = torch.ones(4, 4)
+    small.step()
+    with pytest.raises(ValueError, match="cannot take the state 'exp_avg'"):
+        optimizer.load_state_dict(small.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for k, state in before["state"].items():
+        assert all(torch.equal(t, after["state"][k][name]) for name, t in state.items())
+
+
+# Stochastic rounding.
+
+
+def test_stochastic_rounding_is_unbiased():
+    x = torch.tensor([1 + 1 / 512, -3.14159, 1e-20, 0.1])
+    n = 40_000
+    low = (x.view(torch.int32) & -65536).view(torch.float32)
+    gap = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32) - low
+    rounded = stochastic_round(x[:, None].expand(4, n).contiguous(), 7).float()
+    assert ((rounded == low[:, None]) | (rounded == (low + gap)[:, None])).all()
+    up = (rounded != low[:, None]).double().mean(1)
+    expected = ((x - low) / gap).double()
+    assert ((up - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+
+
+def test_stochastic_rounding_keeps_what_bfloat16_has():
+    x = torch.tensor([0.0, -0.0, 1.0, -1.5, torch.inf, -torch.inf, torch.nan, 3.3895313892515355e38])
+    out = stochastic_round(x, 3)
+    assert torch.equal(out[:6].float(), x[:6]) and out[6].isnan() and out[7].float() == x[7]
+    x = torch.full((1000,), 1.001)
+    a, b = stochastic_round(x, 1), stochastic_round(x, 2)
+    assert torch.equal(a, stochastic_round(x, 1)) and not torch.equal(a, b)
+    assert torch.equal(a[300:], stochastic_round(x[300:], 1, start=300))
+
+
+def test_stochastic_rounding_lets_small_updates_through():
+    """An lr of 1e-4 on weights of 1 is below half a bfloat16 step: rounded to nearest nothing would ever change."""
+    results = []
+    for stochastic in (False, True):
+        p = nn.Parameter(torch.ones(128, 128, dtype=torch.bfloat16))
+        optimizer = eager(AdamW, [p], lr=1e-4, weight_decay=0.0, bf16_stochastic_round=stochastic)
+        for _ in range(10):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        results.append(p.float().mean().item())
+    assert results[0] == 1 and results[1] == pytest.approx(1 - 1e-3, rel=1e-4)
+
+
+def test_stochastic_rounding_is_reproducible():
+    runs = []
+    for seed in (5, 5, 6):
+        m = model(torch.bfloat16)
+        optimizer = eager(AdamW8bit, m.parameters(), bf16_stochastic_round=True)
+        torch.manual_seed(seed)
+        train(m, optimizer, 2)
+        runs.append(m)
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+# Compiled.
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("cls", [AdamW8bit, AdamW4bit, AdamWFp8])
+def test_compiled_equals_eager_in_few_graphs(cls):
+    """Ten sizes, a scheduler, a float and a tensor lr, changed betas: two graphs, and the result of eager code."""
+    kernel._compiled.clear()
+    torch._dynamo.utils.counters.clear()
+    compiled, plain = (
+        [nn.Parameter(torch.randn(16 * n, 256, generator=torch.Generator().manual_seed(n))) for n in range(1, 11)]
+        + [nn.Parameter(torch.zeros(n)) for n in (3, 100)]
+        for _ in range(2)
+    )
+    a, b = cls(compiled, lr=1e-2), eager(cls, plain, lr=1e-2)
+    for step in range(4):
+        for p, q in zip(compiled, plain):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad
+        for o in (a, b):
+            o.step()
+            o.param_groups[0]["lr"] = [3e-3, torch.tensor(1e-3), 0.5, 1.0][step]
+            o.param_groups[0]["betas"] = (0.8 + step / 100, 0.99)
+    for p, q in zip(compiled, plain):
+        assert torch.allclose(p, q, atol=1e-5)
+    assert graphs() == 2
+    again = cls([nn.Parameter(torch.randn(80, 512))], lr=1e-2)
+    again.param_groups[0]["params"][0].grad = torch.randn(80, 512)
+    again.step()
+    assert graphs() == 2
+
+
+def test_compiled_stochastic_rounding_is_that_of_eager_code():
+    kernel._compiled.clear()
+    results = []
+    for compile in (True, False):
+        p = nn.Parameter(torch.ones(64, 128, dtype=torch.bfloat16))
+        optimizer = AdamW8bit([p], lr=1e-3, bf16_stochastic_round=True, compile=compile)
+        torch.manual_seed(3)
+        for _ in range(2):
+            p.grad = torch.linspace(-1, 1, p.numel(), dtype=torch.bfloat16).view(p.shape)
+            optimizer.step()
+        results.append(p.detach())
+    assert (results[0] != results[1]).float().mean() < 1e-3 and (results[0] != 1).any()
+
+
+def test_no_compiler_falls_back_to_eager_code(monkeypatch):
+    monkeypatch.setattr(kernel, "_compile", lambda *args: pytest.fail("asked for a compiler"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    kernel.has_compiler.cache_clear()
+    try:
+        m = model()
+        train(m, AdamW8bit(m.parameters()), 1)
+    finally:
+        kernel.has_compiler.cache_clear()
+
+
+def test_public_names():
+    for cls in ALL:
+        assert getattr(ao.optim, cls.__name__) is cls and cls.__doc__

@@ -121,8 +121,10 @@ def _words(codes: Tensor, chunk: int) -> Tensor:
 
     The compiler, which has vectors of its own and cannot look through such a view, gets the codes as they are.
     """
+    if chunk != CHUNK or not is_eager(codes):
+        return codes
     strides = (*codes.stride()[:-1], codes.storage_offset())
-    fits = chunk == CHUNK and is_eager(codes) and codes.stride(-1) == 1 and not any(s % 4 for s in strides)
+    fits = codes.stride(-1) == 1 and not any(s % 4 for s in strides)
     return codes.view(torch.int32) if fits else codes
 
 

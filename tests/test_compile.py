@@ -126,7 +126,7 @@ def linear_bias_like(exported, case):
 
 
 def test_no_trap_of_inductor():
-    """Nothing rewrites a product of many tokens to `_weight_int8pack_mm`, and no view changes an item's size in a graph."""
+    """Nothing rewrites a product of many tokens to `_weight_int8pack_mm`."""
     from torch._inductor.utils import run_and_get_code
 
     for spec in (Intx(8), Intx(4, (1, 32)), Intx(3, (1, 64))):
@@ -135,7 +135,6 @@ def test_no_trap_of_inductor():
             x = weight((*lead, 512), 1, torch.bfloat16)
             with torch.no_grad():
                 _, codes = run_and_get_code(torch.compile(F.linear, fullgraph=True), x, q)
-            assert "aten.view.dtype" not in "".join(codes)
             # ATen's int8 product reads the weight once per token: for one token it is fast.
             assert lead == (1,) or "_weight_int8pack_mm" not in "".join(codes)
 

@@ -551,11 +551,11 @@ def test_compiled_stochastic_rounding_is_that_of_eager_code():
 def test_no_compiler_falls_back_to_eager_code(monkeypatch):
     monkeypatch.setattr(kernel, "_compile", lambda *args: pytest.fail("asked for a compiler"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     kernel.has_compiler.cache_clear()
     try:
-        m = model()
-        train(m, AdamW8bit(m.parameters()), 1)
+        with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+            m = model()
+            train(m, AdamW8bit(m.parameters()), 1)
     finally:
         kernel.has_compiler.cache_clear()
 

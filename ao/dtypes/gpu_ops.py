@@ -40,24 +40,46 @@ def scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtyp
 
     The sum is int32 or float32.
     """
-    m, k = x.shape
-    if x.dtype == torch.int8:
-        if m <= 32 and k % 128 == 0:
-            return triton_kernels.fused(x, rows, qdata, columns, None, 0, dtype)
-        if m > 128 and k % 128 == 0 and _is_hopper(x.device) and _is_aligned(x, qdata):
-            return hopper_kernels.int8_product(x, rows, qdata, columns, dtype)
-        total = torch._int_mm(F.pad(x, (0, 0, 0, 32 - m)) if m <= 16 else x, qdata.t())  # it takes more than 16 rows
-    elif m > 512 and dtype == torch.bfloat16:
-        return torch._scaled_mm(x, qdata.t(), rows, columns.t(), out_dtype=dtype)
-    else:
-        one = torch.ones((), dtype=torch.float32, device=x.device)
-        total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
-    return triton_kernels.scaled(total, rows, columns, dtype, m)
+    return _scaled_product(x, rows, qdata, columns, dtype)
 
 
 @scaled_product.register_fake
 def _(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("ao::dynamic_product", mutates_args=())
+def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor) -> Tensor:
+    """`scaled_product` of x (M, K) quantized per row to the dtype of qdata, int8 or float8 e4m3 -> (M, N) in x's dtype."""
+    codes, rows = hopper_kernels.quantized(x, qdata.dtype)
+    return _scaled_product(codes, rows, qdata, columns, x.dtype)
+
+
+@dynamic_product.register_fake
+def _(x: Tensor, qdata: Tensor, columns: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], qdata.shape[0])
+
+
+def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    (m, k), n = x.shape, qdata.shape[0]
+    copied = _is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
+    few = (
+        256 if qdata.dtype.is_floating_point and dtype == torch.bfloat16 else 512
+    )  # beyond, cuBLAS is faster in float8
+    if copied and m <= few and n % 64 == 0 and k <= 65536 and x.dtype == qdata.dtype != torch.float8_e5m2:
+        return hopper_kernels.codes_product(x, rows, qdata, columns, dtype)
+    if x.dtype == torch.int8:
+        if m <= 32 and k % 128 == 0:
+            return triton_kernels.fused(x, rows, qdata, columns, None, 0, dtype)
+        if m > 128 and copied:
+            return hopper_kernels.int8_product(x, rows, qdata, columns, dtype)
+        total = torch._int_mm(F.pad(x, (0, 0, 0, 32 - m)) if m <= 16 else x, qdata.t())  # it takes more than 16 rows
+    elif m > 256 and dtype == torch.bfloat16:
+        return torch._scaled_mm(x, qdata.t(), rows, columns.t(), out_dtype=dtype, use_fast_accum=True)
+    else:
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
+    return triton_kernels.scaled(total, rows, columns, dtype, m)
 
 
 def _is_hopper(device: torch.device) -> bool:

@@ -87,11 +87,31 @@ def split_kernel(x_ptr, parts_ptr, step_ptr, K: tl.constexpr, BM: tl.constexpr, 
 
 
 @triton.jit
+def quantize_kernel(x_ptr, q_ptr, scale_ptr, K: tl.constexpr, B: tl.constexpr, FLOAT: tl.constexpr):
+    """One token of x (M, K) as `Intx(8)` or `Float8()` quantizes it, to the bit: q (M, K) and scale (M,)."""
+    gdc_launch_dependents()
+    m = tl.program_id(0)
+    k = tl.arange(0, B)
+    x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
+    top = tl.max(magnitude(x), 0).to(tl.float32, bitcast=True)
+    scale = top * (1 / 448 if FLOAT else 1 / 127.5)
+    inverse = tl.where(scale < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))
+    y = x * inverse
+    if FLOAT:
+        q = tl.clamp(y, -448.0, 448.0).to(tl.float8e4nv)
+    else:
+        # Half to even, by a sum that has no bits to the right of the point.
+        q = ((tl.clamp(y, -128.0, 127.0) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+    tl.store(q_ptr + m.to(tl.int64) * K + k, q, mask=k < K)
+    tl.store(scale_ptr + m, scale)
+
+
+@triton.jit
 def parts_kernel(
-    parts, step_ptr, q, scale_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
+    parts, step_ptr, q, scale_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K. parts, from `split_kernel`, in boxes (2 BM, BK);
+    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K. parts: x in PARTS (1 or 2) parts, in boxes (PARTS BM, BK);
     q (N, K) in boxes (BN, BK). TILES of tokens share a tile of q and are neighbours."""
     T: tl.constexpr = K // BK
     TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
@@ -100,23 +120,26 @@ def parts_kernel(
     t0 = tl.program_id(1) * TS
     t1 = tl.minimum(t0 + TS, T)
     if FLOAT:
-        acc = tl.zeros((BN, 2 * BM), tl.float32)
+        acc = tl.zeros((BN, PARTS * BM), tl.float32)
     else:
-        acc = tl.zeros((BN, 2 * BM), tl.int32)
+        acc = tl.zeros((BN, PARTS * BM), tl.int32)
     gdc_wait()
     for t in tl.range(t0, t1, num_stages=STAGES):
         w = q.load([n0, t * BK])
-        x = parts.load([tile * 2 * BM, t * BK])
+        x = parts.load([tile * PARTS * BM, t * BK])
         if FLOAT:
             acc = tl.dot(w, x.T, acc)
         else:
             acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
     gdc_launch_dependents()
-    high, low = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))  # within a thread: nothing moves
-    if FLOAT:
-        y = high + low
+    if PARTS == 1:
+        y = acc.to(tl.float32)
     else:
-        y = high.to(tl.float32) * 256.0 + low.to(tl.float32)
+        high, low = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))  # within a thread: nothing moves
+        if FLOAT:
+            y = high + low
+        else:
+            y = high.to(tl.float32) * 256.0 + low.to(tl.float32)
     rn = n0 + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
     scale = tl.load(scale_ptr + rn).to(tl.float32)
@@ -201,11 +224,47 @@ def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
     parts = torch.empty(tiles * 2 * tokens, k, dtype=qdata.dtype, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
     split_kernel[(m,)](x, parts, step, K=k, BM=tokens, B=triton.next_power_of_2(k), FLOAT=is_float, num_warps=8)
-    out, sums = _outputs(x, n, split)
+    out, sums = _outputs(m, n, split, x.dtype, x.device)
     parts_kernel[(n // rows * tiles, split)](
         TensorDescriptor.from_tensor(parts, [2 * tokens, 128]), step, TensorDescriptor.from_tensor(qdata, [rows, 128]),
-        scale, sums, m, n, tiles, K=k, BM=tokens, BN=rows, BK=128, SPLIT=split, STAGES=stages, FLOAT=is_float,
-        num_warps=warps, launch_pdl=True,
+        scale, sums, m, n, tiles, K=k, BM=tokens, PARTS=2, BN=rows, BK=128, SPLIT=split, STAGES=stages,
+        FLOAT=is_float, num_warps=warps, launch_pdl=True,
+    )  # fmt: skip
+    return _summed(sums, out, split)
+
+
+def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (M, K) quantized per row to int8 or float8 e4m3, as `Intx(8)` or `Float8()` do: codes (M, K) and scales (M, 1)."""
+    m, k = x.shape
+    codes = torch.empty(m, k, dtype=dtype, device=x.device)
+    scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    quantize_kernel[(m,)](x, codes, scale, K=k, B=triton.next_power_of_2(k), FLOAT=dtype.is_floating_point, num_warps=8)
+    return codes, scale
+
+
+def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x @ qdata.T) * rows * columns.T for up to 512 tokens, int8 or float8 e4m3: x (M, K), rows (M, 1), qdata (N, K),
+    columns (N, 1) -> (M, N). K % 128 == N % 64 == 0."""
+    (m, k), n = x.shape, qdata.shape[0]
+    if (m <= 128 and n < 16384) or m <= 64:
+        tokens, height, warps, stages = max(16, min(64, triton.next_power_of_2(m))), 64, 4, 6
+    elif m <= 128:
+        tokens, height, warps, stages = 128, 64, 4, 4
+    elif n // 128 * triton.cdiv(m, 256) >= 90 and n % 128 == 0:
+        tokens, height, warps, stages = 256, 128, 8, 4
+    elif k > 8192:
+        tokens, height, warps, stages = (128, 64, 4, 6) if m <= 256 or n % 128 else (128, 128, 8, 6)
+    else:
+        tokens, height, warps, stages = (64, 64, 4, 6) if m <= 256 else (128, 64, 4, 4)
+    tiles = triton.cdiv(m, tokens)
+    split = _splits(n // height * tiles, k // 128)
+    if stages == 6 and height == 64 and n // height * tiles * split > 264:
+        stages = 4  # three programs to a multiprocessor
+    out, sums = _outputs(m, n, split, dtype, x.device)
+    parts_kernel[(n // height * tiles, split)](
+        TensorDescriptor.from_tensor(x, [tokens, 128]), rows, TensorDescriptor.from_tensor(qdata, [height, 128]), columns,
+        sums, m, n, tiles, K=k, BM=tokens, PARTS=1, BN=height, BK=128, SPLIT=split, STAGES=stages,
+        FLOAT=qdata.dtype.is_floating_point, num_warps=warps, launch_pdl=True,
     )  # fmt: skip
     return _summed(sums, out, split)
 
@@ -220,7 +279,7 @@ def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor 
         tokens, rows, warps, stages = (64, 64, 4, 4) if m <= 64 else (128, 64, 4, 3)
         split = _splits(n // 64 * triton.cdiv(m, tokens), k // 128 if m <= 64 else k // 384)
     tiles = triton.cdiv(m, tokens)
-    out, sums = _outputs(x, n, split)
+    out, sums = _outputs(m, n, split, x.dtype, x.device)
     nibbles_kernel[(n // rows * tiles, split)](
         TensorDescriptor.from_tensor(x, [tokens, group]),
         TensorDescriptor.from_tensor(qdata.view(torch.int16), [rows, group // 4]), scale,
@@ -237,10 +296,10 @@ def _splits(tiles: int, steps: int) -> int:
     return triton.cdiv(steps, triton.cdiv(steps, split))
 
 
-def _outputs(x: Tensor, n: int, split: int) -> tuple[Tensor, Tensor]:
+def _outputs(m: int, n: int, split: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The result, and where its parts go, which is the same for one part."""
-    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    return out, out if split == 1 else torch.empty(split, *out.shape, dtype=torch.float32, device=x.device)
+    out = torch.empty(m, n, dtype=dtype, device=device)
+    return out, out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=device)
 
 
 def _summed(sums: Tensor, out: Tensor, split: int) -> Tensor:

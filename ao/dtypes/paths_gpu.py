@@ -128,14 +128,31 @@ def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
 
 
 def scaled_product(x: Tensor, w: QTensor) -> Tensor:
-    """(q_x @ q_w.T) * scale_x * scale_w, of int8 or float8, by the product that is fastest at this number of tokens."""
+    """(q_x @ q_w.T) * scale_x * scale_w, of int8 or float8, by the product that is fastest at this number of tokens.
+
+    On Hopper rows are quantized in the same operator: when the number of tokens is unknown at compile time, Inductor's
+    reduction over a long row is ten times slower.
+    """
     from . import gpu_ops
 
     assert isinstance(w, (IntxTensor, Float8Tensor))
+    columns = w.scale.float().expand(w.shape[0], 1).contiguous()
+    if _quantizes_rows(x, w):
+        return gpu_ops.dynamic_product(x.contiguous(), w.qdata, columns)
     act = quantize_act(x, w)
     rows = act["scale"].float().expand(x.shape[0], 1).contiguous()
-    columns = w.scale.float().expand(w.shape[0], 1).contiguous()
     return gpu_ops.scaled_product(act["qdata"], rows, w.qdata, columns, x.dtype)
+
+
+def _quantizes_rows(x: Tensor, w: QTensor) -> bool:
+    """Whether the activation is quantized per row, dynamically, with the defaults of `Intx(8)` or `Float8()`."""
+    return (
+        w.act_scale is None
+        and w.spec.act in (Intx(8), Float8())
+        and w.shape[1] <= 65536
+        and w.qdata.dtype == (torch.int8 if isinstance(w.spec.act, Intx) else torch.float8_e4m3fn)  # type: ignore[attr-defined]
+        and torch.cuda.get_device_capability(x.device)[0] == 9
+    )
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:

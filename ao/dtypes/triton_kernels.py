@@ -72,123 +72,131 @@ def _e4m3_bf16(q):
 
 
 @triton.jit
-def _round(x, f):
-    """round(x * f) as int32, for |x * f| < 2**21."""
-    return (x * f + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
 def magnitude(x):
     """|x| as an integer of the same order, so that the largest of a group is NaN where there is one, and makes the sum NaN."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-@triton.jit
-def _high_byte(i):
-    return ((i + 128) >> 8).to(tl.int8)
+def _dot_asm(bits: int, sign: str) -> tuple[str, str]:
+    """4 words of codes times 16-bit numbers given as words of bytes: the sum in the first of 4 elements, 0 in the others.
+
+    Operands: the codes; high and low bytes of what they meet; for 4 bits, those of what the high nibbles meet.
+    """
+    lines = ["{ .reg .b32 a, b, l, h; mov.b32 a, 0; mov.b32 b, 0;"]
+    for i in range(4):
+        q, *x = (f"${4 + 4 * operand + i}" for operand in range(5 if bits == 4 else 3))
+        runs = [(q, x)]
+        if bits == 4:
+            lines.append(f"and.b32 l, {q}, 0x0f0f0f0f; shr.u32 h, {q}, 4; and.b32 h, h, 0x0f0f0f0f;")
+            runs = [("l", x[:2]), ("h", x[2:])]
+        for code, (high, low) in runs:
+            lines.append(f"dp4a.{sign}.s32 a, {code}, {high}, a; dp4a.{sign}.s32 b, {code}, {low}, b;")
+    lines.append("shl.b32 a, a, 8; add.s32 $0, a, b; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }")
+    return " ".join(lines), "=r,=r,=r,=r" + ",r" * (20 if bits == 4 else 12)
+
+
+_NIBBLES, _NIBBLES_OPERANDS = map(tl.constexpr, _dot_asm(4, "s32"))
+_SIGNED, _BYTES_OPERANDS = map(tl.constexpr, _dot_asm(8, "s32"))
+_UNSIGNED = tl.constexpr(_dot_asm(8, "u32")[0])
 
 
 @triton.jit
-def _low_byte(i):
-    return (((i + 128) & 255) - 128).to(tl.int8)
+def _fixed_point(x, f):
+    """(J, 4, 4) float32, f (J,) -> 0x4B400080 + round(x * f), whose last 16 bits are round(x * f) + 128."""
+    return (x * f[:, None, None] + 12583040.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _dot_nibbles(wl, wh, lh, hh, ll, hl):
-    """4 + 4 codes times 16-bit numbers given as bytes: the sum in the first of 4 elements, 0 in the others."""
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 t; dp4a.s32.s32 t, $4, $6, 0; dp4a.s32.s32 t, $5, $7, t; shl.b32 t, t, 8;
-        dp4a.s32.s32 t, $4, $8, t; dp4a.s32.s32 $0, $5, $9, t; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }""",
-        "=r,=r,=r,=r,r,r,r,r,r,r", [wl, wh, lh, hh, ll, hl], dtype=tl.int32, is_pure=True, pack=4,
+def _bytes(i):
+    """(J, 4, 4) int32 i + 128 -> the high and the low bytes of i = 256 high + low, both signed, 4 to a word: (4 J,)."""
+    high, low = tl.inline_asm_elementwise(
+        """{ .reg .b32 a, b; prmt.b32 a, $8, $9, 0x0051; prmt.b32 b, $10, $11, 0x0051; prmt.b32 $0, a, b, 0x5410;
+        prmt.b32 a, $8, $9, 0x0040; prmt.b32 b, $10, $11, 0x0040; prmt.b32 a, a, b, 0x5410; xor.b32 $4, a, 0x80808080;
+        mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }""",
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [i], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
     )  # fmt: skip
+    words: tl.constexpr = i.shape[0] * 4
+    return tl.reshape(tl.sum(high, 2), (words,)), tl.reshape(tl.sum(low, 2), (words,))
 
 
 @triton.jit
-def _dot_bytes(w, h, l, SIGNED: tl.constexpr):  # noqa: E741
-    """4 codes times 16-bit numbers given as bytes: the sum in the first of 4 elements, 0 in the others."""
-    if SIGNED:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t; dp4a.s32.s32 t, $4, $5, 0; shl.b32 t, t, 8; dp4a.s32.s32 $0, $4, $6, t;
-            mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }""",
-            "=r,=r,=r,=r,r,r,r", [w, h, l], dtype=tl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t; dp4a.u32.s32 t, $4, $5, 0; shl.b32 t, t, 8; dp4a.u32.s32 $0, $4, $6, t;
-            mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }""",
-            "=r,=r,=r,=r,r,r,r", [w, h, l], dtype=tl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
+def _codes_of_rows(q_ptr, row, word, words: tl.constexpr):
+    """The words of rows of codes: (BN, 4 J) int32."""
+    at = q_ptr + row[:, None].to(tl.int64) * words + word[None, :]
+    return tl.load(at) if words == word.shape[0] else tl.load(at, mask=(word < words)[None, :], other=0)
 
 
 @triton.jit
 def gemv_int_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
-    SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
+    SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum over groups of (sum over the group of x * (q[n] - zero[n]) * scale[n]), BN rows a program.
+    """out[n] = sum over groups of (sum over the group of x * (q[n] - zero[n]) * scale[n]).
 
-    x becomes 16-bit fixed point, with a step of max|x| / 32512 of each group, so that the sum of a group is exact in
-    integers: two 4-way byte products for 4 weights.
+    A program goes through the tiles of BN rows that are its own, and loads the codes of the next tile before it works on
+    this one. A row is J units (or fewer, J being a power of two) of 16 bytes of codes, read as words, and a thread has the
+    same units of every row: its part of x stays in registers, as 16-bit fixed point with a step of max|x| / 32512 of the
+    unit, in two bytes. So the sum of a unit is exact in integers: two 4-way byte products for 4 codes.
     """
+    E: tl.constexpr = 128 // BITS  # elements of a unit
+    U: tl.constexpr = K // E
     NG: tl.constexpr = K // G
-    B: tl.constexpr = G * BITS // 8  # bytes of a group
-    SG: tl.constexpr = 1 if ROW else NG
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.minimum(rn, N - 1)
-    group = tl.arange(0, BG)
-    byte = tl.arange(0, B)
-    k = group[:, None] * G + ((byte // 16 * 32 + byte % 16) if BITS == 4 else byte)[None, :]
-    weights = q_ptr + row[:, None, None] * (NG * B) + group[None, :, None] * B + byte[None, None, :]
-    acc = tl.zeros((BN, BG), tl.float32)
-    for g0 in range(0, NG, BG):
-        g = g0 + group
-        there = g < NG
-        if NG % BG == 0:
-            q = tl.load(weights + g0 * B)
-            x = tl.load(x_ptr + g0 * G + k).to(tl.float32)  # (BG, B)
-        else:
-            q = tl.load(weights + g0 * B, mask=there[None, :, None], other=0)
-            x = tl.load(x_ptr + g0 * G + k, mask=there[:, None], other=0.0).to(tl.float32)
+    first = tl.program_id(0)
+    unit = tl.arange(0, J)
+    word = tl.arange(0, 4 * J)
+    rn = tl.arange(0, BN)
+    ahead = _codes_of_rows(q_ptr, tl.minimum(first * BN + rn, N - 1), word, 4 * U)
+    k = (unit * E)[:, None, None] + (tl.arange(0, 4) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    there = (unit < U)[:, None, None]
+    x = tl.load(x_ptr + k, mask=there, other=0.0).to(tl.float32)
+    if BITS == 4:
+        y = tl.load(x_ptr + k + 16, mask=there, other=0.0).to(tl.float32)
+        top = tl.max(tl.max(tl.maximum(magnitude(x), magnitude(y)), 2), 1).to(tl.float32, bitcast=True)
+        f = tl.where(top > 0, 32512.0 / top, 0.0)
+        i = _fixed_point(x, f)
+        j = _fixed_point(y, f)
+        total = tl.sum(tl.sum(i + j, 2), 1) - 0x68001000  # 32 times 0x4B400080, modulo 2**32
+        high, low = _bytes(i)
+        high_y, low_y = _bytes(j)
+    else:
+        top = tl.max(tl.max(magnitude(x), 2), 1).to(tl.float32, bitcast=True)
+        i = _fixed_point(x, tl.where(top > 0, 32512.0 / top, 0.0))
+        total = tl.sum(tl.sum(i, 2), 1) + 0x4BFFF800  # less 16 times 0x4B400080, modulo 2**32
+        high, low = _bytes(i)
+    step = top * (1 / 32512)
+    total = total.to(tl.float32) * step  # the sum of x over the unit
+    for tile in tl.range(first, tl.cdiv(N, BN), tl.num_programs(0)):
+        row = tl.minimum(tile * BN + rn, N - 1)
+        q = ahead
+        ahead = _codes_of_rows(q_ptr, tl.minimum(row + tl.num_programs(0) * BN, N - 1), word, 4 * U)
         if BITS == 4:
-            if NG % BG == 0:
-                y = tl.load(x_ptr + g0 * G + k + 16).to(tl.float32)
-            else:
-                y = tl.load(x_ptr + g0 * G + k + 16, mask=there[:, None], other=0.0).to(tl.float32)
-            top = tl.max(tl.maximum(magnitude(x), magnitude(y)), 1).to(tl.float32, bitcast=True)
-            f = tl.where(top > 0, 32512.0 / top, 0.0)[:, None]
-            i = _round(x, f)
-            j = _round(y, f)
-            dots = _dot_nibbles(
-                _low(q), _high(q), _high_byte(i)[None, :, :], _high_byte(j)[None, :, :], _low_byte(i)[None, :, :],
-                _low_byte(j)[None, :, :],
+            dots = tl.inline_asm_elementwise(
+                _NIBBLES, _NIBBLES_OPERANDS, [q, high[None, :], low[None, :], high_y[None, :], low_y[None, :]],
+                dtype=tl.int32, is_pure=True, pack=4,
             )  # fmt: skip
-            total = tl.sum(i + j, 1).to(tl.float32)
         else:
-            top = tl.max(magnitude(x), 1).to(tl.float32, bitcast=True)
-            i = _round(x, tl.where(top > 0, 32512.0 / top, 0.0)[:, None])
-            dots = _dot_bytes(q, _high_byte(i)[None, :, :], _low_byte(i)[None, :, :], SIGNED)
-            total = tl.sum(i, 1).to(tl.float32)
-        d = tl.sum(dots, 2).to(tl.float32)  # (BN, BG)
-        step = (top * (1 / 32512))[None, :]
+            dots = tl.inline_asm_elementwise(
+                _SIGNED if SIGNED else _UNSIGNED, _BYTES_OPERANDS, [q, high[None, :], low[None, :]],
+                dtype=tl.int32, is_pure=True, pack=4,
+            )  # fmt: skip
+        d = tl.sum(tl.reshape(dots, (BN, J, 4)), 2).to(tl.float32) * step[None, :]  # (BN, J)
         if ROW:
             if ZERO:
-                z = tl.load(zero_ptr + row).to(tl.float32) + OFFSET
-                d -= z[:, None] * total[None, :]
+                d -= (tl.load(zero_ptr + row).to(tl.float32) + OFFSET)[:, None] * total[None, :]
             elif OFFSET:
                 d -= OFFSET * total[None, :]
-            acc += d * step
+            out = tl.sum(d, 1) * tl.load(scale_ptr + row).to(tl.float32)
         else:
-            s = tl.load(scale_ptr + row[:, None] * SG + g[None, :], mask=there[None, :], other=0.0).to(tl.float32)
+            # Transposed, (J, BN), because Triton then spreads them over threads as it does d.
+            at = (unit * E // G)[:, None] + row[None, :].to(tl.int64) * NG
+            scale = tl.load(scale_ptr + at, mask=(unit < U)[:, None], other=0.0).to(tl.float32)
             if ZERO:
-                z = tl.load(zero_ptr + row[:, None] * SG + g[None, :], mask=there[None, :], other=0).to(tl.float32)
-                d -= (z + OFFSET) * total[None, :]
+                zero = tl.load(zero_ptr + at, mask=(unit < U)[:, None], other=0).to(tl.float32) + OFFSET
+                d -= tl.trans(zero) * total[None, :]
             elif OFFSET:
                 d -= OFFSET * total[None, :]
-            acc += d * (s * step)
-    out = tl.sum(acc, 1)
-    if ROW:
-        out *= tl.load(scale_ptr + row).to(tl.float32)
-    tl.store(out_ptr + rn, out.to(out_ptr.dtype.element_ty), mask=rn < N)
+            out = tl.sum(d * tl.trans(scale), 1)
+        tl.store(out_ptr + tile * BN + rn, out.to(out_ptr.dtype.element_ty), mask=tile * BN + rn < N)
 
 
 @triton.jit
@@ -355,14 +363,20 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
     bits = 8 * qdata.shape[1] // k
     by_row = scale.shape[1] == 1
     group = 128 if by_row else k // scale.shape[1]
-    rows = 16 if bits == 4 and n > 4096 else 8
-    groups = max(1, (2048 if bits == 4 or n <= 4096 else 1024) // group)
-    wrap_triton(gemv_int_kernel)[(triton.cdiv(n, rows),)](
-        x, qdata, scale, scale if zero_point is None else zero_point, out, n,
+    units = triton.next_power_of_2(k * bits // 128)
+    warps = max(1, min(8, units // 32))
+    rows = 4 if units <= 64 * warps else 2
+    wrap_triton(gemv_int_kernel)[(min(triton.cdiv(n, rows), multiprocessors(x.device) * 24 // warps),)](
+        x, qdata.view(torch.int32), scale, scale if zero_point is None else zero_point, out, n,
         K=k, G=group, BITS=bits, SIGNED=qdata.dtype == torch.int8, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset,
-        BN=rows, BG=groups, num_warps=4,
+        BN=rows, J=units, num_warps=warps,
     )  # fmt: skip
     return out
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def fused(

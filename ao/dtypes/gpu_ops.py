@@ -22,9 +22,9 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     (m, k), n = x.shape, qdata.shape[0]
     if _is_hopper(x.device) and k % 128 == n % 64 == 0 and k <= 65536 and _is_aligned(x, qdata):
         exact = qdata.dtype in (torch.int8, torch.float8_e4m3fn)
-        if m > 16 and qdata.shape[1] == k and exact and scale.shape[1] == 1 and zero_point is None:
+        if (m > 16 or n >= 16384) and qdata.shape[1] == k and exact and scale.shape[1] == 1 and zero_point is None:
             return hopper_kernels.parts_product(x, qdata, scale)
-        if m > 32 and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128:
+        if m > (8 if k > 8192 else 16) and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128:
             return hopper_kernels.nibbles_product(x, qdata, scale, zero_point, offset)
     return triton_kernels.fused(x, None, qdata, scale, zero_point, offset, x.dtype)
 

@@ -215,20 +215,44 @@ def int8_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype:
 def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
     """x (M, K) bfloat16 times qdata (N, K) int8 or float8 e4m3 with scale (N, 1) -> (M, N). K % 128 == N % 64 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
-    tokens = 32 if m <= 32 else 64
-    tiles = triton.cdiv(m, tokens)
-    wide = n % 128 == 0 and m > 32 and (n // 128 * tiles >= (224 if m <= 64 else 400) or (m > 64 and k > 8192))
-    rows, warps, stages = (128, 8, 3) if wide else (64, 4, 5 if m <= 32 else 3 if n // 64 * tiles > 264 else 4)
-    split = _splits(n // rows * tiles, k // 128)
+    wide = n >= 16384 and n % 128 == 0
+    if m <= 32:
+        tokens, height, warps, stages = 16 if m <= 16 else 32, 64, 4, 5
+    elif wide:
+        tokens, height, warps, stages = 64, 128, 8, 3
+    elif m <= (64 if k > 8192 else 128):
+        tokens, height, warps, stages = 32, 64, 4, 6
+    elif m <= 256 and k > 8192:
+        tokens, height, warps, stages = 128, 64, 4, 5
+    elif m > 256 and n % 128 == 0 and n // 128 * triton.cdiv(m, 128) <= 132:
+        tokens, height, warps, stages = 128, 128, 8, 4
+    else:
+        tokens, height, warps, stages = 64, 64, 4, 4
     is_float = qdata.dtype.is_floating_point
+    tiles = triton.cdiv(m, tokens)
     parts = torch.empty(tiles * 2 * tokens, k, dtype=qdata.dtype, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
     split_kernel[(m,)](x, parts, step, K=k, BM=tokens, B=triton.next_power_of_2(k), FLOAT=is_float, num_warps=8)
-    out, sums = _outputs(m, n, split, x.dtype, x.device)
-    parts_kernel[(n // rows * tiles, split)](
-        TensorDescriptor.from_tensor(parts, [2 * tokens, 128]), step, TensorDescriptor.from_tensor(qdata, [rows, 128]),
-        scale, sums, m, n, tiles, K=k, BM=tokens, PARTS=2, BN=rows, BK=128, SPLIT=split, STAGES=stages,
-        FLOAT=is_float, num_warps=warps, launch_pdl=True,
+    return _parts_product(parts, 2, step, qdata, scale, m, x.dtype, tokens, height, warps, stages)
+
+
+def _parts_product(
+    x: Tensor, parts: int, rows: Tensor, qdata: Tensor, columns: Tensor, m: int, dtype: torch.dtype, tokens: int,
+    height: int, warps: int, stages: int,
+) -> Tensor:  # fmt: skip
+    """`parts_kernel` over tiles of `tokens` x `height`. Fewer stages where three programs then share a multiprocessor."""
+    n, k = qdata.shape
+    tiles = triton.cdiv(m, tokens)
+    programs = n // height * tiles
+    size = (parts * tokens + height) * 128
+    split = _splits(programs, k // 128, 2 if size * stages <= 116_000 else 1)
+    if programs * split > 264 and size * stages > 76_000 and size * 4 <= 76_000:
+        stages = 4
+    out, sums = _outputs(m, n, split, dtype, x.device)
+    parts_kernel[(programs, split)](
+        TensorDescriptor.from_tensor(x, [parts * tokens, 128]), rows, TensorDescriptor.from_tensor(qdata, [height, 128]),
+        columns, sums, m, n, tiles, K=k, BM=tokens, PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages,
+        FLOAT=qdata.dtype.is_floating_point, num_warps=warps, launch_pdl=True,
     )  # fmt: skip
     return _summed(sums, out, split)
 
@@ -245,54 +269,44 @@ def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """(x @ qdata.T) * rows * columns.T for up to 512 tokens, int8 or float8 e4m3: x (M, K), rows (M, 1), qdata (N, K),
     columns (N, 1) -> (M, N). K % 128 == N % 64 == 0."""
-    (m, k), n = x.shape, qdata.shape[0]
-    if (m <= 128 and n < 16384) or m <= 64:
+    m, k = x.shape
+    n = qdata.shape[0]
+    if m <= 64 or (m <= 128 and n < 16384):
         tokens, height, warps, stages = max(16, min(64, triton.next_power_of_2(m))), 64, 4, 6
     elif m <= 128:
         tokens, height, warps, stages = 128, 64, 4, 4
-    elif n // 128 * triton.cdiv(m, 256) >= 90 and n % 128 == 0:
+    elif n % 128 == 0 and n // 128 * triton.cdiv(m, 256) >= 90:
         tokens, height, warps, stages = 256, 128, 8, 4
     elif k > 8192:
         tokens, height, warps, stages = (128, 64, 4, 6) if m <= 256 or n % 128 else (128, 128, 8, 6)
     else:
         tokens, height, warps, stages = (64, 64, 4, 6) if m <= 256 else (128, 64, 4, 4)
-    tiles = triton.cdiv(m, tokens)
-    split = _splits(n // height * tiles, k // 128)
-    if stages == 6 and height == 64 and n // height * tiles * split > 264:
-        stages = 4  # three programs to a multiprocessor
-    out, sums = _outputs(m, n, split, dtype, x.device)
-    parts_kernel[(n // height * tiles, split)](
-        TensorDescriptor.from_tensor(x, [tokens, 128]), rows, TensorDescriptor.from_tensor(qdata, [height, 128]), columns,
-        sums, m, n, tiles, K=k, BM=tokens, PARTS=1, BN=height, BK=128, SPLIT=split, STAGES=stages,
-        FLOAT=qdata.dtype.is_floating_point, num_warps=warps, launch_pdl=True,
-    )  # fmt: skip
-    return _summed(sums, out, split)
+    return _parts_product(x, 1, rows, qdata, columns, m, dtype, tokens, height, warps, stages)
 
 
 def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
     """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
-    group = 128
-    if m > 192 and n % 128 == 0 and n // 128 >= 200:
-        tokens, rows, warps, stages, split = 256, 128, 8, 3, 1
-    else:
-        tokens, rows, warps, stages = (64, 64, 4, 4) if m <= 64 else (128, 64, 4, 3)
-        split = _splits(n // 64 * triton.cdiv(m, tokens), k // 128 if m <= 64 else k // 384)
+    group, height = 128, 64
+    tokens, stages = (
+        (16, 4) if m <= 16 else (32, 4) if m <= 32 else (64, 4) if m <= 64 else (128, 3) if m <= 128 else (256, 3)
+    )
     tiles = triton.cdiv(m, tokens)
+    split = _splits(n // height * tiles, k // group if m <= 64 else k // 384, 1 if tokens == 256 else 2)
     out, sums = _outputs(m, n, split, x.dtype, x.device)
-    nibbles_kernel[(n // rows * tiles, split)](
+    nibbles_kernel[(n // height * tiles, split)](
         TensorDescriptor.from_tensor(x, [tokens, group]),
-        TensorDescriptor.from_tensor(qdata.view(torch.int16), [rows, group // 4]), scale,
+        TensorDescriptor.from_tensor(qdata.view(torch.int16), [height, group // 4]), scale,
         scale if zero_point is None else zero_point, sums, m, n, tiles, K=k, G=group, ZERO=zero_point is not None,
-        OFFSET=offset, BM=tokens, BN=rows, SPLIT=split, STAGES=stages, num_warps=warps,
+        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return _summed(sums, out, split)
 
 
-def _splits(tiles: int, steps: int) -> int:
-    """In how many parts to cut K: as many as fill two places of each of 132 multiprocessors, four steps or more each."""
+def _splits(programs: int, steps: int, places: int) -> int:
+    """In how many parts to cut K: as many as fill `places` on each of 132 multiprocessors, four steps or more each."""
     steps = max(steps, 1)
-    split = max(1, min(264 // tiles, steps // 4))
+    split = max(1, min(132 * places // programs, steps // 4))
     return triton.cdiv(steps, triton.cdiv(steps, split))
 
 

@@ -18,8 +18,8 @@ _TRITON = find_spec("triton") is not None
 FEW = 64
 """The largest number of tokens for which weights are decoded on their way to the tensor cores."""
 
-SOME = {4: 256, 8: 512}
-"""The same on Hopper, by bits of a weight; beyond, the weight is decoded to memory first."""
+SOME = 512
+"""The same on Hopper, for the formats that hopper_kernels.py knows; beyond, the weight is decoded to memory first."""
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -102,8 +102,8 @@ def _most(x: Tensor, w: QTensor) -> int:
         return FEW
     if w.qdata.shape[1] == k:
         kernel = w.qdata.dtype in (torch.int8, torch.float8_e4m3fn) and w.scale.shape[1] == 1
-        return SOME[8] if kernel and getattr(w, "zero_point", None) is None else FEW
-    return SOME[4] if w.scale.shape[1] == k // 128 else FEW
+        return SOME if kernel and getattr(w, "zero_point", None) is None else FEW
+    return SOME if w.scale.shape[1] == k // 128 else FEW
 
 
 def fused(x: Tensor, w: QTensor) -> Tensor:

@@ -355,18 +355,21 @@ def scale_kernel(total_ptr, row_ptr, column_ptr, out_ptr, N, B: tl.constexpr):
 @torch.library.triton_op("ao::gemv", mutates_args={})
 def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
     """x: (1, K), qdata: (N, K) one-byte or (N, K / 2) 4-bit, scale: (N, K / group) or (N, 1), zero_point alike -> (1, N)."""
-    n, k = qdata.shape[0], x.shape[1]
+    # int: the kernel is made for one shape of the weight, also where the compiler would keep it open.
+    n, k, width = int(qdata.shape[0]), int(x.shape[1]), int(qdata.shape[1])
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     if qdata.dtype.is_floating_point:
         wrap_triton(gemv_float_kernel)[(triton.cdiv(n, 8),)](x, qdata, scale, out, n, K=k, BN=8, BK=1024, num_warps=4)
         return out
-    bits = 8 * qdata.shape[1] // k
-    by_row = scale.shape[1] == 1
-    group = 128 if by_row else k // scale.shape[1]
+    bits = 8 * width // k
+    by_row = int(scale.shape[1]) == 1
+    group = 128 if by_row else k // int(scale.shape[1])
     units = triton.next_power_of_2(k * bits // 128)
-    warps = max(1, min(8, units // 32))
-    rows = 4 if units <= 64 * warps else 2
-    wrap_triton(gemv_int_kernel)[(min(triton.cdiv(n, rows), multiprocessors(x.device) * 24 // warps),)](
+    warps = max(1, min(8, units // 64) if bits == 4 else min(16, units // 32))
+    rows, places = (4, 6) if units <= 128 else (4, 4) if units <= 256 else (2, 2)
+    tiles = triton.cdiv(n, rows)
+    rounds = triton.cdiv(tiles, multiprocessors(x.device) * places)
+    wrap_triton(gemv_int_kernel)[(triton.cdiv(tiles, rounds),)](
         x, qdata.view(torch.int32), scale, scale if zero_point is None else zero_point, out, n,
         K=k, G=group, BITS=bits, SIGNED=qdata.dtype == torch.int8, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset,
         BN=rows, J=units, num_warps=warps,

@@ -127,6 +127,21 @@ def test_more_tokens_on_hopper(spec):
         assert out[1].isnan().all() and not out[0].isnan().any()
 
 
+@HOPPER
+@pytest.mark.parametrize("spec", [Intx(8), Intx(8, (-1, -1)), Float8(), Float8(block=(-1, -1))], ids=str)
+def test_the_operator_quantizes_as_the_spec_does(spec):
+    from ao.dtypes.hopper_kernels import quantized
+
+    for m, k in ((1, 128), (7, 1280), (700, 4096)):
+        x = activation(m, k)
+        x[0, 1:9] = torch.tensor([0.5, -0.5, 1.5, 2.5, -2.5, 0.0, -0.0, 1e-30], device="cuda")
+        expected = spec.quantize(x)
+        codes, scale = quantized(x, expected.qdata.dtype, spec.block == (-1, -1))
+        assert torch.equal(codes.view(torch.uint8), expected.qdata.view(torch.uint8))
+        assert torch.equal(scale, expected.scale.expand(m, 1))
+    assert not quantized(torch.zeros(3, 128, device="cuda", dtype=torch.bfloat16), codes.dtype, False)[0].float().any()
+
+
 def test_int4_weight_and_int8_activation():
     spec = Intx(4, (1, 32), symmetric=True, act=Intx(8, symmetric=False))
     x, q = activation(1), case(spec)

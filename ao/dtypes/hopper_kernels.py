@@ -24,12 +24,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import launch, multiprocessors
 from .triton_kernels import magnitude, sum_kernel
 
 # 8-bit activations.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int8_kernel(
     x, row_ptr, q, column_ptr, out_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BAND: tl.constexpr, STAGES: tl.constexpr,
@@ -86,14 +87,36 @@ def split_kernel(x_ptr, parts_ptr, step_ptr, K: tl.constexpr, BM: tl.constexpr, 
     tl.store(parts + BM * K, low, mask=k < K)
 
 
-@triton.jit
-def quantize_kernel(x_ptr, q_ptr, scale_ptr, K: tl.constexpr, B: tl.constexpr, FLOAT: tl.constexpr):
-    """One token of x (M, K) as `Intx(8)` or `Float8()` quantizes it, to the bit: q (M, K) and scale (M,)."""
+@triton.jit(do_not_specialize=["M"])
+def amax_kernel(x_ptr, top_ptr, M, K: tl.constexpr, B: tl.constexpr):
+    """The largest magnitude of the rows of x (M, K) that are the program's, as an integer (see `magnitude`)."""
+    gdc_launch_dependents()
+    k = tl.arange(0, B)
+    top = tl.zeros((B,), tl.int32)
+    for m in tl.range(tl.program_id(0), M, tl.num_programs(0)):
+        x = tl.load(x_ptr + tl.cast(m, tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
+        top = tl.maximum(top, magnitude(x))
+    tl.store(top_ptr + tl.program_id(0), tl.max(top, 0))
+
+
+@triton.jit(do_not_specialize=["TOPS"])
+def quantize_kernel(
+    x_ptr, top_ptr, q_ptr, scale_ptr, TOPS, K: tl.constexpr, B: tl.constexpr, FLOAT: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """One token of x (M, K) as `Intx(8)` or `Float8()` quantizes it, to the bit: q (M, K) and scale (M,).
+
+    WHOLE: with one scale for all of x, from the TOPS (at most 1024) numbers of `amax_kernel`.
+    """
     gdc_launch_dependents()
     m = tl.program_id(0)
     k = tl.arange(0, B)
     x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-    top = tl.max(magnitude(x), 0).to(tl.float32, bitcast=True)
+    if WHOLE:
+        i = tl.arange(0, 1024)
+        gdc_wait()
+        top = tl.max(tl.load(top_ptr + i, mask=i < TOPS, other=0), 0).to(tl.float32, bitcast=True)
+    else:
+        top = tl.max(magnitude(x), 0).to(tl.float32, bitcast=True)
     scale = top * (1 / 448 if FLOAT else 1 / 127.5)
     inverse = tl.where(scale < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))
     y = x * inverse
@@ -106,7 +129,7 @@ def quantize_kernel(x_ptr, q_ptr, scale_ptr, K: tl.constexpr, B: tl.constexpr, F
     tl.store(scale_ptr + m, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "TILES"])
 def parts_kernel(
     parts, step_ptr, q, scale_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
@@ -162,7 +185,7 @@ def _codes(q):
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "TILES"])
 def nibbles_kernel(
     x, q, scale_ptr, zero_ptr, out_ptr, M, N, TILES, K: tl.constexpr, G: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -205,7 +228,8 @@ def int8_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype:
     (m, k), n = x.shape, qdata.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
-    int8_kernel[(triton.cdiv(m, height) * triton.cdiv(n, width),)](
+    launch(
+        int8_kernel, (triton.cdiv(m, height) * triton.cdiv(n, width),),
         TensorDescriptor.from_tensor(x, [height, 128]), rows, TensorDescriptor.from_tensor(qdata, [width, 128]), columns,
         out, m, n, K=k, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
     )  # fmt: skip
@@ -228,11 +252,13 @@ def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
         tokens, height, warps, stages = 128, 128, 8, 4
     else:
         tokens, height, warps, stages = 64, 64, 4, 4
-    is_float = qdata.dtype.is_floating_point
     tiles = triton.cdiv(m, tokens)
     parts = torch.empty(tiles * 2 * tokens, k, dtype=qdata.dtype, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
-    split_kernel[(m,)](x, parts, step, K=k, BM=tokens, B=triton.next_power_of_2(k), FLOAT=is_float, num_warps=8)
+    block = triton.next_power_of_2(k)
+    launch(
+        split_kernel, (m,), x, parts, step, num_warps=8, K=k, BM=tokens, B=block, FLOAT=qdata.dtype.is_floating_point
+    )
     return _parts_product(parts, 2, step, qdata, scale, m, x.dtype, tokens, height, warps, stages)
 
 
@@ -246,23 +272,37 @@ def _parts_product(
     programs = n // height * tiles
     size = (parts * tokens + height) * 128
     split = _splits(programs, k // 128, 2 if size * stages <= 116_000 else 1)
-    if programs * split > 264 and size * stages > 76_000 and size * 4 <= 76_000:
-        stages = 4
+    if programs * split > 264 and size * 3 <= 76_000:
+        stages = min(stages, 76_000 // size)
     out, sums = _outputs(m, n, split, dtype, x.device)
-    parts_kernel[(programs, split)](
+    launch(
+        parts_kernel, (programs, split),
         TensorDescriptor.from_tensor(x, [parts * tokens, 128]), rows, TensorDescriptor.from_tensor(qdata, [height, 128]),
         columns, sums, m, n, tiles, K=k, BM=tokens, PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages,
-        FLOAT=qdata.dtype.is_floating_point, num_warps=warps, launch_pdl=True,
+        FLOAT=qdata.dtype.is_floating_point, num_warps=warps, early=True,
     )  # fmt: skip
     return _summed(sums, out, split)
 
 
-def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (M, K) quantized per row to int8 or float8 e4m3, as `Intx(8)` or `Float8()` do: codes (M, K) and scales (M, 1)."""
+def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tensor]:
+    """x (M, K) quantized to int8 or float8 e4m3, as `Intx(8)` or `Float8()` do: codes (M, K) and scales (M, 1).
+
+    whole: with one scale for all of x, which is then the scale of every row.
+    """
     m, k = x.shape
     codes = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    quantize_kernel[(m,)](x, codes, scale, K=k, B=triton.next_power_of_2(k), FLOAT=dtype.is_floating_point, num_warps=8)
+    block = triton.next_power_of_2(k)
+    tops, count = scale, 0
+    if whole:
+        count = min(m, 4 * multiprocessors(x.device))
+        tops = torch.empty(count, dtype=torch.int32, device=x.device)
+        launch(amax_kernel, (count,), x, tops, m, num_warps=8, K=k, B=block)
+    is_float = dtype.is_floating_point
+    launch(
+        quantize_kernel, (m,), x, tops, codes, scale, count, num_warps=8, early=whole, K=k, B=block, FLOAT=is_float,
+        WHOLE=whole,
+    )  # fmt: skip
     return codes, scale
 
 
@@ -288,17 +328,16 @@ def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor 
     """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
     group, height = 128, 64
-    tokens, stages = (
-        (16, 4) if m <= 16 else (32, 4) if m <= 32 else (64, 4) if m <= 64 else (128, 3) if m <= 128 else (256, 3)
-    )
+    tokens = max(16, min(256, triton.next_power_of_2(m)))
     tiles = triton.cdiv(m, tokens)
     split = _splits(n // height * tiles, k // group if m <= 64 else k // 384, 1 if tokens == 256 else 2)
     out, sums = _outputs(m, n, split, x.dtype, x.device)
-    nibbles_kernel[(n // height * tiles, split)](
+    launch(
+        nibbles_kernel, (n // height * tiles, split),
         TensorDescriptor.from_tensor(x, [tokens, group]),
         TensorDescriptor.from_tensor(qdata.view(torch.int16), [height, group // 4]), scale,
         scale if zero_point is None else zero_point, sums, m, n, tiles, K=k, G=group, ZERO=zero_point is not None,
-        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=stages, num_warps=4,
+        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=4 if m <= 64 else 3, num_warps=4,
     )  # fmt: skip
     return _summed(sums, out, split)
 
@@ -318,7 +357,6 @@ def _outputs(m: int, n: int, split: int, dtype: torch.dtype, device: torch.devic
 
 def _summed(sums: Tensor, out: Tensor, split: int) -> Tensor:
     if split > 1:
-        sum_kernel[(triton.cdiv(out.numel(), 1024),)](
-            sums, out, out.numel(), SPLIT=split, B=1024, EARLY=True, num_warps=4, launch_pdl=True
-        )
+        size = out.numel()
+        launch(sum_kernel, (triton.cdiv(size, 1024),), sums, out, size, early=True, SPLIT=split, B=1024, EARLY=True)
     return out

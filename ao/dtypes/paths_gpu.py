@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -130,27 +131,31 @@ def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
 def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     """(q_x @ q_w.T) * scale_x * scale_w, of int8 or float8, by the product that is fastest at this number of tokens.
 
-    On Hopper rows are quantized in the same operator: when the number of tokens is unknown at compile time, Inductor's
-    reduction over a long row is ten times slower.
+    On Hopper the activation is quantized in the same operator: when the number of tokens is unknown at compile time,
+    Inductor's reduction over long rows is ten times slower.
     """
     from . import gpu_ops
 
     assert isinstance(w, (IntxTensor, Float8Tensor))
     columns = w.scale.float().expand(w.shape[0], 1).contiguous()
-    if _quantizes_rows(x, w):
-        return gpu_ops.dynamic_product(x.contiguous(), w.qdata, columns)
+    if _quantized_by_operator(x, w):
+        return gpu_ops.dynamic_product(x.contiguous(), w.qdata, columns, w.spec.act.block == (-1, -1))  # type: ignore[union-attr]
     act = quantize_act(x, w)
     rows = act["scale"].float().expand(x.shape[0], 1).contiguous()
     return gpu_ops.scaled_product(act["qdata"], rows, w.qdata, columns, x.dtype)
 
 
-def _quantizes_rows(x: Tensor, w: QTensor) -> bool:
-    """Whether the activation is quantized per row, dynamically, with the defaults of `Intx(8)` or `Float8()`."""
+_ACTS = {torch.int8: Intx(8), torch.float8_e4m3fn: Float8()}
+
+
+def _quantized_by_operator(x: Tensor, w: IntxTensor | Float8Tensor) -> bool:
+    """Whether the activation is quantized dynamically, per row or whole, with the defaults of `Intx(8)` or `Float8()`."""
+    act = _ACTS.get(w.qdata.dtype)
     return (
         w.act_scale is None
-        and w.spec.act in (Intx(8), Float8())
+        and act is not None
+        and w.spec.act in (act, replace(act, block=(-1, -1)))  # type: ignore[call-arg]
         and w.shape[1] <= 65536
-        and w.qdata.dtype == (torch.int8 if isinstance(w.spec.act, Intx) else torch.float8_e4m3fn)  # type: ignore[attr-defined]
         and torch.cuda.get_device_capability(x.device)[0] == 9
     )
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.language.extra.cuda import gdc_wait
 
+from .launch import launch, multiprocessors
+
 # Decoding, 4 bytes of a register at a time.
 
 
@@ -237,7 +239,7 @@ def _dots(acc, x_ptr, mask, wl, wh, BITS: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def fused_kernel(
     x_ptr, row_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
     E4M3: tl.constexpr, ACT: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
@@ -377,11 +379,6 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
     return out
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def fused(
     x: Tensor, rows: Tensor | None, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
@@ -401,14 +398,15 @@ def fused(
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     e4m3 = qdata.dtype == torch.float8_e4m3fn
-    fused_kernel[(triton.cdiv(n, height), triton.cdiv(m, tokens * blocks), split)](
+    launch(
+        fused_kernel, (triton.cdiv(n, height), triton.cdiv(m, tokens * blocks), split),
         x, scale if rows is None else rows, qdata.view(torch.uint8) if e4m3 else qdata, scale,
         scale if zero_point is None else zero_point, parts, m, n, K=k, G=group, BITS=bits, E4M3=e4m3,
         ACT=rows is not None, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset, BM=tokens, MB=blocks, BN=height,
         U=unroll, SPLIT=split, STAGES=4 if by_row and m <= 16 else 3, num_warps=4,
     )  # fmt: skip
     if split > 1:
-        sum_kernel[(triton.cdiv(m * n, 1024),)](parts, out, m * n, SPLIT=split, B=1024, EARLY=False, num_warps=4)
+        launch(sum_kernel, (triton.cdiv(m * n, 1024),), parts, out, m * n, SPLIT=split, B=1024, EARLY=False)
     return out
 
 
@@ -416,5 +414,5 @@ def scaled(total: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, tok
     """The first `tokens` rows of total (M, N), times rows (M, 1) and columns (N, 1), as `dtype`."""
     n = total.shape[1]
     out = torch.empty(tokens, n, dtype=dtype, device=total.device)
-    scale_kernel[(tokens, triton.cdiv(n, 1024))](total, rows, columns, out, n, B=1024, num_warps=4)
+    launch(scale_kernel, (tokens, triton.cdiv(n, 1024)), total, rows, columns, out, n, B=1024)
     return out

@@ -16,7 +16,7 @@ PURE = {"bits", "blocks", "floats", "rounding", "layouts", "pieces"}
 MACHINERY = {"base", "ops", "sharding", "views"}
 CONSUMERS = {"linear", "checkpoint", "paths", "paths_cpu", "paths_gpu"}
 # What needs Triton, and is imported inside the functions that launch it.
-KERNELS = {"triton_kernels", "hopper_kernels", "gpu_ops"}
+KERNELS = {"launch", "triton_kernels", "hopper_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.
 BUILT_ON = {"codebook": {"intx"}, "dynamic_tree": {"codebook"}, "int4_prepacked": {"intx"}}
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, QTensor, Spec, to_nf4
+from ao.dtypes.base import dense
+from ao.dtypes.blocks import expand
 from ao.quant import compute_error
 
 every = pytest.mark.parametrize("case", CASES, ids=str)
@@ -38,6 +40,20 @@ def test_quantizing_twice_changes_nothing(case):
     once = case.spec.quantize(weight()).dequantize()
     again = case.spec.quantize(once).dequantize()
     assert (again - once).norm() <= (0.35 if getattr(case.spec, "bits", 8) < 3 else 0.1) * once.norm()
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_without_storing_gives_the_same_bits(case, dtype, device):
+    w = weight(dtype=dtype).to(device)
+    qparams = case.spec.choose_qparams(w.float(), case.spec.grid(SHAPE))
+    assert torch.equal(case.spec.round(w.float(), **qparams).to(dtype), case.spec.quantize(w).dequantize())
+    assert torch.equal(case.spec.fake_quantize(w), case.spec.quantize(w).dequantize())
+    # A column, whose qparams are those of its elements.
+    columns = {name: expand(dense(t), SHAPE)[:, 5:6] for name, t in qparams.items()}
+    assert torch.equal(
+        case.spec.round(w[:, 5:6].float(), **columns), case.spec.quantize(w.float()).dequantize()[:, 5:6]
+    )
 
 
 @every

@@ -78,6 +78,13 @@ class Spec:
         """Round `x` (float32) with the given qparams, and return the fields of the QTensor."""
         raise NotImplementedError
 
+    def round(self, x: Tensor, *args: Any, **qparams: Any) -> Tensor:
+        """What `x` (float32) becomes when it is encoded with the given qparams and decoded, float32, without storing it.
+
+        Qparams of the shape of `x` stand for blocks of one element. A dtype that packs its codes says how to do without.
+        """
+        return self.wrap(self.encode(x, **qparams), torch.float32, x.shape).decode()
+
     # What follows.
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
@@ -277,7 +284,8 @@ def dense(field: Tensor) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: Spec) -> Tensor:
-        return spec.quantize(x).dequantize()
+        wide = x.detach().float()
+        return spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -89,6 +89,20 @@ class Codebook(Spec):
 
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
         """The nearest entries of the table for `x` (float32) under the given scale."""
+        codes, table = self._codes(x, scale)
+        return {
+            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
+            "scale": scale,
+            "table": table,
+        }
+
+    def round(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        """The nearest multiples of the scale for `x` (float32)."""
+        codes, table = self._codes(x, scale)
+        return (to_blocks(table[codes.int()], scale.shape) * in_blocks(dense(scale))).reshape(x.shape)
+
+    def _codes(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, uint8 of the shape of `x`, and the table."""
         unit = (to_blocks(x, scale.shape) * in_blocks(reciprocal(dense(scale)))).reshape(x.shape)
         table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
         middles = [(a + b) / 2 for a, b in zip(self.values, self.values[1:])]
@@ -98,14 +112,8 @@ class Codebook(Spec):
             above = torch.empty_like(unit)
             for middle in middles[1:]:
                 codes.add_(torch.gt(unit, middle, out=above))
-            codes = codes.to(torch.int8).view(torch.uint8)
-        else:
-            codes = torch.bucketize(unit.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
-        return {
-            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
-            "scale": scale,
-            "table": table,
-        }
+            return codes.to(torch.int8).view(torch.uint8), table
+        return torch.bucketize(unit.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8), table
 
 
 class CodebookTensor(QTensor, spec=Codebook):

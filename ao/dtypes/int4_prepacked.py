@@ -65,6 +65,10 @@ class Int4Prepacked(Spec):
         """scale and zero_point as of `Intx`."""
         return self._affine.choose_qparams(x, grid)
 
+    def round(self, x: Tensor, *, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """As of `Intx`: the values before the kernel's layout rounds the qparams."""
+        return self._affine.round(x, scale=scale, zero_point=zero_point)
+
     def encode(self, x: Tensor, *, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor | None]:
         """Codes and qparams in the kernel's layout."""
         if x.device.type not in (self.kernel, "meta"):

@@ -119,10 +119,26 @@ class Intx(Spec):
 
     def encode(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor | None]:
         """Codes for `x` (float32) under the given qparams."""
+        q = self._codes(x, scale, zero_point).reshape(x.shape)
+        return {"qdata": self._store(q), "scale": scale, "zero_point": zero_point}
+
+    def round(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """The multiples of the scale that `x` (float32) becomes."""
+        q = self._codes(x, scale, zero_point)
+        if self._offset:
+            q = q.sub_(self._offset)
+        return self._values(q, scale, zero_point).reshape(x.shape)
+
+    @property
+    def _offset(self) -> int:
+        """Added to codes that are stored, so that those of fewer than 8 bits are never negative."""
+        return 2 ** (self.bits - 1) if self.signed and self.bits < 8 else 0
+
+    def _codes(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """The codes as they are stored, in float32 and in blocks."""
         blocks = to_blocks(x, scale.shape)
         steps = in_blocks(reciprocal(scale))
-        # Codes as they are stored, so that those of fewer than 8 bits are never negative. In place: no fresh memory.
-        offset = 2 ** (self.bits - 1) if self.signed and self.bits < 8 else 0
+        offset = self._offset  # In place: no fresh memory.
         if self.is_binary:
             q = blocks.clone().lt_(0).neg_()
         elif zero_point is None or not zero_point.is_floating_point():
@@ -134,8 +150,15 @@ class Intx(Spec):
             q.add_(in_blocks(zero_point.float() + offset))
         elif offset:
             q.add_(offset)
-        q = q.clamp_(self.qmin + offset, self.qmax + offset).reshape(x.shape)
-        return {"qdata": self._store(q), "scale": scale, "zero_point": zero_point}
+        return q.clamp_(self.qmin + offset, self.qmax + offset)
+
+    def _values(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """(q - zero_point) * scale, of codes in float32 and in blocks."""
+        if zero_point is not None:
+            q = q - in_blocks(zero_point.float())
+        elif self.is_binary:
+            q = q + 0.5
+        return q * in_blocks(scale.float())
 
     def _store(self, q: Tensor) -> Tensor:
         if self.bits == 8:
@@ -167,9 +190,5 @@ class IntxTensor(QTensor, spec=Intx):
         return codes.to(torch.int8) - 2 ** (bits - 1)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        values = self.codes(blocks_shape(self.scale.shape, self.shape)).float()
-        if self.zero_point is not None:
-            values = values - in_blocks(self.zero_point.float())
-        elif self.spec.is_binary:
-            values = values + 0.5
-        return (values * in_blocks(self.scale.float())).to(dtype).reshape(self.shape)
+        codes = self.codes(blocks_shape(self.scale.shape, self.shape)).float()
+        return self.spec._values(codes, self.scale, self.zero_point).to(dtype).reshape(self.shape)

@@ -18,6 +18,7 @@ from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, kept, to_blocks
 from .intx import Intx
+from .pieces import is_eager
 from .rounding import reciprocal
 
 TABLES: dict[str, tuple[float, ...]] = {
@@ -144,7 +145,12 @@ class CodebookTensor(QTensor, spec=Codebook):
         if self.spec.line is not None:
             first, step = self.spec.line
             return codes.float() * step + first
-        return self.table[codes.int()]
+        return look_up(self.table, codes)
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """table[codes]. Codes are in bounds: a compiler need not check each of them."""
+    return table[codes.int()] if is_eager(codes) else torch.ops.aten._unsafe_index(table, [codes.int()])
 
 
 NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float"))

@@ -25,7 +25,7 @@ from torch import Tensor
 from .base import Spec
 from .bits import pack, pack_dim
 from .blocks import amax_abs, in_blocks, kept, to_blocks
-from .codebook import CodebookTensor
+from .codebook import CodebookTensor, look_up
 from .pieces import is_eager
 from .rounding import reciprocal
 
@@ -172,7 +172,7 @@ class DynamicTreeTensor(CodebookTensor, spec=DynamicTree):
     def entries(self, codes: Tensor) -> Tensor:
         """table[codes], float32. Code that is compiled for a CPU, which gathers one by one, computes them."""
         if codes.device.type != "cpu" or is_eager(codes):
-            return self.table[codes.int()]
+            return look_up(self.table, codes)
         form = _MAPS[self.spec.bits, self.spec.signed]
         rank = codes.float() - form.zero
         r = (rank.abs() if self.spec.signed else rank) - form.center

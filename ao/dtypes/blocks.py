@@ -65,6 +65,13 @@ def in_blocks(qparam: Tensor) -> Tensor:
     return qparam.reshape([n for g in qparam.shape for n in (g, 1)])
 
 
+def kept(qparam: Tensor) -> Tensor:
+    """`qparam` as memory of its own in code that is compiled for a CPU, which would compute it anew for each few elements."""
+    if qparam.device.type != "cpu" or is_eager(qparam):
+        return qparam
+    return qparam.as_strided(qparam.shape, qparam.stride())  # no compiler sees through this
+
+
 def expand(qparam: Tensor, shape: Sequence[int]) -> Tensor:
     """Repeat a qparam over its blocks: (g0, g1, ...) -> `shape`."""
     return in_blocks(qparam).expand(blocks_shape(qparam.shape, shape)).reshape(tuple(shape))
@@ -91,7 +98,12 @@ def amax_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
     if _one_block(x, grid):
         lo, hi = amin_amax(x, grid)
         return torch.maximum(lo.abs(), hi.abs())
-    return _inside(to_blocks(x, grid).abs(), Tensor.amax).float()
+    size = to_blocks(x, grid).abs()
+    if x.device.type != "cpu" and x.dtype == torch.float32:
+        # Bits of positive numbers are ordered as they are, with NaN above all: one instruction, where a maximum of floats
+        # that keeps NaN is three.
+        return _inside(size.view(torch.int32), Tensor.amax).view(torch.float32)
+    return _inside(size, Tensor.amax).float()
 
 
 def _inside(blocks: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:

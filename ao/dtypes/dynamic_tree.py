@@ -4,8 +4,14 @@ The positive values are `bits - 1` decades below 1. Decade i (0 is the smallest)
 unsigned map, evenly spread from 0.1 to 1 times `10**(i - bits + 2)`; add 0 and 1, and the negatives of a signed map. This
 is the map of the 8-bit optimizers (arXiv:2110.02861): seven decades in a byte, fine near the largest value of a block.
 
-The nearest value is computed, not looked up: three constants of the decade give the code. Compilers turn that into wide
-code on every device, which a search in a table of 256 is not.
+Number the positive values so that decade i starts at the power of two c that is its length: j = rank, and rank + 1 if
+unsigned. Over the decades the map is then a convex chain of straight lines, and its inverse a concave one:
+
+    20 * c / 2**i * 10**(bits - 2) * value(j) = max over the decades of 5**i * (18 * j - 16 * c + 9)
+
+so that both directions are a product, a sum and a maximum or minimum per decade: wide code on every device, where a search
+in a table of 256, or the table itself, is not. The entries are kept in the units of the left side. There they are integers,
+and the arithmetic that finds them is exact in float32: a table, fused and separate products give the same bits.
 """
 
 from __future__ import annotations
@@ -18,21 +24,73 @@ from torch import Tensor
 
 from .base import Spec
 from .bits import pack, pack_dim
-from .blocks import amax_abs, in_blocks, to_blocks
-from .codebook import CodebookTensor
+from .blocks import amax_abs, in_blocks, kept, to_blocks
+from .codebook import CodebookTensor, look_up
+from .pieces import is_eager
 from .rounding import reciprocal
 
 
-def _map(bits: int, signed: bool) -> tuple[float, ...]:
-    """The 2**bits values in ascending order, each a float32."""
-    positive = [0.0, 1.0]
-    for i in range(bits - 1):
-        count = 2**i if signed else 2 ** (i + 1)
-        decade = 10.0 ** (i - bits + 2)
-        positive += [decade * (0.1 + 0.9 * (j + 0.5) / count) for j in range(count)]
-    negative = [-v for v in positive if v not in (0.0, 1.0)] if signed else []
-    values = struct.pack(f"{2**bits}f", *sorted(negative + positive))
-    return struct.unpack(f"{2**bits}f", values)
+def _bits(x: float) -> int:
+    """The bits of a float32. Those of positive numbers are ordered as the numbers are, and integers have a minimum and a
+    maximum that need not care for NaN."""
+    return int(struct.unpack("i", struct.pack("f", x))[0])
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A map and its lines, each (slope, value at 0).
+
+    entries: in ascending order, each a float32.
+    zero: the code of 0, from which ranks are counted.
+    center: ranks less this number are what `forward` takes; products and constants are exact then.
+    forward: entry = max(0, max over the lines), at most the largest entry, `top` in bits.
+    inverse: of the entry; its integer part is j. `floor`, in bits: its value at 0.
+    last: the line by which j passes from the last entry of the last decade to that of the largest entry.
+    """
+
+    entries: tuple[float, ...]
+    zero: int
+    center: int
+    forward: tuple[tuple[float, float], ...]
+    inverse: tuple[tuple[float, float], ...]
+    last: tuple[float, float]
+    top: int
+    floor: int
+
+
+def _map(bits: int, signed: bool) -> _Map:
+    more = 0 if signed else 1  # j - rank
+    starts = [2 ** (i + more) for i in range(bits - 1)]  # of the decades
+    end = 2 * starts[-1]  # the j of the largest entry
+    top = 20.0 * 2**more * 10.0 ** (bits - 2)
+    positive = [5.0**i * (18 * j - 16 * c + 9) for i, c in enumerate(starts) for j in range(c, 2 * c)] + [top]
+    negative = [-v for v in positive[-2::-1]] if signed else []
+    entries = [*negative, 0.0, *positive]
+
+    center = starts[-1] * 4 // 3 + 1 - more
+    forward = [(18.0 * 5**i, 5.0**i * (18 * (center + more) - 16 * c + 9)) for i, c in enumerate(starts)]
+    inverse = [(1 / (18 * 5**i), c * 8 / 9) for i, c in enumerate(starts)]
+    first = positive[0]
+    if signed:
+        # One value in the first decade: a line from 0 to it, and back from halfway between them.
+        forward[0] = (first, first * center)
+        inverse[0] = ((1.2 - 8 / 9) / (first / 2), 8 / 9)
+    else:
+        # Two: from halfway between 0 and the first to halfway between it and the second.
+        slope = 0.8 / ((positive[1] - 0.0) / 2)
+        inverse[0] = (slope, 2.2 - first / 2 * slope)
+    middle = (positive[-2] + top) / 2
+    steep = 0.6 / (top - middle)
+    return _Map(
+        struct.unpack(f"{2**bits}f", struct.pack(f"{2**bits}f", *entries)),
+        len(negative),
+        center,
+        tuple(forward),
+        tuple(inverse),
+        (steep, end + 0.2 - steep * middle),
+        _bits(top),
+        _bits(inverse[0][1]),
+    )
 
 
 _MAPS = {(bits, signed): _map(bits, signed) for bits in range(2, 9) for signed in (True, False)}
@@ -46,17 +104,15 @@ class DynamicTree(Spec):
     signed: False is for data without negative values, which then has twice the precision; negative values become 0.
     block: elements that share a scale.
 
-        scale = max|x| over the block,    code = argmin_i |x / scale - map[i]|
+        scale = max|x| / max(entries) over the block,    code = argmin_i |x / scale - entries[i]|
 
-    A signed map reaches +1 but not -1: its lowest value is -0.993 at 8 bits. A NaN in a block makes the block NaN.
-    Cost: `bits + 32 / block` bits per element.
+    A signed map reaches its maximum but not the negative of it: its lowest value is -0.993 of that at 8 bits. A NaN in a
+    block makes the block NaN. Cost: `bits + 32 / block` bits per element.
     """
 
     bits: int = 8
     signed: bool = True
     block: tuple[int, ...] = (1, 256)
-
-    tensor_type = CodebookTensor
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -64,21 +120,17 @@ class DynamicTree(Spec):
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The entries of the map."""
-        return _MAPS[self.bits, self.signed]
+        """The entries of the map, in ascending order: the published values times the largest entry."""
+        return _MAPS[self.bits, self.signed].entries
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """scale of shape `grid`, float32."""
-        return {"scale": amax_abs(x, grid)}
+        return {"scale": amax_abs(x, grid) * (1 / self.values[-1])}
 
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
         """The nearest entries of the map for `x` (float32) under the given scale."""
-        unit = (to_blocks(x, scale.shape) * in_blocks(reciprocal(scale))).reshape(x.shape)
-        rank = self._rank(unit.abs() if self.signed else unit)
-        if self.signed:
-            zero = 2.0 ** (self.bits - 1) - 1.0
-            rank = zero + torch.where(unit < 0.0, -rank.clamp(max=zero), rank)
-        codes = rank.to(torch.int32).to(torch.uint8)
+        unit = (to_blocks(x, scale.shape) * in_blocks(kept(reciprocal(scale)))).reshape(x.shape)
+        codes = self._codes(unit)
         table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
         return {
             "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
@@ -86,25 +138,50 @@ class DynamicTree(Spec):
             "table": table,
         }
 
-    def _rank(self, x: Tensor) -> Tensor:
-        """The place of the nearest entry among 0 and the positive ones, as float32.
+    def _codes(self, x: Tensor) -> Tensor:
+        """The codes of the nearest entries, uint8."""
+        form = _MAPS[self.bits, self.signed]
+        size = x.abs() if self.signed else x
+        place = None  # j and a fraction, as the bits of a float32
+        for slope, at_zero in form.inverse:
+            line = (size * slope + at_zero).view(torch.int32)
+            place = line if place is None else torch.minimum(place, line)
+        assert place is not None
+        # Of `x`: the maximum has no negative.
+        place = torch.maximum(place, (x * form.last[0] + form.last[1]).view(torch.int32))
+        if not self.signed:
+            place = place.clamp(min=form.floor)
+        # Between the last entry of a decade and the first of the next, whose steps are five times as wide, the middle is a
+        # fifth of a step beyond the decade: where the place less 0.2 falls below a power of two, the entry below is nearer.
+        # The exponents tell, without a comparison.
+        number = place.view(torch.float32)
+        rank = number.to(torch.int32) + (((number - 0.2).view(torch.int32) >> 23) - (place >> 23))
+        if self.signed:
+            negative = x.view(torch.int32) >> 31  # 0 or -1
+            rank = (rank ^ negative) + (form.zero - negative)
+        else:
+            rank = rank - 1
+        return rank.to(torch.uint8)
 
-        Within a decade that starts with entry `first`, the entry is first + ceil(slope * x + offset).
-        """
-        positive = [v for v in self.values if v >= 0]
-        # The first decade has one entry in a signed map and two in an unsigned one; the next ones twice as many each.
-        unit = 1.0 if self.signed else 2.0
-        slope = offset = first = torch.zeros_like(x)
-        for i in range(self.bits - 1):
-            count = unit * 2**i
-            start = 1.0 + unit * (2**i - 1)
-            steep, low = count / 0.9 * 10.0 ** (self.bits - 2 - i), start - 1 - count / 9
-            above = x > (positive[int(start) - 1] + positive[int(start)]) / 2
-            slope = torch.where(above, steep, slope)
-            offset = torch.where(above, low, offset)
-            first = torch.where(above, start, first)
-        # A decade of 2**i * unit entries that starts with 1 + unit * (2**i - 1) ends with 2 * first + unit - 2. Below the
-        # first one all three are zero, and so is the result.
-        rank = torch.ceil(x * slope + offset).maximum(first).minimum(2.0 * first + (unit - 2.0))
-        rank = torch.where(first > 0.0, rank, 0.0)
-        return torch.where(x > (positive[-2] + positive[-1]) / 2, float(len(positive) - 1), rank)
+
+class DynamicTreeTensor(CodebookTensor, spec=DynamicTree):
+    """x = table[code] * scale, with the fields of `CodebookTensor`."""
+
+    spec: DynamicTree  # type: ignore[assignment]
+
+    def entries(self, codes: Tensor) -> Tensor:
+        """table[codes], float32. Code that is compiled for a CPU, which gathers one by one, computes them."""
+        if codes.device.type != "cpu" or is_eager(codes):
+            return look_up(self.table, codes)
+        form = _MAPS[self.spec.bits, self.spec.signed]
+        rank = codes.float() - form.zero
+        r = (rank.abs() if self.spec.signed else rank) - form.center
+        entry = None
+        for slope, at_zero in form.forward:
+            line = (r * slope + at_zero).view(torch.int32)
+            entry = line if entry is None else torch.maximum(entry, line)
+        assert entry is not None
+        entry = entry.clamp(0, form.top)
+        if self.spec.signed:
+            entry = entry | (rank.view(torch.int32) & -(2**31))
+        return entry.view(torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Spec
-from .blocks import amax_abs, in_blocks, to_blocks
+from .blocks import amax_abs, in_blocks, kept, to_blocks
 from .rounding import reciprocal
 
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -54,7 +54,7 @@ class Float8(Spec):
 
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
         """Round `x` (float32) to the format under the given scale."""
-        q = (to_blocks(x, scale.shape) * in_blocks(reciprocal(scale))).clamp_(-self.max, self.max)
+        q = (to_blocks(x, scale.shape) * in_blocks(kept(reciprocal(scale)))).clamp_(-self.max, self.max)
         return {"qdata": q.to(self.dtype).reshape(x.shape), "scale": scale}
 
 

@@ -31,7 +31,7 @@ def adam(
     with correction1 = 1 - beta1**t and correction2 = sqrt(1 - beta2**t); amsgrad takes the largest v so far.
     """
     if decoupled:
-        param = param * (1 - h["lr"] * h["weight_decay"])
+        param = param * h["decay"]
     else:
         grad = grad + h["weight_decay"] * param
     m = states["exp_avg"]
@@ -40,11 +40,10 @@ def adam(
     new = {"exp_avg": m, "exp_avg_sq": v}
     if amsgrad:
         v = new["max_exp_avg_sq"] = torch.maximum(states["max_exp_avg_sq"], v)
-    denominator = v.sqrt() / h["correction2"] + h["eps"]
-    return param - h["lr"] / h["correction1"] * (m / denominator), new
+    denominator = v.sqrt() * h["one_over_correction2"] + h["eps"]
+    return param - h["step_size"] * (m / denominator), new
 
 
-_SCALARS = ("lr", "weight_decay", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "correction1", "correction2")
 _STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -61,10 +60,36 @@ _FP8 = _formats(lambda n: Float8("e4m3", (1, n)), lambda n: Float8("e4m3", (1, n
 
 class _Adam(LowBitOptimizer):
     update = staticmethod(adam)
-    scalar_names = _SCALARS
     torch_class: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.Adam
     torch_states = ("step", *_STATES)
     decoupled = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        block_size: int | None = None,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        full_precision: FullPrecision = (),
+        compile: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "block_size": self.block_size if block_size is None else block_size,
+            "bf16_stochastic_round": bf16_stochastic_round,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, full_precision=full_precision, compile=compile)
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"decoupled": self.decoupled, "amsgrad": bool(group["amsgrad"])}
@@ -72,22 +97,18 @@ class _Adam(LowBitOptimizer):
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return _STATES if group["amsgrad"] else _STATES[:2]
 
-    def scalars(self, group: dict[str, Any], step: float) -> dict[str, float]:
+    def scalars(self, group: dict[str, Any], lr: float | Tensor, step: float) -> dict[str, float | Tensor]:
         beta1, beta2 = map(float, group["betas"])
+        weight_decay = float(group["weight_decay"])
         return {
-            "weight_decay": float(group["weight_decay"]),
+            **({"decay": 1 - lr * weight_decay} if self.decoupled else {"weight_decay": weight_decay}),
+            "step_size": lr / (1 - beta1**step),
             "one_minus_beta1": 1 - beta1,
             "beta2": beta2,
             "one_minus_beta2": 1 - beta2,
+            "one_over_correction2": (1 - beta2**step) ** -0.5,
             "eps": float(group["eps"]),
-            "correction1": 1 - beta1**step,
-            "correction2": (1 - beta2**step) ** 0.5,
         }
-
-
-def _defaults(*values: Any) -> dict[str, Any]:
-    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "bf16_stochastic_round", "maximize")
-    return dict(zip(names, values, strict=True))
 
 
 class Adam8bit(_Adam):
@@ -96,7 +117,7 @@ class Adam8bit(_Adam):
     params: parameters, (name, parameter) pairs, or dicts with settings of their own, `block_size` among them.
     lr: a number, or a tensor of one element. A number may be assigned to `group["lr"]` at any time.
     betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.Adam.
-    block_size: elements that share a scale.
+    block_size: elements that share a scale; by default 256, and 128 for the 4-bit optimizers.
     bf16_stochastic_round: round bfloat16 parameters stochastically (stochastic_rounding.py). The seeds are drawn from
         torch's generator of the CPU: torch.manual_seed makes a run reproducible, and ranks that hold replicas of a
         parameter must be seeded alike.
@@ -109,24 +130,6 @@ class Adam8bit(_Adam):
 
     formats = _8BIT
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        block_size: int = 256,
-        bf16_stochastic_round: bool = False,
-        maximize: bool = False,
-        full_precision: FullPrecision = (),
-        compile: bool = True,
-    ) -> None:
-        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
-        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
-
 
 class Adam4bit(_Adam):
     """Adam with 4-bit states: 1.06 bytes per parameter (arXiv:2309.01507, without its rank-1 scales).
@@ -136,25 +139,8 @@ class Adam4bit(_Adam):
     """
 
     formats = _4BIT
+    block_size = 128
     block_multiple = 8
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        block_size: int = 128,
-        bf16_stochastic_round: bool = False,
-        maximize: bool = False,
-        full_precision: FullPrecision = (),
-        compile: bool = True,
-    ) -> None:
-        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
-        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
 
 
 class AdamFp8(_Adam):
@@ -162,31 +148,42 @@ class AdamFp8(_Adam):
 
     formats = _FP8
 
+
+class _AdamW(_Adam):
+    torch_class = torch.optim.AdamW
+    decoupled = True
+
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        block_size: int = 256,
+        block_size: int | None = None,
         bf16_stochastic_round: bool = False,
         maximize: bool = False,
         full_precision: FullPrecision = (),
         compile: bool = True,
     ) -> None:
-        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
-        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            block_size=block_size,
+            bf16_stochastic_round=bf16_stochastic_round,
+            maximize=maximize,
+            full_precision=full_precision,
+            compile=compile,
+        )
 
 
-class _Decoupled(_Adam):
-    torch_class = torch.optim.AdamW
-    decoupled = True
-
-
-class AdamW8bit(_Decoupled):
+class AdamW8bit(_AdamW):
     """AdamW with 8-bit states: a drop-in for torch.optim.AdamW at 2.03 bytes of state per parameter.
 
     See `Adam8bit` for the parameters.
@@ -194,89 +191,23 @@ class AdamW8bit(_Decoupled):
 
     formats = _8BIT
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        block_size: int = 256,
-        bf16_stochastic_round: bool = False,
-        maximize: bool = False,
-        full_precision: FullPrecision = (),
-        compile: bool = True,
-    ) -> None:
-        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
-        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
 
-
-class AdamW4bit(_Decoupled):
-    """AdamW with 4-bit states: 1.06 bytes per parameter. See `Adam8bit` for the parameters."""
+class AdamW4bit(_AdamW):
+    """AdamW with 4-bit states: 1.06 bytes per parameter. See `Adam4bit` for the formats, `Adam8bit` for the parameters."""
 
     formats = _4BIT
+    block_size = 128
     block_multiple = 8
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        block_size: int = 128,
-        bf16_stochastic_round: bool = False,
-        maximize: bool = False,
-        full_precision: FullPrecision = (),
-        compile: bool = True,
-    ) -> None:
-        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
-        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
 
-
-class AdamWFp8(_Decoupled):
+class AdamWFp8(_AdamW):
     """AdamW with float8 e4m3 states: 2.03 bytes per parameter. See `Adam8bit` for the parameters."""
 
     formats = _FP8
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        block_size: int = 256,
-        bf16_stochastic_round: bool = False,
-        maximize: bool = False,
-        full_precision: FullPrecision = (),
-        compile: bool = True,
-    ) -> None:
-        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
-        super().__init__(params, {**defaults, "block_size": block_size}, full_precision=full_precision, compile=compile)
 
+class AdamW(_AdamW):
+    """AdamW with float32 states, and stochastic rounding of bfloat16 parameters. See `Adam8bit` for the parameters.
 
-class AdamW(_Decoupled):
-    """AdamW with float32 states, and stochastic rounding of bfloat16 parameters. See `Adam8bit` for the parameters."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        bf16_stochastic_round: bool = False,
-        maximize: bool = False,
-        compile: bool = True,
-    ) -> None:
-        defaults = _defaults(lr, betas, eps, weight_decay, amsgrad, bf16_stochastic_round, maximize)
-        super().__init__(params, defaults, compile=compile)
+    There is nothing to share a scale: block_size and full_precision change nothing.
+    """

@@ -9,8 +9,10 @@ learning rate and every step.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,44 +54,67 @@ class Plan:
     maximize: bool
     stochastic: bool
 
+    @functools.cached_property
+    def by_row(self) -> tuple[bool, ...]:
+        """Which tensors of `Rows.tensors` have one entry per row, the others being shared by all rows."""
+        flags = [True, True]
+        for _, spec in self.states:
+            flags += [True] if spec is None else [spec.tensor_type.roles[f] != "shared" for f in field_names(spec)]
+        return (*flags, False) if self.stochastic else tuple(flags)
 
-Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[Fields]], Tensor, Sequence[Tensor], int], None]
+
+@dataclass
+class Rows:
+    """One parameter, or a piece of it, as rows of blocks, or of single elements where its states are in full precision.
+
+    noise: int32 (seed, position of the first element), where the plan rounds stochastically.
+    """
+
+    param: Tensor
+    grad: Tensor
+    states: Sequence[Fields]
+    noise: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order of `Plan.by_row`."""
+        noise = [] if self.noise is None else [self.noise]
+        return [self.param, self.grad, *(t for fields in self.states for t in fields), *noise]
 
 
-def make_step(plan: Plan) -> Step:
-    """The function that updates parameters and states in place."""
-    specs = [(name, spec, () if spec is None else field_names(spec)) for name, spec in plan.states]
-    options = dict(plan.options)
+def rows_of(plan: Plan, tensors: Iterable[Tensor]) -> Rows:
+    """The inverse of `Rows.tensors`."""
+    it = iter(tensors)
+    param, grad = next(it), next(it)
+    states = [tuple(next(it) for _ in (field_names(spec) if spec else ("",))) for _, spec in plan.states]
+    return Rows(param, grad, states, next(it) if plan.stochastic else None)
 
-    def step(
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Sequence[Fields]],
-        hyper: Tensor,
-        seeds: Sequence[Tensor],
-        start: int,
-    ) -> None:
-        h = {name: hyper[i] for i, name in enumerate(plan.scalars)}
-        for i in range(len(params)):
-            param, grad = params[i], grads[i].float()
-            values = {}
-            for (name, spec, names), fields in zip(specs, states[i]):
-                if spec is None:
-                    values[name] = fields[0]
-                else:
-                    values[name] = spec.wrap(dict(zip(names, fields)), torch.float32, param.shape).decode()
-            new, new_values = plan.update(param.float(), -grad if plan.maximize else grad, values, h, **options)
-            for (name, spec, names), fields in zip(specs, states[i]):
-                if spec is None:
-                    fields[0].copy_(new_values[name])
-                    continue
-                q = spec.quantize(new_values[name])
-                for field, target in zip(names, fields):
-                    if spec.tensor_type.roles[field] != "shared":
-                        target.copy_(getattr(q, field))
-            param.copy_(stochastic_round(new, seeds[i], start) if plan.stochastic else new)
 
-    return step
+def update_rows(plan: Plan, rows: Rows, h: Mapping[str, Tensor]) -> None:
+    """The step of one parameter, in place."""
+    grad = rows.grad.float()
+    values = {}
+    for (name, spec), fields in zip(plan.states, rows.states):
+        if spec is None:
+            values[name] = fields[0]
+        else:
+            named = dict(zip(field_names(spec), fields))
+            values[name] = spec.wrap(named, torch.float32, rows.param.shape).decode()
+    new, new_values = plan.update(rows.param.float(), -grad if plan.maximize else grad, values, h, **dict(plan.options))
+    if grad.device.type == "cpu" and rows.grad.dtype != torch.float32:
+        # As memory of their own. Else each is computed again from the 16-bit gradient where it is quantized, and Inductor takes
+        # 32 elements at a time where all that it reads has 16 bits: too many for it to see a number's bits in a register.
+        new_values = {name: t.as_strided(t.shape, t.stride()) for name, t in new_values.items()}
+    for (name, spec), fields in zip(plan.states, rows.states):
+        if spec is None:
+            fields[0].copy_(new_values[name])
+            continue
+        q = spec.quantize(new_values[name])
+        for field, target in zip(field_names(spec), fields):
+            if q.roles[field] != "shared":
+                target.copy_(getattr(q, field))
+    if rows.noise is not None:
+        new = stochastic_round(new, *rows.noise.unbind())
+    rows.param.copy_(new)
 
 
 @functools.cache
@@ -103,102 +128,98 @@ def row(spec: Spec, device: torch.device) -> QTensor:
     return spec.quantize(torch.zeros(1, spec.block[-1], device=device))  # type: ignore[attr-defined]
 
 
-def run_eager(
-    plan: Plan,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Sequence[Fields]],
-    hyper: Tensor,
-    seeds: Sequence[Tensor],
-) -> None:
-    """The step without a compiler: one parameter after another, in pieces that bound the temporaries."""
-    step = make_step(plan)
-    for i, (param, grad) in enumerate(zip(params, grads)):
-        rows = max(_PIECE // max(param.stride(0), 1), 1) if param.numel() else 1
-        for a in range(0, param.shape[0], rows):
-            fields = [
-                tuple(t if t.shape[0] != param.shape[0] else t[a : a + rows] for t in state) for state in states[i]
-            ]
-            piece = slice(a, a + rows)
-            step([param[piece]], [grad[piece]], [fields], hyper, seeds[i : i + 1], a * param.stride(0))
+EAGER_PIECE = {"cpu": 2**18, "cuda": 2**24}
+"""The elements at a time without a compiler, by kind of device, which bounds the temporaries."""
+
+COMPILED_PIECE = {"cpu": 2**18, "cuda": 2**30}
+"""The same with one. A CPU keeps the values before rounding in its cache: so many per thread. 32-bit indices for a GPU."""
+
+TOGETHER = {"cpu": 1, "cuda": 8}
+"""How many parameters of one size share a graph. A CPU has no launches to save."""
 
 
-_PIECE = 2**22
-
-CHUNKS = {"cpu": (1,), "cuda": (8, 1)}
-"""How many parameters of one size may share a graph, by kind of device. A CPU has no launches to save."""
-
-
-def run_compiled(
-    plan: Plan,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Sequence[Fields]],
-    hyper: Tensor,
-    seeds: Sequence[Tensor],
-) -> None:
-    """The step in compiled graphs. The parameters have one size and one dtype, and so do the gradients."""
-    sizes = CHUNKS.get(params[0].device.type, CHUNKS["cuda"])
-    start = 0
-    while start < len(params):
-        size = next(s for s in sizes if s <= len(params) - start)
-        part = slice(start, start + size)
-        key = (plan, size, params[0].dtype, grads[0].dtype, params[0].device)
-        args = _flatten(params[part], grads[part], states[part], hyper, seeds[part])
-        call = _compiled.get(key)
-        if call is None:
-            by_row = _by_row(plan, size)
-            call = _compile(plan, size, args, by_row)
-            call(*(_mark(t) if symbolic else t for t, symbolic in zip(args, by_row)))
-            _compiled[key] = call
-        else:
-            call(*args)
-        start += size
+def run(plan: Plan, items: Sequence[Rows], hyper: Tensor, compile: bool) -> None:
+    """The step of parameters of one dtype, in compiled graphs or eagerly."""
+    kind = hyper.device.type
+    size = (COMPILED_PIECE if compile else EAGER_PIECE).get(kind, 2**24)
+    if kind == "cpu":
+        size *= torch.get_num_threads()
+    most = TOGETHER.get(kind, 8) if compile else 1
+    pieces = [piece for item in items for piece in _pieces(plan, item, size)]
+    for _, same in itertools.groupby(pieces, lambda tensors: tensors[0].shape):
+        waiting = list(same)
+        start = 0
+        for count in (most, 1):
+            step = _step(plan, count, hyper, waiting[0]) if compile else functools.partial(_step_eagerly, plan)
+            while start + count <= len(waiting):
+                step(hyper, *itertools.chain(*waiting[start : start + count]))
+                start += count
 
 
-_compiled: dict[Any, Callable[..., Any]] = {}
+def _pieces(plan: Plan, item: Rows, size: int) -> Iterable[Sequence[Tensor]]:
+    """The tensors of `item`, cut into pieces of at most `size` elements, all about as long."""
+    tensors = item.tensors()
+    rows = item.param.shape[0]
+    width = item.param.numel() // max(rows, 1)
+    count = math.ceil(rows / max(size // width, 1)) if rows else 1
+    if count == 1:
+        return [tensors]
+    length = math.ceil(rows / count)
+    starts = range(0, rows, length)
+    parts = [t.split(length) if by_row else [t] * len(starts) for t, by_row in zip(tensors, plan.by_row)]
+    if item.noise is not None:
+        positions = [(start * width + 2**31) % 2**32 - 2**31 for start in starts]  # they wrap around
+        moved = torch.tensor([[0, position] for position in positions], dtype=torch.int32)
+        parts[-1] = (item.noise + moved.to(item.noise.device)).unbind()
+    return zip(*parts)
 
 
-def _flatten(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Sequence[Fields]],
-    hyper: Tensor,
-    seeds: Sequence[Tensor],
-) -> list[Tensor]:
-    return [hyper, *params, *grads, *seeds, *(t for state in states for fields in state for t in fields)]
+def _step_eagerly(plan: Plan, hyper: Tensor, *tensors: Tensor) -> None:
+    """The step of one parameter or more, from the tensors of each."""
+    h = dict(zip(plan.scalars, hyper.unbind()))
+    width = len(plan.by_row)
+    for i in range(0, len(tensors), width):
+        update_rows(plan, rows_of(plan, tensors[i : i + width]), h)
 
 
-def _by_row(plan: Plan, size: int) -> list[bool]:
-    """Which of the flattened arguments have one entry per row: their first dim is symbolic."""
-    states = []
-    for _, spec in plan.states:
-        states += [True] if spec is None else [spec.tensor_type.roles[f] != "shared" for f in field_names(spec)]
-    return [False, *[True] * (2 * size), *[False] * (size if plan.stochastic else 0), *states * size]
+def _step(plan: Plan, count: int, hyper: Tensor, like: Sequence[Tensor]) -> Callable[..., None]:
+    """`_step_eagerly` for `count` parameters like the tensors given, compiled. It is compiled when it is first called."""
+    param, grad = like[:2]
+    threads = torch.get_num_threads() if param.device.type == "cpu" else 1
+    # One row is another graph: a compiler takes a size of 1 for a fact.
+    key = (plan, count, param.device, param.dtype, grad.dtype, param.shape[0] == 1, threads)
+    if key not in _compiled:
+
+        def first(*args: Tensor) -> None:
+            _compiled[key] = _compile(plan, args)
+            _compiled[key](*args)
+
+        return first
+    return _compiled[key]
 
 
-def _compile(plan: Plan, size: int, args: Sequence[Tensor], by_row: Sequence[bool]) -> Callable[..., Any]:
-    """Trace the step of `size` parameters to plain operators, rows symbolic, and compile these."""
+_compiled: dict[Any, Callable[..., None]] = {}
+
+
+def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
+    """Trace `_step_eagerly` to plain operators, rows symbolic and all else as it is, and compile these.
+
+    The graph goes to Inductor directly: the key above is all that there is to guard, and Dynamo's checks of a hundred
+    tensors would take longer than a kernel. No piece is too large for 32-bit indices, so that sizes need no check either.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    step = make_step(plan)
-
-    def flat(*args: Tensor) -> None:
-        it = iter(args)
-        hyper = next(it)
-        params, grads = ([next(it) for _ in range(size)] for _ in range(2))
-        seeds = [next(it) for _ in range(size if plan.stochastic else 0)]
-        states = [
-            [tuple(next(it) for _ in (field_names(spec) if spec else ("",))) for _, spec in plan.states]
-            for _ in range(size)
-        ]
-        step(params, grads, states, hyper, seeds, 0)
-
+    by_row = itertools.chain([False], itertools.cycle(plan.by_row))
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        graph = make_fx(flat, tracing_mode="symbolic")(*(_fake(mode, t, s) for t, s in zip(args, by_row)))
-    return torch.compile(graph, fullgraph=True)
+        fakes: list[Any] = [_fake(mode, t, symbolic) for t, symbolic in zip(args, by_row)]
+        graph = make_fx(functools.partial(_step_eagerly, plan), tracing_mode="symbolic")(*fakes)
+    options: dict[str, Any] = {}
+    if args[0].device.type == "cpu":
+        options["cpp.enable_floating_point_contract_flag"] = "fast"  # products and sums in one instruction
+    compiled: Any = torch._inductor.compile(graph, fakes, options=options)
+    return compiled
 
 
 def _fake(mode: Any, t: Tensor, by_row: bool) -> Tensor:
@@ -208,12 +229,6 @@ def _fake(mode: Any, t: Tensor, by_row: bool) -> Tensor:
     dims = [DimDynamic.DUCK if by_row and d == 0 and n > 1 else DimDynamic.STATIC for d, n in enumerate(t.shape)]
     context: Any = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * t.dim())
     return mode.from_tensor(t, symbolic_context=context, source=ConstantSource(f"input_{id(t)}"))
-
-
-def _mark(t: Tensor) -> Tensor:
-    t = t.detach()
-    torch._dynamo.maybe_mark_dynamic(t, 0)
-    return t
 
 
 @functools.cache

@@ -23,8 +23,7 @@ def lion(
     direction = (m + h["one_minus_beta1"] * (grad - m)).sign()
     # The sign of NaN is 0, which would hide it.
     direction = direction + (grad - grad)
-    param = param * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * direction
-    return param, {"exp_avg": m + h["one_minus_beta2"] * (grad - m)}
+    return param * h["decay"] - h["lr"] * direction, {"exp_avg": m + h["one_minus_beta2"] * (grad - m)}
 
 
 class Lion8bit(LowBitOptimizer):
@@ -34,7 +33,6 @@ class Lion8bit(LowBitOptimizer):
     """
 
     update = staticmethod(lion)
-    scalar_names = ("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2")
     formats = {"exp_avg": lambda n: DynamicTree(8, True, (1, n))}
 
     def __init__(
@@ -63,10 +61,11 @@ class Lion8bit(LowBitOptimizer):
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def scalars(self, group: dict[str, Any], step: float) -> dict[str, float]:
+    def scalars(self, group: dict[str, Any], lr: float | Tensor, step: float) -> dict[str, float | Tensor]:
         beta1, beta2 = map(float, group["betas"])
         return {
-            "weight_decay": float(group["weight_decay"]),
+            "lr": lr,
+            "decay": 1 - lr * float(group["weight_decay"]),
             "one_minus_beta1": 1 - beta1,
             "one_minus_beta2": 1 - beta2,
         }

@@ -36,7 +36,6 @@ class SGD8bit(LowBitOptimizer):
     """
 
     update = staticmethod(sgd)
-    scalar_names = ("lr", "weight_decay", "momentum", "weight")
     formats = {"momentum_buffer": lambda n: DynamicTree(8, True, (1, n))}
     torch_class = torch.optim.SGD
     torch_states = ("momentum_buffer",)
@@ -79,8 +78,9 @@ class SGD8bit(LowBitOptimizer):
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def scalars(self, group: dict[str, Any], step: float) -> dict[str, float]:
+    def scalars(self, group: dict[str, Any], lr: float | Tensor, step: float) -> dict[str, float | Tensor]:
         return {
+            "lr": lr,
             "weight_decay": float(group["weight_decay"]),
             "momentum": float(group["momentum"]),
             "weight": 1.0 if step == 1 else 1 - float(group["dampening"]),

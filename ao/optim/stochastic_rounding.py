@@ -10,28 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
 
-
-def stochastic_round(x: Tensor, seed: Tensor | int, start: int = 0) -> Tensor:
+def stochastic_round(x: Tensor, seed: Tensor | int, start: Tensor | int = 0) -> Tensor:
     """`x` (float32) rounded to one of its two neighbours in bfloat16, with probabilities that make it unbiased.
 
-    seed: an integer below 2**31, or an int64 scalar on the device of x. Another seed for every tensor and every step.
-    start: the position of the first element, where x is a part of a larger tensor.
+    seed: an integer below 2**31, or an int32 scalar on the device of x. Another seed for every tensor and every step.
+    start: the position of the first element, where x is a part of a larger tensor; an integer or an int32 scalar.
 
     Numbers that bfloat16 has stay as they are, as do infinities and NaN.
     """
-    index = torch.arange(x.numel(), device=x.device).view(x.shape) + start
-    word = _mix(_mix(index & _WORD) ^ seed)
-    bits = x.view(torch.int32)
-    rounded = ((bits + (word & 0xFFFF).to(torch.int32)) & -0x10000).view(torch.float32)
+    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
+    noise = _mix(_mix(index) ^ seed) & 0xFFFF
+    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 def _mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words, held in int64, in which every bit of the result depends on every bit of the input."""
-    word = word ^ (word >> 16)
-    word = (word * 0x21F0AAAD) & _WORD
-    word = word ^ (word >> 15)
-    word = (word * 0x735A2D97) & _WORD
-    return word ^ (word >> 15)
+    """A bijection of int32 in which every bit of the result depends on every bit of the input. Products wrap around."""
+    word = (word ^ (word >> 16 & 0xFFFF)) * 0x21F0AAAD
+    word = (word ^ (word >> 15 & 0x1FFFF)) * 0x735A2D97
+    return word ^ (word >> 15 & 0x1FFFF)

@@ -148,6 +148,7 @@ def test_the_format(tmp_path):
         "zero_point": "float",
         "narrow": False,
         "scale_dtype": "float32",
+        "rounding": "nearest",
     }
     assert json.loads(metadata["ao"]) == {
         "version": 1,

@@ -403,6 +403,25 @@ def test_golden_integers():
     assert q.dequantize()[0].abs().unique().item() == pytest.approx(x.abs().mean().item())
 
 
+def test_stochastic_rounding():
+    spec = Intx(8, narrow=True, rounding="stochastic")
+    w = weight()
+    q = spec.quantize(w)
+    assert torch.equal(q, spec.quantize(w.clone()))  # a copy rounds alike
+    assert torch.equal(q, torch.compile(spec.quantize, fullgraph=True)(w))
+    assert torch.equal(spec.quantize(q.dequantize()).qdata, q.qdata)  # what has a code keeps it
+    error = (q.dequantize() - w) / q.scale
+    assert error.abs().max() < 1.001 and error.mean().abs() < 0.01
+    w[0, 0] += 1e-3
+    assert not torch.equal(spec.quantize(w).qdata[64:], q.qdata[64:])  # one number changed: all round anew
+    # Updates of a thousandth of a step arrive.
+    before, update = q.dequantize(), 1e-3 * q.scale * weight(seed=1)
+    for _ in range(100):
+        q.add_(update)
+    moved = ((q.dequantize() - before) * update).sum() / (100 * update.square().sum())
+    assert 0.8 < moved < 1.2
+
+
 def test_golden_float8():
     x = torch.tensor([[448.0, 1.0, 0.1, -224.0]])
     q = Float8().quantize(x)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Spec
 from .blocks import amax_abs, in_blocks, kept, to_blocks
-from .rounding import reciprocal
+from .rounding import power_of_two_above, reciprocal
 
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -28,11 +28,14 @@ class Float8(Spec):
 
         scale = max|x| / max(format),    q = cast(clamp(x / scale, -max, max))
 
+    power_of_two: take the next power of two for the scale, so that multiplying by it loses nothing, also in bfloat16.
+
     A block of zeros keeps its zeros; a NaN in a block makes the block NaN, it is not hidden.
     """
 
     format: Literal["e4m3", "e5m2"] = "e4m3"
     block: tuple[int, ...] = (1, -1)
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in _DTYPES:
@@ -50,7 +53,8 @@ class Float8(Spec):
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """scale of shape `grid`, float32."""
-        return {"scale": amax_abs(x, grid) * (1 / self.max)}
+        scale = amax_abs(x, grid) * (1 / self.max)
+        return {"scale": power_of_two_above(scale) if self.power_of_two else scale}
 
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
         """Round `x` (float32) to the format under the given scale."""

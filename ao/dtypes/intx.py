@@ -17,7 +17,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
-from .rounding import product, reciprocal, round_to
+from .rounding import product, reciprocal, round_to, stochastic_round
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,10 +41,13 @@ class Intx(Spec):
     clip: False widens a symmetric scale to max(min(x) / qmin, max(x) / qmax), so that nothing clips.
     zero_point: "int" is qmin - round(lo / scale), so that 0 is exact; "float" keeps the fraction, and lo = min(x),
         hi = max(x) need not include 0.
-    narrow: leave out the lowest code, so that the range is symmetric, [-127, 127] for 8 bits, and scale = m / qmax.
+    narrow: leave out the lowest code, so that the range is symmetric, [-127, 127] for 8 bits, and scale = m / qmax; 2 bits
+        are then BitNet's ternary numbers -1, 0 and 1 times mean|x|.
     scale_dtype: "float32", "bfloat16" or "float16", also of a float zero point.
+    rounding: "nearest", half to even, or "stochastic", up or down so that the mean is kept (rounding.py): for weights that
+        are trained, whose updates are smaller than a step.
 
-    Rounding is half to even. Raises ValueError for parameters outside these.
+    Raises ValueError for parameters outside these.
     """
 
     bits: int = 8
@@ -55,6 +58,7 @@ class Intx(Spec):
     zero_point: Literal["int", "float"] = "int"
     narrow: bool = False
     scale_dtype: str = "float32"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
         if self.symmetric is None:
@@ -65,6 +69,8 @@ class Intx(Spec):
             raise ValueError(f"Intx: zero_point must be 'int' or 'float', got {self.zero_point!r}")
         if self.scale_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"Intx: scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype!r}")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"Intx: rounding must be 'nearest' or 'stochastic', got {self.rounding!r}")
         if self.narrow and (self.bits == 1 or not (self.signed and self.symmetric)):
             raise ValueError("Intx: narrow=True needs signed=True, symmetric=True and at least 2 bits")
 
@@ -92,7 +98,7 @@ class Intx(Spec):
         """scale and, if asymmetric, zero_point, of shape `grid`, by the formulas of the class."""
         dtype = getattr(torch, self.scale_dtype)
         steps = self.qmax - self.qmin
-        if self.symmetric and self.signed and self.bits <= 2 and self.clip and not self.narrow:
+        if self.symmetric and self.signed and self.bits <= 2 and self.clip:
             scale = mean_abs(x, grid) * (2 if self.bits == 1 else 1)
         elif self.symmetric and self.clip:
             scale = amax_abs(x, grid) * (1 / (steps / 2 if self.signed else steps))
@@ -142,10 +148,10 @@ class Intx(Spec):
         if self.is_binary:
             q = blocks.clone().lt_(0).neg_()
         elif zero_point is None or not zero_point.is_floating_point():
-            q = (blocks * steps).round_()
+            q = self._round(blocks * steps, blocks)
         else:
             # Not x * steps + zero_point, which a compiler may or may not contract into one rounding.
-            q = (blocks + in_blocks(product(zero_point, scale))).mul_(steps).round_()
+            q = self._round((blocks + in_blocks(product(zero_point, scale))).mul_(steps), blocks)
         if zero_point is not None and not zero_point.is_floating_point():
             q.add_(in_blocks(zero_point.float() + offset))
         elif offset:
@@ -159,6 +165,12 @@ class Intx(Spec):
         elif self.is_binary:
             q = q + 0.5
         return q * in_blocks(scale.float())
+
+    def _round(self, q: Tensor, blocks: Tensor) -> Tensor:
+        """Round `q`, which may be overwritten. blocks: the numbers that it came from."""
+        if self.rounding == "nearest":
+            return q.round_()
+        return stochastic_round(q.clamp_(-255, 255), blocks)
 
     def _store(self, q: Tensor) -> Tensor:
         if self.bits == 8:

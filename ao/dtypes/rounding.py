@@ -36,6 +36,39 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+_STEPS = 2.0**16
+
+
+def stochastic_round(x: Tensor, data: Tensor) -> Tensor:
+    """`x` (float32, |x| <= 255) to floor(x) or floor(x) + 1, the latter with probability x - floor(x), in steps of 2**-16.
+
+    Neighbouring integers are met on average, so that an update smaller than a step is not lost.
+
+    data: (of as many elements) what the random bits are a hash of, with the position and with the sum of all of `data`. So
+    a copy of the same numbers on another rank rounds alike, whatever the state of its random generator, as does
+    recomputation, and eager and compiled code; and numbers of which a single one changed round anew.
+    """
+    bits = data.contiguous().view(torch.int32)
+    position = torch.arange(bits.numel(), device=bits.device).to(torch.int32).view(bits.shape)
+    word = _mix(bits ^ _mix(position ^ bits.sum().to(torch.int32)))
+    return (((x * _STEPS).round() + (word & 0xFFFF).view(x.shape).float()) * (1 / _STEPS)).floor()
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words in which every bit of the result depends on every bit of the input."""
+    for multiplier, shift in ((0x21F0AAAD, 15), (0x735A2D97, 15)):
+        word = word ^ ((word >> 16) & 0xFFFF)
+        word = word * multiplier
+        word = word ^ ((word >> shift) & (2 ** (32 - shift) - 1))
+    return word
+
+
+def power_of_two_above(x: Tensor) -> Tensor:
+    """The smallest power of two that is no less than x (float32, not negative); 0, infinity and NaN stay."""
+    bits = (x.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    return torch.where(x.isfinite(), bits.view(torch.float32), x)
+
+
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` (float32) rounded to float32, bfloat16 or float16, half to even.
 

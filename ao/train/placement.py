@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ao.dtypes import QTensor
+
 
 def is_dtensor(t: Any) -> bool:
     """Whether `t` is a DTensor. Importing them takes long, and nobody has one without."""
@@ -27,12 +29,19 @@ def is_dtensor(t: Any) -> bool:
 def on_shards(linear: Callable[..., Tensor], x: Any, w: Any, bias: Any, *args: Any) -> Tensor:
     """`linear(x, w, bias, *args)` on the local shards, as a DTensor. What is no DTensor counts as replicated.
 
-    An input that fits no rule is redistributed: to Shard(-1) if the weight is Shard(1), else to Replicate.
+    An input that is quantized (tensor_parallel.py gathered it) is local; what comes back to it is each rank's part of a sum.
+    Any other input that fits no rule is redistributed: to Shard(-1) if the weight is Shard(1), else to Replicate.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     mesh = (w if is_dtensor(w) else x).device_mesh
     replicated = [Replicate()] * mesh.ndim
+    if isinstance(x, QTensor):
+        if not all(p.is_shard(0) for p in w.placements):
+            raise ValueError(f"linear: a gathered input needs a weight placed Shard(0), got {w.placements}")
+        result = linear(x, w.to_local(), None, *args)
+        made = DTensor.from_local(result, mesh, [Shard(x.dim() - 1)] * mesh.ndim, run_check=False)
+        return made if bias is None else made + bias.to(made.dtype)
     x, w = (t if is_dtensor(t) else DTensor.from_local(t, mesh, replicated, run_check=False) for t in (x, w))
     last = x.dim() - 1
     rules: list[tuple[Any, Any, Any, Any]] = []

@@ -1,5 +1,6 @@
 """Low-precision training: float8, int8 and ternary matrix products, quantized weights, gathers and adapters."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .bitnet import BitNetTrainingConfig, bitnet_training
@@ -38,9 +39,7 @@ _TENSOR_PARALLEL = ("Float8ColwiseParallel", "Float8RowwiseParallel", "PrepareFl
 
 def __getattr__(name: str) -> Any:
     if name in _TENSOR_PARALLEL:
-        from . import tensor_parallel
-
-        return getattr(tensor_parallel, name)
+        return getattr(importlib.import_module(".tensor_parallel", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,9 +14,9 @@ FILES = sorted((ROOT / "ao").rglob("*.py"))
 
 PURE = {"bits", "blocks", "floats", "rounding", "layouts", "pieces"}
 MACHINERY = {"base", "ops", "sharding", "views"}
-CONSUMERS = {"linear", "checkpoint", "paths", "paths_cpu", "paths_gpu"}
+CONSUMERS = {"linear", "checkpoint", "paths", "paths_cpu", "paths_gpu", "products"}
 # What needs Triton, and is imported inside the functions that launch it.
-KERNELS = {"launch", "triton_kernels", "hopper_kernels", "gpu_ops"}
+KERNELS = {"launch", "triton_kernels", "hopper_kernels", "transpose_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.
 BUILT_ON = {"codebook": {"intx"}, "dynamic_tree": {"codebook"}, "int4_prepacked": {"intx"}}
 

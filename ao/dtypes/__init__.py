@@ -13,11 +13,14 @@ from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .linear import path_name
+from .paths import has_float8
+from .products import Codes, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 
 __all__ = [
     "NF4",
     "Codebook",
     "CodebookTensor",
+    "Codes",
     "DynamicTree",
     "Flat",
     "FlatTensor",
@@ -35,11 +38,17 @@ __all__ = [
     "QTensor",
     "Spec",
     "TensorCoreTiledLayout",
+    "codes_both",
+    "codes_of",
+    "codes_of_transposed",
+    "has_float8",
+    "is_square",
     "linear_nf4",
     "load",
     "nf4_spec",
     "path_name",
     "save",
+    "scaled_product",
     "sources_digest",
     "to_nf4",
 ]

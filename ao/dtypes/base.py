@@ -467,8 +467,11 @@ class QTensor(torch.Tensor):
             return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
         if func._can_decompose():
             return func.decompose(*args, **kwargs)
-        if func.namespace == "aten" and func._schema.is_mutable and isinstance(args[0], QTensor):
-            return _requantize_in_place(func, args, kwargs)
+        if func.namespace == "aten" and func._schema.is_mutable:
+            if isinstance(args[0], QTensor):
+                return _requantize_in_place(func, args, kwargs)
+            if func.__name__.startswith("_foreach_"):
+                return _requantize_each_in_place(func, args, kwargs)
         name = next(type(a).__name__ for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, QTensor))
         raise NotImplementedError(
             f"{func} has no low-bit form for {name}: call .dequantize() first and .quantize() the result, "
@@ -510,6 +513,15 @@ def _requantize_in_place(func: Any, args: Any, kwargs: Any) -> QTensor:
     values, *rest = [a.decode_scaled() if isinstance(a, QTensor) else a for a in args]
     func(values, *rest, **kwargs)
     return target.copy_(values)
+
+
+def _requantize_each_in_place(func: Any, args: Any, kwargs: Any) -> None:
+    """`torch._foreach_add_(targets, ...)` and its like, of optimizers: the same for each tensor of a list."""
+    targets, *rest = torch.utils._pytree.tree_map_only(QTensor, lambda q: q.decode_scaled(), args)
+    func(targets, *rest, **kwargs)
+    for target, values in zip(args[0], targets):
+        if isinstance(target, QTensor):
+            target.copy_(values)
 
 
 def _read_roles(cls: type[QTensor]) -> Iterator[tuple[str, str]]:

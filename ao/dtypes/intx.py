@@ -172,6 +172,11 @@ class Intx(Spec):
             return q.round_()
         return stochastic_round(q.clamp_(-255, 255), blocks)
 
+    def codes(self, qdata: Tensor, shape: Sequence[int], view: Sequence[int] | None = None) -> Tensor:
+        """The integers, int8 or uint8, that `qdata` holds for data of `shape`, as that shape or another view of it."""
+        codes = unpack(qdata, self.bits, packed_dim(qdata.shape, torch.Size(shape)), view)
+        return codes if self.bits == 8 or not self.signed else codes.to(torch.int8) - 2 ** (self.bits - 1)
+
     def _store(self, q: Tensor) -> Tensor:
         if self.bits == 8:
             return q.to(torch.int8 if self.signed else torch.uint8)
@@ -195,11 +200,7 @@ class IntxTensor(QTensor, spec=Intx):
 
     def codes(self, shape: Sequence[int] | None = None) -> Tensor:
         """The integers, int8 or uint8, of the shape of the tensor, or another view of it."""
-        bits = self.spec.bits
-        codes = unpack(self.qdata, bits, packed_dim(self.qdata.shape, self.shape), shape)
-        if bits == 8 or not self.spec.signed:
-            return codes
-        return codes.to(torch.int8) - 2 ** (bits - 1)
+        return self.spec.codes(self.qdata, self.shape, shape)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = self.codes(blocks_shape(self.scale.shape, self.shape)).float()

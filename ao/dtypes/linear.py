@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import paths, paths_cpu, paths_gpu
-from .base import FUNCTIONS, OPS, QTensor
+from .base import FUNCTIONS, OPS, QTensor, as_bytes
 from .ops import gather
 from .pieces import is_eager
 
@@ -79,6 +79,22 @@ def _product(x: Tensor, w: QTensor) -> Tensor:
     raise AssertionError("the last path accepts everything")
 
 
+def anew(w: QTensor) -> QTensor:
+    """`w`, and in a graph that is traced one that a compiler takes for another tensor than in forward.
+
+    It merges two decodings of one weight, and then keeps the dense weight from forward to backward. It does not know that the
+    complement of a complement is the number itself, and computes that in the same kernel.
+    """
+    return w.map(_anew) if paths.compiling() else w
+
+
+def _anew(t: Tensor) -> Tensor:
+    if isinstance(t, QTensor):
+        return t.map(_anew)
+    codes = as_bytes(t)
+    return (codes.neg().neg() if codes.is_floating_point() else ~(~codes)).view(t.dtype)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: QTensor) -> Tensor:
@@ -90,7 +106,7 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ w.decode_scaled(grad.dtype)
+            grad_x = grad @ anew(w).decode_scaled(grad.dtype)
         if ctx.needs_input_grad[1]:
             rows = grad.reshape(-1, grad.shape[-1])  # (M, N)
             grad_w = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(w.dtype)
@@ -220,7 +236,7 @@ def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
         if turned.is_contiguous():
             return _product(x, turned)  # type: ignore[arg-type]
         # The other orientation is a backward, g @ w: no activation to quantize.
-        return x @ w.decode_scaled(x.dtype)
+        return x @ anew(w).decode_scaled(x.dtype)
     return torch.mm(_plain(x), _plain(w))
 
 

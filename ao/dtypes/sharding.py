@@ -2,7 +2,8 @@
 
 FSDP2 asks a tensor for the pieces to all-gather and hands back the gathered ones (PyTorch's fsdp_pre_all_gather and
 fsdp_post_all_gather); DTensor runs collectives on it as on any tensor. Both come down to one rule: a field that is cut with
-dim 0 travels; one that is the same on every rank (Shared, a `pre_scale`, a qparam whose block spans dim 0) stays.
+dim 0 travels; one that is the same on every rank (Shared, a `pre_scale`, a qparam whose block spans dim 0) stays. In DTensor
+such a qparam travels too: each rank may have quantized its shard anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .views import alias, implements
 aten = torch.ops.aten
 
 
-def _travels(q: QTensor, name: str) -> bool:
+def _travels(q: QTensor, name: str, apart: bool = False) -> bool:
+    """apart: whether the shards may have been quantized apart from each other."""
     role = type(q).roles[name]
     if role == "opaque":
         raise NotImplementedError(
@@ -27,25 +29,27 @@ def _travels(q: QTensor, name: str) -> bool:
         )
     if role != "per_block" or name == "pre_scale":
         return role == "elements"
+    if apart:
+        return True
     block: tuple[int, ...] = getattr(q.spec, "block", ())
     return not (all(b == -1 for b in block) or (len(block) == q.dim() and block[0] == -1))
 
 
-def _leaves(q: QTensor) -> Iterator[Tensor]:
+def _leaves(q: QTensor, apart: bool = False) -> Iterator[Tensor]:
     """The plain tensors that travel, in field order."""
     for name, t in q.fields().items():
-        if _travels(q, name):
-            yield from _leaves(t) if isinstance(t, QTensor) else (as_bytes(t.contiguous()),)
+        if _travels(q, name, apart):
+            yield from _leaves(t, apart) if isinstance(t, QTensor) else (as_bytes(t.contiguous()),)
 
 
-def _rebuild(q: QTensor, leaves: Iterator[Tensor], dtype: torch.dtype, world: int) -> QTensor:
+def _rebuild(q: QTensor, leaves: Iterator[Tensor], dtype: torch.dtype, world: int, apart: bool = False) -> QTensor:
     """`q` with dim 0 `world` times as long, from gathered leaves."""
     fields: dict[str, Tensor] = {}
     for name, t in q.fields().items():
-        if not _travels(q, name):
+        if not _travels(q, name, apart):
             fields[name] = t
         elif isinstance(t, QTensor):
-            fields[name] = _rebuild(t, leaves, t.dtype, world)
+            fields[name] = _rebuild(t, leaves, t.dtype, world, apart)
         else:
             leaf = next(leaves)
             fields[name] = leaf if leaf.dtype == t.dtype else leaf.view(t.dtype)
@@ -61,6 +65,18 @@ def fsdp_pre_all_gather(
         raise ValueError(
             f"FSDP: dim 0 of this {type(self).__name__} of shape {tuple(outer_size)} does not divide over {world} ranks; "
             "choose another number of ranks, or leave this module out of fully_shard"
+        )
+    spans = [n for n, role in type(self).roles.items() if role == "per_block" and n in self.fields()]
+    spans = [n for n in spans if n != "pre_scale" and not _travels(self, n)]
+    own = [
+        p
+        for p in module.parameters(recurse=False)
+        if getattr(getattr(p, "_local_tensor", p), "spec", None) == self.spec
+    ]
+    if spans and any(p.requires_grad for p in own):
+        raise ValueError(
+            f"FSDP: the {spans[0]} of this trained {type(self).__name__} ({self.spec}) spans dim 0, and each rank would choose "
+            "its own; train a weight with blocks inside of rows, such as block=(1, -1)"
         )
     return tuple(_leaves(self)), world
 
@@ -97,7 +113,8 @@ def as_strided(q: QTensor, size: Sequence[int], stride: Sequence[int], storage_o
 
 def _all_gather(q: QTensor, group_size: int, group_name: Any) -> QTensor:
     gather = torch.ops._c10d_functional.all_gather_into_tensor.default
-    return _rebuild(q, (gather(t, group_size, group_name) for t in _leaves(q)), q.dtype, group_size)
+    gathered = (gather(t, group_size, group_name) for t in _leaves(q, apart=True))
+    return _rebuild(q, gathered, q.dtype, group_size, apart=True)
 
 
 def _each_field(op: Any) -> Callable[..., QTensor]:

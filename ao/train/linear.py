@@ -1,0 +1,158 @@
+"""The linear layer whose three matrix products run in low precision: one autograd.Function, driven by a `Recipe`.
+
+Casts are plain PyTorch: under `torch.compile` they become part of the kernels before and after them, and only the products
+stay as they are. What is kept for backward is the weight, and the input: as it was, to be cast anew along tokens, or, where one
+scale is for all of it, as the codes that the second product takes.
+
+Not done, and why: no scales from earlier steps (delayed scaling), which save one reading of the data and cost a state to
+checkpoint and a calibration to get wrong; no casts kept over the microbatches of a step, which would cost a byte per
+parameter to save a hundredth of the time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ao.dtypes import Codes, QTensor, codes_both, codes_of, codes_of_transposed, has_float8, is_square, scaled_product
+
+from .gather import CastOnGather, unwrapped
+from .placement import is_dtensor, on_shards
+from .recipe import Gemm, Recipe
+
+
+class LowPrecisionLinear(nn.Linear):
+    """An `nn.Linear` that trains by a recipe. Parameters and state dict are those of the `nn.Linear` that it was."""
+
+    recipe: Recipe
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`F.linear` by the recipe; with a weight that `quantize_` quantized, what that weight's format does."""
+        weight = self.weight
+        local = weight._local_tensor if is_dtensor(weight) else weight  # type: ignore[attr-defined]
+        if isinstance(local, QTensor) and not (weight.requires_grad and local.spec == self.recipe.gather):
+            return F.linear(input, weight, self.bias)
+        return low_precision_linear(input, weight, self.bias, self.recipe)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Weights that FSDP2 gathers quantized are plain ones in a checkpoint. The storage is shared, as in any state dict."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = f"{prefix}weight"
+        if name in destination:
+            destination[name] = unwrapped(destination[name])
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        name, weight = f"{prefix}weight", self.weight
+        new = state_dict.get(name)
+        if local_metadata.get("assign_to_params_buffers") and isinstance(weight, CastOnGather) and new is not None:
+            # A copy of the dict: the wrapping is no business of the caller's.
+            state_dict = {**state_dict, name: new if isinstance(new, CastOnGather) else CastOnGather(new, weight.spec)}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The arguments of the layer, and its recipe."""
+        return f"{super().extra_repr()}, {self.recipe}"
+
+
+def low_precision_linear(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+    """`F.linear(x, w, bias)` whose products, forward and backward, run by `recipe`.
+
+    x: (..., K), w: (N, K), bias: (N,) -> (..., N) in x's dtype. Under autocast all are cast to its dtype first. A weight
+    that is quantized already, by `recipe.gather` (as FSDP2 gathered it), is taken as it is. DTensors are computed on their
+    shards, each with scales of its own.
+
+    Raises ValueError where shapes do not fit, also those that a float8 product does not take (unless `recipe.pad`).
+    """
+    if is_dtensor(x) or is_dtensor(w):
+        return on_shards(low_precision_linear, x, w, bias, recipe)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        w = w if isinstance(w, QTensor) else w.to(dtype)
+    if x.dim() == 0 or w.dim() != 2 or x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"linear: the input of shape {tuple(x.shape)} does not fit the weight of shape {tuple(w.shape)}; "
+            "the last dim of the input must be the weight's second"
+        )
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    if not recipe.pad and needs_padding(rows, w, recipe):
+        raise ValueError(
+            f"linear: the float8 products of an input of {rows.shape[0]} tokens with a weight of shape {tuple(w.shape)} need "
+            "multiples of 16; choose such batches, leave the layer out with module_filter_fn, or use pad_inner_dim=True"
+        )
+    out = _Linear.apply(rows, w, recipe).reshape(*x.shape[:-1], w.shape[0])
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def needs_padding(x: Tensor, w: Tensor, recipe: Recipe) -> bool:
+    """Whether the chip's float8 products take these shapes only when they are padded. x: (M, K), w: (N, K)."""
+    if recipe.emulate or not has_float8(x.device):
+        return False
+    (m, k), n = x.shape, w.shape[0]
+    used = [recipe.output.quantized, recipe.grad_input.quantized, recipe.grad_weight.quantized and w.requires_grad]
+    return (any(used) and (k % 16 != 0 or n % 16 != 0)) or (used[2] and m % 16 != 0)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
+        gemm, last = recipe.output, recipe.grad_weight
+        ctx.recipe, ctx.dtypes = recipe, (x.dtype, w.dtype)
+        ctx.turned = ctx.needs_input_grad[1] and last.b == gemm.a and is_square(gemm.a)
+        if ctx.turned:
+            # One cast for both products of x: the second one is what stays, a byte per number.
+            a, turned = codes_both(x, gemm.a)  # type: ignore[arg-type]
+            ctx.save_for_backward(w, *_parts(turned))
+        else:
+            a = codes_of(x, gemm.a)
+            ctx.save_for_backward(w, x if ctx.needs_input_grad[1] else None)
+        return _product(a, codes_of(w, gemm.b), gemm, recipe, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        w, *x = ctx.saved_tensors
+        recipe: Recipe = ctx.recipe
+        first, second = recipe.grad_input, recipe.grad_weight
+        rows: Codes | Tensor = g
+        columns: Codes | Tensor | None = None
+        if all(ctx.needs_input_grad[:2]) and first.a == second.a and is_square(first.a):
+            rows, columns = codes_both(g, first.a)  # type: ignore[arg-type]
+        elif ctx.needs_input_grad[0]:
+            rows = codes_of(g, first.a)
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(rows, codes_of_transposed(w, first.b), first, recipe, ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            columns = codes_of_transposed(g, second.a) if columns is None else columns
+            b = (Codes(*x) if len(x) == 2 else x[0]) if ctx.turned else codes_of_transposed(x[0], second.b)
+            grad_w = _product(columns, b, second, recipe, ctx.dtypes[1])
+        return grad_x, grad_w, None
+
+
+def _parts(codes: Codes | Tensor) -> tuple[Tensor, ...]:
+    return tuple(codes) if isinstance(codes, Codes) else (codes,)
+
+
+def _product(a: Codes | Tensor, b: Codes | Tensor, gemm: Gemm, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """a @ b.T. a: (M, K), b: (N, K)."""
+    if recipe.pad and isinstance(a, Codes) and isinstance(b, Codes):
+        m, n = a.values.shape[0], b.values.shape[0]
+        a, b = pad_to_16(a), pad_to_16(b)
+        return scaled_product(a, b, dtype, fast_accum=gemm.fast_accum, emulate=recipe.emulate)[:m, :n]
+    return scaled_product(a, b, dtype, fast_accum=gemm.fast_accum, emulate=recipe.emulate)
+
+
+def pad_to_16(codes: Codes) -> Codes:
+    """`codes` with zeros after rows and columns up to the next multiple of 16; as they are where a block is part of a row."""
+    values, scale = codes
+    rows, columns = -values.shape[0] % 16, -values.shape[1] % 16
+    if not codes.by_row or rows == columns == 0:
+        return codes
+    # A zero is the byte 0 in every format, and not every format can be padded.
+    padded = F.pad(values.view(torch.uint8), (0, columns, 0, rows)).view(values.dtype)
+    return Codes(padded, scale if scale.shape[0] == 1 else F.pad(scale, (0, 0, 0, rows)))

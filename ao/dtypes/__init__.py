@@ -3,7 +3,8 @@
 from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import QTensor, Spec, sources_digest
+from .base import QTensor, Spec, dense, sources_digest
+from .blocks import expand, in_blocks, to_blocks
 from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
@@ -35,11 +36,15 @@ __all__ = [
     "QTensor",
     "Spec",
     "TensorCoreTiledLayout",
+    "dense",
+    "expand",
+    "in_blocks",
     "linear_nf4",
     "load",
     "nf4_spec",
     "path_name",
     "save",
     "sources_digest",
+    "to_blocks",
     "to_nf4",
 ]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..dtypes import Spec, dense
 from .factor import Factored
-from .hqq import Qparams, check_scaled, like, nearest_zero_point, search
+from .hqq import Qparams, check_scaled, search
 from .observers import Hessian
 from .recipe import Recipe, Rounded
 from .statistics import Statistics
@@ -198,6 +198,7 @@ class _Solver:
         """
         rows_of = qparams["scale"].shape[0]
         fitted = {name: dense(t).clone() for name, t in qparams.items()}
+        fitted = {name: t.float() if t.is_floating_point() else t for name, t in fitted.items()}
         group = torch.tensor(self.group, device=q.device)
         for i in range(fitted["scale"].shape[1]):
             columns = (group == i).nonzero()[:, 0]
@@ -212,7 +213,7 @@ class _Solver:
             q[:, columns] = made
             for name, t in best[1].items():
                 fitted[name][:, i : i + 1] = t
-        return {name: like(qparams[name], t) for name, t in fitted.items()}
+        return self.spec.stored(**fitted)
 
 
 def _fit_group(
@@ -259,7 +260,7 @@ def _fit_group(
             candidates.append({"scale": best, "zero_point": zero + shift})
         else:
             for move in (shift.floor(), shift.floor() + 1, torch.zeros_like(shift)):
-                moved = nearest_zero_point(spec, best, zero, move)
+                moved = spec.stored(scale=best, zero_point=zero + move)["zero_point"]
                 candidates.append(scaled(moved, unit + spread(zero.float() - moved.float())))
 
     def error(x: Tensor) -> Tensor:

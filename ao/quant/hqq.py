@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..dtypes import QTensor, Spec, dense, in_blocks, to_blocks
+from ..dtypes import Spec, dense, in_blocks, to_blocks
 from .recipe import Recipe, Rounded
 from .statistics import Statistics
 
@@ -74,11 +74,6 @@ def block_sum(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     return blocks.sum(tuple(range(1, blocks.dim(), 2)))
 
 
-def like(qparam: Tensor, value: Tensor) -> Tensor:
-    """`value` stored as `qparam` is: rounded to its dtype, or quantized where the scales themselves are."""
-    return qparam.spec.quantize(value) if isinstance(qparam, QTensor) else value.to(qparam.dtype)
-
-
 def search(
     weight: Tensor,
     spec: Spec,
@@ -122,13 +117,7 @@ def search(
                 attempt(low + move * step, high)
             for move in (-2, -1, 1, 2):
                 attempt(low, high + move * step)
-    return _stored(spec, weight, grid, qparams)
-
-
-def _stored(spec: Spec, weight: Tensor, grid: tuple[int, ...], qparams: Qparams) -> Qparams:
-    """Qparams as the format stores them: quantized scales are dense while they are searched."""
-    models = spec.choose_qparams(weight, grid)
-    return {name: like(models[name], t) for name, t in qparams.items()}
+    return spec.stored(**qparams)
 
 
 def refine(weight: Tensor, spec: Spec, qparams: Qparams, p: float = 2.0, steps: int = 10) -> Qparams:
@@ -149,13 +138,12 @@ def refine(weight: Tensor, spec: Spec, qparams: Qparams, p: float = 2.0, steps: 
             kept = {name: torch.where(better, tried[name], t) for name, t in kept.items()}
         if step < steps:
             share = None if p == 2 else error.clamp(min=1e-12) ** (p - 2)
-            tried = {n: like(kept[n], t) for n, t in fit(spec, weight, values, tried, grid, share).items()}
-    return _stored(spec, weight, grid, kept)
+            fitted = spec.stored(**fit(weight, values, tried, grid, share))
+            tried = {name: dense(t) for name, t in fitted.items()}
+    return spec.stored(**kept)
 
 
-def fit(
-    spec: Spec, weight: Tensor, values: Tensor, qparams: Qparams, grid: tuple[int, ...], share: Tensor | None
-) -> Qparams:
+def fit(weight: Tensor, values: Tensor, qparams: Qparams, grid: tuple[int, ...], share: Tensor | None) -> Qparams:
     """Scale and zero point of least squares for the codes of `values`, by blocks, weighted by `share` (None for 1).
 
     With unit u = values / scale = q - zero_point: scale alone is <u, w> / <u, u>. With a zero point, the slope of w over u
@@ -172,19 +160,7 @@ def fit(
     n, su, sw = mean(torch.ones_like(unit)), mean(unit), mean(weight)
     slope = _ratio(n * mean(unit * weight) - su * sw, n * mean(unit * unit) - su * su, scale)
     shift = (su - sw * _inverse(slope)) / n.clamp(min=1e-30)  # u at which the line crosses w = 0
-    return {"scale": slope, "zero_point": nearest_zero_point(spec, slope, qparams["zero_point"], shift)}
-
-
-def nearest_zero_point(spec: Spec, scale: Tensor, zero_point: Tensor, shift: Tensor) -> Tensor:
-    """`zero_point + shift` in the dtype of `zero_point`: an integer is rounded, and stays a code, so that 0 is exact."""
-    moved = zero_point.float() + shift
-    if zero_point.is_floating_point():
-        return moved.to(zero_point.dtype)
-    ends = torch.iinfo(zero_point.dtype)
-    moved = moved.round().clamp(ends.min, ends.max)
-    # What 0 becomes says by how much the zero point lies outside of the codes.
-    past = spec.round(torch.zeros_like(scale), scale=scale, zero_point=moved.to(zero_point.dtype))
-    return (moved + (past * _inverse(scale)).round()).to(zero_point.dtype)
+    return {"scale": slope, "zero_point": qparams["zero_point"].float() + shift}
 
 
 def _ratio(a: Tensor, b: Tensor, otherwise: Tensor) -> Tensor:

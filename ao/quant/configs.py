@@ -7,13 +7,13 @@ Names and parameters are those that users of the field know. Whatever a preset d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dtypes import (
     Codebook,
@@ -40,6 +40,7 @@ from .granularity import (
 from .observers import RangeMethod
 from .recipe import Recipe, RoundToNearest
 from .recipes import RECIPES, parse_recipe
+from .report import Report
 from .statistics import RANGES
 
 FLOAT8_FORMATS: dict[torch.dtype, Literal["e4m3", "e5m2"]] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -72,6 +73,10 @@ class Config:
     def recipe(self) -> Recipe:
         """The recipe that `algorithm` names. Raises ValueError for a name that is none."""
         return parse_recipe(self.algorithm, f"{type(self).__name__}: algorithm")
+
+    def apply(self, model: nn.Module, filter_fn: Any, device: Any, batches: Sequence[Any] | None) -> Report | None:
+        """What `quantize_` does with this config if it is not to quantize weights; None for a config that says how to."""
+        return None
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         """The Spec of a weight of `shape`."""
@@ -111,11 +116,11 @@ class Config:
         return cls(**values)
 
 
-_VALUES: dict[str, type] = {
-    c.__name__: c
-    for base in (Granularity, Layout)
-    for c in (base, *base.__subclasses__(), *RECIPES)  # what a config is made of, beside numbers and strings
+VALUES: dict[str, type] = {
+    c.__name__: c for base in (Granularity, Layout) for c in (base, *base.__subclasses__(), *RECIPES)
 }
+"""What a config is made of, beside numbers and strings."""
+
 _ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
 
 
@@ -126,7 +131,7 @@ def _to_json(value: Any) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Enum):
         return {"enum": type(value).__name__, "name": value.name}
-    if type(value).__name__ in _VALUES:
+    if type(value).__name__ in VALUES:
         return {"value": type(value).__name__, **{k: _to_json(v) for k, v in vars(value).items()}}
     if isinstance(value, (tuple, list)):
         return [_to_json(v) for v in value]
@@ -142,12 +147,12 @@ def _from_json(value: Any) -> Any:
         return value
     if "type" in value:
         return Config.from_dict(value)
+    if "value" in value:
+        return VALUES[value["value"]](**{k: _from_json(v) for k, v in value.items() if k != "value"})
     if "dtype" in value:
         return getattr(torch, value["dtype"])
     if "enum" in value:
         return _ENUMS[value["enum"]][value["name"]]
-    if "value" in value:
-        return _VALUES[value["value"]](**{k: _from_json(v) for k, v in value.items() if k != "value"})
     if "map" in value:
         return {k: _from_json(v) for k, v in value["map"]}
     raise ValueError(f"cannot read {value!r} in a config; a newer version of ao may have written this")

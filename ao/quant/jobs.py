@@ -15,7 +15,7 @@ from .configs import Config, FqnToConfig, SpecConfig
 from .observers import RangeMethod
 from .recipe import Recipe
 from .report import Report
-from .statistics import RANGES
+from .statistics import RANGES, Statistics, statistics_of
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -219,9 +219,34 @@ def _fit(spec: Spec, owner: nn.Module, rank: int) -> Spec:
 
 
 def check(job: Job) -> None:
-    """Raise ValueError for a weight that no format can hold."""
+    """Raise ValueError for a weight that no format can hold, and for a layer that is still being trained to be quantized."""
     p = job.parameter
-    if p.is_meta:
-        return
-    if not torch.isfinite(p.detach()).all():
-        raise ValueError(f"{job.fqn}: the weight has NaN or infinite values, which no format here can hold")
+    if any(hasattr(owner, "fake_quantized_weight") for owner in job.owners):
+        raise ValueError(
+            f"{job.fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
+            "FromIntXQuantizationAwareTrainingConfig() first"
+        )
+    check_finite(p, job.fqn)
+
+
+def check_finite(p: Tensor, fqn: str) -> None:
+    """Raise ValueError for NaN and infinite values."""
+    if not p.is_meta and not torch.isfinite(p.detach()).all():
+        raise ValueError(f"{fqn}: the weight has NaN or infinite values, which no format here can hold")
+
+
+def require_statistics(jobs: list[Job]) -> None:
+    """Raise ValueError for a job that needs to know its input and has not been calibrated."""
+    for job in jobs:
+        lacking = (seen_by(job) or Statistics()).lacks(job.needs)
+        if lacking:
+            what = f"algorithm={job.recipe.name!r}" if job.recipe.needs else "a static activation"
+            raise ValueError(
+                f"{job.fqn}: {what} needs calibration ({', '.join(sorted(lacking))}), and there was none; pass "
+                "calibration_data=batches, or run data through the model under `with calibrate(model, config):` first"
+            )
+
+
+def seen_by(job: Job) -> Statistics | None:
+    """What `calibrate` saw of the input of a job's layers."""
+    return next((s for s in map(statistics_of, job.owners) if s is not None), None)

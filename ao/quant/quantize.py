@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec
 from .configs import Config
-from .jobs import Filter, Job, check, is_linear, plan
+from .jobs import Filter, Job, check, is_linear, plan, require_statistics, seen_by
 from .progress import progress
 from .recipe import RoundToNearest, assemble
 from .report import Report, Row, storage_bytes
-from .sequential import Batch, quantize_in_sequence
-from .statistics import ATTRIBUTE, Statistics, act_scale, statistics_of
+from .sequential import Batch, quantize_in_sequence, restored_on_error
+from .statistics import ATTRIBUTE, Statistics, act_scale
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 
@@ -49,13 +49,17 @@ def quantize_(
     quantized already, for a rule that matches nothing and for a layer that needs calibration and had none, and TypeError for
     what is not a config.
     """
+    batches = None if calibration_data is None else _batches(calibration_data)
+    if isinstance(config, Config):
+        done = config.apply(model, filter_fn, device, batches)
+        if done is not None:
+            return done
     report = Report()
     jobs = list(plan(model, config, filter_fn, report))
     for job in jobs:
         check(job)
-    batches = None if calibration_data is None else _batches(calibration_data)
     if batches is None:
-        _require_statistics(jobs)
+        require_statistics(jobs)
     target = None if device is None else torch.empty(0, device=device).device
     rows: dict[str, Row] = {}
 
@@ -63,15 +67,11 @@ def quantize_(
         rows[job.fqn] = _quantize(job, seen, target, report)
 
     if batches is not None and any(job.needs for job in jobs):
-        before = _Before(model, jobs, target)
-        try:
+        with restored_on_error(model, jobs, target):
             quantize_in_sequence(model, jobs, batches, target, finish)
-        except BaseException:
-            before.restore()
-            raise
     else:
         for job in progress(jobs, "quantize"):
-            finish(job, _seen(job))
+            finish(job, seen_by(job))
     report.rows.extend(rows[job.fqn] for job in jobs)
     for module in model.modules():
         module.__dict__.pop(ATTRIBUTE, None)
@@ -89,22 +89,6 @@ def _batches(data: Iterable[Batch]) -> list[Batch]:
     if not batches:
         raise ValueError("quantize_: calibration_data has no batches; give at least one")
     return batches
-
-
-def _require_statistics(jobs: list[Job]) -> None:
-    for job in jobs:
-        lacking = (_seen(job) or Statistics()).lacks(job.needs)
-        if lacking:
-            what = f"algorithm={job.recipe.name!r}" if job.recipe.needs else "a static activation"
-            raise ValueError(
-                f"{job.fqn}: {what} needs calibration ({', '.join(sorted(lacking))}), and there was none; pass "
-                "calibration_data=batches, or run data through the model under `with calibrate(model, config):` first"
-            )
-
-
-def _seen(job: Job) -> Statistics | None:
-    """What `calibrate` saw of the input of a job's layers."""
-    return next((s for s in map(statistics_of, job.owners) if s is not None), None)
 
 
 def _quantize(job: Job, seen: Statistics | None, device: torch.device | None, report: Report) -> Row:
@@ -148,31 +132,6 @@ def _add_to_bias(job: Job, bias: Tensor) -> None:
         old = owner._parameters.get("bias")
         whole = bias if old is None else old.detach().to(bias) + bias
         owner._parameters["bias"] = nn.Parameter(whole.to(job.parameter.dtype), requires_grad=False)
-
-
-class _Before:
-    """A model as it was: the parameters that jobs replace, and where its tensors were."""
-
-    def __init__(self, model: nn.Module, jobs: list[Job], device: torch.device | None) -> None:
-        self.parameters = [
-            (owner, name, owner._parameters.get(name))
-            for job in jobs
-            for owner, name in [*((slot.owner, slot.name) for slot in job.slots), *((o, "bias") for o in job.owners)]
-            if name in owner._parameters
-        ]
-        self.places: list[tuple[Tensor, Tensor]] = []
-        self.buffers: list[tuple[nn.Module, str, Tensor | None]] = []
-        if device is not None:
-            self.places = [(p, p.data) for p in model.parameters()]
-            self.buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
-
-    def restore(self) -> None:
-        for owner, name, parameter in self.parameters:
-            owner._parameters[name] = parameter
-        for t, data in self.places:
-            t.data = data
-        for module, name, buffer in self.buffers:
-            module._buffers[name] = buffer
 
 
 def dequantize_(model: nn.Module, filter_fn: Filter | None = None) -> nn.Module:

@@ -315,3 +315,24 @@ def _aligned(before: list[Tensor], now: list[Tensor], tokens: int) -> bool:
     if len(before) != 1 or len(now) != 1:
         return False
     return before[0].shape == now[0].shape and before[0].numel() == tokens * before[0].shape[-1]
+
+
+@contextmanager
+def restored_on_error(model: nn.Module, jobs: Sequence[Job], device: torch.device | None) -> Iterator[None]:
+    """Should the context end in an error, the model is as it was: the parameters that jobs replace, the biases of their
+    layers and, with a device, the places of all tensors."""
+    slots = [(slot.owner, slot.name) for job in jobs for slot in job.slots]
+    slots += [(owner, "bias") for job in jobs for owner in job.owners if "bias" in owner._parameters]
+    before = [(owner, name, owner._parameters[name]) for owner, name in slots]
+    places = [] if device is None else [(p, p.data) for p in model.parameters()]
+    buffers = [] if device is None else [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
+    try:
+        yield
+    except BaseException:
+        for owner, name, parameter in before:
+            owner._parameters[name] = parameter
+        for t, data in places:
+            t.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        raise

@@ -49,6 +49,10 @@ def test_rounding_without_storing_gives_the_same_bits(case, dtype, device):
     qparams = case.spec.choose_qparams(w.float(), case.spec.grid(SHAPE))
     assert torch.equal(case.spec.round(w.float(), **qparams).to(dtype), case.spec.quantize(w).dequantize())
     assert torch.equal(case.spec.fake_quantize(w), case.spec.quantize(w).dequantize())
+    again = case.spec.stored(**{name: dense(t).float() for name, t in qparams.items()})
+    for name, t in qparams.items():
+        assert again[name].dtype == t.dtype
+        assert (dense(again[name]).float() - dense(t).float()).norm() <= 1e-3 * dense(t).float().norm()
     # A column, whose qparams are those of its elements.
     columns = {name: expand(dense(t), SHAPE)[:, 5:6] for name, t in qparams.items()}
     assert torch.equal(

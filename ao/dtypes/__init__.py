@@ -3,7 +3,8 @@
 from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import QTensor, Spec, sources_digest
+from .base import QTensor, Spec, dense, sources_digest
+from .blocks import expand, in_blocks, to_blocks
 from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
@@ -41,7 +42,10 @@ __all__ = [
     "codes_both",
     "codes_of",
     "codes_of_transposed",
+    "dense",
+    "expand",
     "has_float8",
+    "in_blocks",
     "is_square",
     "linear_nf4",
     "load",
@@ -50,5 +54,6 @@ __all__ = [
     "save",
     "scaled_product",
     "sources_digest",
+    "to_blocks",
     "to_nf4",
 ]

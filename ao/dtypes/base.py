@@ -85,6 +85,10 @@ class Spec:
         """
         return self.wrap(self.encode(x, **qparams), torch.float32, x.shape).decode()
 
+    def stored(self, *args: Any, **qparams: Any) -> dict[str, Tensor]:
+        """Qparams (float32) as a QTensor stores them: rounded to their dtype, to integers, or quantized themselves."""
+        return qparams
+
     # What follows.
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:

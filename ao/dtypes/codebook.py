@@ -93,7 +93,10 @@ class Codebook(Spec):
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """scale of shape `grid`: float32, or quantized by `scale_spec`."""
-        scale = amax_abs(x, grid)
+        return self.stored(scale=amax_abs(x, grid))
+
+    def stored(self, *, scale: Tensor) -> dict[str, Tensor]:
+        """The scale, quantized by `scale_spec`."""
         return {"scale": scale if self.scale_spec is None else self.scale_spec.quantize(scale)}
 
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:

@@ -65,6 +65,10 @@ class Int4Prepacked(Spec):
         """scale and zero_point as of `Intx`."""
         return self._affine.choose_qparams(x, grid)
 
+    def stored(self, *, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor]:
+        """As of `Intx`."""
+        return self._affine.stored(scale=scale, zero_point=zero_point)
+
     def round(self, x: Tensor, *, scale: Tensor, zero_point: Tensor) -> Tensor:
         """As of `Intx`: the values before the kernel's layout rounds the qparams."""
         return self._affine.round(x, scale=scale, zero_point=zero_point)

@@ -123,6 +123,17 @@ class Intx(Spec):
         zero_point = (self.qmin - (lo * reciprocal(scale)).round()).clamp(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
 
+    def stored(self, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
+        """The scale in its dtype. An integer zero point is rounded, and one of the codes, so that 0 is exact."""
+        dtype = getattr(torch, self.scale_dtype)
+        found = {"scale": round_to(scale.float(), dtype)}
+        if zero_point is not None and self.zero_point == "float":
+            found["zero_point"] = round_to(zero_point.float(), dtype)
+        elif zero_point is not None:
+            codes = torch.int8 if self.signed else torch.uint8
+            found["zero_point"] = zero_point.float().round().clamp(self.qmin, self.qmax).to(codes)
+        return found
+
     def encode(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor | None]:
         """Codes for `x` (float32) under the given qparams."""
         q = self._codes(x, scale, zero_point).reshape(x.shape)

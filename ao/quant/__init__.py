@@ -2,7 +2,10 @@
 
 from .autoquant import autoquant, finalize_autoquant
 from .autoquant_report import AutoquantReport
+from .awq import AWQ
 from .benchmark import benchmark_model
+from .bias_correction import BiasCorrection
+from .calibration import calibrate
 from .candidates import (
     ALL_AUTOQUANT_CLASS_LIST,
     DEFAULT_AUTOQUANT_CLASS_LIST,
@@ -19,14 +22,17 @@ from .configs import (
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt4WeightConfig,
     Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     ModuleFqnToConfig,
     NF4WeightOnlyConfig,
+    SpecConfig,
     UIntXWeightOnlyConfig,
     config_from_dict,
     config_to_dict,
 )
+from .gptq import GPTQ
 from .granularity import (
     Granularity,
     MappingType,
@@ -38,16 +44,24 @@ from .granularity import (
     PerToken,
     ZeroPointDomain,
 )
+from .hqq import HQQ
 from .plan import load_plan, save_plan
 from .quantize import dequantize_, is_linear, quantize_
+from .recipe import Recipe, RoundToNearest
 from .report import Report, compute_error, get_model_size_in_bytes
+from .smoothquant import SmoothQuant
+from .statistics import Statistics
 
 __all__ = [
     "ALL_AUTOQUANT_CLASS_LIST",
+    "AWQ",
     "DEFAULT_AUTOQUANT_CLASS_LIST",
     "DEFAULT_INT4_AUTOQUANT_CLASS_LIST",
+    "GPTQ",
+    "HQQ",
     "OTHER_AUTOQUANT_CLASS_LIST",
     "AutoquantReport",
+    "BiasCorrection",
     "Config",
     "Float8DynamicActivationFloat8WeightConfig",
     "Float8StaticActivationFloat8WeightConfig",
@@ -58,6 +72,7 @@ __all__ = [
     "Int4WeightOnlyConfig",
     "Int8DynamicActivationInt4WeightConfig",
     "Int8DynamicActivationInt8WeightConfig",
+    "Int8StaticActivationInt8WeightConfig",
     "Int8WeightOnlyConfig",
     "IntxWeightOnlyConfig",
     "MappingType",
@@ -69,11 +84,17 @@ __all__ = [
     "PerRow",
     "PerTensor",
     "PerToken",
+    "Recipe",
     "Report",
+    "RoundToNearest",
+    "SmoothQuant",
+    "SpecConfig",
+    "Statistics",
     "UIntXWeightOnlyConfig",
     "ZeroPointDomain",
     "autoquant",
     "benchmark_model",
+    "calibrate",
     "compute_error",
     "config_from_dict",
     "config_to_dict",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dtypes import (
     Codebook,
@@ -38,6 +38,11 @@ from .granularity import (
     PerToken,
     ZeroPointDomain,
 )
+from .observers import RangeMethod
+from .recipe import Recipe, RoundToNearest
+from .recipes import RECIPES, parse_recipe
+from .report import Report
+from .statistics import RANGES
 
 FLOAT8_FORMATS: dict[torch.dtype, Literal["e4m3", "e5m2"]] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
@@ -46,10 +51,14 @@ FLOAT8_FORMATS: dict[torch.dtype, Literal["e4m3", "e5m2"]] = {torch.float8_e4m3f
 class Config:
     """What `quantize_` does to the weight of a layer, and what that layer does to its input.
 
+    algorithm: how the codes and qparams are found: "rtn" (round to nearest), "hqq" (better qparams, no data), or with
+        calibration "gptq", "awq", "smoothquant", "bias_correction", joined by "+" ("awq+gptq"), or a Recipe such as
+        `GPTQ(damping=0.1)`.
     set_inductor_config: accepted because other libraries have it. `ao` never changes process-wide compiler settings.
     unsupported: what to do with a layer whose shape the format does not take: "raise", or "skip" and say so in the report.
     """
 
+    algorithm: str | Recipe = field(default="rtn", kw_only=True)
     set_inductor_config: bool = field(default=False, kw_only=True)
     unsupported: Literal["raise", "skip"] = field(default="raise", kw_only=True)
 
@@ -58,6 +67,17 @@ class Config:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Config.registry[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        self.recipe()
+
+    def recipe(self) -> Recipe:
+        """The recipe that `algorithm` names. Raises ValueError for a name that is none."""
+        return parse_recipe(self.algorithm, f"{type(self).__name__}: algorithm")
+
+    def apply(self, model: nn.Module, filter_fn: Any, device: Any, batches: Sequence[Any] | None) -> Report | None:
+        """What `quantize_` does with this config if it is not to quantize weights; None for a config that says how to."""
+        return None
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         """The Spec of a weight of `shape`."""
@@ -68,7 +88,11 @@ class Config:
         return None
 
     def act_scale(self) -> float | None:
-        """The scale of a static activation, or None for a dynamic one."""
+        """The scale of a static activation, or None for one that is dynamic or found by calibration."""
+        return None
+
+    def act_range(self) -> RangeMethod | None:
+        """How calibration finds the scale of a static activation, or None where there is nothing to find."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,11 +117,11 @@ class Config:
         return cls(**values)
 
 
-_VALUES: dict[str, type] = {
-    c.__name__: c
-    for base in (Granularity, Layout)
-    for c in (base, *base.__subclasses__())  # the literals that a config is made of, beside numbers and strings
+VALUES: dict[str, type] = {
+    c.__name__: c for base in (Granularity, Layout) for c in (base, *base.__subclasses__(), *RECIPES)
 }
+"""What a config is made of, beside numbers and strings."""
+
 _ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
 
 
@@ -108,7 +132,7 @@ def _to_json(value: Any) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Enum):
         return {"enum": type(value).__name__, "name": value.name}
-    if type(value).__name__ in _VALUES:
+    if type(value).__name__ in VALUES:
         return {"value": type(value).__name__, **{k: _to_json(v) for k, v in vars(value).items()}}
     if isinstance(value, (tuple, list)):
         return [_to_json(v) for v in value]
@@ -124,12 +148,12 @@ def _from_json(value: Any) -> Any:
         return value
     if "type" in value:
         return Config.from_dict(value)
+    if "value" in value:
+        return VALUES[value["value"]](**{k: _from_json(v) for k, v in value.items() if k != "value"})
     if "dtype" in value:
         return getattr(torch, value["dtype"])
     if "enum" in value:
         return _ENUMS[value["enum"]][value["name"]]
-    if "value" in value:
-        return _VALUES[value["value"]](**{k: _from_json(v) for k, v in value.items() if k != "value"})
     if "map" in value:
         return {k: _from_json(v) for k, v in value["map"]}
     raise ValueError(f"cannot read {value!r} in a config; a newer version of ao may have written this")
@@ -167,6 +191,17 @@ def _mapping(mapping: MappingType) -> dict[str, Any]:
     }
 
 
+def _zero_point(config: Config, domain: ZeroPointDomain) -> dict[str, Any]:
+    """The fields of `Intx` that say what an asymmetric weight's zero point is.
+
+    Where nothing was asked for, round-to-nearest takes an integer, and recipes, whose point is accuracy, a fraction; that one
+    and the scale in 16 bits each take less memory than a float32 scale and an integer.
+    """
+    if domain is ZeroPointDomain.INT or (domain is ZeroPointDomain.NONE and config.recipe() == RoundToNearest()):
+        return {"zero_point": "int"}
+    return {"zero_point": "float", "scale_dtype": "float32" if domain is ZeroPointDomain.FLOAT else "float16"}
+
+
 def _pair(config: Config, granularity: Any) -> tuple[Granularity, Granularity]:
     """(activation, weight) granularity from one or two of them. Both PerTensor or PerRow."""
     pair = tuple(granularity) if isinstance(granularity, (tuple, list)) else (granularity, granularity)
@@ -190,6 +225,7 @@ class Int8WeightOnlyConfig(Config):
     granularity: Granularity = PerRow()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of(self, "granularity", (PerRow, PerTensor, PerGroup, PerAxis))
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
@@ -198,21 +234,28 @@ class Int8WeightOnlyConfig(Config):
 
 @dataclass(frozen=True)
 class Int4WeightOnlyConfig(Config):
-    """Asymmetric int4 weights in groups: 4 + 40 / group_size bits per element, on every device.
+    """Asymmetric int4 weights in groups: 4 + 40 / group_size bits per element, on every device; 4 + 32 / group_size with an
+    algorithm.
 
     group_size: elements of a row that share a scale.
     layout: PlainLayout(), or a device's own: TensorCoreTiledLayout() (CUDA, bfloat16), Int4CPULayout(). Int4XPULayout()
         is the plain one.
-    zero_point_domain: INT (an 8-bit zero point, 0 is exact), FLOAT (32 bits), NONE for the layout's usual one.
+    zero_point_domain: INT (an 8-bit zero point, 0 is exact), FLOAT (32 bits), NONE for the usual one of the layout and the
+        algorithm.
+    use_hqq: another way to say algorithm="hqq".
     """
 
     group_size: int = 128
     layout: Layout = PlainLayout()
     zero_point_domain: ZeroPointDomain = ZeroPointDomain.NONE
+    use_hqq: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of(self, "layout", (Layout,))
         _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
+        if self.use_hqq and self.algorithm not in ("rtn", "hqq"):
+            raise ValueError(f"Int4WeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
         if (
             isinstance(self.layout, (TensorCoreTiledLayout, Int4CPULayout))
             and self.zero_point_domain is ZeroPointDomain.INT
@@ -228,8 +271,10 @@ class Int4WeightOnlyConfig(Config):
             return Int4Prepacked("cuda", block, self.layout.inner_k_tiles)
         if isinstance(self.layout, Int4CPULayout):
             return Int4Prepacked("cpu", block)
-        floating = self.zero_point_domain is ZeroPointDomain.FLOAT
-        return Intx(4, block, signed=False, symmetric=False, zero_point="float" if floating else "int")
+        return Intx(4, block, signed=False, symmetric=False, **_zero_point(self, self.zero_point_domain))
+
+    def recipe(self) -> Recipe:
+        return parse_recipe("hqq", "algorithm") if self.use_hqq else super().recipe()
 
 
 @dataclass(frozen=True)
@@ -246,6 +291,7 @@ class Int8DynamicActivationInt8WeightConfig(Config):
     granularity: Granularity | tuple[Granularity, Granularity] = PerRow()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of(self, "layout", (PlainLayout,))
         _one_of(self, "act_mapping_type", tuple(MappingType))
         _pair(self, self.granularity)
@@ -271,6 +317,7 @@ class Int8DynamicActivationInt4WeightConfig(Config):
     act_mapping_type: MappingType = MappingType.ASYMMETRIC
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of(self, "layout", (PlainLayout,))
         _one_of(self, "mapping_type", tuple(MappingType))
         _one_of(self, "act_mapping_type", tuple(MappingType))
@@ -289,45 +336,66 @@ class IntxWeightOnlyConfig(Config):
     weight_dtype: torch.int1 to torch.int8.
     granularity: PerAxis(0) or PerRow() (a scale per row), PerGroup(g), PerTensor(), PerBlock(...).
     mapping_type: of the weight.
-    scale_dtype: torch.float32 (None), torch.bfloat16 or torch.float16.
+    scale_dtype: torch.float32, torch.bfloat16 or torch.float16; None for float32, but float16 beside a zero point that an
+        algorithm finds.
+    zero_point_domain: of an asymmetric weight: INT, FLOAT, or NONE for an integer, and a fraction with an algorithm.
     """
 
     weight_dtype: torch.dtype = torch.int8
     granularity: Granularity = PerAxis(0)
     mapping_type: MappingType = MappingType.SYMMETRIC
     scale_dtype: torch.dtype | None = None
+    zero_point_domain: ZeroPointDomain = ZeroPointDomain.NONE
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _int_bits(self, "weight_dtype", "int")
         _one_of(self, "granularity", (Granularity,))
         _one_of(self, "mapping_type", tuple(MappingType))
         _one_of(self, "scale_dtype", (None, torch.float32, torch.bfloat16, torch.float16))
+        _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
-        scale_dtype = str(self.scale_dtype or torch.float32).removeprefix("torch.")
-        bits = _int_bits(self, "weight_dtype", "int")
-        return Intx(bits, self.granularity.block(), scale_dtype=scale_dtype, **_mapping(self.mapping_type))
+        settings = _mapping(self.mapping_type)
+        if not settings["symmetric"]:
+            settings |= _zero_point(self, self.zero_point_domain)
+        if self.scale_dtype is not None:
+            settings["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
+        return Intx(_int_bits(self, "weight_dtype", "int"), self.granularity.block(), **settings)
 
 
 @dataclass(frozen=True)
 class UIntXWeightOnlyConfig(Config):
-    """Unsigned asymmetric integer weights of 1 to 8 bits in groups, packed: bits + 40 / group_size bits per element.
+    """Unsigned asymmetric integer weights of 1 to 8 bits in groups, packed: bits + 40 / group_size bits per element;
+    bits + 32 / group_size with an algorithm.
 
     dtype: torch.uint1 to torch.uint8.
     group_size: elements of a row that share a scale.
     pack_dim: -1, the only one.
+    use_hqq: another way to say algorithm="hqq".
+    zero_point_domain: INT, FLOAT, or NONE for an integer, and a fraction with an algorithm.
     """
 
     dtype: torch.dtype
     group_size: int = 64
     pack_dim: int = -1
+    use_hqq: bool = False
+    zero_point_domain: ZeroPointDomain = ZeroPointDomain.NONE
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _int_bits(self, "dtype", "uint")
         _one_of(self, "pack_dim", (-1,))
+        _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
+        if self.use_hqq and self.algorithm not in ("rtn", "hqq"):
+            raise ValueError(f"UIntXWeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
-        return Intx(_int_bits(self, "dtype", "uint"), (1, self.group_size), signed=False, symmetric=False)
+        zero_point = _zero_point(self, self.zero_point_domain)
+        return Intx(_int_bits(self, "dtype", "uint"), (1, self.group_size), signed=False, symmetric=False, **zero_point)
+
+    def recipe(self) -> Recipe:
+        return parse_recipe("hqq", "algorithm") if self.use_hqq else super().recipe()
 
 
 @dataclass(frozen=True)
@@ -346,6 +414,7 @@ class GemliteUIntXWeightOnlyConfig(Config):
     mode: Literal["weight_only", "dynamic"] = "weight_only"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of(self, "bit_width", (4, 8))
         _one_of(self, "packing_bitwidth", (None, 8, 16, 32))
         _one_of(self, "mode", ("weight_only", "dynamic"))
@@ -385,6 +454,7 @@ class Float8WeightOnlyConfig(Config):
     granularity: Granularity = PerRow()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
         _one_of(self, "granularity", (Granularity,))
 
@@ -405,6 +475,7 @@ class Float8DynamicActivationFloat8WeightConfig(Config):
     granularity: Granularity | tuple[Granularity, Granularity] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of(self, "activation_dtype", tuple(FLOAT8_FORMATS))
         _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
         _pair(self, self.granularity or PerTensor())
@@ -416,28 +487,38 @@ class Float8DynamicActivationFloat8WeightConfig(Config):
         return Float8(FLOAT8_FORMATS[self.activation_dtype], _pair(self, self.granularity or PerTensor())[0].block())
 
 
+def _static_scale(config: Config) -> None:
+    """Check `scale` and `range_method` of a static activation, and make a number of the scale."""
+    name, scale = type(config).__name__, config.scale  # type: ignore[attr-defined]
+    _one_of(config, "range_method", tuple(RANGES))
+    if scale is None:
+        return
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(f"{name}: scale must have one element, got shape {tuple(scale.shape)}; take its maximum")
+    object.__setattr__(config, "scale", float(scale))
+    if not float(scale) > 0:
+        raise ValueError(f"{name}: scale must be positive, got {float(scale)}")
+
+
 @dataclass(frozen=True)
 class Float8StaticActivationFloat8WeightConfig(Config):
     """float8 weights and float8 activations with one scale that was found beforehand.
 
-    scale: of the activation, max|x| over the calibration data / max of the format; a number or a tensor of one element.
-    granularity: PerTensor(), of the weight.
+    scale: of all activations, max|x| / max of the format: a number or a tensor of one element; None for one per layer, found
+        by calibration.
+    range_method: how calibration finds it: "minmax", "moving_average", "percentile" (99.99 %) or "mse".
+    granularity: PerTensor() or PerRow(), of the weight.
     """
 
-    scale: float | Tensor
+    scale: float | Tensor | None = None
     activation_dtype: torch.dtype = torch.float8_e4m3fn
     weight_dtype: torch.dtype = torch.float8_e4m3fn
     granularity: Granularity = PerTensor()
+    range_method: RangeMethod = "minmax"
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, Tensor) and self.scale.numel() != 1:
-            raise ValueError(
-                "Float8StaticActivationFloat8WeightConfig: scale must have one element, "
-                f"got shape {tuple(self.scale.shape)}; take its maximum"
-            )
-        object.__setattr__(self, "scale", float(self.scale))
-        if not self.scale > 0:
-            raise ValueError(f"Float8StaticActivationFloat8WeightConfig: scale must be positive, got {self.scale}")
+        super().__post_init__()
+        _static_scale(self)
         _one_of(self, "activation_dtype", tuple(FLOAT8_FORMATS))
         _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
         _one_of(self, "granularity", (PerTensor, PerRow))
@@ -448,8 +529,61 @@ class Float8StaticActivationFloat8WeightConfig(Config):
     def act(self) -> Spec:
         return Float8(FLOAT8_FORMATS[self.activation_dtype], (-1, -1))
 
-    def act_scale(self) -> float:
-        return float(self.scale)
+    def act_scale(self) -> float | None:
+        return None if self.scale is None else float(self.scale)
+
+    def act_range(self) -> RangeMethod | None:
+        return self.range_method if self.scale is None else None
+
+
+@dataclass(frozen=True)
+class Int8StaticActivationInt8WeightConfig(Config):
+    """int8 weights and int8 activations with one scale per layer that was found beforehand.
+
+    scale: of all activations, max|x| / 127.5: a number or a tensor of one element; None for one per layer, found by
+        calibration.
+    range_method: how calibration finds it: "minmax", "moving_average", "percentile" (99.99 %) or "mse".
+    granularity: PerRow() or PerTensor(), of the weight.
+    """
+
+    scale: float | Tensor | None = None
+    granularity: Granularity = PerRow()
+    range_method: RangeMethod = "minmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _static_scale(self)
+        _one_of(self, "granularity", (PerTensor, PerRow))
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Intx(8, self.granularity.block())
+
+    def act(self) -> Spec:
+        return Intx(8, (-1, -1))
+
+    def act_scale(self) -> float | None:
+        return None if self.scale is None else float(self.scale)
+
+    def act_range(self) -> RangeMethod | None:
+        return self.range_method if self.scale is None else None
+
+
+@dataclass(frozen=True)
+class SpecConfig(Config):
+    """Any Spec, with an algorithm: `SpecConfig(Intx(3, (1, 64)), algorithm="gptq")`.
+
+    Raises TypeError for what is no Spec.
+    """
+
+    spec: Spec
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.spec, Spec):
+            raise TypeError(f"SpecConfig: spec must be a Spec such as Intx(bits=3), got {self.spec!r}")
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return self.spec
 
 
 @dataclass(frozen=True)
@@ -471,6 +605,9 @@ class FqnToConfig(Config):
     module_fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe() != RoundToNearest():
+            raise ValueError("FqnToConfig: give algorithm to the configs of the rules")
         a, b = dict(self.fqn_to_config), dict(self.module_fqn_to_config)
         if a and b and a != b:
             raise ValueError("FqnToConfig: give fqn_to_config or module_fqn_to_config, not two that differ")

@@ -12,13 +12,19 @@ from ..dtypes import QTensor
 
 @dataclass(frozen=True)
 class Row:
-    """One quantized parameter: its full name, shape, format, and bytes before and after."""
+    """One quantized parameter: its full name, shape, format, bytes before and after, and the recipe that found its codes."""
 
     name: str
     shape: tuple[int, ...]
     format: str
     bytes_before: int
     bytes_after: int
+    algorithm: str = "rtn"
+
+    @property
+    def label(self) -> str:
+        """The format, and the recipe if it is not round-to-nearest."""
+        return self.format if self.algorithm == "rtn" else f"{self.format}, {self.algorithm}"
 
 
 @dataclass
@@ -50,7 +56,7 @@ class Report:
     def __str__(self) -> str:
         groups: dict[tuple[str, tuple[int, ...]], list[Row]] = {}
         for row in self.rows:
-            groups.setdefault((row.format, row.shape), []).append(row)
+            groups.setdefault((row.label, row.shape), []).append(row)
         lines = [("format", "shape", "layers", "bytes before", "bytes after", "ratio")]
         for (form, shape), rows in groups.items():
             before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)

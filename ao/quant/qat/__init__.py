@@ -1,0 +1,39 @@
+"""Quantization-aware training: train a model with the rounding that it will have.
+
+    quantize_(model, QATConfig(Int4WeightOnlyConfig(group_size=32), step="prepare"))
+    ...  # train
+    quantize_(model, QATConfig(Int4WeightOnlyConfig(group_size=32), step="convert"))
+
+A prepared layer rounds its weight, and its input if the config says so, each time it runs, and passes gradients straight
+through (arXiv:1308.3432). What it computes is what the converted layer computes from its dequantized weight, bit for bit.
+"""
+
+from .config import (
+    FakeQuantizeConfig,
+    FromIntXQuantizationAwareTrainingConfig,
+    IntxFakeQuantizeConfig,
+    IntXQuantizationAwareTrainingConfig,
+    QATConfig,
+)
+from .layers import (
+    FakeQuantizedEmbedding,
+    FakeQuantizedLinear,
+    disable_fake_quantize,
+    enable_fake_quantize,
+    parameter_groups,
+)
+from .learned import learned_fake_quantize
+
+__all__ = [
+    "FakeQuantizeConfig",
+    "FakeQuantizedEmbedding",
+    "FakeQuantizedLinear",
+    "FromIntXQuantizationAwareTrainingConfig",
+    "IntXQuantizationAwareTrainingConfig",
+    "IntxFakeQuantizeConfig",
+    "QATConfig",
+    "disable_fake_quantize",
+    "enable_fake_quantize",
+    "learned_fake_quantize",
+    "parameter_groups",
+]

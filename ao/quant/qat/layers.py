@@ -1,0 +1,153 @@
+"""Layers that are trained with the rounding that they will have: `FakeQuantizedLinear`, `FakeQuantizedEmbedding`.
+
+They are `nn.Linear` and `nn.Embedding` with another forward, made of the layer itself: its parameters, its hooks and its
+place in the model stay. What they compute is, operation for operation, what the quantized layer will compute from its
+dequantized weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...dtypes import QTensor, Spec
+from .learned import learned_fake_quantize, stored
+
+
+class FakeQuantized(nn.Module):
+    """What the two layers have in common: a weight that goes through its Spec on the way to each product.
+
+    spec: of the weight; its `act` is that of the input.
+    enabled: False computes as if nothing were quantized.
+    weight_scale, weight_zero_point: learned qparams of the weight; None takes them from the weight each time.
+    act_scale: learned scale of a static activation; None for a dynamic one, or none.
+    lora_a, lora_b: (rank, in) and (out, rank), what is trained in place of the weight; None trains the weight.
+    """
+
+    weight: Tensor
+    spec: Spec
+    enabled: bool
+    weight_scale: nn.Parameter | None
+    weight_zero_point: nn.Parameter | None
+    act_scale: nn.Parameter | None
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+    lora_factor: float
+
+    def set_up(self, spec: Spec) -> None:
+        """Make a prepared layer of one that has just been given this class."""
+        self.spec, self.enabled, self.lora_factor = spec, True, 1.0
+        for name in OWN_PARAMETERS:
+            self.register_parameter(name, None)
+
+    def whole_weight(self) -> Tensor:
+        """The weight with its adapter: W + factor * B A."""
+        if self.lora_a is None or self.lora_b is None:
+            return self.weight
+        return self.weight + self.lora_factor * (self.lora_b @ self.lora_a)
+
+    def fake_quantized_weight(self) -> Tensor:
+        """What the quantized weight will dequantize to."""
+        weight = self.whole_weight()
+        if not self.enabled:
+            return weight
+        if self.weight_scale is None:
+            return self.spec.fake_quantize(weight)
+        return learned_fake_quantize(weight, self.spec, self.weight_scale, self.weight_zero_point)
+
+    def quantized(self) -> QTensor:
+        """The weight as it will be stored."""
+        qparams = {} if self.weight_scale is None else stored(self.spec, self.weight_scale, self.weight_zero_point)
+        scale = None if self.act_scale is None else self.act_scale.detach().float().reshape(())
+        with torch.no_grad():
+            return self.spec.quantize(self.whole_weight().detach(), act_scale=scale, **qparams)
+
+    def ranges(self) -> list[nn.Parameter]:
+        """The learned scales and zero points."""
+        return [p for p in (self.weight_scale, self.weight_zero_point, self.act_scale) if p is not None]
+
+    def tear_down(self) -> None:
+        """Take away what `set_up` gave."""
+        for name in OWN_PARAMETERS:
+            del self._parameters[name]
+        del self.spec, self.enabled, self.lora_factor
+
+
+OWN_PARAMETERS = ("weight_scale", "weight_zero_point", "act_scale", "lora_a", "lora_b")
+
+
+class FakeQuantizedLinear(FakeQuantized, nn.Linear):
+    """y = fake_quantize(x) @ fake_quantize(W).T + bias. Straight-through gradients."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        act = self.spec.act
+        if act is not None and self.enabled:
+            if self.act_scale is None:
+                input = act.fake_quantize(input)
+            else:
+                scale = self.act_scale.reshape([1] * input.dim())
+                input = learned_fake_quantize(input, act, scale)
+        # The bias apart, as the quantized layer adds it.
+        out = F.linear(input, self.fake_quantized_weight())
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class FakeQuantizedEmbedding(FakeQuantized, nn.Embedding):
+    """Rows of fake_quantize(W)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        grid = self.spec.grid(self.weight.shape)
+        if grid[0] != self.num_embeddings or not self.enabled:
+            return self.rows(input, self.fake_quantized_weight())
+        # Blocks within a row: only the rows in question.
+        rows = self.rows(input, self.weight)
+        if self.weight_scale is None:
+            return self.spec.fake_quantize(rows)
+        zero = None if self.weight_zero_point is None else F.embedding(input, self.weight_zero_point)
+        return learned_fake_quantize(rows, self.spec, F.embedding(input, self.weight_scale), zero)
+
+    def rows(self, input: Tensor, table: Tensor) -> Tensor:
+        """`table[input]`, with the gradient that the layer asks for."""
+        return F.embedding(input, table, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse)
+
+
+PREPARED: dict[type[nn.Module], type[FakeQuantized]] = {
+    nn.Linear: FakeQuantizedLinear,
+    nn.Embedding: FakeQuantizedEmbedding,
+}
+"""What a layer becomes."""
+
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {prepared: plain for plain, prepared in PREPARED.items()}
+"""And back."""
+
+
+def enable_fake_quantize(model: nn.Module, enabled: bool = True) -> None:
+    """Have the prepared layers of a model round, or not: train without for a while first, and rounding starts late."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantized):
+            module.enabled = enabled
+
+
+def disable_fake_quantize(model: nn.Module) -> None:
+    """`enable_fake_quantize(model, False)`."""
+    enable_fake_quantize(model, False)
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, range_lr: float | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: learned scales and zero points apart, without weight decay.
+
+    lr: of all other parameters that are trained. range_lr: of scales and zero points, by default lr. options: of the first
+    group.
+    """
+    own = {id(p) for m in model.modules() if isinstance(m, FakeQuantized) for p in m.ranges()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in own], "lr": lr, **options}]
+    ranges = [p for p in trained if id(p) in own]
+    if ranges:
+        groups.append({"params": ranges, "lr": lr if range_lr is None else range_lr, "weight_decay": 0.0})
+    return groups

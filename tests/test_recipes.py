@@ -1,0 +1,499 @@
+"""The recipes: each lowers the error that it is there to lower, on any format it takes, and says when it cannot."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from cases import CASES
+from lm import VOCAB, batches, but_head, divergence, lm
+from torch import nn
+
+import ao
+from ao.dtypes import Float8, Int4CPULayout, Intx, QTensor
+from ao.quant import (
+    AWQ,
+    GPTQ,
+    HQQ,
+    BiasCorrection,
+    FqnToConfig,
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt4WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    MappingType,
+    PerGroup,
+    SmoothQuant,
+    SpecConfig,
+    UIntXWeightOnlyConfig,
+    ZeroPointDomain,
+    config_from_dict,
+    config_to_dict,
+    quantize_,
+)
+from ao.quant.factor import Factored
+from ao.quant.observers import Hessian
+from ao.quant.recipes import parse_recipe
+from ao.quant.statistics import Statistics
+
+N, K = 48, 96
+PLAIN = GPTQ(act_order=False, search=False, rounds=0, match_original=False)
+
+
+def data(tokens: int = 512) -> torch.Tensor:
+    """Inputs that are correlated and of unequal size."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(tokens, K // 2, generator=g) @ torch.randn(K // 2, K, generator=g) * torch.logspace(-1, 0.5, K)
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+
+
+def seen(x: torch.Tensor) -> Statistics:
+    found = Statistics({"hessian": Hessian()})
+    found.observe(x)
+    return found
+
+
+def error(values: torch.Tensor, x: torch.Tensor) -> float:
+    return float(((values - weight()) @ x.t()).norm() / (weight() @ x.t()).norm())
+
+
+SPECS = [case.spec for case in CASES if case.spec.act is None and case.spec != Intx(6, (32, 32))] + [
+    Intx(2, (1, 32), signed=False),
+    Intx(2, (1, 32), zero_point="float", scale_dtype="float16"),
+    Intx(3, (16, 32)),
+]
+
+
+def takes(spec) -> bool:
+    try:
+        spec.grid((N, K))
+        return True
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if takes(s)], ids=lambda s: repr(s)[:60])
+def test_every_format(spec, device):
+    w, x = weight().to(device), data().to(device)
+    results = {}
+    for name, recipe in {"rtn": parse_recipe("rtn"), "hqq": HQQ(2.0), "plain": PLAIN, "gptq": GPTQ()}.items():
+        found = recipe.quantize(w, spec, seen(x))
+        # What is stored decodes to what the recipe worked with, bit for bit.
+        q = spec.wrap(spec.encode(found.values, **found.qparams), torch.float32, w.shape)
+        assert torch.equal(q.dequantize(), found.values) and torch.equal(
+            spec.round(found.values, **found.qparams), found.values
+        )
+        assert found.notes == []
+        results[name] = found.values
+    output = {name: error(values.cpu(), data()) for name, values in results.items()}
+    square = {name: float((values - w).norm()) for name, values in results.items()}
+    assert square["hqq"] <= square["rtn"] * 1.0001
+    assert output["plain"] < output["rtn"]
+    assert (
+        output["gptq"] < (0.9 if spec.bits < 8 else 1.0) * output["plain"] if hasattr(spec, "bits") else output["plain"]
+    )
+
+
+def test_hqq_finds_the_grid_that_made_the_weight():
+    spec = Intx(3, (1, 32), zero_point="float")
+    scale, zero = torch.rand(N, K // 32) + 0.1, torch.randn(N, K // 32)
+    codes = torch.randint(-4, 4, (N, K)).float()
+    codes.view(N, -1, 32)[..., :2] = torch.tensor([-4.0, 3.0])  # the ends occur, so that the grid is known
+    w = ((codes.view(N, -1, 32) - zero[..., None]) * scale[..., None]).view(N, K)
+    assert (HQQ().quantize(w, spec, None).values - w).abs().max() < 1e-5
+
+
+def test_integer_zero_points_keep_zero_exact():
+    w, spec = weight() + 3, Intx(4, (1, 32))  # far from 0
+    for recipe in (HQQ(), GPTQ()):
+        qparams = recipe.quantize(w, spec, seen(data())).qparams
+        assert qparams["zero_point"].dtype == torch.int8
+        assert (spec.round(torch.zeros(N, K // 32), **qparams) == 0).all()
+
+
+def test_gptq_is_optimal_where_it_can_be_checked():
+    """One round of descent leaves codes that no change of a single code can better."""
+    w, x = weight(), data()
+    spec = Intx(3, (1, 32), zero_point="float")
+    found = GPTQ(rounds=6).quantize(w, spec, seen(x))
+    h = x.t() @ x
+    h += 0.01 * h.diagonal().mean() * torch.eye(K)
+    loss = lambda v: (((v - w) @ h) * (v - w)).sum(1)  # noqa: E731
+    best = loss(found.values)
+    scale = found.qparams["scale"].repeat_interleave(32, 1)
+    worse = 0
+    for column in range(0, K, 5):
+        for step in (-1, 1):
+            moved = found.values.clone()
+            moved[:, column] += step * scale[:, column]
+            moved = spec.round(moved, **found.qparams)
+            worse += int((loss(moved) >= best * (1 - 1e-4)).sum())
+    assert worse >= 0.98 * N * len(range(0, K, 5)) * 2
+
+
+def test_gptq_of_uncorrelated_inputs_is_rounding_to_nearest():
+    spec = Intx(4, (1, 32))
+    x = torch.eye(K) * 3
+    found = GPTQ(search=False, rounds=0).quantize(weight(), spec, seen(x))
+    assert torch.equal(found.values, spec.quantize(weight()).dequantize())
+
+
+def test_gptq_follows_the_order_of_the_paper():
+    """Against the textbook loop with the inverse Hessian's Cholesky factor."""
+    w, x = weight().double(), data().double()
+    spec = Intx(4, (1, 32))
+    h = x.t() @ x
+    h += 0.01 * h.diagonal().mean() * torch.eye(K)
+    order = torch.argsort(h.diagonal(), descending=True)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h[order][:, order]), upper=True)
+    qparams = spec.choose_qparams(weight(), spec.grid((N, K)))
+    expected = torch.empty(N, K)
+    rest = w[:, order].clone()
+    for j, column in enumerate(order.tolist()):
+        group = {name: t[:, column // 32 : column // 32 + 1] for name, t in qparams.items()}
+        q = spec.round(rest[:, j : j + 1].float(), **group)
+        expected[:, column] = q[:, 0]
+        rest[:, j:] -= (rest[:, j : j + 1] - q) / upper[j, j] * upper[j, j:]
+    found = GPTQ(search=False, rounds=0).quantize(weight(), spec, seen(data()))
+    assert (found.values == expected).float().mean() > 0.98  # float32 against float64: a few ties fall otherwise
+
+
+def test_gptq_pieces(monkeypatch):
+    whole = GPTQ().quantize(weight(), Intx(4, (1, 32)), seen(data()))
+    monkeypatch.setattr("ao.quant.gptq.PIECE", 7 * K)
+    pieces = GPTQ().quantize(weight(), Intx(4, (1, 32)), seen(data()))
+    assert whole.qparams["scale"].shape == pieces.qparams["scale"].shape
+    # Sums in another order make ties fall otherwise, and what follows a tie; the error is what must not change.
+    assert error(pieces.values, data()) == pytest.approx(error(whole.values, data()), rel=0.02)
+
+
+def test_factored():
+    x = torch.randn(600, 300)
+    h = x.t() @ x
+    order = torch.randperm(300)
+    factored = Factored(h.clone(), order)
+    assert factored.factor(0.01)
+    damped = h[order][:, order] + 0.01 * h.diagonal().mean() * torch.eye(300)
+    assert torch.allclose(factored.rows(slice(0, 300)), damped)
+    u = torch.cat(
+        [
+            torch.cat([factored.back(s, e), factored.within(s, e), torch.zeros(300 - e, e - s)])
+            for s, e in factored.blocks()
+        ],
+        1,
+    )
+    assert torch.allclose((u * factored.pivots) @ u.t(), damped, rtol=1e-4, atol=1e-2)
+    t = torch.randn(5, 300)
+    assert torch.allclose(factored.product(t), t @ damped, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(factored.solve(t @ damped), t @ u, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(factored.matrix(), h, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("x, why", [
+    (torch.zeros(10, K), "not finite, or all zero"),
+    (torch.full((10, K), torch.inf), "not finite, or all zero"),
+    (torch.empty(0, K), "no data came to it"),
+])  # fmt: skip
+def test_gptq_falls_back(x, why):
+    spec = Intx(4, (1, 32))
+    found = GPTQ().quantize(weight(), spec, seen(x))
+    assert len(found.notes) == 1 and why in found.notes[0]
+    assert (found.values - weight()).norm() <= (spec.quantize(weight()).dequantize() - weight()).norm()
+
+
+def test_gptq_dead_channels_and_few_tokens():
+    x = data()
+    x[:, 5:9] = 0
+    found = GPTQ().quantize(weight(), Intx(4, (1, 32)), seen(x))
+    assert found.notes == ["4 of its 96 inputs were always zero: their weights are rounded to nearest"]
+    assert (found.values - weight())[:, 5:9].abs().max() < 0.5
+    few = GPTQ().quantize(weight(), Intx(4, (1, 32)), seen(data(3)))  # rank 3
+    assert few.notes == [] and error(few.values, data(3)) < 0.02
+
+
+def test_awq_scales_up_what_matters():
+    x = torch.randn(512, K)
+    x[:, 7] *= 30
+    found_stats = Statistics({"hessian": Hessian(), "channels": ao.quant.statistics.Channels()})
+    found_stats.observe(x)
+    spec = Intx(3, (1, 32))
+    found = AWQ().quantize(weight(), spec, found_stats)
+    assert found.pre_scale.shape == (1, K) and found.pre_scale[0].argmin() == 7
+    values = found.values * found.pre_scale
+    rtn = spec.quantize(weight()).dequantize()
+    assert error(values, x) < 0.7 * error(rtn, x)
+    assert error(
+        AWQ(GPTQ()).quantize(weight(), spec, found_stats).scaled(torch.ones(K)).values * found.pre_scale, x
+    ) < error(values, x)
+
+
+def quantized(config, data=None):
+    model = lm()
+    report = quantize_(model, config, but_head, calibration_data=data)
+    return model, report
+
+
+def test_language_model():
+    """Better and better: what each recipe is for, on a model as a whole."""
+    cal, test = batches(8), batches(4, seed=2)
+    config = {name: UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=name) for name in ("rtn", "hqq", "awq", "gptq")}
+    config["plain"] = UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=PLAIN)
+    kl = {}
+    for name, each in config.items():
+        model, report = quantized(each, cal)
+        assert len(report) == 14 and report.notes == []
+        kl[name] = divergence(model, lm(), test)
+    assert kl["hqq"] < 0.9 * kl["rtn"] and kl["awq"] < kl["rtn"]
+    assert kl["gptq"] < 0.7 * kl["plain"] < 0.5 * kl["rtn"]
+
+
+def test_forms_of_batches():
+    ids = batches(2)
+    reference, _ = quantized(Int4WeightOnlyConfig(32, algorithm="gptq"), ids)
+    for form in ([(b,) for b in ids], [{"ids": b} for b in ids], (b for b in ids)):
+        model, _ = quantized(Int4WeightOnlyConfig(32, algorithm="gptq"), form)
+        assert torch.equal(model(ids[0]), reference(ids[0]))
+    with pytest.raises(TypeError, match="put it in a list"):
+        quantized(Int4WeightOnlyConfig(32, algorithm="gptq"), ids[0])
+    with pytest.raises(ValueError, match="has no batches"):
+        quantized(Int4WeightOnlyConfig(32, algorithm="gptq"), [])
+
+
+def test_a_failed_call_leaves_the_model_as_it_was():
+    model = lm().train()
+    before = dict(model.named_parameters())
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    good, bad = batches(1)[0], torch.full((1, 4), VOCAB)
+    for data in ([good, bad], [bad]):
+        with pytest.raises(IndexError):
+            quantize_(model, Int4WeightOnlyConfig(32, algorithm="gptq"), but_head, calibration_data=data)
+        assert all(p is before[name] for name, p in model.named_parameters())
+        assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        assert model.training and all(m.training for m in model.modules())
+        assert not any("forward" in m.__dict__ for m in model.modules())
+    assert model(good).shape == (4, 32, VOCAB)
+
+
+def test_needs_calibration():
+    for algorithm in ("gptq", "awq", "bias_correction"):
+        with pytest.raises(ValueError, match=rf"q_proj.weight: algorithm='{algorithm}' needs calibration"):
+            quantize_(lm(), Int4WeightOnlyConfig(32, algorithm=algorithm), but_head)
+
+
+def test_calibrated_beforehand():
+    model, cal, test = lm(), batches(8), batches(4, seed=2)
+    config = Int4WeightOnlyConfig(32, algorithm="gptq")
+    with ao.calibrate(model, config, but_head) as found:
+        for ids in cal:
+            model(ids)
+    assert len(found) == 14 and all(set(s.observers) == {"hessian"} for s in found.values())
+    quantize_(model, config, but_head)
+    assert divergence(model, lm(), test) < 0.7 * divergence(quantized(Int4WeightOnlyConfig(32))[0], lm(), test)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_(model, config, but_head)
+
+
+def test_rules_mix_recipes():
+    rules = FqnToConfig(
+        {
+            "re:.*self_attn.*": Int8WeightOnlyConfig(),
+            "re:.*mlp.*": SpecConfig(NF4_32, algorithm="gptq"),
+            "model.embed_tokens": IntxWeightOnlyConfig(torch.int4, PerGroup(32), algorithm="hqq"),
+            "lm_head": IntxWeightOnlyConfig(torch.int4, PerGroup(32), algorithm="hqq"),
+        }
+    )
+    model = lm()
+    report = quantize_(model, rules, calibration_data=batches(2))
+    assert len(report) == 15 and model.lm_head.weight is model.model.embed_tokens.weight
+    assert {row.algorithm for row in report.rows} == {"rtn", "gptq", "hqq"} and ", gptq" in str(report)
+    assert isinstance(model.model.layers[1].mlp.up_proj.weight, QTensor)
+
+
+NF4_32 = ao.dtypes.Codebook("nf4", (1, 32))
+
+
+def test_plain_models_without_blocks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+    reference = copy.deepcopy(model)
+    cal, x = [torch.randn(64, 64) for _ in range(4)], torch.randn(64, 64)
+    quantize_(model, Intx(3, (1, 32)))
+    rtn = (model(x) - reference(x)).norm()
+    model = copy.deepcopy(reference)
+    quantize_(model, SpecConfig(Intx(3, (1, 32)), algorithm="gptq"), calibration_data=cal)
+    assert (model(x) - reference(x)).norm() < 0.85 * rtn
+
+
+class Experts(nn.Module):
+    """Routes each token to one of its experts; the last never gets any."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(64, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)) for _ in range(4))
+
+    def forward(self, x):
+        choice = self.router(x).argmax(-1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts[:3]):
+            picked = choice == i
+            if picked.any():
+                out[picked] = expert(x[picked])
+        return x + out
+
+
+def test_experts():
+    torch.manual_seed(0)
+    model = nn.Sequential(Experts(), Experts())
+    report = quantize_(
+        model, Int4WeightOnlyConfig(32, algorithm="gptq"), calibration_data=[torch.randn(32, 64) for _ in range(3)]
+    )
+    assert len(report) == 18 and sum("no data came to it" in note for note in report.notes) == 4
+    assert model(torch.randn(8, 64)).isfinite().all()
+
+
+def test_bias_correction_restores_the_mean():
+    torch.manual_seed(0)
+    layer = nn.Linear(K, N, bias=False)
+    reference, x = copy.deepcopy(layer), data() + 2
+    quantize_(
+        nn.ModuleList([layer])[0],
+        SpecConfig(Intx(3, (1, 32)), algorithm="bias_correction"),
+        lambda m, n: True,
+        calibration_data=[x],
+    )
+    assert layer.bias is not None and torch.allclose(layer(x).mean(0), reference(x).mean(0), atol=1e-3)
+    model, test = nn.Sequential(nn.Linear(K, N), nn.ReLU()), data() + 2
+    reference = copy.deepcopy(model)
+    quantize_(model, SpecConfig(Intx(2, (1, 32)), algorithm="bias_correction+gptq"), calibration_data=[x])
+    assert torch.allclose(model[0](test).mean(0), reference[0](test).mean(0), atol=1e-3)
+
+
+def test_smoothquant_helps_activations_with_outliers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, N)).requires_grad_(False)
+    reference, x = copy.deepcopy(model), torch.randn(256, K)
+    x[:, 11] *= 80
+    errors = {}
+    for algorithm in ("rtn", "smoothquant", "smoothquant+gptq"):
+        each = copy.deepcopy(reference)
+        quantize_(each, Int8DynamicActivationInt8WeightConfig(algorithm=algorithm), calibration_data=[x])
+        errors[algorithm] = float((each(x) - reference(x)).norm())
+    assert errors["smoothquant"] < 0.5 * errors["rtn"] and errors["smoothquant+gptq"] < errors["smoothquant"]
+    with pytest.raises(ValueError, match="for formats that quantize activations"):
+        quantize_(copy.deepcopy(reference), Int4WeightOnlyConfig(32, algorithm="smoothquant"), calibration_data=[x])
+
+
+def test_where_a_recipe_cannot_apply():
+    embedding, conv = nn.Sequential(nn.Embedding(8, 64)), nn.Sequential(nn.Conv2d(32, 32, 3))
+    for model in (embedding, conv):
+        with pytest.raises(ValueError, match="needs the inputs of a linear layer"):
+            quantize_(
+                model, Int4WeightOnlyConfig(32, algorithm="gptq"), lambda m, n: True, calibration_data=[torch.zeros(1)]
+            )
+        quantize_(
+            model,
+            IntxWeightOnlyConfig(torch.int4, algorithm="hqq"),
+            lambda m, n: isinstance(m, (nn.Embedding, nn.Conv2d)),
+        )
+    assert isinstance(conv[0].weight, QTensor)
+    with pytest.raises(ValueError, match="HQQ finds scales"):
+        quantize_(nn.Sequential(nn.Linear(256, 8)), SpecConfig(ao.dtypes.Flat(Intx(8, (1, 256))), algorithm="hqq"))
+
+
+def test_names():
+    assert parse_recipe("awq+gptq") == AWQ(GPTQ()) and parse_recipe("bias_correction+smoothquant") == BiasCorrection(
+        SmoothQuant()
+    )
+    assert parse_recipe(GPTQ(damping=0.1)) == GPTQ(damping=0.1)
+    with pytest.raises(ValueError, match="algorithm must be among awq, bias_correction, gptq, hqq, rtn, smoothquant"):
+        Int4WeightOnlyConfig(algorithm="gtpq")
+    with pytest.raises(ValueError, match="'gptq' decides the codes, and must come last"):
+        Int4WeightOnlyConfig(algorithm="gptq+awq")
+    with pytest.raises(ValueError, match="give use_hqq=True or algorithm='gptq'"):
+        Int4WeightOnlyConfig(use_hqq=True, algorithm="gptq")
+    with pytest.raises(ValueError, match="damping must be positive"):
+        GPTQ(damping=0)
+    assert Int4WeightOnlyConfig(use_hqq=True).recipe() == HQQ()
+
+
+def test_zero_points_of_recipes():
+    """A fraction and 16 bits where nothing is asked for, which is less memory than an integer and float32."""
+    for config in (Int4WeightOnlyConfig, lambda size, **k: UIntXWeightOnlyConfig(torch.uint4, size, **k)):
+        usual, found = config(32).weight((64, 64)), config(32, algorithm="hqq").weight((64, 64))
+        assert (usual.zero_point, usual.scale_dtype) == ("int", "float32")
+        assert (found.zero_point, found.scale_dtype) == ("float", "float16")
+        assert found.quantize(weight()).nbytes_packed < usual.quantize(weight()).nbytes_packed
+        asked = config(32, algorithm="hqq", zero_point_domain=ZeroPointDomain.INT).weight((64, 64))
+        assert (asked.zero_point, asked.scale_dtype) == ("int", "float32")
+    signed = IntxWeightOnlyConfig(torch.int3, PerGroup(32), MappingType.ASYMMETRIC, algorithm="gptq").weight((64, 64))
+    assert signed == Intx(3, (1, 32), zero_point="float", scale_dtype="float16")
+    assert Int8DynamicActivationInt4WeightConfig(algorithm="gptq").weight((64, 64)) == Intx(4, (1, 32), symmetric=True)
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["awq+gptq", GPTQ(damping=0.1, act_order=False), AWQ(GPTQ(rounds=2), steps=5), HQQ(2.0)], ids=repr
+)
+def test_json(algorithm):
+    config = Int4WeightOnlyConfig(algorithm=algorithm)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_prepacked_layout():
+    model = nn.Sequential(nn.Linear(64, 64))
+    reference, x = copy.deepcopy(model), torch.randn(64, 64) @ torch.randn(64, 64)
+    config = Int4WeightOnlyConfig(32, Int4CPULayout(), algorithm="gptq")
+    quantize_(model, config, calibration_data=[x])
+    rtn = copy.deepcopy(reference)
+    quantize_(rtn, Int4WeightOnlyConfig(32, Int4CPULayout()))
+    assert (model(x) - reference(x)).norm() < 0.8 * (rtn(x) - reference(x)).norm()
+
+
+def test_compiled_model():
+    model = lm(1)
+    model.model.layers[0].compile(backend="eager")
+    whole = torch.compile(model, backend="eager")
+    ids = batches(1)[0]
+    whole(ids)
+    quantize_(
+        whole,
+        Int4WeightOnlyConfig(32, algorithm="gptq"),
+        lambda m, n: but_head(m, n.removeprefix("_orig_mod.")),
+        calibration_data=[ids],
+    )
+    plain = lm(1)
+    quantize_(plain, Int4WeightOnlyConfig(32, algorithm="gptq"), but_head, calibration_data=[ids])
+    assert torch.equal(whole(ids), plain(ids))
+
+
+def test_float8():
+    model, _ = quantized(SpecConfig(Float8(block=(1, 32)), algorithm="gptq"), batches(4))
+    rtn, _ = quantized(Float8(block=(1, 32)))
+    assert divergence(model, lm(), batches(2, seed=3)) < divergence(rtn, lm(), batches(2, seed=3))
+
+
+@pytest.mark.gpu
+def test_device():
+    model = lm()
+    quantize_(model, Int4WeightOnlyConfig(32, algorithm="gptq"), but_head, device="cuda", calibration_data=batches(4))
+    assert all(p.device.type == "cuda" for p in model.parameters())
+    here = lm().cuda()
+    quantize_(
+        here, Int4WeightOnlyConfig(32, algorithm="gptq"), but_head, calibration_data=[b.cuda() for b in batches(4)]
+    )
+    assert divergence(model, here, [b.cuda() for b in batches(2)]) < 0.01
+
+
+def test_device_meta_of_moves():
+    """A device asked for is where everything ends up, also the blocks that were moved for the run only."""
+    model = lm()
+    quantize_(model, Int4WeightOnlyConfig(32, algorithm="gptq"), but_head, device="cpu", calibration_data=batches(2))
+    assert torch.equal(
+        model(batches(1)[0]), quantized(Int4WeightOnlyConfig(32, algorithm="gptq"), batches(2))[0](batches(1)[0])
+    )

@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "ao").rglob("*.py"))
 
 PURE = {"bits", "blocks", "floats", "rounding", "layouts", "pieces"}
 MACHINERY = {"base", "ops", "sharding", "views"}
-CONSUMERS = {"linear", "checkpoint", "paths", "paths_cpu", "paths_gpu", "products"}
+CONSUMERS = {"linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu", "products"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "triton_kernels", "hopper_kernels", "transpose_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.

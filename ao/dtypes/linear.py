@@ -44,12 +44,14 @@ Path = Callable[[Tensor, QTensor], Tensor]
 
 PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
     ("words", paths_cpu.words_accepts, paths_cpu.words),
+    ("int_mm", paths_cpu.int_mm_accepts, paths_cpu.int_mm),
+    ("sums", paths_cpu.sums_accepts, paths_cpu.sums),
     ("int8pack", paths_cpu.int8pack_accepts, paths_cpu.int8pack),
+    ("split", paths_cpu.split_accepts, paths_cpu.split),
     ("gemv", paths_gpu.gemv_accepts, paths_gpu.gemv),
     ("fused", paths_gpu.fused_accepts, paths_gpu.fused),
     ("sums", paths_gpu.sums_accepts, paths_gpu.sums),
     ("scaled_product", paths_gpu.scaled_product_accepts, paths_gpu.scaled_product),
-    ("int_mm", paths_cpu.int_mm_accepts, paths_cpu.int_mm),
     ("int_mm", paths.int_mm_accepts, paths.int_mm),
     ("scaled_mm", paths.scaled_mm_accepts, paths.scaled_mm),
     ("int4pack", paths_cpu.int4pack_accepts, paths_cpu.int4pack),

@@ -1,11 +1,11 @@
-"""The products of an activation and a quantized weight that are fast on a CPU (see paths.py).
+"""The products of an activation and a quantized weight that are fast on a CPU (see paths.py; lanes.py reads the weight).
 
 What decides how an expression is written here, as measured on the C++ that Inductor makes of it:
 
-- On AVX2 a vector load of anything but floats takes a detour over the stack that costs as much as the arithmetic on thirty
-  codes. A scalar load that is broadcast is free. So codes are read as 32-bit words, a word into all lanes of a vector, and
-  each lane shifts its own code down.
 - What depends on the activation alone must be stored before the loop over the weight, or it is computed once per row.
+- Rows side by side share the loads of the activation, tokens side by side the decoding.
+- The library's product rearranges its right operand in every call, which for a few tokens takes longer than the product.
+  The integer one leaves its left operand as it is: with the weight there, 16 tokens take as long as 2.
 - A buffer of more than 32 MB is mapped anew in every call, which costs as much as the product of 16 tokens. So a weight is
   decoded in pieces; one kernel serves them all if no offset distinguishes their inputs.
 """
@@ -13,21 +13,20 @@ What decides how an expression is written here, as measured on the C++ that Indu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import paths
-from .base import QTensor, dense
+from . import lanes, paths
+from .base import QTensor
 from .bits import CHUNK
-from .codebook import CodebookTensor
 from .float8 import Float8Tensor
 from .int4_prepacked import Int4PrepackedTensor
 from .intx import IntxTensor
-from .paths import compiling, quantize_act
+from .paths import compiling, quantize_act, scaled_by_row
 
-_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 _VNNI = torch.cpu._is_vnni_supported()
 
 # The floating-point products that this CPU does in hardware.
@@ -36,47 +35,101 @@ if torch.backends.mkldnn.is_available():
     _FLOATS |= {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
     _FLOATS |= {torch.float16} if torch.ops.mkldnn._is_mkldnn_fp16_supported() else set()
 
-# Up to so many tokens it is faster to read a large weight once per token than to decode it. A CPU with bfloat16 products
-# takes as long for 16 tokens as for 2; one without takes twice as long for 2 as for 1.
-_FEW = 4 if torch.bfloat16 in _FLOATS else 8
 _LARGE = 2**20
+"""A weight of so many elements is worth a graph of its own for a few tokens."""
+
+_FEW = 4
+"""Up to so many tokens it is faster to go through a large weight with all of them than to decode it."""
 
 
-def words_accepts(x: Tensor, w: QTensor) -> bool:
+def sums_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.device.type == "cpu"
+        and lanes.AVX512
         and compiling()
         and isinstance(w, (IntxTensor, Float8Tensor))
-        and (_bits(w) < 8 or _AVX2)
-        and _in_chunks(w)
+        and lanes.in_chunks(w)
         # Last, as this makes another graph: of one token, and for a large weight of a few.
         and (x.shape[0] == 1 or (w.numel() >= _LARGE and 0 < x.shape[0] <= _FEW))
     )
 
 
+def sums(x: Tensor, w: QTensor) -> Tensor:
+    """sum over k of x * (q * scale) - sum over groups of (scale * z) * (sum over k of x): nothing dense is stored.
+
+    In float32, 32 elements a step: the products with both halves of a chunk are added before they go to the sum.
+    """
+    assert isinstance(w, (IntxTensor, Float8Tensor))
+    tokens, scale = x.shape[0], w.scale.float()  # (n or 1, groups)
+    act = _activation(x, w)
+    side = 1 if tokens == 1 else _FEW
+    rows = F.pad(act, (0, 0, 0, -tokens % side)).view(
+        -1, side, scale.shape[1], w.shape[1] // scale.shape[1] // CHUNK, 2, 16
+    )
+    rows = _stored(rows)  # (tokens / side, side, groups, chunks of a group, 2, 16)
+    parts = zip(lanes.numbers(w).chunk(2), scale.expand(w.shape[0], -1).chunk(2))
+    out = torch.cat([_dots(rows, part, part_scale) for part, part_scale in parts])  # (n, tokens / side, side)
+    out = out.view(w.shape[0], -1)[:, :tokens]
+    if scaled_by_row(w):
+        out = out * scale
+    zero = lanes.zero(w)
+    if isinstance(zero, Tensor) or zero:
+        of_groups = _stored(act.unflatten(1, (scale.shape[1], -1)).sum(-1))  # (tokens, groups)
+        out = out - ((scale * zero).unsqueeze(1) * of_groups).sum(-1)
+    return out.t().to(x.dtype).contiguous()
+
+
+def _dots(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """x: (tokens / side, side, groups, chunks, 2, 16), q: (n, groups, chunks, 2, 16) -> (n, tokens / side, side)."""
+    q = q.unsqueeze(1)
+    if scale.shape[1] > 1:
+        q = q * scale[:, None, :, None, None, None]
+    low, high = q[..., 0, :], q[..., 1, :]  # (n, 1, groups, chunks, 16)
+    out = []
+    for token in x.unbind(1):
+        products = lanes.multiply_add(high, token[..., 1, :], low * token[..., 0, :])
+        out.append(products.sum((2, 3)).sum(-1))
+    return torch.stack(out, -1)
+
+
+def words_accepts(x: Tensor, w: QTensor) -> bool:
+    few = (
+        4 if torch.bfloat16 in _FLOATS else 8
+    )  # A CPU without bfloat16 products takes twice as long for 2 tokens as for 1.
+    return (
+        x.device.type == "cpu"
+        and not lanes.AVX512
+        and compiling()
+        and isinstance(w, (IntxTensor, Float8Tensor))
+        and (lanes.bits(w) < 8 or lanes.AVX2)
+        and lanes.in_chunks(w)
+        and (x.shape[0] == 1 or (w.numel() >= _LARGE and 0 < x.shape[0] <= few))  # last, as in `sums`
+    )
+
+
 def words(x: Tensor, w: QTensor) -> Tensor:
-    """sum over k of x * (q - z) * scale: nothing dense is stored, and no lane waits for another.
+    """What `sums` computes, for CPUs that read words faster than bytes: no lane waits for another.
 
     The order of the elements is that of the packed words, so the activation is put into that order.
     """
     assert isinstance(w, (IntxTensor, Float8Tensor))
     n, groups = w.shape[0], w.scale.shape[1]
     rows = _activation(x, w).view(x.shape[0], groups, -1, CHUNK)  # (M, groups, chunks of a group, 32)
-    packed = _words(w)  # (N, groups, chunks of a group, words of a chunk)
+    packed = lanes.words(w)  # (N, groups, chunks of a group, words of a chunk)
     scale = w.scale.float()[..., None, None].expand(n, -1, 1, 1)
     out = None
-    for size, start in _sections(_bits(w)):
-        lanes = _stored(_in_lanes(rows, size))
+    for size, start in lanes.sections(lanes.bits(w)):
+        section = _stored(_in_lanes(rows, size))
         # Four rows side by side share the loads of the activation.
         parts = zip(packed[..., start : start + size].chunk(4), scale.chunk(4))
-        sums = torch.cat([_dot(lanes, part, size, w.qdata.dtype, part_scale) for part, part_scale in parts])  # (N, M)
-        out = sums if out is None else out + sums * 2**start
+        dots = torch.cat([_dot(section, part, size, w.qdata.dtype, part_scale) for part, part_scale in parts])  # (N, M)
+        out = dots if out is None else out + dots * 2**start
     assert out is not None
-    zero = _zero(w, _through_words)
+    zero = lanes.zero(w, lanes.through_words)
     if isinstance(zero, Tensor) or zero:
-        sums = _stored(rows.sum((-1, -2)))  # (M, groups)
-        out = out - ((w.scale.float() * zero).unsqueeze(1) * sums).sum(-1)
-    return out.t().to(x.dtype)
+        of_groups = _stored(rows.sum((-1, -2)))  # (M, groups)
+        out = out - ((w.scale.float() * zero).unsqueeze(1) * of_groups).sum(-1)
+    return out.t().to(x.dtype).contiguous()
 
 
 def _in_lanes(x: Tensor, size: int) -> Tensor:
@@ -90,9 +143,9 @@ def _in_lanes(x: Tensor, size: int) -> Tensor:
 def _dot(x: Tensor, packed: Tensor, size: int, dtype: torch.dtype, scale: Tensor) -> Tensor:
     """x: (M, groups, chunks, vectors / 2, 2, lanes), packed: (n, groups, chunks, words of a section) -> (n, M)."""
     if size == 8:
-        values = _numbers(_bytes(packed), dtype).unflatten(-2, (2, 2))
+        values = lanes.from_top(lanes.top_bytes(packed), dtype).unflatten(-2, (2, 2))
     else:
-        values = ((packed.unsqueeze(-1) >> _arange(0, 32, size)) & (2**size - 1)).float()
+        values = ((packed.unsqueeze(-1) >> lanes.arange(0, 32, size)) & (2**size - 1)).float()
         values = values.unflatten(-2, (-1, min(size, 2)))
     products = values.unsqueeze(1) * x  # (n, M, groups, chunks, vectors / 2, 2, lanes)
     # Two vectors before the scale and the sum, so that these are not what takes the time.
@@ -103,6 +156,7 @@ def _dot(x: Tensor, packed: Tensor, size: int, dtype: torch.dtype, scale: Tensor
 def int8pack_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.device.type == "cpu"
+        and not (lanes.AVX512 and compiling())
         and x.dtype == torch.bfloat16
         and 0 < x.shape[0] <= 4
         and isinstance(w, IntxTensor)
@@ -133,36 +187,87 @@ def int4pack(x: Tensor, w: QTensor) -> Tensor:
     return torch._weight_int4pack_mm_for_cpu(_stored(x), w.qdata, w.spec.block[1], scale_and_zero)
 
 
+def split_accepts(x: Tensor, w: QTensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and _VNNI
+        and isinstance(w, IntxTensor)
+        and w.spec.act is None
+        and w.qdata.dtype == torch.int8
+        and w.zero_point is None
+        and scaled_by_row(w)
+        and x.numel() > 0
+    )
+
+
+def split(x: Tensor, w: QTensor) -> Tensor:
+    """(256 * (high @ q.T) + low @ q.T) * step * scale, where x = step * (256 * high + low) in 16-bit fixed point.
+
+    step = max|x| / 32512 of a token, so that both bytes fit in int8, and what x loses is less than the output's rounding to
+    bfloat16. Both products are one of integers, exact. It takes as long as a product of bfloat16, and reads half.
+    """
+    assert isinstance(w, IntxTensor)
+    tokens = x.shape[0]
+    step = x.float().abs().amax(-1, keepdim=True) / 32512
+    whole = (x.float() * (1 / step)).round().to(torch.int32)
+    low = ((whole + 128) & 255) - 128
+    high = (whole - low) >> 8
+    total = _integer_product(torch.cat([high.to(torch.int8), low.to(torch.int8)]), w.qdata)  # (N, 2 M)
+    total = total[:, :tokens].float() * 256 + total[:, tokens:].float()
+    return ((total * w.scale.float()).t() * step).to(x.dtype).contiguous()
+
+
+def _integer_product(x: Tensor, q: Tensor) -> Tensor:
+    """q @ x.T in int32. x: (M, K) int8, q: (N, K) int8 -> (N, M)."""
+    # A single column whose stride the compiler sets to 0, which it may, comes out wrong.
+    return torch._int_mm(q, _stored(x.t()) if x.shape[0] == 1 else x.t())
+
+
 def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.device.type == "cpu" and not _VNNI and paths.int_mm_accepts(x, w)
+    return x.device.type == "cpu" and paths.int_mm_accepts(x, w)
 
 
 def int_mm(x: Tensor, w: QTensor) -> Tensor:
-    """((q_x - z) @ q_w.T) * scale_x * scale_w in float32, which is exact up to 2**24, and many times faster than integers
-    on a CPU without integer dot products."""
+    """((q_x - z) @ q_w.T) * scale_x * scale_w. Without integer dot products in float32, exact up to 2**24, and many times
+    faster than integers there."""
     assert isinstance(w, IntxTensor)
     act = quantize_act(x, w)
-    rows = act["qdata"].float()
-    if "zero_point" in act:
-        rows = rows - act["zero_point"].float()
-    total = _by_piece(rows, w, _integers)
-    return (total * act["scale"].float() * w.scale.float().t()).to(x.dtype)
+    if _VNNI:
+        q, tokens = act["qdata"], x.shape[0]
+        if "zero_point" in act:
+            # One more row, of ones, so that the same product gives the sums of the weight that the zero point multiplies.
+            q = torch.cat([q, torch.ones_like(q[:1])])
+        total = _integer_product(q, w.qdata).t().float()  # (M, N), or one more row
+        if "zero_point" in act:
+            total = total[:tokens] - act["zero_point"].float() * total[tokens:]
+    else:
+        rows = act["qdata"].float()
+        if "zero_point" in act:
+            rows = rows - act["zero_point"].float()
+        total = _by_piece(rows, w, _integers)
+    return (total * act["scale"].float() * w.scale.float().t()).to(x.dtype).contiguous()
 
 
 def _integers(w: QTensor) -> Tensor:
     assert isinstance(w, IntxTensor)
-    return _values(w).view(w.shape) if _reads_words(w) else w.qdata.float()
+    return _joined(lanes.numbers(w)).view(w.shape) if lanes.fast(w) else w.qdata.float()
 
 
 def pieces_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.device.type == "cpu" and (x.dtype not in _FLOATS or _pieces(w) > 1)
+    return x.device.type == "cpu" and (x.dtype not in _FLOATS or _pieces(w) > 1 or lanes.fast(w))
 
 
 def pieces(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T, a large weight in row pieces: a piece that stays in cache from its decoding to its use saves a round
     trip through memory. Computed in float32 on a CPU without products of x's dtype."""
     dtype = x.dtype if x.dtype in _FLOATS else torch.float32
-    return _by_piece(_activation(x, w).to(dtype), w, lambda part: _decode(part, dtype)).to(x.dtype)
+    rows = _activation(x, w).to(dtype)
+    if not (lanes.AVX512 and dtype == torch.bfloat16 and lanes.fast(w)):
+        return _by_piece(rows, w, lambda part: _decode(part, dtype)).to(x.dtype)
+    if not _is_exact(w):
+        return _by_piece(lanes.interleaved(rows), w, _pairs)
+    total = _by_piece(lanes.interleaved(rows), w, _exact_pairs)
+    return (total.float() * w.scale.float().t()).to(x.dtype)  # type: ignore[attr-defined]
 
 
 def _by_piece(rows: Tensor, w: QTensor, decode: Callable[[QTensor], Tensor]) -> Tensor:
@@ -176,8 +281,8 @@ def _by_piece(rows: Tensor, w: QTensor, decode: Callable[[QTensor], Tensor]) -> 
 
 
 def _pieces(w: QTensor) -> int:
-    """Into how many row pieces to cut a large weight: each 8 MB of float32, or 2 MB where every step of the decoding is a
-    pass over it; at most 32, which a graph can hold."""
+    """Into how many row pieces to cut a large weight: each of 2M elements, or 0.5M where every step of the decoding is a pass
+    over it; at most 32, which a graph can hold."""
     roles = type(w).roles
     rows = [t.shape[0] for name, t in w.fields().items() if roles[name] in ("elements", "per_block")]
     if "opaque" in roles.values() or any(n not in (1, w.shape[0]) for n in rows):
@@ -186,18 +291,35 @@ def _pieces(w: QTensor) -> int:
 
 
 def _decode(w: QTensor, dtype: torch.dtype) -> Tensor:
-    """`w.decode(dtype)`, read by words where that is faster."""
-    if not _reads_words(w):
+    """`w.decode(dtype)`."""
+    if not lanes.fast(w):
         return w.decode(dtype)
-    assert isinstance(w, (IntxTensor, Float8Tensor, CodebookTensor))
-    values, zero = _values(w), _zero(w)
-    if isinstance(zero, Tensor):
-        zero = zero[..., None, None, None, None]
-    return ((values - zero) * dense(w.scale).float()[..., None, None, None, None]).to(dtype).view(w.shape)
+    return _joined(lanes.values(cast(lanes.Packed, w)).to(dtype)).view(w.shape)
 
 
-def _reads_words(w: QTensor) -> bool:
-    return _AVX2 and compiling() and _in_chunks(w)
+def _pairs(w: QTensor) -> Tensor:
+    """The weight in bfloat16, for an activation that is `interleaved`."""
+    values = lanes.values(cast(lanes.Packed, w))  # (n, groups, chunks, 2, 16)
+    return lanes.pairs(values[..., 0, :], values[..., 1, :]).view(w.shape[0], -1).view(torch.bfloat16)
+
+
+def _exact_pairs(w: QTensor) -> Tensor:
+    """The same without the scale."""
+    numbers = lanes.numbers(cast(lanes.Packed, w))
+    return lanes.pairs(numbers[..., 0, :], numbers[..., 1, :], exact=True).view(w.shape[0], -1).view(torch.bfloat16)
+
+
+def _is_exact(w: QTensor) -> bool:
+    """Whether elements of 8 bits are bfloat16 numbers, and one scale serves a row."""
+    plain = isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits == 8 and w.zero_point is None)
+    return plain and scaled_by_row(w)  # type: ignore[arg-type]
+
+
+def _joined(values: Tensor) -> Tensor:
+    """The halves of a chunk one after the other: a store for each, where a loop over both would leave the vectors."""
+    if not lanes.AVX512:
+        return values
+    return torch.cat([values[..., 0, :], values[..., 1, :]], -1)
 
 
 def _activation(x: Tensor, w: QTensor) -> Tensor:
@@ -205,111 +327,6 @@ def _activation(x: Tensor, w: QTensor) -> Tensor:
     if w.spec.act is None:
         return x.float()
     return w.spec.act.wrap(quantize_act(x, w), torch.float32, x.shape).decode(torch.float32)
-
-
-# Codes as words.
-
-
-def _in_chunks(w: QTensor) -> bool:
-    """Whether the rows of a weight are chunks of whole words, and no chunk has more than one scale."""
-    if not isinstance(w, (IntxTensor, Float8Tensor, CodebookTensor)) or w.numel() == 0:
-        return False
-    (n, k), q = w.shape, w.qdata
-    qparams = [t for t in (w.scale, getattr(w, "zero_point", None)) if t is not None]
-    return (
-        k % CHUNK == 0
-        and q.shape == (n, k * _bits(w) // 8)
-        and (q.stride(0) % 4, q.stride(1), q.storage_offset() % 4) == (0, 1, 0)
-        and all(t.shape[0] in (1, n) and k // t.shape[1] % CHUNK == 0 for t in qparams)
-    )
-
-
-def _bits(w: QTensor) -> int:
-    bits: int = getattr(w.spec, "bits", 8)
-    return bits
-
-
-def _sections(bits: int) -> list[tuple[int, int]]:
-    """(bits of a section, its first word in a chunk, which is also its first bit in a code), see bits.py."""
-    sizes = [size for size in (8, 4, 2, 1) if bits & size]
-    return [(size, sum(sizes[:i])) for i, size in enumerate(sizes)]
-
-
-def _words(w: IntxTensor | Float8Tensor | CodebookTensor) -> Tensor:
-    """The packed elements as int32: (n, groups, chunks of a group, words of a chunk)."""
-    return w.qdata.view(torch.int32).view(w.shape[0], w.scale.shape[1], -1, _bits(w))
-
-
-def _arange(*args: int) -> Tensor:
-    return torch.arange(*args, dtype=torch.int32)
-
-
-def _pairs(words: Tensor) -> Tensor:
-    """Two words in eight lanes, the first in the lower four: (..., 2 m) -> (..., m, 8)."""
-    pairs = words.unflatten(-1, (-1, 2)).unsqueeze(-1)
-    return torch.where(_arange(8) < 4, pairs[..., 0, :], pairs[..., 1, :])
-
-
-def _bytes(words: Tensor) -> Tensor:
-    """The bytes of words in their order, each on top of a word of its own: (..., 2 m) -> (..., m, 8)."""
-    return _pairs(words) << (24 - ((_arange(8) & 3) << 3))
-
-
-def _numbers(top: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the byte on top of an int32 stands for in `dtype`, as float32."""
-    if dtype == torch.int8:
-        return (top >> 24).float()
-    if dtype == torch.uint8:
-        return ((top >> 24) & 255).float()
-    # Sign, exponent and mantissa to their places in a float32, whose exponent has more bits and another bias.
-    shift, bias = (4, 2.0**120) if dtype == torch.float8_e4m3fn else (3, 2.0**112)
-    return ((top & -(2**31)) | ((top >> shift) & (0x7F000000 >> shift))).view(torch.float32) * bias
-
-
-def _codes(words: Tensor, bits: int) -> Tensor:
-    """Codes of fewer than 8 bits in their order: (..., words of a chunk) -> (..., 2, 2, 8)."""
-    lane, b, a = _arange(8), _arange(2).view(2, 1), _arange(2).view(2, 1, 1)  # element 16 a + 8 b + lane
-    byte = (lane & 3) << 3
-    codes = None
-    for size, start in _sections(bits):
-        part = words[..., start : start + size]
-        if size == 4:
-            part = _pairs(part).unsqueeze(-3) >> (byte + 4 * a)
-        elif size == 2:
-            part = _pairs(part).unsqueeze(-3) >> (byte + (4 * a + 2 * b))
-        else:
-            part = part[..., None, None] >> (byte + (lane >> 2) + (4 * a + 2 * b))
-        part = part & (2**size - 1)
-        codes = part if codes is None else codes | (part << start)
-    assert codes is not None
-    return codes
-
-
-def _values(w: QTensor) -> Tensor:
-    """The elements in their order before zero point and scale, float32: (n, groups, chunks of a group, 2, 2, 8)."""
-    assert isinstance(w, (IntxTensor, Float8Tensor, CodebookTensor))
-    if _bits(w) == 8:
-        values = _numbers(_bytes(_words(w)), w.qdata.dtype).unflatten(-2, (2, 2))
-    else:
-        values = _codes(_words(w), _bits(w))
-    return w.table[values.int()] if isinstance(w, CodebookTensor) else values.float()
-
-
-def _zero(w: QTensor, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:
-    """What is to be subtracted from `_values`: (n, groups), (1, groups) or one number."""
-    if not isinstance(w, IntxTensor):
-        return 0.0
-    offset = 2.0 ** (w.spec.bits - 1) if w.spec.signed and w.spec.bits < 8 else 0.0
-    if w.zero_point is None:
-        return offset - 0.5 if w.spec.is_binary else offset
-    return as_floats(w.zero_point) + offset
-
-
-def _through_words(t: Tensor) -> Tensor:
-    """`t.float()`, by words if it has 8 bits and they fit."""
-    if not _AVX2 or t.element_size() > 1 or t.numel() % 8 or t.storage_offset() % 4 or not t.is_contiguous():
-        return t.float()
-    return _numbers(_bytes(t.view(-1).view(torch.int32)), t.dtype).view(t.shape)
 
 
 def _stored(t: Tensor) -> Tensor:

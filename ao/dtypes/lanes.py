@@ -1,0 +1,216 @@
+"""Packed elements as float vectors on a CPU: the same numbers as `decode`, in the form of which Inductor makes fast C++.
+
+Only for graphs that are compiled, and for weights whose rows are chunks (bits.py) of whole words (`in_chunks`). What
+decides the form, as measured on the generated code:
+
+- AVX-512: a load of 16 bytes into 16 lanes costs one instruction. A chunk of 32 elements is two such vectors, `(2, 16)`.
+- AVX2: a vector load of anything but floats takes a detour over the stack that costs as much as the arithmetic on thirty
+  codes, while a scalar load that is broadcast is free. So codes are read as 32-bit words, a word into all lanes of a vector,
+  and each lane shifts its own code down. A chunk is four vectors, `(2, 2, 8)`.
+- A conversion of floats to bfloat16 costs ten instructions a vector. In integer arithmetic on pairs of them it costs three.
+- Arithmetic on bytes is emulated. So bytes become 32-bit integers before anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .base import QTensor, dense
+from .bits import CHUNK
+from .codebook import CodebookTensor
+from .float8 import Float8Tensor
+from .intx import IntxTensor
+from .paths import compiling
+
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+Packed = IntxTensor | Float8Tensor | CodebookTensor
+_PACKED = (IntxTensor, Float8Tensor, CodebookTensor)
+
+
+def in_chunks(w: QTensor) -> bool:
+    """Whether the rows of a weight are chunks of whole words, and no chunk has more than one scale."""
+    if not isinstance(w, _PACKED) or w.numel() == 0:
+        return False
+    (n, k), q = w.shape, w.qdata
+    qparams = [t for t in (w.scale, getattr(w, "zero_point", None)) if t is not None]
+    return (
+        k % CHUNK == 0
+        and q.shape == (n, k * bits(w) // 8)
+        and (q.stride(0) % 4, q.stride(1), q.storage_offset() % 4) == (0, 1, 0)
+        and all(t.shape[0] in (1, n) and k // t.shape[1] % CHUNK == 0 for t in qparams)
+    )
+
+
+def fast(w: QTensor) -> bool:
+    """Whether to read a weight by `numbers` rather than to `decode` it."""
+    return (AVX2 or AVX512) and compiling() and in_chunks(w)
+
+
+def bits(w: QTensor) -> int:
+    """Bits of an element."""
+    width: int = getattr(w.spec, "bits", 8)
+    return width
+
+
+def sections(width: int) -> list[tuple[int, int]]:
+    """(bits of a section, its first word in a chunk, which is also its first bit in a code), see bits.py."""
+    sizes = [size for size in (8, 4, 2, 1) if width & size]
+    return [(size, sum(sizes[:i])) for i, size in enumerate(sizes)]
+
+
+def words(w: Packed) -> Tensor:
+    """The packed elements as int32: (n, groups, chunks of a group, words of a chunk)."""
+    return w.qdata.view(torch.int32).view(w.shape[0], w.scale.shape[1], -1, bits(w))
+
+
+def numbers(w: Packed) -> Tensor:
+    """The elements before zero point and scale, float32: (n, groups, chunks of a group, 2, ..., lanes)."""
+    if bits(w) == 8:
+        if AVX512:
+            return _from_bytes(w.qdata.view(w.shape[0], w.scale.shape[1], -1, 2, 16))
+        return from_top(top_bytes(words(w)), w.qdata.dtype).unflatten(-2, (2, 2))
+    codes = _codes_512(w) if AVX512 else _codes(words(w), bits(w))
+    return w.table[codes] if isinstance(w, CodebookTensor) else codes.float()
+
+
+def zero(w: QTensor, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:
+    """What is to be subtracted from `numbers`: (n, groups), (1, groups) or one number."""
+    if not isinstance(w, IntxTensor):
+        return 0.0
+    offset = 2.0 ** (w.spec.bits - 1) if w.spec.signed and w.spec.bits < 8 else 0.0
+    if w.zero_point is None:
+        return offset - 0.5 if w.spec.is_binary else offset
+    return as_floats(w.zero_point) + offset
+
+
+def values(w: Packed) -> Tensor:
+    """(numbers - zero) * scale, float32: (n, groups, chunks of a group, 2, ..., lanes)."""
+    q, z, scale = numbers(w), zero(w), dense(w.scale).float()
+    broad = (...,) + (None,) * (q.dim() - 2)
+    if not isinstance(z, Tensor) and z == 0:
+        return q * scale[broad]
+    if AVX512:
+        return multiply_add(q, scale[broad], (scale * -z)[broad])
+    return (q - (z[broad] if isinstance(z, Tensor) else z)) * scale[broad]
+
+
+def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c, of which the compiler makes two instructions if it is not told to make one."""
+    import torch._inductor.inductor_prims  # where the operator comes from
+
+    shape = torch.broadcast_shapes(a.shape, b.shape, c.shape)
+    return cast(Tensor, torch.ops.prims.fma.default(a.expand(shape), b.expand(shape), c.expand(shape)))
+
+
+# bfloat16
+
+
+def pairs(first: Tensor, second: Tensor, exact: bool = False) -> Tensor:
+    """Two float32 tensors as one of int32, whose low half is a bfloat16 of `first` and whose high half one of `second`.
+
+    Rounds halves away from zero. exact: there is nothing to round.
+    """
+    a, b = first.view(torch.int32), second.view(torch.int32)
+    if not exact:
+        a, b = a + 0x8000, b + 0x8000
+    return ((a >> 16) & 0xFFFF) | (b & -0x10000)
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """The elements of each chunk in the order in which `pairs` of its halves stores them. x: (M, K) bfloat16."""
+    halves = x.view(x.shape[0], -1, 2, 16).float()
+    return pairs(halves[:, :, 0], halves[:, :, 1], exact=True).view(x.shape[0], -1).view(torch.bfloat16)
+
+
+# AVX-512
+
+
+def _from_bytes(q: Tensor) -> Tensor:
+    """Elements of 8 bits as float32."""
+    if not q.dtype.is_floating_point:
+        return q.to(torch.int32).float()
+    # Sign, exponent and mantissa to their places in a float32, whose exponent has more bits and another bias. The codes of
+    # infinity and NaN, which no finite number is quantized to, become numbers.
+    shift, bias = (20, 2.0**120) if q.dtype == torch.float8_e4m3fn else (21, 2.0**112)
+    word = q.view(torch.int8).to(torch.int32) << shift
+    return (word & (-(2**31) | (0x7F << shift))).view(torch.float32) * bias
+
+
+def _codes_512(w: Packed) -> Tensor:
+    """Codes of fewer than 8 bits in their order, int32: (n, groups, chunks of a group, 2, 16)."""
+    lane, half = arange(16), arange(2).view(2, 1)  # element 16 half + lane
+    in_bytes = w.qdata.view(w.shape[0], w.scale.shape[1], -1, 1, 4 * bits(w))
+    in_words = words(w).unsqueeze(-1).unsqueeze(-1)  # (n, groups, chunks of a group, words, 1, 1)
+    codes = None
+    for size, start in sections(bits(w)):
+        if size == 4:
+            part = in_bytes[..., 4 * start : 4 * start + 16].to(torch.int32) >> (4 * half)
+        elif size == 2:
+            word = torch.where((lane & 4) == 0, in_words[..., start, :, :], in_words[..., start + 1, :, :])
+            part = word >> (8 * (lane & 3) + 4 * half + 2 * (lane >> 3))
+        else:
+            part = in_words[..., start, :, :] >> (8 * (lane & 3) + 4 * half + (lane >> 2))
+        part = part & (2**size - 1)
+        codes = part if codes is None else codes | (part << start)
+    assert codes is not None
+    return codes
+
+
+# AVX2
+
+
+def arange(*args: int) -> Tensor:
+    return torch.arange(*args, dtype=torch.int32)
+
+
+def _two_words(words: Tensor) -> Tensor:
+    """Two words in eight lanes, the first in the lower four: (..., 2 m) -> (..., m, 8)."""
+    pairs = words.unflatten(-1, (-1, 2)).unsqueeze(-1)
+    return torch.where(arange(8) < 4, pairs[..., 0, :], pairs[..., 1, :])
+
+
+def top_bytes(words: Tensor) -> Tensor:
+    """The bytes of words in their order, each on top of a word of its own: (..., 2 m) -> (..., m, 8)."""
+    return _two_words(words) << (24 - ((arange(8) & 3) << 3))
+
+
+def from_top(top: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the byte on top of an int32 stands for in `dtype`, as float32."""
+    if dtype == torch.int8:
+        return (top >> 24).float()
+    if dtype == torch.uint8:
+        return ((top >> 24) & 255).float()
+    shift, bias = (4, 2.0**120) if dtype == torch.float8_e4m3fn else (3, 2.0**112)  # see _from_bytes
+    return ((top & -(2**31)) | ((top >> shift) & (0x7F000000 >> shift))).view(torch.float32) * bias
+
+
+def _codes(words: Tensor, width: int) -> Tensor:
+    """Codes of fewer than 8 bits in their order: (..., words of a chunk) -> (..., 2, 2, 8)."""
+    lane, b, a = arange(8), arange(2).view(2, 1), arange(2).view(2, 1, 1)  # element 16 a + 8 b + lane
+    byte = (lane & 3) << 3
+    codes = None
+    for size, start in sections(width):
+        part = words[..., start : start + size]
+        if size == 4:
+            part = _two_words(part).unsqueeze(-3) >> (byte + 4 * a)
+        elif size == 2:
+            part = _two_words(part).unsqueeze(-3) >> (byte + (4 * a + 2 * b))
+        else:
+            part = part[..., None, None] >> (byte + (lane >> 2) + (4 * a + 2 * b))
+        part = part & (2**size - 1)
+        codes = part if codes is None else codes | (part << start)
+    assert codes is not None
+    return codes
+
+
+def through_words(t: Tensor) -> Tensor:
+    """`t.float()`, by words if it has 8 bits and they fit."""
+    if not AVX2 or t.element_size() > 1 or t.numel() % 8 or t.storage_offset() % 4 or not t.is_contiguous():
+        return t.float()
+    return from_top(top_bytes(t.view(-1).view(torch.int32)), t.dtype).view(t.shape)

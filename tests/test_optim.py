@@ -84,6 +84,15 @@ EVEN = Codebook(tuple((i + 1) / 16 for i in range(16)), (1, -1))
 
 
 @pytest.mark.parametrize("spec", MAPS, ids=str)
+def test_numbers_beyond_the_map_take_its_ends(spec):
+    x = torch.tensor([[-1e30, -3.0, -1.01, 1.01, 3.0, 1e6, 1e30, 0.0]]) * spec.values[-1]
+    low, high = spec.values[0], spec.values[-1]
+    for encode in (spec.encode, torch.compile(spec.encode, backend="aot_eager")):
+        q = spec.wrap(encode(x, scale=torch.ones(1, 1)), torch.float32, x.shape)
+        assert q.dequantize().tolist() == [[low] * 3 + [high] * 4 + [0.0]]
+
+
+@pytest.mark.parametrize("spec", MAPS, ids=str)
 def test_dynamic_tree_is_the_published_map(spec):
     expected = published(spec.bits, spec.signed)
     values = torch.tensor(spec.values, dtype=torch.float64) / spec.values[-1]

@@ -87,6 +87,16 @@ EXACT = [
 ]
 
 
+def same_product(model, x, expected):
+    """The outputs are equal; where a weight has a product of its own, they are once it is decoded, and near before."""
+    quantized = [p for p in model.parameters() if isinstance(p, QTensor)]
+    if all(p.spec.act is None for p in quantized):
+        tolerance = 3e-3 if expected.dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
+        model = ao.dequantize_(copy.deepcopy(model))
+    assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("learning", [False, True], ids=["follows", "learned"])
 @pytest.mark.parametrize("config", EXACT, ids=lambda c: repr(c)[:70])
@@ -104,7 +114,7 @@ def test_converted_is_what_was_trained(config, learning, dtype, device):
     assert type(model[0]) is nn.Linear and isinstance(model[0].weight, QTensor) and not model[0].weight.requires_grad
     assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert torch.equal(model[0].weight.dequantize(), weight)
-    assert torch.equal(model(x), expected)
+    same_product(model, x, expected)
 
 
 @pytest.mark.parametrize("config", EXACT[:3] + EXACT[6:8], ids=lambda c: repr(c)[:70])
@@ -337,7 +347,7 @@ def test_rules_and_other_layers():
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     expected = model(batches(1)[0])
     quantize_(model, QATConfig(rules, step="convert"))
-    assert torch.equal(model(batches(1)[0]), expected)
+    same_product(model, batches(1)[0], expected)
     assert type(model.model.layers[0].self_attn.q_proj.weight) is nn.Parameter
 
 

@@ -46,6 +46,7 @@ class _Map:
     forward: entry = max(0, max over the lines), at most the largest entry, `top` in bits.
     inverse: of the entry; its integer part is j. `floor`, in bits: its value at 0.
     last: the line by which j passes from the last entry of the last decade to that of the largest entry.
+    end: j of the largest entry. Numbers beyond the map take its ends.
     """
 
     entries: tuple[float, ...]
@@ -56,6 +57,7 @@ class _Map:
     last: tuple[float, float]
     top: int
     floor: int
+    end: int
 
 
 def _map(bits: int, signed: bool) -> _Map:
@@ -90,6 +92,7 @@ def _map(bits: int, signed: bool) -> _Map:
         (steep, end + 0.2 - steep * middle),
         _bits(top),
         _bits(inverse[0][1]),
+        end,
     )
 
 
@@ -148,9 +151,9 @@ class DynamicTree(Spec):
             place = line if place is None else torch.minimum(place, line)
         assert place is not None
         # Of `x`: the maximum has no negative.
+        place = place.clamp(max=_bits(form.end) - 1)
         place = torch.maximum(place, (x * form.last[0] + form.last[1]).view(torch.int32))
-        if not self.signed:
-            place = place.clamp(min=form.floor)
+        place = place.clamp(None if self.signed else form.floor, _bits(form.end + 0.5))
         # Between the last entry of a decade and the first of the next, whose steps are five times as wide, the middle is a
         # fifth of a step beyond the decade: where the place less 0.2 falls below a power of two, the entry below is nearer.
         # The exponents tell, without a comparison.

@@ -51,9 +51,10 @@ def test_graphs_over_all_batches(spec):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
-@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("gap", [0, 3, 8])
 @pytest.mark.parametrize("shape", [(2, 64), (3, 64), (16, 72), (7, 8), (8, 64)], ids=str)
-def test_weights_that_end_where_memory_ends(shape, gap):
+def test_weights_that_end_where_memory_ends(shape, gap, tokens):
     """Where a file is mapped, a weight may begin anywhere, and end at the end of a page with nothing behind it."""
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
@@ -66,13 +67,13 @@ def test_weights_that_end_where_memory_ends(shape, gap):
         q = Intx(8).quantize(weight(shape, dtype=torch.bfloat16))
         codes.copy_(q.qdata)
         end = q.spec.wrap({"qdata": codes, "scale": q.scale}, q.dtype, q.shape)
-        x = weight((1, shape[1]), 1, torch.bfloat16)
+        x = weight((tokens, shape[1]), 1, torch.bfloat16)
         assert torch.equal(F.linear(x, end), F.linear(x, q))
     finally:
         libc.munmap(ctypes.c_void_p(base), ctypes.c_size_t(2 * page))
 
 
-def test_no_int8pack_above_four_tokens():
+def test_no_int8pack_above_three_tokens():
     q = Intx(8).quantize(weight((64, 256), dtype=torch.bfloat16))
     linear = torch.compile(F.linear, fullgraph=True, dynamic=True)
     with torch.no_grad():

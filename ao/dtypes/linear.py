@@ -5,7 +5,7 @@
 one autograd.Function below. A product takes the first path in `PATHS` that accepts it:
 
     words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
-    int8pack    up to four tokens on a CPU, int8 weight: ATen's own product
+    int8pack    up to three tokens on a CPU, int8 weight: ATen's own product
     gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
     fused       2 to 64 tokens on a GPU (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way
                 to the tensor cores, or feed them 8 bits

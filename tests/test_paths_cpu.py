@@ -63,7 +63,9 @@ def test_weights_that_end_where_memory_ends(shape, gap, tokens):
     base = libc.mmap(None, ctypes.c_size_t(2 * page), 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, ctypes.c_size_t(0))
     try:
         libc.mprotect(ctypes.c_void_p(base + page), ctypes.c_size_t(page), 0)
-        codes = torch.frombuffer((ctypes.c_int8 * n).from_address(base + page - n - gap), dtype=torch.int8).reshape(shape)
+        codes = torch.frombuffer((ctypes.c_int8 * n).from_address(base + page - n - gap), dtype=torch.int8).reshape(
+            shape
+        )
         q = Intx(8).quantize(weight(shape, dtype=torch.bfloat16))
         codes.copy_(q.qdata)
         end = q.spec.wrap({"qdata": codes, "scale": q.scale}, q.dtype, q.shape)

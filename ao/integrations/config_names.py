@@ -37,7 +37,8 @@ def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config
     if not isinstance(quant_type, (Config, Spec)):
         raise TypeError(
             f"{who}: quant_type must be a config such as ao.Int4WeightOnlyConfig(), a Spec such as ao.Intx(bits=4), or a name "
-            f"such as 'int4_weight_only', got {quant_type!r}" + ("; call it first" if isinstance(quant_type, type) else "")
+            f"such as 'int4_weight_only', got {quant_type!r}"
+            + ("; call it first" if isinstance(quant_type, type) else "")
         )
     return quant_type
 

@@ -11,8 +11,8 @@ it to a quantized weight would mostly round it away (of an update of 3 % of an i
 here becomes a plain one, W + B A in the dtype that W dequantizes to, and its quantized weight is kept beside it, so that
 unmerging restores it bit for bit. After `merge_and_unload` the model is a plain one: save it, or `ao.quantize_` it again.
 
-PEFT has no place to register a layer class for `nn.Linear`s of a kind, so that importing this module puts a function of its own in
-front of the one with which PEFT chooses the class.
+PEFT has no place to register a layer class for `nn.Linear`s of a kind. Importing this module puts a function of its own in front
+of the one with which PEFT chooses the class.
 """
 
 from __future__ import annotations

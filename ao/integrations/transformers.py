@@ -12,27 +12,37 @@ transformers has no way to find a quantizer by itself, so the import comes first
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from enum import Enum
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..dtypes import QTensor, Spec
 from ..dtypes.checkpoint import flatten
-from ..quant import Config, autoquant, config_to_dict, dequantize_
+from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.report import Report
 from .config_names import AUTOQUANT, read_quant_type
 from .mapped_memory import MappedFiles
-from .transformers_layers import plan_for
+from .transformers_layers import candidates, embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
 
-METHOD = "ao"
+
+class QuantizationMethod(str, Enum):
+    """The name under which transformers and diffusers know us."""
+
+    AO = "ao"
+
+    __str__ = str.__str__
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config("ao")
 class AoConfig(QuantizationConfigMixin):
     """How to quantize a model while `from_pretrained` loads it.
 
@@ -50,7 +60,7 @@ class AoConfig(QuantizationConfigMixin):
     Raises TypeError or ValueError for a quant_type that is none of these.
     """
 
-    quant_method: str
+    quant_method: QuantizationMethod  # type: ignore[assignment]
     quant_type: Config | Spec | str
 
     def __init__(
@@ -61,7 +71,7 @@ class AoConfig(QuantizationConfigMixin):
         untie_embedding_weights: bool = False,
         *,
         include_input_output_embeddings: bool = False,
-        quant_method: str = METHOD,
+        quant_method: str = "ao",
         quant_type_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -71,7 +81,7 @@ class AoConfig(QuantizationConfigMixin):
                 "include_embedding=True; set tie_word_embeddings=False in the model's config to part them"
             )
         kwargs |= quant_type_kwargs or {}
-        self.quant_method = METHOD
+        self.quant_method = QuantizationMethod.AO
         self.quant_type = read_quant_type(quant_type, kwargs, "AoConfig")
         self.quant_type_kwargs = kwargs if self.quant_type == AUTOQUANT else {}
         self.modules_to_not_convert = modules_to_not_convert
@@ -86,17 +96,16 @@ class AoConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that `from_dict` reads."""
-        quant_type = self.quant_type if isinstance(self.quant_type, str) else config_to_dict(self.quant_type)
-        made = {
-            "quant_method": METHOD,
-            "quant_type": quant_type,
+        return {
+            "quant_method": "ao",
+            "quant_type": self.quant_type if isinstance(self.quant_type, str) else config_to_dict(self.quant_type),
+            "quant_type_kwargs": {key: str(value) for key, value in self.quant_type_kwargs.items()},
             "modules_to_not_convert": self.modules_to_not_convert,
             "include_embedding": self.include_embedding,
         }
-        return made | ({"quant_type_kwargs": {k: str(v) for k, v in kwargs.items()}} if (kwargs := self.quant_type_kwargs) else {})
 
 
-@register_quantizer(METHOD)
+@register_quantizer("ao")
 class AoHfQuantizer(HfQuantizer):
     """What `from_pretrained` and `save_pretrained` ask about a model that `ao` quantizes.
 
@@ -107,10 +116,11 @@ class AoHfQuantizer(HfQuantizer):
     quantization_config: AoConfig
 
     def __init__(self, quantization_config: AoConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.copy(quantization_config), **kwargs)  # saving writes into it what was left out
         self.report = Report()
         self.plan: Plan = {}
         self.stored = Stored({})
+        self.keep: list[str] = []
         self.files = MappedFiles(())
 
     # What transformers asks.
@@ -131,12 +141,7 @@ class AoHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError for a device map with "disk" in it."""
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            on_disk = [name for name, device in device_map.items() if device == "disk"]
-            raise ValueError(
-                f"device_map puts {on_disk[:3]} on the disk, and accelerate stores plain tensors there only; give it more "
-                'memory (max_memory), "cpu" in place of "disk", or fewer bits'
-            )
+        refuse_disk(device_map)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the parameter is quantized as it loads."""
@@ -159,9 +164,16 @@ class AoHfQuantizer(HfQuantizer):
     ) -> None:
         if self.pre_quantized:
             self.stored = Stored.of(checkpoint_files or [])
-        elif self.quantization_config.quant_type != AUTOQUANT:
+            return
+        config, embeddings = self.quantization_config, embedding_names(model)
+        left_out = config.modules_to_not_convert
+        self.keep = self.get_modules_to_not_convert(model, left_out, list(model._keep_in_fp32_modules or ()))
+        if config.include_embedding:
+            ends = {name.removesuffix(".weight") for name in embeddings} - set(left_out or ())
+            self.keep = [name for name in self.keep if name not in ends]
+        if config.quant_type != AUTOQUANT:
             self.files = MappedFiles(checkpoint_files or ())
-            self.plan, self.report = plan_for(model, self.quantization_config, self.get_modules_to_not_convert)
+            self.plan, self.report = plan_for(model, config, self.keep, embeddings)
 
     def get_quantize_ops(self) -> Quantize:
         """Quantize a tensor that was read."""
@@ -177,7 +189,7 @@ class AoHfQuantizer(HfQuantizer):
             return weight_conversions
         return [Fields(self.stored, weight_conversions, model, self), *weight_conversions]
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         # Conversions turn the model's names and tensors back into those of its first checkpoint, which the fields of
         # quantized tensors cannot follow: it is saved under its own names.
         model._weight_conversions = []
@@ -185,7 +197,11 @@ class AoHfQuantizer(HfQuantizer):
             if not isinstance(model.get_parameter_or_buffer(name), QTensor):
                 self.report.skipped[name] = "the checkpoint does not have it"
         if self.quantization_config.quant_type == AUTOQUANT and not self.pre_quantized:
-            autoquant(model, **{"manual": True, **self.quantization_config.quant_type_kwargs})
+
+            def chosen(module: nn.Module, name: str) -> bool:
+                return is_linear(module, name) and should_convert_module(name, self.keep)
+
+            autoquant(model, **{"manual": True, "filter_fn": chosen, **self.quantization_config.quant_type_kwargs})
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         dequantize_(model)
@@ -200,13 +216,59 @@ class AoHfQuantizer(HfQuantizer):
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters only
-        if self.quantization_config.quant_type == AUTOQUANT:
+        config = self.quantization_config
+        if config.quant_type == AUTOQUANT:
             report = getattr(model, "autoquant_report", None)
             if report is None:
-                raise RuntimeError("autoquant has not decided yet: call model.finalize_autoquant() before save_pretrained")
-            self.quantization_config.quant_type = report.plan
-            self.quantization_config.quant_type_kwargs = {}
+                raise RuntimeError("autoquant has not decided yet: call model.finalize_autoquant(), then save")
+            config.quant_type, config.quant_type_kwargs = report.plan, {}
+        # What is quantized follows from the file. This is for readers that must know before they open it, such as vLLM.
+        config.modules_to_not_convert = [
+            name
+            for name, module in model.named_modules()
+            if is_linear(module, name) and not isinstance(module._parameters["weight"], QTensor)
+        ]
         state = model.state_dict(keep_vars=True)
         tied = getattr(model, "all_tied_weights_keys", {})
         return flatten(dict(sorted(state.items(), key=lambda item: item[0] in tied)))  # stored under the name tied to
 
+
+def mark_quantized(model: Any) -> Any:
+    """Tell a model that `ao.quantize_`, or a recipe, has quantized in place, that it is. Returns the model.
+
+    model: a PreTrainedModel.
+
+    From then on `model.save_pretrained(...)` and `from_pretrained` work as for a model that was loaded with an `AoConfig`.
+    Raises ValueError for a model without quantized parameters, or one that another library has quantized.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, AoHfQuantizer):
+        raise ValueError(
+            f"mark_quantized: {quantizer.quantization_config.quant_method} has quantized this model already"
+        )
+    found = {name: p.spec for name, p in model.named_parameters() if isinstance(p, QTensor)}
+    if not found:
+        raise ValueError(f"mark_quantized: {type(model).__name__} has no quantized parameter; call ao.quantize_ first")
+    table: dict[str, Any] = dict(found)
+    layers = [name for name, kind in candidates(model, set()) if kind]
+    if layers:
+        # The most common format is the default; what differs from it is named.
+        table["_default"] = default = Counter(found.get(name) for name in layers).most_common(1)[0][0]
+        table |= dict.fromkeys(set(layers) - found.keys())
+        table = {name: spec for name, spec in table.items() if name not in layers or spec != default}
+    config = AoConfig(FqnToConfig(table))
+    model.hf_quantizer = AoHfQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model._weight_conversions = []
+    return model
+
+
+def refuse_disk(device_map: Any) -> None:
+    """Raise ValueError for a device map that puts modules on the disk."""
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        on_disk = [name for name, device in device_map.items() if device == "disk"]
+        raise ValueError(
+            f"device_map puts {on_disk[:3]} on the disk, where accelerate stores plain tensors only; give it more memory "
+            '(max_memory), "cpu" in place of "disk", or fewer bits'
+        )

@@ -7,7 +7,7 @@ others take the weight half.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,46 +20,45 @@ from ..quant import Config, FqnToConfig, is_linear
 from ..quant.quantize import planned_specs
 from ..quant.report import Report
 
-Choice = Config | Spec | None
-
 
 def plan_for(
-    model: Any, config: Any, modules_to_not_convert: Callable[..., list[str]]
+    model: nn.Module,
+    config: Any,
+    keep: list[str],
+    embeddings: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> tuple[dict[str, tuple[Spec, float | None]], Report]:
     """Full name of a parameter -> its Spec and the scale of its static activation; and a Report of what is passed over.
 
-    model: a PreTrainedModel. config: an AoConfig.
-    modules_to_not_convert: transformers' rule for what stays as it is, `HfQuantizer.get_modules_to_not_convert`.
+    config: an AoConfig.
+    keep: the modules that stay as they are, unless a rule names them; names, ends of names, or regular expressions.
+    embeddings: names of the weights of the input embedding and the output head, and of what is tied to them.
 
     Raises ValueError for a shape that its format does not take, for a rule that matches nothing, and when nothing is left to
     quantize.
     """
-    rules = config.quant_type if isinstance(config.quant_type, FqnToConfig) else FqnToConfig({"_default": config.quant_type})
+    whole = config.quant_type
+    rules = whole if isinstance(whole, FqnToConfig) else FqnToConfig({"_default": whole})
     default = rules.fqn_to_config.get("_default")
     named = FqnToConfig({key: choice for key, choice in rules.fqn_to_config.items() if key != "_default"})
     planned_specs(model, named)  # raises for rules that match nothing
-    embeddings = _embeddings(model)
-    keep = modules_to_not_convert(model, config.modules_to_not_convert, model._keep_in_fp32_modules)
-    if config.include_embedding:
-        keep = [name for name in keep if f"{name}.weight" not in embeddings or name in (config.modules_to_not_convert or ())]
-    table: dict[str, Choice] = {}
+    table: dict[str, Config | Spec | None] = {}
     skipped: dict[str, str] = {}
-    for name, kind in _candidates(model, embeddings):
+    for name, kind in candidates(model, embeddings):
         found = named.rules_for(name)
-        if found:
-            choice = named.fqn_to_config[found[0]]
-            why = f"the rule {found[0]!r} says None"
-        elif not (should_convert_module(name, keep) and should_convert_module(name.rpartition(".")[0], keep)):
+        choice = named.fqn_to_config[found[0]] if found else default
+        why = f"the rule {found[0]!r} says None" if found else "no rule matches it"
+        if not found and not kind:
+            choice, why = None, "not a linear layer; a FqnToConfig can name it"
+        elif not found and not all(should_convert_module(n, keep) for n in (name, name.rpartition(".")[0])):
             choice, why = None, _why_kept(name, config, embeddings)
-        elif kind == "embedding" and not config.include_embedding:
-            continue
-        else:
-            choice, why = default if kind else None, "no rule matches it" if kind else "not a linear layer; name it in a FqnToConfig"
+        elif not found and kind == "embedding" and not config.include_embedding:
+            choice, why = None, "an embedding; include_embedding=True takes it"
         if choice is None:
             skipped[name] = why
+        elif kind == "linear" and name not in embeddings:
+            table[name] = choice
         else:
-            shape = tuple(model.get_parameter(name).shape)
-            table[name] = choice if kind == "linear" and name not in embeddings else _weight_only(choice, shape, kind)
+            table[name] = _weight_only(choice, tuple(model.get_parameter(name).shape), kind)
     if not table:
         reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"AoConfig: {type(model).__name__} has nothing to quantize{reasons}")
@@ -68,8 +67,11 @@ def plan_for(
     return specs, report
 
 
-def _embeddings(model: Any) -> set[str]:
-    """Names of the weights of the input embedding and the output head, and of what is tied to them."""
+def embedding_names(model: Any) -> set[str]:
+    """Names of the weights of the input embedding and the output head, and of what is tied to them.
+
+    model: a PreTrainedModel.
+    """
     ends = []
     for get in (model.get_input_embeddings, model.get_output_embeddings):
         try:
@@ -86,7 +88,7 @@ def _embeddings(model: Any) -> set[str]:
     return names | {n for pair in ties.items() if tied & set(pair) for n in pair}
 
 
-def _candidates(model: nn.Module, embeddings: set[str]) -> Iterator[tuple[str, str]]:
+def candidates(model: nn.Module, embeddings: set[str]) -> Iterator[tuple[str, str]]:
     """(full name, kind) of the parameters that could be quantized; the kind of those that only a rule can choose is ""."""
     for prefix, module in model.named_modules():
         for leaf, p in module._parameters.items():

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+)
 
 from ..dtypes import QTensor, Spec
 from ..dtypes.checkpoint import read_header, stored_names, unflatten
@@ -92,7 +98,9 @@ class Stored:
         for name, entry in entries.items():
             lost = [stored for stored in stored_names(name, entry) if stored not in names]
             if lost:
-                raise ValueError(f"the checkpoint in {Path(files[0]).parent} lacks {lost}; copy or save all files again")
+                raise ValueError(
+                    f"the checkpoint in {Path(files[0]).parent} lacks {lost}; copy or save all files again"
+                )
         return cls(entries)
 
 
@@ -104,18 +112,14 @@ class Fields(WeightConverter):
         sources: dict[str, str] = {}
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         known = model.state_dict()
-
-        def renamed(name: str) -> str:
-            return rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]
-
         for name, entry in stored.entries.items():
-            target = renamed(name)
+            target, _ = rename_source_key(name, renamings, [], model.base_model_prefix, known)
             target = name if target not in known and name in known else target
             if target not in known:
                 continue  # of a part that this model does not have; the loader reports it
             sources[target] = name
             for field in (name, *stored_names(name, entry)):
-                self.targets[renamed(field)] = target, field.removeprefix(name) or "guard"
+                self.targets[apply_renamings(field, renamings)] = target, field.removeprefix(name) or "guard"
         fields = sorted({field for _, field in self.targets.values()})
         super().__init__(fields or ["guard"], [""], [Unflatten(stored, sources, hf_quantizer)])
 
@@ -144,8 +148,8 @@ class Unflatten(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict: dict[str, list[Tensor]], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """input_dict: field -> a list of one plain tensor."""
         refuse_sharded(model, full_layer_name)
         name = self.sources[full_layer_name]

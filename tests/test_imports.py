@@ -15,6 +15,8 @@ FILES = sorted((ROOT / "ao").rglob("*.py"))
 PURE = {"bits", "blocks", "floats", "rounding", "layouts", "pieces"}
 MACHINERY = {"base", "ops", "sharding", "views"}
 CONSUMERS = {"linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu", "products"}
+# What the modules of ao/integrations are for; each is imported by whoever has the library.
+HOSTS = {"accelerate", "diffusers", "peft", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "triton_kernels", "hopper_kernels", "transpose_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.
@@ -50,7 +52,7 @@ def test_layers(path):
         parts = module.split(".")
         if parts[0] != "ao":
             optional = parts[0] in {"safetensors", "tqdm", "triton", "transformers", "rich", "matplotlib"}
-            wanted = parts[0] == "triton" and name in KERNELS
+            wanted = (parts[0] == "triton" and name in KERNELS) or (parts[0] in HOSTS and folder == "integrations")
             assert parts[0] in {"torch", *sys.stdlib_module_names} or wanted or (optional and not top), where
             continue
         needs_triton = any(part in KERNELS for part in parts) and name not in KERNELS

@@ -146,7 +146,7 @@ def test_a_few_tokens_on_a_cpu():
     q = Intx(8).quantize(weight(dtype=torch.bfloat16))
     for tokens, dtype, path in (
         (1, torch.bfloat16, "int8pack"),
-        (4, torch.bfloat16, "int8pack"),
+        (3, torch.bfloat16, "int8pack"),
         (5, torch.bfloat16, "pieces"),
         (1, torch.float32, "dequantize"),
     ):

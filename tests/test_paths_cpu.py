@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+import mmap
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +50,32 @@ def test_graphs_over_all_batches(spec):
     assert len(graphs) <= 4
 
 
-def test_no_int8pack_above_four_tokens():
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("gap", [0, 3, 8])
+@pytest.mark.parametrize("shape", [(2, 64), (3, 64), (16, 72), (7, 8), (8, 64)], ids=str)
+def test_weights_that_end_where_memory_ends(shape, gap, tokens):
+    """Where a file is mapped, a weight may begin anywhere, and end at the end of a page with nothing behind it."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    n = math.prod(shape)
+    page = mmap.PAGESIZE
+    base = libc.mmap(None, ctypes.c_size_t(2 * page), 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, ctypes.c_size_t(0))
+    try:
+        libc.mprotect(ctypes.c_void_p(base + page), ctypes.c_size_t(page), 0)
+        codes = torch.frombuffer((ctypes.c_int8 * n).from_address(base + page - n - gap), dtype=torch.int8).reshape(
+            shape
+        )
+        q = Intx(8).quantize(weight(shape, dtype=torch.bfloat16))
+        codes.copy_(q.qdata)
+        end = q.spec.wrap({"qdata": codes, "scale": q.scale}, q.dtype, q.shape)
+        x = weight((tokens, shape[1]), 1, torch.bfloat16)
+        assert torch.equal(F.linear(x, end), F.linear(x, q))
+    finally:
+        libc.munmap(ctypes.c_void_p(base), ctypes.c_size_t(2 * page))
+
+
+def test_no_int8pack_above_three_tokens():
     q = Intx(8).quantize(weight((64, 256), dtype=torch.bfloat16))
     linear = torch.compile(F.linear, fullgraph=True, dynamic=True)
     with torch.no_grad():

@@ -175,7 +175,7 @@ def _parts(state: Mapping[str, Tensor]) -> list[Part]:
         if not isinstance(t, Tensor):
             raise TypeError(f"ao.save stores tensors, and {name!r} is of type {type(t).__name__}; leave it out")
         memory = [_memory(leaf) for _, leaf in _leaves(name, t)]
-        tied.setdefault((repr(_entry(t)), *memory), []).append(name)
+        tied.setdefault((repr(entry_of(t)), *memory), []).append(name)
     owners = {**dict(zip(state, state, strict=True)), "__metadata__": "the header of a safetensors file"}
     parts = []
     for name, *others in tied.values():
@@ -188,15 +188,16 @@ def _parts(state: Mapping[str, Tensor]) -> list[Part]:
                     f"ao.save: {name!r} is stored as {stored!r}, the name of {owner!r}; rename one of them"
                 )
         parameter = all(isinstance(state[n], torch.nn.Parameter) for n in (name, *others))
-        entries = {name: _entry(state[name]), **{n: {"same_as": name, "parameter": parameter} for n in others}}
+        entries = {name: entry_of(state[name]), **{n: {"same_as": name, "parameter": parameter} for n in others}}
         parts.append((entries, leaves))
     return parts
 
 
-def _entry(t: Tensor) -> dict[str, Any] | None:
+def entry_of(t: Tensor) -> dict[str, Any] | None:
+    """The entry of the header that describes a tensor. Its values do not matter: it may be on the meta device."""
     if not isinstance(t, QTensor):
         return None
-    fields = {field: _entry(f) for field, f in t.fields().items()}
+    fields = {field: entry_of(f) for field, f in t.fields().items()}
     return {"spec": t.spec.to_dict(), "dtype": _dtype_name(t), "shape": list(t.shape), "fields": fields}
 
 

@@ -5,7 +5,7 @@
 one autograd.Function below. A product takes the first path in `PATHS` that accepts it:
 
     words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
-    int8pack    up to four tokens on a CPU, int8 weight: ATen's own product
+    int8pack    up to three tokens on a CPU, int8 weight: ATen's own product
     gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
     fused       2 to 64 tokens on a GPU (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way
                 to the tensor cores, or feed them 8 bits
@@ -63,10 +63,24 @@ PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
 """Each path with its name and what it accepts, in the order in which they are asked. x: (M, K), w: (N, K)."""
 
 
+_OPERATORS = {"gemv", "fused", "scaled_product"}
+"""Those that call operators of ours: an exported program runs where nobody defines them."""
+
+_BY_TOKENS = {"words", "int8pack", "sums"}
+"""Those that are for a few tokens only: an exported program has one graph for any number."""
+
+
 def path_name(x: Tensor, w: QTensor) -> str:
     """The name of the path that `F.linear(x, w)` takes. x: (..., K), w: (N, K)."""
-    x = x.reshape(-1, x.shape[-1])
-    return next(name for name, accepts, _ in PATHS if accepts(x, w))
+    return _path(x.reshape(-1, x.shape[-1]), w)[0]
+
+
+def _path(x: Tensor, w: QTensor) -> tuple[str, Path]:
+    """The first path that accepts. x: (M, K), w: (N, K)."""
+    out = set()
+    if torch.compiler.is_exporting():
+        out = _OPERATORS | (_BY_TOKENS if isinstance(x.shape[0], torch.SymInt) else set())
+    return next((name, path) for name, accepts, path in PATHS if name not in out and accepts(x, w))
 
 
 def _product(x: Tensor, w: QTensor) -> Tensor:
@@ -75,10 +89,8 @@ def _product(x: Tensor, w: QTensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     if w.pre_scale is not None:
         rows = (rows.float() * w.pre_scale.float()).to(x.dtype)
-    for _, accepts, path in PATHS:
-        if accepts(rows, w):
-            return path(rows, w).reshape(*lead, w.shape[0])
-    raise AssertionError("the last path accepts everything")
+    _, path = _path(rows, w)
+    return path(rows, w).reshape(*lead, w.shape[0])
 
 
 def anew(w: QTensor) -> QTensor:

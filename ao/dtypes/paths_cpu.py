@@ -158,12 +158,16 @@ def int8pack_accepts(x: Tensor, w: QTensor) -> bool:
         x.device.type == "cpu"
         and not (lanes.AVX512 and compiling())
         and x.dtype == torch.bfloat16
-        and 0 < x.shape[0] <= 4
+        and 0 < x.shape[0] < 4
         and isinstance(w, IntxTensor)
         and w.spec.act is None
         and w.qdata.dtype == torch.int8
         and w.zero_point is None
         and w.scale.shape == (w.shape[0], 1)
+        # For other shapes ATen reads beyond the end of the weight, or takes its address to be a multiple of 16, and faults
+        # where the weight is mapped from a file.
+        and w.shape[0] % 4 == 0
+        and w.shape[1] % 16 == 0
     )
 
 

@@ -1,0 +1,1 @@
+"""Other libraries that know `ao`'s numbers. Importing one of these modules registers `ao` with the library it is named after."""

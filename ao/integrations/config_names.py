@@ -1,0 +1,47 @@
+"""What a Hugging Face config says of a format: a config of `ao`, a Spec, the name of a config, or the dict that was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..dtypes import Spec
+from ..quant import Config, FqnToConfig, config_from_dict
+
+AUTOQUANT = "autoquant"
+
+
+def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config | Spec | str:
+    """The config that `quant_type` stands for, or "autoquant".
+
+    quant_type: a config, a Spec, a dict of `config_to_dict`, "autoquant", or the name of a config with or without capitals,
+        underscores and "Config": "int4_weight_only" is `Int4WeightOnlyConfig`.
+    kwargs: parameters of a config that is given by name. Of "autoquant" they are the arguments.
+
+    Raises TypeError for what is none of these and ValueError for a name that no config has.
+    """
+    if isinstance(quant_type, str):
+        if quant_type == AUTOQUANT:
+            return AUTOQUANT
+        known = {_plain(name): cls for name, cls in Config.registry.items() if cls is not FqnToConfig}
+        if _plain(quant_type) not in known:
+            raise ValueError(
+                f"{who}: quant_type {quant_type!r} names no config; give 'autoquant', 'int4_weight_only' or the like, for one of "
+                + ", ".join(cls.__name__ for cls in known.values())
+            )
+        return known[_plain(quant_type)](**kwargs)
+    if kwargs:
+        raise TypeError(f"{who}: {sorted(kwargs)} are for a quant_type given by name; set them in the config itself")
+    if isinstance(quant_type, Mapping):
+        return config_from_dict(quant_type)
+    if not isinstance(quant_type, (Config, Spec)):
+        raise TypeError(
+            f"{who}: quant_type must be a config such as ao.Int4WeightOnlyConfig(), a Spec such as ao.Intx(bits=4), or a name "
+            f"such as 'int4_weight_only', got {quant_type!r}"
+            + ("; call it first" if isinstance(quant_type, type) else "")
+        )
+    return quant_type
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").removesuffix("config")

@@ -1,0 +1,274 @@
+"""Hugging Face transformers: `AoConfig` for `from_pretrained`, `save_pretrained` to ordinary safetensors, and back.
+
+    from ao.integrations.transformers import AoConfig
+
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=AoConfig("int4_weight_only"), device_map="auto")
+    model.save_pretrained("model-int4")
+    model = AutoModelForCausalLM.from_pretrained("model-int4")  # after the import above, in any process
+
+transformers has no way to find a quantizer by itself, so the import comes first. Without it, loading a saved model raises
+(checkpoint.py tells of guards); nothing is filled with random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..dtypes import QTensor, Spec
+from ..dtypes.checkpoint import flatten
+from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
+from ..quant.report import Report
+from .config_names import AUTOQUANT, read_quant_type
+from .mapped_memory import MappedFiles
+from .transformers_layers import candidates, embedding_names, plan_for
+from .transformers_loading import Fields, Plan, Quantize, Stored
+
+
+class QuantizationMethod(str, Enum):
+    """The name under which transformers and diffusers know us."""
+
+    AO = "ao"
+
+    __str__ = str.__str__
+
+
+@register_quantization_config("ao")
+class AoConfig(QuantizationConfigMixin):
+    """How to quantize a model while `from_pretrained` loads it.
+
+    quant_type: a config (`ao.Int4WeightOnlyConfig()`), a Spec (`ao.Intx(bits=3, block=(1, 64))`), rules by name
+        (`ao.FqnToConfig`), the name of a config ("int4_weight_only", with its parameters as further keyword arguments), or
+        "autoquant": the model then records what it runs, until `model.finalize_autoquant()`; keyword arguments go to
+        `ao.autoquant`.
+    modules_to_not_convert: names, ends of names or regular expressions of modules that stay as they are. By default those
+        are the output head, and what is tied to the embedding; giving a list replaces this default. A rule of a FqnToConfig
+        that names a layer takes it even so; "_default" does not.
+    include_embedding: quantize the input embedding and the output head too. Tied ones become one quantized tensor.
+    include_input_output_embeddings: another name of the same.
+    untie_embedding_weights: False; accepted because TorchAoConfig has it.
+
+    Raises TypeError or ValueError for a quant_type that is none of these.
+    """
+
+    quant_method: QuantizationMethod  # type: ignore[assignment]
+    quant_type: Config | Spec | str
+
+    def __init__(
+        self,
+        quant_type: Any,
+        modules_to_not_convert: list[str] | None = None,
+        include_embedding: bool = False,
+        untie_embedding_weights: bool = False,
+        *,
+        include_input_output_embeddings: bool = False,
+        quant_method: str = "ao",
+        quant_type_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if untie_embedding_weights:
+            raise ValueError(
+                "AoConfig: untie_embedding_weights must be False: a tied embedding and head are quantized as one tensor, with "
+                "include_embedding=True; set tie_word_embeddings=False in the model's config to part them"
+            )
+        kwargs |= quant_type_kwargs or {}
+        self.quant_method = QuantizationMethod.AO
+        self.quant_type = read_quant_type(quant_type, kwargs, "AoConfig")
+        self.quant_type_kwargs = kwargs if self.quant_type == AUTOQUANT else {}
+        self.modules_to_not_convert = modules_to_not_convert
+        self.include_embedding = include_embedding or include_input_output_embeddings
+
+    @property
+    def get_apply_tensor_subclass(self) -> Any:
+        """A function that returns the config. PEFT asks for it when it puts adapters on a model, and so learns of `ao`."""
+        from . import peft  # noqa: F401
+
+        return lambda: self.quant_type
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict that `from_dict` reads."""
+        return {
+            "quant_method": "ao",
+            "quant_type": self.quant_type if isinstance(self.quant_type, str) else config_to_dict(self.quant_type),
+            "quant_type_kwargs": {key: str(value) for key, value in self.quant_type_kwargs.items()},
+            "modules_to_not_convert": self.modules_to_not_convert,
+            "include_embedding": self.include_embedding,
+        }
+
+
+@register_quantizer("ao")
+class AoHfQuantizer(HfQuantizer):
+    """What `from_pretrained` and `save_pretrained` ask about a model that `ao` quantizes.
+
+    report: what was quantized, and what was passed over and why; `print(model.hf_quantizer.report)`.
+    """
+
+    requires_calibration = False
+    quantization_config: AoConfig
+
+    def __init__(self, quantization_config: AoConfig, **kwargs: Any) -> None:
+        super().__init__(copy.copy(quantization_config), **kwargs)  # saving writes into it what was left out
+        self.report = Report()
+        self.plan: Plan = {}
+        self.stored = Stored({})
+        self.keep: list[str] = []
+        self.files = MappedFiles(())
+
+    # What transformers asks.
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters over quantized layers are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` with a static cache may compile."""
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError for a device map with "disk" in it."""
+        refuse_disk(device_map)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether the parameter is quantized as it loads."""
+        return param_name in self.plan
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes per element, all fields of a quantized parameter counted."""
+        if param_name in self.plan:
+            spec, _ = self.plan[param_name]
+        elif param_name in self.stored.entries:
+            spec = Spec.from_dict(self.stored.entries[param_name]["spec"])
+        else:
+            return param.element_size()
+        return spec.quantize(param.to("meta")).nbytes_packed / max(param.numel(), 1)
+
+    # Loading.
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            self.stored = Stored.of(checkpoint_files or [])
+            return
+        config, embeddings = self.quantization_config, embedding_names(model)
+        left_out = config.modules_to_not_convert
+        self.keep = self.get_modules_to_not_convert(model, left_out, list(model._keep_in_fp32_modules or ()))
+        if config.include_embedding:
+            ends = {name.removesuffix(".weight") for name in embeddings} - set(left_out or ())
+            self.keep = [name for name in self.keep if name not in ends]
+        if config.quant_type != AUTOQUANT:
+            self.files = MappedFiles(checkpoint_files or ())
+            self.plan, self.report = plan_for(model, config, self.keep, embeddings)
+
+    def get_quantize_ops(self) -> Quantize:
+        """Quantize a tensor that was read."""
+        return Quantize(self.plan, self.report, self.files)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """None: `update_weight_conversions` has them."""
+        return []
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The conversions of the model, after that of the stored fields."""
+        if not self.stored.entries:
+            return weight_conversions
+        return [Fields(self.stored, weight_conversions, model, self), *weight_conversions]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        # Conversions turn the model's names and tensors back into those of its first checkpoint, which the fields of
+        # quantized tensors cannot follow: it is saved under its own names.
+        model._weight_conversions = []
+        for name in self.plan:
+            if not isinstance(model.get_parameter_or_buffer(name), QTensor):
+                self.report.skipped[name] = "the checkpoint does not have it"
+        if self.quantization_config.quant_type == AUTOQUANT and not self.pre_quantized:
+
+            def chosen(module: nn.Module, name: str) -> bool:
+                return is_linear(module, name) and should_convert_module(name, self.keep)
+
+            autoquant(model, **{"manual": True, "filter_fn": chosen, **self.quantization_config.quant_type_kwargs})
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        dequantize_(model)
+        return model.to(dtype) if dtype is not None else model
+
+    # Saving.
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, **kwargs: Any) -> tuple[Any, dict[str, str]]:
+        """The plain tensors under their stored names, and the header that describes them.
+
+        Raises RuntimeError for a model that `autoquant` is still recording.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # adapters only
+        config = self.quantization_config
+        if config.quant_type == AUTOQUANT:
+            report = getattr(model, "autoquant_report", None)
+            if report is None:
+                raise RuntimeError("autoquant has not decided yet: call model.finalize_autoquant(), then save")
+            config.quant_type, config.quant_type_kwargs = report.plan, {}
+        # What is quantized follows from the file. This is for readers that must know before they open it, such as vLLM.
+        config.modules_to_not_convert = [
+            name
+            for name, module in model.named_modules()
+            if is_linear(module, name) and not isinstance(module._parameters["weight"], QTensor)
+        ]
+        state = model.state_dict(keep_vars=True)
+        tied = getattr(model, "all_tied_weights_keys", {})
+        return flatten(dict(sorted(state.items(), key=lambda item: item[0] in tied)))  # stored under the name tied to
+
+
+def mark_quantized(model: Any) -> Any:
+    """Tell a model that `ao.quantize_`, or a recipe, has quantized in place, that it is. Returns the model.
+
+    model: a PreTrainedModel.
+
+    From then on `model.save_pretrained(...)` and `from_pretrained` work as for a model that was loaded with an `AoConfig`.
+    Raises ValueError for a model without quantized parameters, or one that another library has quantized.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, AoHfQuantizer):
+        raise ValueError(
+            f"mark_quantized: {quantizer.quantization_config.quant_method} has quantized this model already"
+        )
+    found = {name: p.spec for name, p in model.named_parameters() if isinstance(p, QTensor)}
+    if not found:
+        raise ValueError(f"mark_quantized: {type(model).__name__} has no quantized parameter; call ao.quantize_ first")
+    table: dict[str, Any] = dict(found)
+    layers = [name for name, kind in candidates(model, set()) if kind]
+    if layers:
+        # The most common format is the default; what differs from it is named.
+        table["_default"] = default = Counter(found.get(name) for name in layers).most_common(1)[0][0]
+        table |= dict.fromkeys(set(layers) - found.keys())
+        table = {name: spec for name, spec in table.items() if name not in layers or spec != default}
+    config = AoConfig(FqnToConfig(table))
+    model.hf_quantizer = AoHfQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model._weight_conversions = []
+    return model
+
+
+def refuse_disk(device_map: Any) -> None:
+    """Raise ValueError for a device map that puts modules on the disk."""
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        on_disk = [name for name, device in device_map.items() if device == "disk"]
+        raise ValueError(
+            f"device_map puts {on_disk[:3]} on the disk, where accelerate stores plain tensors only; give it more memory "
+            '(max_memory), "cpu" in place of "disk", or fewer bits'
+        )

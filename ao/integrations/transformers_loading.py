@@ -1,0 +1,169 @@
+"""How the loader of transformers makes quantized parameters: from full precision as it reads, or from a checkpoint of ours.
+
+The loader renames each stored tensor, collects what belongs to one parameter, and gives it to operations. `Quantize` turns
+a tensor that was read into a quantized parameter before the next one is read. `Fields` collects the fields of a quantized
+tensor under its exact name, and makes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+)
+
+from ..dtypes import QTensor, Spec
+from ..dtypes.checkpoint import read_header, stored_names, unflatten
+from ..quant.report import Report, Row, storage_bytes
+from .mapped_memory import MappedFiles
+
+Plan = Mapping[str, tuple[Spec, float | None]]
+"""Full name of a parameter -> its Spec, and the scale of its static activation."""
+
+
+class Quantize(ConversionOps):
+    """Full precision -> a quantized parameter, for the parameters of the plan."""
+
+    def __init__(self, plan: Plan, report: Report, files: MappedFiles) -> None:
+        self.plan = plan
+        self.report = report
+        self.files = files
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantize:
+        return self  # the loader copies the operations for every tensor
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Each value of `input_dict` by full name: a tensor, or a list of one."""
+        made: dict[str, Any] = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)
+            value = value[0] if isinstance(value, list) else value
+            if name in self.plan:
+                refuse_sharded(model, name)
+                made[name] = self.quantize(name, value)
+                self.files.read(value.nbytes)
+            else:
+                made[name] = value
+            del value
+        return made
+
+    def quantize(self, name: str, value: Tensor) -> nn.Parameter:
+        """The parameter called `name`, from its values."""
+        spec, scale = self.plan[name]
+        act_scale = None if scale is None else torch.tensor(scale, dtype=torch.float32, device=value.device)
+        if not all(end.isfinite() for end in torch.aminmax(value)):  # without a temporary of its size
+            raise ValueError(f"{name}: the weight has NaN or infinite values, which no format here can hold")
+        q = spec.quantize(value, act_scale=act_scale)
+        self.report.rows.append(Row(name, tuple(q.shape), repr(spec), storage_bytes(value), q.nbytes_packed))
+        return nn.Parameter(q, requires_grad=False)
+
+
+@dataclass
+class Stored:
+    """The quantized tensors of a checkpoint: their entries in the headers of its files, by name."""
+
+    entries: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, files: list[str]) -> Stored:
+        """Read the headers. Raises ValueError if a file has none, or lacks tensors that its header describes."""
+        from safetensors import safe_open
+
+        entries: dict[str, dict[str, Any]] = {}
+        names: set[str] = set()
+        for path in files:
+            if not path.endswith(".safetensors"):
+                raise ValueError(f"{path} is no safetensors file, and ao reads no others; save the model again")
+            with safe_open(path, framework="pt") as file:
+                try:
+                    header = read_header(file.metadata() or {})
+                except ValueError as e:
+                    raise ValueError(
+                        f"{path}: {e}. Its config.json says that ao quantized it; the metadata of the file must have been "
+                        "lost on the way, so copy or save it again"
+                    ) from None
+                entries.update({n: e for n, e in header.items() if e is not None and "same_as" not in e})
+                names.update(file.keys())
+        for name, entry in entries.items():
+            lost = [stored for stored in stored_names(name, entry) if stored not in names]
+            if lost:
+                raise ValueError(
+                    f"the checkpoint in {Path(files[0]).parent} lacks {lost}; copy or save all files again"
+                )
+        return cls(entries)
+
+
+class Fields(WeightConverter):
+    """Collects the stored fields of each quantized tensor for its parameter, by exact names in place of patterns."""
+
+    def __init__(self, stored: Stored, conversions: list[Any], model: Any, hf_quantizer: Any) -> None:
+        self.targets: dict[str, tuple[str, str]] = {}  # stored name, after renaming -> parameter, field
+        sources: dict[str, str] = {}
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        known = model.state_dict()
+        for name, entry in stored.entries.items():
+            target, _ = rename_source_key(name, renamings, [], model.base_model_prefix, known)
+            target = name if target not in known and name in known else target
+            if target not in known:
+                continue  # of a part that this model does not have; the loader reports it
+            sources[target] = name
+            for field in (name, *stored_names(name, entry)):
+                self.targets[apply_renamings(field, renamings)] = target, field.removeprefix(name) or "guard"
+        fields = sorted({field for _, field in self.targets.values()})
+        super().__init__(fields or ["guard"], [""], [Unflatten(stored, sources, hf_quantizer)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightConverter:
+        return WeightConverter(list(self.source_patterns), [""], self.operations)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """(parameter, field) of a stored name, or the name and None."""
+        if source_key not in self.targets:
+            return source_key, None
+        self._was_used = True
+        return self.targets[source_key]
+
+
+class Unflatten(ConversionOps):
+    """The fields of one quantized tensor -> the parameter."""
+
+    def __init__(self, stored: Stored, sources: Mapping[str, str], hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer  # by this attribute the loader knows to leave the dtype of the fields alone
+        self.stored = stored
+        self.sources = sources
+        self.checked: set[Hashable] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unflatten:
+        return self
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """input_dict: field -> a list of one plain tensor."""
+        refuse_sharded(model, full_layer_name)
+        name = self.sources[full_layer_name]
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+        get: Callable[[str], Tensor] = lambda stored: input_dict[stored.removeprefix(name)][0]  # noqa: E731
+        q = unflatten(name, self.stored.entries[name], get, self.checked)
+        assert isinstance(q, QTensor)
+        return {full_layer_name: nn.Parameter(q.to(dtype), requires_grad=False)}
+
+
+def refuse_sharded(model: Any, name: str) -> None:
+    """Raise NotImplementedError for a parameter that tensor parallelism has sharded."""
+    if type(model.get_parameter_or_buffer(name)).__name__ == "DTensor":
+        raise NotImplementedError(
+            f"{name} is sharded by tensor parallelism, which transformers does while it loads; load without tp_plan, and shard "
+            "the quantized model with torch.distributed.tensor"
+        )

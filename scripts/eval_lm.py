@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib
+import importlib.util
 import json
 import math
 import platform
@@ -111,10 +113,8 @@ def bits_per_weight(model: nn.Module) -> float:
     return 8 * sum(storage_bytes(w) for w in weights) / sum(w.numel() for w in weights)
 
 
-def with_recipe(config: ao.Config | ao.Spec | None, recipe: str) -> ao.Config | None:
-    """A config with another algorithm. None stays None."""
-    if config is None:
-        return None
+def with_recipe(config: ao.Config | ao.Spec, recipe: str) -> ao.Config:
+    """A config with another algorithm."""
     if isinstance(config, ao.Spec):
         return ao.SpecConfig(config, algorithm=recipe_of(recipe))
     return dataclasses.replace(config, algorithm=recipe_of(recipe))
@@ -127,9 +127,12 @@ def recipe_of(name: str) -> str | ao.Recipe:
     return eval(name, {public: getattr(ao, public) for public in ao.__all__})
 
 
-def format_of(name: str) -> ao.Config | ao.Spec | None:
-    """The config of a format's name, or of an expression."""
-    return config_of(LM_FORMATS.get(name, name))
+def format_of(name: str) -> ao.Config | ao.Spec:
+    """The config of a format's name, or of an expression. Raises ValueError for what is neither, or not quantized."""
+    config = config_of(LM_FORMATS.get(name, name))
+    if config is None:
+        raise ValueError(f"{name!r} is not quantized; the original model is measured in any case, in --dtype")
+    return config
 
 
 @torch.inference_mode()
@@ -186,14 +189,10 @@ def table(rows: list[dict[str, Any]], base: float) -> str:
 
 def plot(rows: list[dict[str, Any]], base: float, path: Path) -> None:
     """Size against perplexity, a line per recipe."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("error: --plot needs matplotlib: pip install matplotlib")
+    matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     matplotlib.rcParams["svg.hashsalt"] = "ao"
+    plt: Any = importlib.import_module("matplotlib.pyplot")
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for recipe in dict.fromkeys(row["recipe"] for row in rows if row["recipe"]):
         points = sorted((row["bits"], row["perplexity"]) for row in rows if row["recipe"] == recipe)
@@ -228,7 +227,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write, or add to, the numbers")
     parser.add_argument("--plot", type=Path, help="write a plot (SVG)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    return args
 
 
 def run_of(args: argparse.Namespace, what: LanguageModel, base: float, tokens: int) -> dict[str, Any]:

@@ -33,8 +33,10 @@ from ao.quant import (
     config_from_dict,
     config_to_dict,
     quantize_,
+    rotate_,
 )
 from ao.quant.factor import Factored
+from ao.quant.hadamard import random_hadamard
 from ao.quant.observers import Hessian
 from ao.quant.recipes import parse_recipe
 from ao.quant.statistics import Statistics
@@ -497,3 +499,66 @@ def test_device_meta_of_moves():
     assert torch.equal(
         model(batches(1)[0]), quantized(Int4WeightOnlyConfig(32, algorithm="gptq"), batches(2))[0](batches(1)[0])
     )
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 36, 64, 96, 384, 896, 43])
+def test_hadamard(n):
+    h = random_hadamard(n)
+    assert torch.allclose(h @ h.t(), torch.eye(n, dtype=torch.float64), atol=1e-9)
+    assert n == 43 or torch.allclose(h.abs(), torch.full((n, n), n**-0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rotation_changes_nothing_but_the_weights(tied):
+    model, ids = lm(2, tied), batches(1)[0]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.bias = nn.Parameter(torch.randn(64))
+        model.model.layers[0].self_attn.v_proj.bias = nn.Parameter(torch.randn(32))
+        expected = model(ids)
+        weight = model.model.layers[0].mlp.down_proj.weight.clone()
+        report = rotate_(model)
+        assert torch.allclose(model(ids), expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+    assert not torch.allclose(model.model.layers[0].mlp.down_proj.weight, weight, atol=0.1)
+    assert (model.model.norm.weight == 1).all() and bool(report.notes) == tied
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def test_rotation_spreads_outliers():
+    kl = {}
+    for turned in (False, True):
+        model = lm()
+        with torch.no_grad():
+            for block in model.model.layers:
+                for norm, part in (
+                    (block.input_layernorm, block.self_attn),
+                    (block.post_attention_layernorm, block.mlp),
+                ):
+                    norm.weight[5] /= 12
+                    for name, layer in part.named_children():
+                        if name not in ("o_proj", "down_proj"):
+                            layer.weight[:, 5] *= 12  # one weight of each row makes its range
+        reference = copy.deepcopy(model)
+        if turned:
+            rotate_(model)
+        quantize_(model, Intx(3), but_head)
+        kl[turned] = divergence(model, reference, batches(2))
+    assert kl[True] < 0.8 * kl[False]
+
+
+def test_rotation_of_unknown_models():
+    with pytest.raises(ValueError, match="the model has no embed_tokens; give a RotationPlan"):
+        rotate_(nn.Sequential(nn.Linear(4, 4)))
+    model = lm(1)
+    model.model.layers[0].pre_feedforward_layernorm = nn.Identity()
+    with pytest.raises(ValueError, match=r"layers.0 has .*pre_feedforward_layernorm"):
+        rotate_(model)
+    model = lm(1)
+    model.model.norm = nn.LayerNorm(64)
+    before = model.model.embed_tokens.weight.clone()
+    with pytest.raises(ValueError, match="model.norm must be an RMSNorm"):
+        rotate_(model)
+    model = lm(1)
+    quantize_(model, Intx(4), but_head)
+    with pytest.raises(ValueError, match="q_proj is quantized already; rotate first|o_proj is quantized already"):
+        rotate_(model)
+    assert torch.equal(model.model.embed_tokens.weight, before)

@@ -49,6 +49,7 @@ from .plan import load_plan, save_plan
 from .quantize import dequantize_, is_linear, quantize_
 from .recipe import Recipe, RoundToNearest
 from .report import Report, compute_error, get_model_size_in_bytes
+from .rotation import RotationPlan, rotate_, rotation_plan
 from .smoothquant import SmoothQuant
 from .statistics import Statistics
 
@@ -86,6 +87,7 @@ __all__ = [
     "PerToken",
     "Recipe",
     "Report",
+    "RotationPlan",
     "RoundToNearest",
     "SmoothQuant",
     "SpecConfig",
@@ -104,5 +106,7 @@ __all__ = [
     "is_linear",
     "load_plan",
     "quantize_",
+    "rotate_",
+    "rotation_plan",
     "save_plan",
 ]

@@ -85,6 +85,14 @@ def fsdp_post_all_gather(
     self: QTensor, outputs: tuple[Tensor, ...], world: int, param_dtype: torch.dtype, *, out: Any = None
 ) -> tuple[QTensor, tuple[Tensor, ...]] | None:
     """The unsharded QTensor over what FSDP2 gathered, without a copy."""
+    if world == 1:
+        # FSDP2 gathers nothing then, and hands back only the first of the tensors: this shard is the whole.
+        if out is None:
+            return self.like(self.shape, param_dtype, self.fields()), outputs
+        for mine, new in zip(_leaves(getattr(out, "_local_tensor", out)), _leaves(self)):
+            if mine.data_ptr() != new.data_ptr():
+                mine.copy_(new)
+        return None
     if out is None:
         return _rebuild(self, iter(outputs), param_dtype, world), outputs
     local = getattr(out, "_local_tensor", out)

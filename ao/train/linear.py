@@ -11,6 +11,7 @@ parameter to save a hundredth of the time.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,21 +80,21 @@ def low_precision_linear(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Reci
             f"linear: the input of shape {tuple(x.shape)} does not fit the weight of shape {tuple(w.shape)}; "
             "the last dim of the input must be the weight's second"
         )
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    if not recipe.pad and needs_padding(rows, w, recipe):
+    tokens = math.prod(x.shape[:-1])
+    if not recipe.pad and needs_padding(tokens, w, recipe):
         raise ValueError(
-            f"linear: the float8 products of an input of {rows.shape[0]} tokens with a weight of shape {tuple(w.shape)} need "
+            f"linear: the float8 products of an input of {tokens} tokens with a weight of shape {tuple(w.shape)} need "
             "multiples of 16; choose such batches, leave the layer out with module_filter_fn, or use pad_inner_dim=True"
         )
-    out = _Linear.apply(rows, w, recipe).reshape(*x.shape[:-1], w.shape[0])
+    out = _Linear.apply(x, w, recipe)
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def needs_padding(x: Tensor, w: Tensor, recipe: Recipe) -> bool:
-    """Whether the chip's float8 products take these shapes only when they are padded. x: (M, K), w: (N, K)."""
-    if recipe.emulate or not has_float8(x.device):
+def needs_padding(m: int, w: Tensor, recipe: Recipe) -> bool:
+    """Whether the chip's float8 products take these shapes only when they are padded. m: tokens, w: (N, K)."""
+    if recipe.emulate or not has_float8(w.device):
         return False
-    (m, k), n = x.shape, w.shape[0]
+    n, k = w.shape
     used = [recipe.output.quantized, recipe.grad_input.quantized, recipe.grad_weight.quantized and w.requires_grad]
     return (any(used) and (k % 16 != 0 or n % 16 != 0)) or (used[2] and m % 16 != 0)
 
@@ -102,7 +103,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
         gemm, last = recipe.output, recipe.grad_weight
-        ctx.recipe, ctx.dtypes = recipe, (x.dtype, w.dtype)
+        ctx.recipe, ctx.shape, ctx.dtypes = recipe, x.shape, (x.dtype, w.dtype)
+        x = x.reshape(-1, x.shape[-1])  # (M, K)
         ctx.turned = ctx.needs_input_grad[1] and last.b == gemm.a and is_square(gemm.a)
         if ctx.turned:
             # One cast for both products of x: the second one is what stays, a byte per number.
@@ -111,11 +113,13 @@ class _Linear(torch.autograd.Function):
         else:
             a = codes_of(x, gemm.a)
             ctx.save_for_backward(w, x if ctx.needs_input_grad[1] else None)
-        return _product(a, codes_of(w, gemm.b), gemm, recipe, x.dtype)
+        out = _product(a, codes_of(w, gemm.b), gemm, recipe, x.dtype)  # (M, N)
+        return out.reshape(*ctx.shape[:-1], w.shape[0])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         w, *x = ctx.saved_tensors
+        g = g.reshape(-1, g.shape[-1])  # (M, N)
         recipe: Recipe = ctx.recipe
         first, second = recipe.grad_input, recipe.grad_weight
         rows: Codes | Tensor = g
@@ -126,7 +130,8 @@ class _Linear(torch.autograd.Function):
             rows = codes_of(g, first.a)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(rows, codes_of_transposed(w, first.b), first, recipe, ctx.dtypes[0])
+            grad_x = _product(rows, codes_of_transposed(w, first.b), first, recipe, ctx.dtypes[0])  # (M, K)
+            grad_x = grad_x.reshape(ctx.shape)
         if ctx.needs_input_grad[1]:
             columns = codes_of_transposed(g, second.a) if columns is None else columns
             b = (Codes(*x) if len(x) == 2 else x[0]) if ctx.turned else codes_of_transposed(x[0], second.b)

@@ -49,9 +49,12 @@ def test_layers(path):
         where = f"{path.relative_to(ROOT)}:{line} imports {module}"
         parts = module.split(".")
         if parts[0] != "ao":
-            optional = parts[0] in {"safetensors", "tqdm", "triton", "transformers", "rich", "matplotlib"}
+            optional = parts[0] in {"safetensors", "tqdm", "triton", "transformers", "rich", "matplotlib", "numpy"}
             wanted = parts[0] == "triton" and name in KERNELS
             assert parts[0] in {"torch", *sys.stdlib_module_names} or wanted or (optional and not top), where
+            continue
+        if path.parent.name == "command_line":
+            assert not top or parts[1:3] == ["integrations", "command_line"], f"{where}: torch would come along"
             continue
         needs_triton = any(part in KERNELS for part in parts) and name not in KERNELS
         assert top != needs_triton, where

@@ -1,0 +1,1 @@
+"""Where other libraries and the command line meet `ao`."""

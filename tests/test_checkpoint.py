@@ -20,7 +20,7 @@ from cases import CASES, weight
 from torch import Tensor, nn
 
 from ao.dtypes import NF4, Codebook, Float8, Intx, QTensor
-from ao.dtypes.checkpoint import INDEX, SINGLE, load, save
+from ao.dtypes.checkpoint import INDEX, SINGLE, flatten, load, save
 
 every = pytest.mark.parametrize("case", CASES, ids=str)
 INT4 = Intx(4, (1, 32))
@@ -172,8 +172,35 @@ def test_the_format(tmp_path):
         },
     }
     stored = safetensors.torch.load_file(tmp_path / "m.safetensors")  # any other reader
-    assert sorted(stored) == ["b", "w.qdata", "w.scale.qdata", "w.scale.scale", "w.scale.zero_point", "w.table"]
+    assert sorted(stored) == ["b", "w", "w.qdata", "w.scale.qdata", "w.scale.scale", "w.scale.zero_point", "w.table"]
     assert torch.equal(stored["w.scale.qdata"], q.scale.qdata)
+    assert stored["w"].shape == (0,)  # the guard
+
+
+def test_files_without_guards_are_read(tmp_path):
+    state = {"w": INT4.quantize(weight((8, 64))), "b": torch.ones(2)}
+    save(state, tmp_path / "m.safetensors")
+    rewritten(tmp_path / "m.safetensors", lambda about, tensors: (tensors.pop("w"), about)[1])
+    assert_same(state, load(tmp_path / "m.safetensors"))
+
+
+@pytest.mark.parametrize("cuts", [1, 3, 9])
+def test_shards_cut_anywhere_with_one_header(cuts, tmp_path):
+    tied = nn.Parameter(INT4.quantize(weight((8, 64))), requires_grad=False)
+    state = {"a": tied, "b": torch.ones(2), "c": NF4.quantize(weight((8, 128))), "d": tied}
+    tensors, metadata = flatten(state)
+    names = list(tensors)
+    weight_map = {name: f"model-0000{i * cuts // len(names)}-of-1.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        part = {name: tensors[name] for name in names if weight_map[name] == file}
+        safetensors.torch.save_file(part, tmp_path / file, metadata)
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    back = load(tmp_path)
+    assert_same(state, back)
+    assert back["a"] is back["d"]
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {names[0]: weight_map[names[0]]}}))
+    with pytest.raises(ValueError, match="differ in|it lacks"):
+        load(tmp_path)
 
 
 # Ties.

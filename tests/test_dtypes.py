@@ -239,6 +239,38 @@ def test_copy_and_in_place(case):
         assert torch.equal(q.dequantize(), kept)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if getattr(c.spec, "bits", 8) > 1], ids=str)
+def test_a_change_that_rounding_would_lose_is_refused(case):
+    q = case.spec.quantize(weight())
+    before = q.dequantize()
+    kept = q.clone()
+    with pytest.raises(ValueError, match=r"add_.* would be lost.*dequantize"):
+        q.add_(1e-5 * weight(seed=1))
+    assert torch.equal(q, kept)
+    assert torch.equal(q.add_(torch.zeros(SHAPE)).dequantize(), case.spec.quantize(before).dequantize())
+
+
+@every
+def test_the_data_of_a_parameter_can_be_assigned(case):
+    p = nn.Parameter(case.spec.quantize(weight()), requires_grad=False)
+    q = case.spec.quantize(weight(seed=1, dtype=torch.bfloat16))
+    p.data = q
+    assert isinstance(p, nn.Parameter) and p.dtype == torch.bfloat16 and torch.equal(p, q)
+    p.data = p.data.to(torch.float32)
+    assert p.dtype == torch.float32 and torch.equal(p.dequantize(), q.float().dequantize())
+    with pytest.raises(TypeError, match="cannot assign a plain tensor to the data of"):
+        p.data = weight()
+    assert torch.equal(p.dequantize(), q.float().dequantize())
+
+
+@every
+def test_a_parameter_made_by_its_class(case):
+    q = case.spec.quantize(weight())
+    p = type(q)(q, requires_grad=False)
+    assert isinstance(p, nn.Parameter) and not p.requires_grad and torch.equal(p, q)
+    assert p.data_ptr() == q.data_ptr() != case.spec.quantize(weight()).data_ptr()
+
+
 @every
 def test_module_moves(case, device):
     layer = nn.Linear(SHAPE[1], SHAPE[0])

@@ -266,3 +266,33 @@ def test_wrong_shapes():
     q = Intx(8).quantize(weight())
     with pytest.raises(ValueError, match=r"input of shape \(4, 100\) does not fit the weight of shape \(128, 256\)"):
         F.linear(torch.randn(4, 100), q)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.weight_only], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped_mm(case, dtype):
+    """Experts: rows of x by group, and gathered for a batched product."""
+    q = case.spec.quantize(weight((4, 64, 128), dtype=dtype))
+    x = weight((20, 128), 1, dtype).requires_grad_()
+    offs = torch.tensor([5, 5, 12, 17], dtype=torch.int32)
+    y = F.grouped_mm(x, q.transpose(-2, -1), offs=offs)
+    d = q.dequantize()
+    expected = torch.cat([x[:5] @ d[0].t(), x[5:12] @ d[2].t(), x[12:17] @ d[3].t(), x.new_zeros(3, 64)])
+    assert compute_error(expected, y) > (100 if dtype == torch.float32 else 40)
+    (grad,) = torch.autograd.grad(y.float().square().sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.float().square().sum(), x)
+    assert compute_error(expected_grad, grad) > (100 if dtype == torch.float32 else 40)
+    ids = torch.tensor([3, 0, 3])
+    assert torch.equal(torch.bmm(q[ids], x[:3].unsqueeze(-1)), torch.bmm(d[ids], x[:3].unsqueeze(-1)))
+
+
+def test_grouped_mm_compiles():
+    q = Intx(4, (1, 32)).quantize(weight((4, 64, 128), dtype=torch.bfloat16))
+    x, offs = weight((17, 128), 1, torch.bfloat16), torch.tensor([5, 5, 12, 17], dtype=torch.int32)
+
+    def experts(x, w, offs):
+        return F.grouped_mm(x, w.transpose(-2, -1), offs=offs)
+
+    with torch.no_grad():
+        compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)(x, q, offs)
+    assert compute_error(experts(x, q, offs), compiled) > 40

@@ -297,6 +297,9 @@ class QTensor(torch.Tensor):
        outside of it: it can be read, and refuses to be quantized anew in place.
 
     Subclass it with `class FooTensor(QTensor, spec=Foo)`, annotated fields, and `decode`.
+
+    `FooTensor(q, requires_grad=...)` is `torch.nn.Parameter(q, requires_grad)`, as for a plain parameter's class: code that
+    moves the parameters of any model, such as accelerate's, makes them anew so.
     """
 
     spec: Spec
@@ -317,16 +320,31 @@ class QTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, spec: Spec, dtype: torch.dtype, shape: torch.Size, whole: bool = True, **fields: Tensor | None
+        cls,
+        spec: Spec | QTensor,
+        dtype: torch.dtype = torch.float32,
+        shape: torch.Size | tuple[int, ...] = (),
+        whole: bool = True,
+        **fields: Any,
     ) -> QTensor:
+        if isinstance(spec, QTensor):
+            made: Any = torch.nn.Parameter(spec, **fields)
+            return made
         first = _first(fields)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=_strides(shape, first), dtype=dtype, device=first.device, requires_grad=False
         )
 
     def __init__(
-        self, spec: Spec, dtype: torch.dtype, shape: torch.Size, whole: bool = True, **fields: Tensor | None
+        self,
+        spec: Spec | QTensor,
+        dtype: torch.dtype = torch.float32,
+        shape: torch.Size | tuple[int, ...] = (),
+        whole: bool = True,
+        **fields: Any,
     ) -> None:
+        if isinstance(spec, QTensor):
+            return
         self.spec = spec
         self.whole = whole
         for name in type(self).roles:
@@ -476,11 +494,31 @@ torch.serialization.add_safe_globals([_rebuild])
 
 
 def _requantize_in_place(func: Any, args: Any, kwargs: Any) -> QTensor:
-    """`q.add_(x)` and its like: the op on the dequantized values, in float32, then `copy_`."""
+    """`q.add_(x)` and its like: the op on the dequantized values, in float32, then `copy_`.
+
+    A change that is small beside the steps between codes vanishes in rounding. Raises ValueError, `q` unchanged, if what was
+    quantized anew is no nearer to what was asked for than `q` is as it was.
+    """
     target = args[0]
     values, *rest = [a.decode_scaled() if isinstance(a, QTensor) else a for a in args]
+    if not is_eager(values):
+        func(values, *rest, **kwargs)
+        return target.copy_(values)
+    before = values.clone()
+    kept = {name: t.clone() for name, t in target.fields().items()}
     func(values, *rest, **kwargs)
-    return target.copy_(values)
+    target.copy_(values)
+    asked = torch.linalg.vector_norm(values - before).item()
+    missed = torch.linalg.vector_norm(values.sub_(target.decode_scaled())).item()
+    if 0 < asked <= missed:
+        for name, t in kept.items():
+            target.fields()[name].copy_(t)
+        raise ValueError(
+            f"{func} would be lost: it changes the tensor by {asked:.2g} (norm), and quantizing the result anew by "
+            f"{target.spec} would change it by another {missed:.2g}; call .dequantize() first and keep the result in "
+            "floating point (to merge LoRA adapters of PEFT, import ao.integrations.peft before they are made)"
+        )
+    return target
 
 
 def _read_roles(cls: type[QTensor]) -> Iterator[tuple[str, str]]:
@@ -499,7 +537,7 @@ def _first(fields: Mapping[str, Tensor | None]) -> Tensor:
     raise TypeError("a QTensor needs at least one field")
 
 
-def _strides(shape: torch.Size, first: Tensor) -> list[int]:
+def _strides(shape: torch.Size | tuple[int, ...], first: Tensor) -> list[int]:
     """The strides that the data would have if the first field were not packed: a transposed, sliced or expanded QTensor
     says so, and `contiguous()` knows what to do."""
     if first.dim() != len(shape):

@@ -2,7 +2,9 @@
 
 Names. A plain tensor is stored under its own name, a `QTensor` as its fields, each as `<name>.<field>`
 (`layer.weight.qdata`, `layer.weight.scale`), and a field that is itself quantized one level deeper
-(`layer.weight.scale.qdata`). All are contiguous. Two tensors that would need the same name are refused.
+(`layer.weight.scale.qdata`). All are contiguous. Two tensors that would need the same name are refused. Under its own
+name (`layer.weight`) a `QTensor` leaves a guard, a uint8 tensor of shape (0,): a loader that does not know this format, and
+would fill what it misses with random numbers, meets a shape that does not fit, and fails. Files without guards are read too.
 
 Header. The metadata of a file (str to str) are `format`, which is "pt", and `ao`, the JSON text of
 
@@ -25,6 +27,7 @@ Files. A path that ends in `.safetensors` is one file. Any other path is a folde
 <bytes>}, "weight_map": {<stored name>: <file>, ...}}. Shards are called `model-00001-of-00003.safetensors`, or
 `model-2-00001-of-00003.safetensors`, `model-3-...` where the folder has such files already. The fields of a QTensor and
 the names of a tied tensor stay in one shard, whose header describes its own tensors only: each shard is a whole file.
+Folders that another writer has cut elsewhere, with one header for all shards, are read too.
 
 A folder is read by this rule, which is transformers' too: `model.safetensors` if there is one, else what the index
 lists; other files do not count. `save` writes into no file that exists: each is made in a folder of its own beside it,
@@ -107,17 +110,59 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", mm
     """
     path, device = Path(path), torch.device(device)
     if not path.is_dir():
-        return _read(path, device, mmap)
+        return _read({path: None}, device, mmap)
     if (path / SINGLE).exists():
-        return _read(path / SINGLE, device, mmap)
+        return _read({path / SINGLE: None}, device, mmap)
     if not (path / INDEX).exists():
         raise FileNotFoundError(f"ao.load: {path} holds neither {SINGLE} nor {INDEX}; give a path that ao.save wrote")
-    weight_map = _weight_map(path)
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        listed = {name for name, file in weight_map.items() if file == shard}
-        tensors.update(_read(path / shard, device, mmap, listed))
-    return tensors
+    listed: dict[Path, set[str] | None] = {}
+    for name, file in sorted(_weight_map(path).items(), key=lambda item: item[1]):
+        names = listed.setdefault(path / file, set())
+        assert names is not None
+        names.add(name)
+    return _read(listed, device, mmap)
+
+
+# For those who write and read the files themselves.
+
+
+def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save` writes to one file: the plain tensors by stored name, and the metadata that describe them.
+
+    Raises what `save` does.
+    """
+    ((entries, leaves),) = _shards(_parts(state_dict), None)
+    return leaves, _metadata(entries)
+
+
+def read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The entries by name, from the metadata of a file. Raises ValueError for a file that is none of `save`'s."""
+    if "ao" not in metadata:
+        raise ValueError("not written by ao.save (its header has no 'ao'); read it with safetensors.torch.load_file")
+    header = json.loads(metadata["ao"])
+    if header["version"] > VERSION:
+        raise ValueError(f"its format is version {header['version']}, this ao reads up to {VERSION}; upgrade ao")
+    return dict(header["tensors"])
+
+
+def stored_names(name: str, entry: Mapping[str, Any] | None) -> Iterator[str]:
+    """The stored names of the fields of a tensor, of a nested QTensor the names of its own."""
+    if entry is None:
+        yield name
+    else:
+        for field, inner in entry["fields"].items():
+            yield from stored_names(f"{name}.{field}", inner)
+
+
+def unflatten(
+    name: str, entry: Mapping[str, Any] | None, get: Callable[[str], Tensor], checked: set[Hashable] | None = None
+) -> Tensor:
+    """The tensor of an entry of the header, from its plain tensors: `get(stored name)`.
+
+    checked: keeps what has been found to fit, for the next tensors that are much alike.
+    Raises ValueError for fields that do not fit the entry or one another.
+    """
+    return _tensor(name, entry, get, set() if checked is None else checked)
 
 
 # From a state dict to files.
@@ -135,6 +180,8 @@ def _parts(state: Mapping[str, Tensor]) -> list[Part]:
     parts = []
     for name, *others in tied.values():
         leaves = dict(_leaves(name, state[name]))
+        if isinstance(state[name], QTensor):
+            leaves[name] = torch.empty(0, dtype=torch.uint8)
         for stored in leaves:
             if (owner := owners.setdefault(stored, name)) != name:
                 raise ValueError(
@@ -256,9 +303,12 @@ def _sweep(folder: Path, names: str, keep: Collection[str]) -> None:
                 file.unlink()
 
 
+def _metadata(entries: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "ao": json.dumps({"version": VERSION, "tensors": entries})}
+
+
 def _write(path: Path, part: Part) -> None:
     entries, leaves = part
-    header = json.dumps({"version": VERSION, "tensors": entries})
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, t in leaves.items():
@@ -268,7 +318,7 @@ def _write(path: Path, part: Part) -> None:
         storages.add(t.untyped_storage().data_ptr())
     save_file = _safetensors().torch.save_file
     try:
-        _replace(path, lambda file: save_file(tensors, file, metadata={"format": "pt", "ao": header}))
+        _replace(path, lambda file: save_file(tensors, file, metadata=_metadata(entries)))
     except KeyError as e:
         names = [name for name, t in tensors.items() if t.dtype in e.args]
         raise TypeError(f"ao.save: safetensors has no {e}, the dtype of {names}; convert it first") from e
@@ -308,34 +358,57 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read(path: Path, device: torch.device, mmap: bool, listed: set[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of one file. listed: the stored names that the index gives for it."""
-    safetensors = _safetensors()
-    if not path.exists():
-        raise FileNotFoundError(
-            f"ao.load: there is no {path}; " + ("copy it too" if listed else "give a path that ao.save wrote")
-        )
+def _read(files: Mapping[Path, set[str] | None], device: torch.device, mmap: bool) -> dict[str, Tensor]:
+    """The tensors of one file, or of the shards of a folder, with the stored names that the index gives for each."""
+    safe_open = _safetensors().safe_open
+    tensors: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as opened:
+        owners: dict[str, Any] = {}
+        entries: dict[Path, dict[str, Any]] = {}
+        names: dict[Path, set[str]] = {}
+        for path, listed in files.items():
+            with _reading(path):
+                if not path.exists():
+                    raise FileNotFoundError(
+                        f"ao.load: there is no {path}; "
+                        + ("copy it too" if listed else "give a path that ao.save wrote")
+                    )
+                file = opened.enter_context(safe_open(path, framework="pt"))
+                entries[path] = read_header(file.metadata() or {})
+                names[path] = set(file.keys())
+                if listed is not None and listed != names[path]:
+                    raise ValueError(
+                        f"{INDEX} and this file differ in {sorted(listed ^ names[path])}; copy or save all files again"
+                    )
+                owners.update(dict.fromkeys(names[path], file))
+
+        def get(name: str) -> Tensor:
+            if name not in owners:
+                raise ValueError(f"it lacks {name!r}, which its header describes; save it again")
+            t: Tensor = owners.pop(name).get_tensor(name)
+            return t.to(device, copy=not mmap)
+
+        for path in files:
+            with _reading(path):
+                _tensors(entries[path], get, tensors)
+                for name, entry in entries[path].items():
+                    if entry is not None and "same_as" not in entry:
+                        owners.pop(name, None)  # its guard
+        for path in files:
+            with _reading(path):
+                if undescribed := names[path] & owners.keys():
+                    raise ValueError(
+                        f"it holds {sorted(undescribed)}, which its header does not describe; save it again"
+                    )
+    return tensors
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of an error which file it is about, and what to do."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            entries = _header(file.metadata() or {})
-            names = set(file.keys())
-            if listed is not None and listed != names:
-                raise ValueError(
-                    f"{INDEX} and this file differ in {sorted(listed ^ names)}; copy or save all files again"
-                )
-
-            def get(name: str) -> Tensor:
-                if name not in names:
-                    raise ValueError(f"it lacks {name!r}, which its header describes; save it again")
-                names.remove(name)
-                t: Tensor = file.get_tensor(name)
-                return t.to(device, copy=not mmap)
-
-            tensors = _tensors(entries, get)
-            if names:
-                raise ValueError(f"it holds {sorted(names)}, which its header does not describe; save it again")
-            return tensors
-    except safetensors.SafetensorError as e:
+        yield
+    except _safetensors().SafetensorError as e:
         raise ValueError(f"ao.load: {path} is no safetensors file, or is cut short ({e}); copy or save it again") from e
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"ao.load: {path} has a damaged header ({type(e).__name__}: {e}); save it again") from e
@@ -343,19 +416,12 @@ def _read(path: Path, device: torch.device, mmap: bool, listed: set[str] | None 
         raise ValueError(f"ao.load: {path}: {e}") from e
 
 
-def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    if "ao" not in metadata:
-        raise ValueError("not written by ao.save (its header has no 'ao'); read it with safetensors.torch.load_file")
-    header = json.loads(metadata["ao"])
-    if header["version"] > VERSION:
-        raise ValueError(f"its format is version {header['version']}, this ao reads up to {VERSION}; upgrade ao")
-    return dict(header["tensors"])
-
-
-def _tensors(entries: Mapping[str, Any], get: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _tensors(entries: Mapping[str, Any], get: Callable[[str], Tensor], tensors: dict[str, Tensor]) -> None:
+    """Add to `tensors` those that `entries` describe and that are not there yet."""
     checked: set[Hashable] = set()
     for name, entry in entries.items():
+        if name in tensors:
+            continue
         if entry is None or "same_as" not in entry:
             tensors[name] = _tensor(name, entry, get, checked)
             continue
@@ -363,7 +429,6 @@ def _tensors(entries: Mapping[str, Any], get: Callable[[str], Tensor]) -> dict[s
         if entry["parameter"] and not isinstance(tensors[first], torch.nn.Parameter):
             tensors[first] = torch.nn.Parameter(tensors[first], requires_grad=False)
         tensors[name] = tensors[first]
-    return tensors
 
 
 def _tensor(name: str, entry: Mapping[str, Any] | None, get: Callable[[str], Tensor], checked: set[Hashable]) -> Tensor:

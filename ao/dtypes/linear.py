@@ -36,6 +36,7 @@ from torch import Tensor
 from . import paths, paths_cpu, paths_gpu
 from .base import FUNCTIONS, OPS, QTensor
 from .ops import gather
+from .pieces import is_eager
 
 aten = torch.ops.aten
 
@@ -130,6 +131,22 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
     return torch.matmul(_plain(x), _plain(w))
 
 
+def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """`torch.nn.functional.grouped_mm` with quantized experts: rows [offs[e - 1], offs[e]) of `x` times `w[e]`.
+
+    x: (M, K), sorted by expert. w: (E, K, N), the transpose of the experts' weights. offs: (E,) int32, where each expert's
+    rows end; rows after the last are zero. -> (M, N). Each expert that has rows multiplies as a linear layer does; where
+    the groups are not known, in a traced graph, all experts are decoded.
+    """
+    if offs is None or w.dim() != 3 or x.dim() != 2 or not is_eager(x) or any(v is not None for v in kwargs.values()):
+        return torch._grouped_mm(_plain(x), _plain(w), offs, **kwargs)
+    ends = offs.tolist()
+    groups = [(e, start, stop) for e, (start, stop) in enumerate(zip([0, *ends], ends)) if stop > start]
+    rows = [matmul(x[start:stop], w[e]) for e, start, stop in groups]
+    rows.append(x.new_zeros(x.shape[0] - (ends[-1] if ends else 0), w.shape[-1]))
+    return torch.cat(rows)
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, w: QTensor, padding_idx: int) -> Tensor:
@@ -185,6 +202,8 @@ FUNCTIONS.update(
         torch.mm: matmul,
         torch.Tensor.mm: matmul,
         F.embedding: embedding,
+        F.grouped_mm: grouped_mm,
+        torch._grouped_mm: grouped_mm,
         F.conv1d: _convolution(F.conv1d),
         F.conv2d: _convolution(F.conv2d),
         F.conv3d: _convolution(F.conv3d),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import OPS, QTensor, as_bytes, dense, quantize_fields
+from .base import FUNCTIONS, OPS, QTensor, as_bytes, dense, quantize_fields
 from .bits import pack_dim
 from .blocks import expand
 from .views import cannot_cut, implements, map_ranked, resized, transpose
@@ -133,6 +133,33 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if new is not None:
             fields[name].copy_(new)
     return target
+
+
+def set_data(target: Tensor, source: Tensor) -> None:
+    """`target.data = source`: the fields of `source`, shared. PyTorch's own would exchange dtype and shape, and leave the
+    fields as they are.
+
+    Raises TypeError unless both are of one class.
+    """
+    if type(target) is not type(source) or not isinstance(target, QTensor) or not isinstance(source, QTensor):
+        form, given = (t.spec if isinstance(t, QTensor) else "a plain tensor" for t in (target, source))
+        raise TypeError(
+            f"cannot assign {given} to the data of {form}: replace the parameter, `module.weight = torch.nn.Parameter(...)`, "
+            "or write the values with copy_"
+        )
+    alias: QTensor = source.detach()  # type: ignore[assignment]
+    with torch._C.DisableTorchFunctionSubclass():
+        _data.__set__(target, alias)
+    target.spec, target.whole = alias.spec, alias.whole
+    for name in type(target).roles:
+        setattr(target, name, getattr(alias, name))
+
+
+_data: Any = torch.Tensor.data
+
+FUNCTIONS[_data.__set__] = set_data
+# What tells accelerate which parameters are tied.
+FUNCTIONS[torch.Tensor.data_ptr] = lambda q: next(iter(q.fields().values())).data_ptr()
 
 
 def _packed(q: QTensor) -> int | None:

@@ -7,6 +7,7 @@ Names and parameters are those that users of the field know. Whatever a preset d
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -478,6 +479,14 @@ class FqnToConfig(Config):
         for name, config in self.fqn_to_config.items():
             if not (config is None or isinstance(config, (Config, Spec))) or isinstance(config, FqnToConfig):
                 raise TypeError(f"FqnToConfig: {name!r} must map to a config, a Spec or None, got {config!r}")
+
+    def rules_for(self, parameter: str) -> list[str]:
+        """The rules that match a parameter, by its full name, "_default" aside: the first one counts."""
+        module, _, leaf = parameter.rpartition(".")
+        names = [parameter, module] if leaf == "weight" else [parameter]
+        patterns = [key for key in self.fqn_to_config if key.startswith("re:")]
+        exact = [name for name in names if name in self.fqn_to_config]
+        return exact + [key for name in names for key in patterns if re.fullmatch(key[3:], name)]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that `Config.from_dict` reads."""

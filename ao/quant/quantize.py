@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -82,6 +81,19 @@ def quantize_(
     if device is not None:
         model.to(device)
     return report
+
+
+def planned_specs(
+    model: nn.Module, config: Config | Spec, filter_fn: Filter | None = None
+) -> tuple[dict[str, tuple[Spec, float | None]], Report]:
+    """What `quantize_` would do, from shapes alone: the model may be on the meta device, and stays as it is.
+
+    Returns full name of a parameter -> its Spec and the scale of its static activation, under every name of a tied one;
+    and a Report of what is passed over. Takes the arguments of `quantize_`, and raises what it does.
+    """
+    report = Report()
+    jobs = list(_plan(model, config, filter_fn, report))
+    return {slot.fqn: (job.spec, job.act_scale) for job in jobs for slot in job.slots}, report
 
 
 def dequantize_(model: nn.Module, filter_fn: Filter | None = None) -> nn.Module:
@@ -164,18 +176,15 @@ def _by_filter(
 def _by_rules(rules: FqnToConfig, slots: list[_Slot], report: Report) -> list[tuple[_Slot, Config | Spec]]:
     table = dict(rules.fqn_to_config)
     default = table.pop("_default", None)
-    patterns = [(key, re.compile(key[3:])) for key in table if key.startswith("re:")]
     used: set[str] = set()
     chosen: list[tuple[_Slot, Config | Spec]] = []
     for slot in slots:
         if not _qualifies(slot.parameter):
             continue
-        is_weight = slot.name == "weight"
-        names = [slot.fqn, slot.module_fqn] if is_weight else [slot.fqn]
-        keys = [name for name in names if name in table]
-        keys += [key for name in names for key, pattern in patterns if pattern.fullmatch(name)]
+        keys = rules.rules_for(slot.fqn)
         used.update(keys)
-        choice = table[keys[0]] if keys else default if is_weight and is_linear(slot.owner, slot.module_fqn) else None
+        by_default = slot.name == "weight" and is_linear(slot.owner, slot.module_fqn)
+        choice = table[keys[0]] if keys else default if by_default else None
         if choice is not None:
             chosen.append((slot, choice))
         elif keys or isinstance(slot.owner, nn.Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import math
@@ -88,7 +89,46 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect(path: Path) -> list[Row]:
     """The tensors of a file or folder, in order. Raises FileNotFoundError, and ValueError for damaged files."""
-    return [row for file in weight_files(path) for row in _file(file)]
+    stored: dict[str, tuple[Path, Stored]] = {}
+    entries: dict[str, Any] = {}
+    for file in weight_files(path):
+        metadata, tensors = read_header(file)
+        stored.update({name: (file, t) for name, t in tensors.items()})
+        try:
+            # Files that transformers has cut describe the tensors of all of them.
+            entries.update(json.loads(metadata["ao"])["tensors"] if "ao" in metadata else {})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} has a damaged header; save it again") from error
+    rows = []
+    with contextlib.ExitStack() as opened:
+        maps: dict[Path, mmap.mmap] = {}
+        for name, entry in entries.items():
+            if entry is None:
+                continue
+            if "same_as" in entry:
+                rows.append(Row(name, f"tied to {entry['same_as']}", (), "", 0, 0.0, None, ""))
+                continue
+            stored.pop(name, None)  # an empty tensor that keeps other loaders out
+            try:
+                leaves = {leaf: stored.pop(leaf) for leaf in _leaves(name, entry)}
+                size, shape = sum(t.stop - t.start for _, t in leaves.values()), tuple(entry["shape"])
+                label, dtype = spec_label(entry["spec"]), entry["dtype"]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: {name!r} lacks a field that its header describes ({error})") from error
+            limits = None
+            if f"{name}.scale" in leaves:
+                file, scale = leaves[f"{name}.scale"]
+                if file not in maps:
+                    data = opened.enter_context(file.open("rb"))
+                    maps[file] = opened.enter_context(mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ))
+                limits = _range(maps[file], scale)
+            bits = 8 * size / max(math.prod(shape), 1)
+            rows.append(Row(name, label, shape, dtype, size, bits, limits, next(iter(leaves.values()))[0].name))
+    for name, (file, t) in stored.items():
+        dtype = _DTYPES.get(t.dtype, t.dtype.lower())
+        size = t.stop - t.start
+        rows.append(Row(name, dtype, t.shape, dtype, size, 8 * size / max(math.prod(t.shape), 1), None, file.name))
+    return rows
 
 
 def totals(rows: list[Row]) -> dict[str, dict[str, float]]:
@@ -104,31 +144,6 @@ def totals(rows: list[Row]) -> dict[str, dict[str, float]]:
     for entry in found.values():
         entry["bits"] = 8 * entry["bytes"] / max(entry["elements"], 1)
     return found
-
-
-def _file(path: Path) -> Iterator[Row]:
-    metadata, stored = read_header(path)
-    try:
-        entries: Mapping[str, Any] = json.loads(metadata["ao"])["tensors"] if "ao" in metadata else {}
-        left = dict(stored)
-        quantized = {name: entry for name, entry in entries.items() if entry is not None}
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for name, entry in quantized.items():
-                if "same_as" in entry:
-                    yield Row(name, f"tied to {entry['same_as']}", (), "", 0, 0.0, None, path.name)
-                    continue
-                leaves = {leaf: left.pop(leaf) for leaf in _leaves(name, entry)}
-                size, shape = sum(t.stop - t.start for t in leaves.values()), tuple(entry["shape"])
-                bits = 8 * size / max(math.prod(shape), 1)
-                scale = leaves.get(f"{name}.scale")
-                limits = _range(data, scale) if scale is not None else None
-                yield Row(name, spec_label(entry["spec"]), shape, entry["dtype"], size, bits, limits, path.name)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its header does not fit its tensors ({error}); save it again") from error
-    for name, t in left.items():
-        size = t.stop - t.start
-        dtype = _DTYPES.get(t.dtype, t.dtype.lower())
-        yield Row(name, dtype, t.shape, dtype, size, 8 * size / max(math.prod(t.shape), 1), None, path.name)
 
 
 def _leaves(name: str, entry: Mapping[str, Any] | None) -> Iterator[str]:

@@ -131,9 +131,10 @@ for moment in range(moments):
             if left < 0: die()
         rename = os.rename
         def at_the_end(*args):
-            if moment == moments - 2: die()
+            last = args[1] == out
+            if last and moment == moments - 2: die()
             rename(*args)
-            if moment == moments - 1: die()
+            if last and moment == moments - 1: die()
         os.rename = at_the_end
         folder_quantizer.quantize_folder(
             source, out, ao.Intx(8), max_shard_bytes=20_000, progress=tick if moment < moments - 2 else None

@@ -187,3 +187,63 @@ def test_the_command(source, tmp_path, capsys):
 
 def test_sizes():
     assert (size("2GB"), size("500MiB"), size("1.5 kB"), size("77")) == (2 * 10**9, 500 * 2**20, 1500, 77)
+
+
+@pytest.fixture(scope="module")
+def language_model(source, tmp_path_factory):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    folder = tmp_path_factory.mktemp("words")
+    for name, data in contents(source).items():
+        (folder / name).write_bytes(data)
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    texts = [" ".join(f"w{(7 * i * i + j) % 96}" for i in range(30)) for j in range(3)]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    (folder / "text.txt").write_text(texts[0])
+    return folder
+
+
+def test_eval(language_model, capsys):
+    words = ["eval", str(language_model), "--text", str(language_model / "texts.json"), "--window", "16"]
+    assert main([*words, "--configs", "bf16", "int8", "Intx(bits=2, block=(1, 32))", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+    losses = []
+    for start in (0, 16):
+        ids = torch.tensor([[(7 * i * i) % 96 for i in range(30)][start : start + 16]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    assert (
+        main(["eval", str(language_model), "--text", str(language_model / "text.txt"), "--window", "16", "--json"]) == 0
+    )
+    (stored,) = json.loads(capsys.readouterr().out)
+    assert stored["tokens"] == 28 and stored["perplexity"] == pytest.approx(
+        torch.cat(losses).mean().exp().item(), rel=1e-5
+    )
+    assert [row["tokens"] for row in rows] == [84] * 3 and rows[0]["perplexity"] != rows[2]["perplexity"]
+    assert rows[0]["bytes"] > rows[1]["bytes"] > rows[2]["bytes"]
+    (language_model / "broken.json").write_text('{"not": "a list"}')
+    assert main(["eval", str(language_model), "--text", str(language_model / "broken.json")]) == 1
+    assert "must hold a JSON list" in capsys.readouterr().err
+
+
+def test_bench(language_model, capsys):
+    words = ["bench", str(language_model), "--configs", "bf16", "int8", "--tokens", "1", "3", "--runs", "2", "--eager"]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["format"], row["tokens"]) for row in rows] == [("bf16", 1), ("bf16", 3), ("int8", 1), ("int8", 3)]
+    assert all(row["ms"] > 0 for row in rows)
+    assert main(words) == 0 and "3 tokens, ms" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_autoquant(language_model, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    assert main(["autoquant", str(language_model), "--plan", str(plan), "--tokens", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"] == str(plan)
+    assert isinstance(ao.load_plan(plan), ao.FqnToConfig)

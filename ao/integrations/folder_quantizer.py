@@ -41,7 +41,7 @@ def quantize_folder(
     max_shard_bytes: int = 2 * 10**9,
     device: torch.device | str = "cpu",
     watch: Watch | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Report:
     """Write `target`, a folder that `from_pretrained` loads, with the weights of `source` quantized by round-to-nearest.
 

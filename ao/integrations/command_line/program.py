@@ -8,9 +8,25 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import completion, format_names, inspect_checkpoint, quantize_command
+from . import (
+    autoquant_command,
+    bench_command,
+    completion,
+    eval_command,
+    format_names,
+    inspect_checkpoint,
+    quantize_command,
+)
 
-COMMANDS: list[ModuleType] = [quantize_command, inspect_checkpoint, format_names, completion]
+COMMANDS: list[ModuleType] = [
+    quantize_command,
+    autoquant_command,
+    eval_command,
+    bench_command,
+    inspect_checkpoint,
+    format_names,
+    completion,
+]
 """Each has NAME, HELP and DETAILS, add_arguments(parser), and run(arguments), which returns the exit code."""
 
 ABOUT = """Low-precision numbers for PyTorch models, from the command line.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .format_names import config_of
+from .progress import progress_bar
 from .safetensors_header import read_header, weight_files
 from .tables import print_json
 
@@ -87,16 +85,3 @@ def size(text: str) -> int:
         return max(int(float(digits) * units[text[len(digits) :].strip().upper()]), 1)
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"a size is like 2GB or 500MiB, got {text!r}") from None
-
-
-@contextmanager
-def progress_bar(total: int, what: str, hidden: bool) -> Iterator[Callable[[int], object] | None]:
-    """A bar of bytes with the time left, on a terminal and with tqdm; gives the function that advances it."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield None
-        return
-    off = hidden or not sys.stderr.isatty()
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=off, leave=False) as bar:
-        yield bar.update

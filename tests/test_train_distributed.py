@@ -8,7 +8,6 @@ process. All ranks have the same data, so that averaged gradients are those of a
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import socket
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-import ao
 from ao.dtypes import NF4, Float8, Intx, QTensor
 from ao.quant import compute_error
 from ao.train import (
@@ -89,7 +87,9 @@ def full(p) -> torch.Tensor:
     return p.dequantize() if isinstance(p, QTensor) else p
 
 
-def run_steps(model: nn.Module, steps: int = 2, apply: Callable = lambda m, x: m(x), after: Callable = lambda m: None) -> list:
+def run_steps(
+    model: nn.Module, steps: int = 2, apply: Callable = lambda m, x: m(x), after: Callable = lambda m: None
+) -> list:
     """Outputs and input gradients of a few steps; parameters are trained if they can be."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-2) if trained else None
@@ -176,7 +176,11 @@ def check_precisions(mesh, parallelize) -> None:
         if name == "float8-blockwise":
             continue  # blocks of 128 do not fit shards of this size
         single, model = convert_to_precision(plain(), name), parallelize(convert_to_precision(plain(), name), mesh)
-        after = precompute_bitnet_scale_for_fsdp if name == "bitnet" and parallelize is not tensor_parallel else lambda m: None
+        after = (
+            precompute_bitnet_scale_for_fsdp
+            if name == "bitnet" and parallelize is not tensor_parallel
+            else lambda m: None
+        )
         try:
             check_like_single(single, model, 90 if name == "bf16" else 12 if name == "bitnet" else 18, after=after)
         except Exception as error:
@@ -248,7 +252,9 @@ def check_float8_tensor_parallel(mesh, rank: int) -> None:
     part = lambda t: t.chunk(2, 1)[rank].contiguous()  # noqa: E731
     found = {}
     for name in ("torch", "float8", "prepared"):
-        col, row = (ColwiseParallel, RowwiseParallel) if name == "torch" else (Float8ColwiseParallel, Float8RowwiseParallel)
+        col, row = (
+            (ColwiseParallel, RowwiseParallel) if name == "torch" else (Float8ColwiseParallel, Float8RowwiseParallel)
+        )
         first = col() if name == "prepared" else col(input_layouts=Shard(1))
         model = nn.ModuleDict({"ffn": convert_to_float8_training(plain())})
         plan = {"ffn.0": first, "ffn.2": row(output_layouts=Shard(1))}

@@ -1,0 +1,89 @@
+"""A Hugging Face model folder on this machine: the model, and texts as windows of token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .folder_quantizer import skeleton
+
+
+def load_model(
+    folder: Path, config: Any = None, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Any:
+    """The model of a folder, in the class that its config names, for inference.
+
+    config: a config or Spec of ao, by which it is quantized as it loads; None leaves it as it is stored.
+    dtype: None keeps the dtype of the checkpoint.
+
+    Raises FileNotFoundError for a folder without config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a Hugging Face model")
+    from .transformers import AoConfig
+
+    cls = type(skeleton(folder))
+    more = {} if config is None else {"quantization_config": AoConfig(config)}
+    return cls.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, **more).to(device).eval()
+
+
+def read_texts(paths: Iterable[Path]) -> list[str]:
+    """Documents: of a `.json` file a list of strings, of any other file its text.
+
+    Raises ValueError for a JSON file that holds something else.
+    """
+    texts: list[str] = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            texts.append(text)
+            continue
+        found = json.loads(text)
+        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+            raise ValueError(f"{path} must hold a JSON list of strings")
+        texts += found
+    return texts
+
+
+def token_windows(folder: Path, texts: Iterable[str], length: int, most: int | None = None) -> list[Tensor]:
+    """Pieces of at most `length` token ids, (1, T) each: every text cut from its start. most: pieces in all.
+
+    Raises FileNotFoundError for a folder without tokenizer.json, ValueError for texts of fewer than two tokens.
+    """
+    from tokenizers import Tokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    windows: list[Tensor] = []
+    for text in texts:
+        ids = tokenizer.encode(text).ids
+        for start in range(0, len(ids) - 1, length):
+            if most is not None and len(windows) == most:
+                return windows
+            window = ids[start : start + length]
+            if len(window) > 1:
+                windows.append(torch.tensor([window]))
+    if not windows:
+        raise ValueError("the texts have fewer than two tokens; give longer ones")
+    return windows
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: Iterable[Tensor]) -> float:
+    """exp of the mean negative log-likelihood of every token after the first of its window.
+
+    model: a causal language model of transformers. windows: (1, T) token ids each.
+    """
+    total, count = 0.0, 0
+    for ids in windows:
+        ids = ids.to(model.device)
+        logits = model(ids, use_cache=False).logits[:, :-1].float()  # (1, T - 1, vocab)
+        total += torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())

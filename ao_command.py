@@ -1,0 +1,31 @@
+"""The entry point of the program `ao`.
+
+It loads the folder of the command line by its place rather than by name, since importing anything of the package `ao`
+imports torch, which takes seconds, and half of the commands do without.
+"""
+
+import importlib.util
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+
+def main() -> int:
+    """Run `ao` and return the exit code."""
+    name = "ao_command_line"
+    package = PathFinder.find_spec("ao", sys.path) or importlib.util.find_spec("ao")
+    assert package is not None and package.origin is not None
+    folder = Path(package.origin).parent / "integrations" / "command_line"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    program = importlib.import_module(f"{name}.program")
+    code: int = program.main()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

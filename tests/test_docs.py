@@ -1,0 +1,32 @@
+"""The snippets of the documentation run, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+RUN = [page for page in PAGES if page.parent.name == "docs" and "```python\n" in page.read_text()]
+"""Blocks marked `python` run, one after the other; those marked `py` need something that is not here."""
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_snippets_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "\n\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
+    exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        file = (page.parent / target) if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in slugs, f"{page.name} links to {target}#{anchor}"

@@ -18,7 +18,12 @@ CONSUMERS = {"linear", "checkpoint", "paths", "paths_cpu", "paths_gpu"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"triton_kernels", "hopper_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.
-BUILT_ON = {"codebook": {"intx"}, "dynamic_tree": {"codebook"}, "int4_prepacked": {"intx"}}
+BUILT_ON = {
+    "codebook": {"intx"},
+    "dynamic_tree": {"mapped"},
+    "int4_prepacked": {"intx"},
+    "positive_steps": {"mapped"},
+}
 
 
 def imports(path: Path) -> list[tuple[int, str, bool]]:

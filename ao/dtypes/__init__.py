@@ -13,6 +13,8 @@ from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .linear import path_name
+from .mapped import Mapped, MappedTensor
+from .positive_steps import PositiveSteps
 
 __all__ = [
     "NF4",
@@ -30,8 +32,11 @@ __all__ = [
     "Intx",
     "IntxTensor",
     "Layout",
+    "Mapped",
+    "MappedTensor",
     "NF4Tensor",
     "PlainLayout",
+    "PositiveSteps",
     "QTensor",
     "Spec",
     "TensorCoreTiledLayout",

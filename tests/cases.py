@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ao.dtypes import NF4, Codebook, DynamicTree, Float8, Intx, Spec
+from ao.dtypes import NF4, Codebook, DynamicTree, Float8, Intx, PositiveSteps, Spec
 
 SHAPE = (128, 256)
 
@@ -69,6 +69,7 @@ CASES = [
     Case(Codebook(BYTES, (1, -1)), 0.00697),
     Case(DynamicTree(8, True, (1, 64)), 0.00949),
     Case(DynamicTree(4, True, (1, 32)), 0.12950),
+    Case(PositiveSteps(4, (1, 32)), 0.80139),
     Case(Intx(8, act=Intx(8)), 0.00696),
     Case(Intx(8, act=Intx(8, symmetric=False)), 0.00696),
     Case(Intx(4, (1, 32), symmetric=True, act=Intx(8, symmetric=False)), 0.09474),

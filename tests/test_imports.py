@@ -20,7 +20,12 @@ HOSTS = {"accelerate", "diffusers", "peft", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "triton_kernels", "hopper_kernels", "transpose_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.
-BUILT_ON = {"codebook": {"intx"}, "dynamic_tree": {"codebook"}, "int4_prepacked": {"intx"}}
+BUILT_ON = {
+    "codebook": {"intx"},
+    "dynamic_tree": {"mapped"},
+    "int4_prepacked": {"intx"},
+    "positive_steps": {"mapped"},
+}
 
 
 def imports(path: Path) -> list[tuple[int, str, bool]]:

@@ -14,7 +14,9 @@ from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .linear import path_name
+from .mapped import Mapped, MappedTensor
 from .paths import has_float8
+from .positive_steps import PositiveSteps
 from .products import Codes, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 
 __all__ = [
@@ -34,8 +36,11 @@ __all__ = [
     "Intx",
     "IntxTensor",
     "Layout",
+    "Mapped",
+    "MappedTensor",
     "NF4Tensor",
     "PlainLayout",
+    "PositiveSteps",
     "QTensor",
     "Spec",
     "TensorCoreTiledLayout",

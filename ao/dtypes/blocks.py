@@ -65,13 +65,6 @@ def in_blocks(qparam: Tensor) -> Tensor:
     return qparam.reshape([n for g in qparam.shape for n in (g, 1)])
 
 
-def kept(qparam: Tensor) -> Tensor:
-    """`qparam` as memory of its own in code that is compiled for a CPU, which would compute it anew for each few elements."""
-    if qparam.device.type != "cpu" or is_eager(qparam):
-        return qparam
-    return qparam.as_strided(qparam.shape, qparam.stride())  # no compiler sees through this
-
-
 def expand(qparam: Tensor, shape: Sequence[int]) -> Tensor:
     """Repeat a qparam over its blocks: (g0, g1, ...) -> `shape`."""
     return in_blocks(qparam).expand(blocks_shape(qparam.shape, shape)).reshape(tuple(shape))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
-from .blocks import amax_abs, blocks_shape, in_blocks, kept, to_blocks
+from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .intx import Intx
 from .pieces import is_eager
 from .rounding import reciprocal
@@ -83,14 +83,6 @@ class Codebook(Spec):
         """Bits per code."""
         return int(math.log2(len(self.values)))
 
-    @property
-    def line(self) -> tuple[float, float] | None:
-        """(first, step) where the entries are first + code * step and float32 arithmetic finds them exactly; else None."""
-        first, step = self.values[0], self.values[1] - self.values[0]
-        even = all(first + i * step == v for i, v in enumerate(self.values))
-        short = (first * 2**15) % 1 == 0 and (step * 2**15) % 1 == 0  # products and sums have few bits
-        return (first, step) if even and short else None
-
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """scale of shape `grid`: float32, or quantized by `scale_spec`."""
         return self.stored(scale=amax_abs(x, grid))
@@ -115,13 +107,9 @@ class Codebook(Spec):
 
     def _codes(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, uint8 of the shape of `x`, and the table."""
-        unit = (to_blocks(x, scale.shape) * in_blocks(kept(reciprocal(dense(scale))))).reshape(x.shape)
+        unit = (to_blocks(x, scale.shape) * in_blocks(reciprocal(dense(scale)))).reshape(x.shape)
         table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
         middles = [(a + b) / 2 for a, b in zip(self.values, self.values[1:])]
-        if self.line is not None:
-            first, step = self.line
-            place = (unit - first) * (1 / step) - 0.5
-            return place.ceil().clamp(0, len(middles)).to(torch.int32).to(torch.uint8), table
         if len(middles) < 16:
             # Counted in float32: a CPU compares into floats five times faster than into bools.
             codes = unit.clone().gt_(middles[0])
@@ -149,14 +137,7 @@ class CodebookTensor(QTensor, spec=Codebook):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
-        return (self.entries(codes) * in_blocks(dense(self.scale))).to(dtype).reshape(self.shape)
-
-    def entries(self, codes: Tensor) -> Tensor:
-        """table[codes], float32."""
-        if self.spec.line is not None:
-            first, step = self.spec.line
-            return codes.float() * step + first
-        return look_up(self.table, codes)
+        return (look_up(self.table, codes) * in_blocks(dense(self.scale))).to(dtype).reshape(self.shape)
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:

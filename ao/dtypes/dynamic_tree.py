@@ -10,24 +10,21 @@ unsigned. Over the decades the map is then a convex chain of straight lines, and
     20 * c / 2**i * 10**(bits - 2) * value(j) = max over the decades of 5**i * (18 * j - 16 * c + 9)
 
 so that both directions are a product, a sum and a maximum or minimum per decade: wide code on every device, where a search
-in a table of 256, or the table itself, is not. The entries are kept in the units of the left side. There they are integers,
-and the arithmetic that finds them is exact in float32: a table, fused and separate products give the same bits.
+in a table of 256, or a table itself, is not. The entries are kept in the units of the left side. There they are integers, and
+the arithmetic that finds them is exact in float32: a table, fused and separate products give the same bits.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import Spec
-from .bits import pack, pack_dim
-from .blocks import amax_abs, in_blocks, kept, to_blocks
-from .codebook import CodebookTensor, look_up
+from .mapped import Mapped
 from .pieces import is_eager
-from .rounding import reciprocal
 
 
 def _bits(x: float) -> int:
@@ -100,17 +97,14 @@ _MAPS = {(bits, signed): _map(bits, signed) for bits in range(2, 9) for signed i
 
 
 @dataclass(frozen=True, repr=False)
-class DynamicTree(Spec):
+class DynamicTree(Mapped):
     """Codes into the dynamic tree map, with a float32 scale per block.
 
     bits: 2 to 8.
     signed: False is for data without negative values, which then has twice the precision; negative values become 0.
     block: elements that share a scale.
 
-        scale = max|x| / max(entries) over the block,    code = argmin_i |x / scale - entries[i]|
-
-    A signed map reaches its maximum but not the negative of it: its lowest value is -0.993 of that at 8 bits. A NaN in a
-    block makes the block NaN. Cost: `bits + 32 / block` bits per element.
+    A signed map reaches its largest value but not the negative of it: its lowest value is -0.993 of that at 8 bits.
     """
 
     bits: int = 8
@@ -126,23 +120,26 @@ class DynamicTree(Spec):
         """The entries of the map, in ascending order: the published values times the largest entry."""
         return _MAPS[self.bits, self.signed].entries
 
-    def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """scale of shape `grid`, float32."""
-        return {"scale": amax_abs(x, grid) * (1 / self.values[-1])}
+    def entries(self, codes: Tensor) -> Tensor:
+        """values[codes], float32: looked up in eager code, computed in compiled code."""
+        if is_eager(codes):
+            return _table(self.bits, self.signed, codes.device)[codes.int()]
+        form = _MAPS[self.bits, self.signed]
+        rank = codes.float() - form.zero if self.signed else codes.float()
+        r = rank.abs() - form.center if self.signed else rank - form.center
+        entry = None
+        for slope, at_zero in form.forward:
+            line = (r * slope + at_zero).view(torch.int32)
+            entry = line if entry is None else torch.maximum(entry, line)
+        assert entry is not None
+        if self.signed:
+            entry = entry.clamp(max=form.top) | (rank.view(torch.int32) & -(2**31))
+        else:
+            entry = entry.clamp(0, form.top)
+        return entry.view(torch.float32)
 
-    def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
-        """The nearest entries of the map for `x` (float32) under the given scale."""
-        unit = (to_blocks(x, scale.shape) * in_blocks(kept(reciprocal(scale)))).reshape(x.shape)
-        codes = self._codes(unit)
-        table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
-        return {
-            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
-            "scale": scale,
-            "table": table,
-        }
-
-    def _codes(self, x: Tensor) -> Tensor:
-        """The codes of the nearest entries, uint8."""
+    def nearest(self, x: Tensor) -> Tensor:
+        """The codes (uint8) of the values next to `x` (float32)."""
         form = _MAPS[self.bits, self.signed]
         size = x.abs() if self.signed else x
         place = None  # j and a fraction, as the bits of a float32
@@ -167,24 +164,7 @@ class DynamicTree(Spec):
         return rank.to(torch.uint8)
 
 
-class DynamicTreeTensor(CodebookTensor, spec=DynamicTree):
-    """x = table[code] * scale, with the fields of `CodebookTensor`."""
-
-    spec: DynamicTree  # type: ignore[assignment]
-
-    def entries(self, codes: Tensor) -> Tensor:
-        """table[codes], float32. Code that is compiled for a CPU, which gathers one by one, computes them."""
-        if codes.device.type != "cpu" or is_eager(codes):
-            return look_up(self.table, codes)
-        form = _MAPS[self.spec.bits, self.spec.signed]
-        rank = codes.float() - form.zero
-        r = (rank.abs() if self.spec.signed else rank) - form.center
-        entry = None
-        for slope, at_zero in form.forward:
-            line = (r * slope + at_zero).view(torch.int32)
-            entry = line if entry is None else torch.maximum(entry, line)
-        assert entry is not None
-        entry = entry.clamp(0, form.top)
-        if self.spec.signed:
-            entry = entry | (rank.view(torch.int32) & -(2**31))
-        return entry.view(torch.float32)
+@functools.lru_cache(maxsize=64)
+def _table(bits: int, signed: bool, device: torch.device) -> Tensor:
+    """The entries on a device."""
+    return torch.tensor(_MAPS[bits, signed].entries, device=device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Spec
-from .blocks import amax_abs, in_blocks, kept, to_blocks
+from .blocks import amax_abs, in_blocks, to_blocks
 from .rounding import power_of_two_above, reciprocal
 
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -56,9 +56,11 @@ class Float8(Spec):
         scale = amax_abs(x, grid) * (1 / self.max)
         return {"scale": power_of_two_above(scale) if self.power_of_two else scale}
 
-    def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
-        """Round `x` (float32) to the format under the given scale."""
-        q = (to_blocks(x, scale.shape) * in_blocks(kept(reciprocal(scale)))).clamp_(-self.max, self.max)
+    def encode(self, x: Tensor, *, scale: Tensor, inverse: Tensor | None = None) -> dict[str, Tensor | None]:
+        """Round `x` (float32) to the format under the given scale. inverse: 1 / scale, if it is known."""
+        q = (to_blocks(x, scale.shape) * in_blocks(reciprocal(scale) if inverse is None else inverse)).clamp_(
+            -self.max, self.max
+        )
         return {"qdata": q.to(self.dtype).reshape(x.shape), "scale": scale}
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ao.dtypes import Codebook, DynamicTree, Float8, Spec
+from ao.dtypes import DynamicTree, Float8, PositiveSteps, Spec
 
 from .optimizer import FullPrecision, LowBitOptimizer
 
@@ -53,8 +53,7 @@ def _formats(first: Callable[[int], Spec], second: Callable[[int], Spec]) -> dic
 
 _8BIT = _formats(lambda n: DynamicTree(8, True, (1, n)), lambda n: DynamicTree(8, False, (1, n)))
 # Without a zero: a second moment that is rounded to zero would make the update explode.
-_SIXTEENTHS = tuple((i + 1) / 16 for i in range(16))
-_4BIT = _formats(lambda n: DynamicTree(4, True, (1, n)), lambda n: Codebook(_SIXTEENTHS, (1, n)))
+_4BIT = _formats(lambda n: DynamicTree(4, True, (1, n)), lambda n: PositiveSteps(4, (1, n)))
 _FP8 = _formats(lambda n: Float8("e4m3", (1, n)), lambda n: Float8("e4m3", (1, n)))
 
 

@@ -19,12 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ao.dtypes import QTensor, Spec
+from ao.dtypes import Spec
 
+from .rows import Rows, field_names, in_memory, planes_of, read, to_planes, write
 from .stochastic_rounding import stochastic_round
-
-Fields = tuple[Tensor, ...]
-"""A state: itself if it is in full precision, else the fields of its QTensor of shape (rows, block)."""
 
 
 class Update(Protocol):
@@ -55,77 +53,53 @@ class Plan:
     stochastic: bool
 
     @functools.cached_property
+    def planes(self) -> int:
+        """In how many planes the parameters come."""
+        return planes_of([spec for _, spec in self.states])
+
+    @functools.cached_property
     def by_row(self) -> tuple[bool, ...]:
-        """Which tensors of `Rows.tensors` have one entry per row, the others being shared by all rows."""
-        flags = [True, True]
+        """Which of `Rows.tensors` have one entry per row, the others being shared by all rows."""
+        flags = [True] * (2 * self.planes)
         for _, spec in self.states:
             flags += [True] if spec is None else [spec.tensor_type.roles[f] != "shared" for f in field_names(spec)]
         return (*flags, False) if self.stochastic else tuple(flags)
 
-
-@dataclass
-class Rows:
-    """One parameter, or a piece of it, as rows of blocks, or of single elements where its states are in full precision.
-
-    noise: int32 (seed, position of the first element), where the plan rounds stochastically.
-    """
-
-    param: Tensor
-    grad: Tensor
-    states: Sequence[Fields]
-    noise: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in the order of `Plan.by_row`."""
-        noise = [] if self.noise is None else [self.noise]
-        return [self.param, self.grad, *(t for fields in self.states for t in fields), *noise]
-
-
-def rows_of(plan: Plan, tensors: Iterable[Tensor]) -> Rows:
-    """The inverse of `Rows.tensors`."""
-    it = iter(tensors)
-    param, grad = next(it), next(it)
-    states = [tuple(next(it) for _ in (field_names(spec) if spec else ("",))) for _, spec in plan.states]
-    return Rows(param, grad, states, next(it) if plan.stochastic else None)
+    def rows(self, tensors: Iterable[Tensor]) -> Rows:
+        """The inverse of `Rows.tensors`."""
+        it = iter(tensors)
+        params, grads = ([next(it) for _ in range(self.planes)] for _ in range(2))
+        states = [tuple(next(it) for _ in (field_names(spec) if spec else ("",))) for _, spec in self.states]
+        return Rows(params, grads, states, next(it) if self.stochastic else None)
 
 
 def update_rows(plan: Plan, rows: Rows, h: Mapping[str, Tensor]) -> None:
     """The step of one parameter, in place."""
-    grad = rows.grad.float()
-    values = {}
-    for (name, spec), fields in zip(plan.states, rows.states):
-        if spec is None:
-            values[name] = fields[0]
-        else:
-            named = dict(zip(field_names(spec), fields))
-            values[name] = spec.wrap(named, torch.float32, rows.param.shape).decode()
-    new, new_values = plan.update(rows.param.float(), -grad if plan.maximize else grad, values, h, **dict(plan.options))
-    if grad.device.type == "cpu" and rows.grad.dtype != torch.float32:
-        # As memory of their own. Else each is computed again from the 16-bit gradient where it is quantized, and Inductor takes
-        # 32 elements at a time where all that it reads has 16 bits: too many for it to see a number's bits in a register.
-        new_values = {name: t.as_strided(t.shape, t.stride()) for name, t in new_values.items()}
-    for (name, spec), fields in zip(plan.states, rows.states):
-        if spec is None:
-            fields[0].copy_(new_values[name])
-            continue
-        q = spec.quantize(new_values[name])
-        for field, target in zip(field_names(spec), fields):
-            if q.roles[field] != "shared":
-                target.copy_(getattr(q, field))
+    states = [read(spec, fields, rows.params) for (_, spec), fields in zip(plan.states, rows.states)]
+    new: list[Tensor] = []
+    new_states: list[list[Tensor]] = [[] for _ in states]
+    for i in range(plan.planes):
+        grad = -rows.grads[i].float() if plan.maximize else rows.grads[i].float()
+        values = {name: state[i] for (name, _), state in zip(plan.states, states)}
+        made, made_states = plan.update(rows.params[i].float(), grad, values, h, **dict(plan.options))
+        new.append(made)
+        for (name, _), made_state in zip(plan.states, new_states):
+            # With a 16-bit gradient in memory of its own. Else it is computed again from the gradient where it is quantized,
+            # and Inductor takes 32 elements at a time where all that it reads has 16 bits: too many for it to see the bits
+            # of a number in a register.
+            value = made_states[name]
+            made_state.append(value if rows.grads[i].dtype == torch.float32 else in_memory(value))
+    for (_, spec), fields, made_state in zip(plan.states, rows.states, new_states):
+        write(spec, fields, made_state)
     if rows.noise is not None:
-        new = stochastic_round(new, *rows.noise.unbind())
-    rows.param.copy_(new)
-
-
-@functools.cache
-def field_names(spec: Spec) -> tuple[str, ...]:
-    """The fields of rows that `spec` quantizes."""
-    return tuple(row(spec, torch.device("cpu")).fields())
-
-
-def row(spec: Spec, device: torch.device) -> QTensor:
-    """One row of zeros."""
-    return spec.quantize(torch.zeros(1, spec.block[-1], device=device))  # type: ignore[attr-defined]
+        seed, start = rows.noise.unbind()
+        index = torch.arange(rows.count * rows.width, dtype=torch.int32, device=seed.device) + start
+        places = (
+            to_planes(index.view(rows.count, rows.width), plan.planes) if plan.planes > 1 else [index.view_as(new[0])]
+        )
+        new = [stochastic_round(value, seed, place) for value, place in zip(new, places)]
+    for target, value in zip(rows.params, new):
+        target.copy_(value)
 
 
 EAGER_PIECE = {"cpu": 2**18, "cuda": 2**24}
@@ -146,7 +120,7 @@ def run(plan: Plan, items: Sequence[Rows], hyper: Tensor, compile: bool) -> None
         size *= torch.get_num_threads()
     most = TOGETHER.get(kind, 8) if compile else 1
     pieces = [piece for item in items for piece in _pieces(plan, item, size)]
-    for _, same in itertools.groupby(pieces, lambda tensors: tensors[0].shape):
+    for _, same in itertools.groupby(pieces, lambda tensors: tensors[0].shape[0]):
         waiting = list(same)
         start = 0
         for count in (most, 1):
@@ -159,16 +133,15 @@ def run(plan: Plan, items: Sequence[Rows], hyper: Tensor, compile: bool) -> None
 def _pieces(plan: Plan, item: Rows, size: int) -> Iterable[Sequence[Tensor]]:
     """The tensors of `item`, cut into pieces of at most `size` elements, all about as long."""
     tensors = item.tensors()
-    rows = item.param.shape[0]
-    width = item.param.numel() // max(rows, 1)
-    count = math.ceil(rows / max(size // width, 1)) if rows else 1
+    rows = item.count
+    count = math.ceil(rows / max(size // item.width, 1)) if rows else 1
     if count == 1:
         return [tensors]
     length = math.ceil(rows / count)
     starts = range(0, rows, length)
     parts = [t.split(length) if by_row else [t] * len(starts) for t, by_row in zip(tensors, plan.by_row)]
     if item.noise is not None:
-        positions = [(start * width + 2**31) % 2**32 - 2**31 for start in starts]  # they wrap around
+        positions = [(start * item.width + 2**31) % 2**32 - 2**31 for start in starts]  # they wrap around
         moved = torch.tensor([[0, position] for position in positions], dtype=torch.int32)
         parts[-1] = (item.noise + moved.to(item.noise.device)).unbind()
     return zip(*parts)
@@ -179,12 +152,12 @@ def _step_eagerly(plan: Plan, hyper: Tensor, *tensors: Tensor) -> None:
     h = dict(zip(plan.scalars, hyper.unbind()))
     width = len(plan.by_row)
     for i in range(0, len(tensors), width):
-        update_rows(plan, rows_of(plan, tensors[i : i + width]), h)
+        update_rows(plan, plan.rows(tensors[i : i + width]), h)
 
 
 def _step(plan: Plan, count: int, hyper: Tensor, like: Sequence[Tensor]) -> Callable[..., None]:
     """`_step_eagerly` for `count` parameters like the tensors given, compiled. It is compiled when it is first called."""
-    param, grad = like[:2]
+    param, grad = like[0], like[plan.planes]
     threads = torch.get_num_threads() if param.device.type == "cpu" else 1
     # One row is another graph: a compiler takes a size of 1 for a fact.
     key = (plan, count, param.device, param.dtype, grad.dtype, param.shape[0] == 1, threads)
@@ -211,24 +184,39 @@ def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    by_row = itertools.chain([False], itertools.cycle(plan.by_row))
-    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        fakes: list[Any] = [_fake(mode, t, symbolic) for t, symbolic in zip(args, by_row)]
-        graph = make_fx(functools.partial(_step_eagerly, plan), tracing_mode="symbolic")(*fakes)
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env):
+        rows = _symbolic_size(shape_env, args[1].shape[0])
+        by_row = itertools.chain([False], itertools.cycle(plan.by_row))
+        shapes = [(rows, *t.shape[1:]) if symbolic else t.shape for t, symbolic in zip(args, by_row)]
+        fakes: list[Any] = [
+            torch.empty_strided(shape, t.stride(), dtype=t.dtype, device=t.device) for t, shape in zip(args, shapes)
+        ]
+        step = functools.partial(_step_eagerly, plan)
+        cpu = args[0].device.type == "cpu"
+        graph = make_fx(step, decomposition_table={} if cpu else _ON_GPU, tracing_mode="symbolic")(*fakes)
     options: dict[str, Any] = {}
-    if args[0].device.type == "cpu":
+    if cpu:
         options["cpp.enable_floating_point_contract_flag"] = "fast"  # products and sums in one instruction
     compiled: Any = torch._inductor.compile(graph, fakes, options=options)
+    assert not shape_env.replacements, "the number of rows has become a constant"
     return compiled
 
 
-def _fake(mode: Any, t: Tensor, by_row: bool) -> Tensor:
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+# A correctly rounded root is a branch per element on a GPU; this one is off by two units in the last place at most.
+_ON_GPU = {torch.ops.aten.sqrt.default: lambda x: x * (x + torch.finfo(torch.float32).tiny).rsqrt()}
 
-    dims = [DimDynamic.DUCK if by_row and d == 0 and n > 1 else DimDynamic.STATIC for d, n in enumerate(t.shape)]
-    context: Any = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * t.dim())
-    return mode.from_tensor(t, symbolic_context=context, source=ConstantSource(f"input_{id(t)}"))
+
+def _symbolic_size(shape_env: Any, size: int) -> Any:
+    """A size that graphs are made for whatever it is; `size` now. One is a fact."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    if size == 1:
+        return 1
+    source = ConstantSource("rows")
+    symbol = shape_env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    return shape_env.create_symintnode(symbol, hint=size, source=source)
 
 
 @functools.cache

@@ -18,7 +18,8 @@ from ao.dtypes import Flat, FlatTensor, QTensor, Spec
 
 from .conversion import Kept, keep, kept_states, torch_form
 from .joined import JOINED, Joined, joined
-from .kernel import Fields, Plan, Rows, field_names, has_compiler, row, run
+from .kernel import Plan, has_compiler, run
+from .rows import Rows, planes_of, row, state_fields, to_planes
 from .sharded import grad_like, local, shard_like
 
 SMALL = 4096
@@ -236,12 +237,12 @@ class LowBitOptimizer(torch.optim.Optimizer):
             states = [local(state[name]) for name in names]
             specs = tuple(t.spec.inner if isinstance(t, FlatTensor) else None for t in states)
             rows = _rows(mine, grad_like(p), states, specs, written)
-            stochastic = bool(group["bf16_stochastic_round"]) and rows.param.dtype == torch.bfloat16
-            key = (rows.param.shape, count, specs, stochastic, mine.device, rows.param.dtype, rows.grad.dtype)
+            stochastic = bool(group["bf16_stochastic_round"]) and rows.params[0].dtype == torch.bfloat16
+            key = (rows.count, count, specs, stochastic, mine.device, rows.params[0].dtype, rows.grads[0].dtype)
             buckets.setdefault(key, []).append(rows)
         runs: list[Run] = []
         # The largest first: the compiler tunes a kernel for the first size that it sees.
-        for key in sorted(buckets, key=lambda key: -key[0][0]):
+        for key in sorted(buckets, key=lambda key: -key[0]):
             _, count, specs, stochastic, device, *_ = key
             runs.append(self._run(group, tuple(zip(names, specs)), buckets[key], count, stochastic, device))
 
@@ -261,7 +262,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         runs: list[Run] = []
         for part in cache[group_index]:
             stochastic = bool(group["bf16_stochastic_round"]) and part.param.dtype == torch.bfloat16
-            rows = Rows(part.param, part.grad, [(t,) for t in part.states])
+            rows = Rows([part.param], [part.grad], [(t,) for t in part.states])
             update = self._run(
                 group, tuple((name, None) for name in names), [rows], part.count + 1, stochastic, part.param.device
             )
@@ -362,13 +363,9 @@ def _rows(
     values = values.contiguous()
     if isinstance(mine, QTensor) or not mine.is_contiguous():
         written.append((mine.detach(), values))
-    fields: list[Fields] = []
-    for spec, t in zip(specs, states):
-        if spec is None:
-            fields.append((t.view(-1),))
-        else:
-            fields.append(tuple(getattr(t.blocks, name) for name in field_names(spec)))  # type: ignore[attr-defined]
-    return Rows(values.view(shape), grad.contiguous().view(shape), fields)
+    planes = planes_of(specs)
+    fields = [(t.view(-1),) if spec is None else state_fields(t.blocks, planes) for spec, t in zip(specs, states)]  # type: ignore[attr-defined]
+    return Rows(to_planes(values.view(shape), planes), to_planes(grad.contiguous().view(shape), planes), fields)
 
 
 def _leaves(t: Tensor) -> Iterable[Tensor]:

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 
-def stochastic_round(x: Tensor, seed: Tensor | int, start: Tensor | int = 0) -> Tensor:
+def stochastic_round(x: Tensor, seed: Tensor | int, index: Tensor | None = None) -> Tensor:
     """`x` (float32) rounded to one of its two neighbours in bfloat16, with probabilities that make it unbiased.
 
     seed: an integer below 2**31, or an int32 scalar on the device of x. Another seed for every tensor and every step.
-    start: the position of the first element, where x is a part of a larger tensor; an integer or an int32 scalar.
+    index: int32 of the shape of x, another number for every element; by default they are counted from 0.
 
     Numbers that bfloat16 has stay as they are, as do infinities and NaN.
     """
-    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
+    if index is None:
+        index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
     noise = _mix(_mix(index) ^ seed) & 0xFFFF
     rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)

@@ -1,0 +1,138 @@
+"""A parameter with its states as rows of one block each, and how a step reads and writes them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ao.dtypes import Float8, Mapped, QTensor, Spec
+
+Fields = tuple[Tensor, ...]
+"""A state: itself if it is in full precision, else the fields of its QTensor of shape (rows, block)."""
+
+CHUNK = 32
+"""The elements in which codes of less than a byte are packed (ao/dtypes/bits.py): plane by plane."""
+
+
+@dataclass
+class Rows:
+    """One parameter, or a piece of it, as rows of blocks, or of single elements where its states are in full precision.
+
+    params, grads: by plane (see below), mostly one. noise: int32 (seed, position of the first element), where parameters are
+    rounded stochastically.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Fields]
+    noise: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, one after the other."""
+        noise = [] if self.noise is None else [self.noise]
+        return [*self.params, *self.grads, *(t for fields in self.states for t in fields), *noise]
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return self.params[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return sum(t.numel() for t in self.params) // max(self.count, 1)
+
+
+def row(spec: Spec, device: torch.device) -> QTensor:
+    """One row of zeros."""
+    return spec.quantize(torch.zeros(1, spec.block[-1], device=device))  # type: ignore[attr-defined]
+
+
+@functools.cache
+def field_names(spec: Spec) -> tuple[str, ...]:
+    """The fields of rows that `spec` quantizes."""
+    return tuple(row(spec, torch.device("cpu")).fields())
+
+
+# Planes. Two codes of four bits share a byte: elements k and k + 16 of a chunk of 32. A step over whole rows would have to
+# bring together what two threads of a GPU have made, by way of memory. So it goes over planes: what is in the low halves of
+# the bytes, and what is in the high ones, each a view of shape (rows, K / 32, 16). Nothing changes its shape on the way, so
+# that a compiler makes one kernel of it all.
+
+
+def planes_of(specs: Sequence[Spec | None]) -> int:
+    """How many planes there are: 1, or 2 for states of 4 bits."""
+    if not specs or not all(isinstance(spec, Mapped) and spec.bits == 4 for spec in specs):
+        return 1
+    return 1 if any(spec.block[-1] % CHUNK for spec in specs) else 2  # type: ignore[union-attr]
+
+
+def to_planes(t: Tensor, planes: int) -> list[Tensor]:
+    """Rows (rows, K) as planes; `t` itself if there is one."""
+    if planes == 1:
+        return [t]
+    chunks = t.view(t.shape[0], t.shape[1] // CHUNK, planes, CHUNK // planes)
+    return [chunks.select(2, i) for i in range(planes)]
+
+
+def state_fields(state: QTensor, planes: int) -> Fields:
+    """The fields of a state of shape (rows, K), as `read` and `write` take them."""
+    fields = [getattr(state, name) for name in field_names(state.spec)]
+    return tuple(fields if planes == 1 else (t.view(t.shape[0], -1, min(t.shape[1], CHUNK // planes)) for t in fields))
+
+
+def read(spec: Spec | None, fields: Fields, params: Sequence[Tensor]) -> list[Tensor]:
+    """The values of a state, float32, by plane. params: of the same shapes."""
+    if spec is None:
+        return [fields[0]]
+    named = dict(zip(field_names(spec), fields))
+    if len(params) == 1:
+        return [spec.wrap(named, torch.float32, params[0].shape).decode()]
+    assert isinstance(spec, Mapped)
+    return [spec.entries((named["qdata"] >> 4 * i) & 15) * named["scale"] for i in range(len(params))]
+
+
+def write(spec: Spec | None, fields: Fields, values: Sequence[Tensor]) -> None:
+    """Quantize `values`, given by plane, into a state."""
+    if spec is None:
+        fields[0].copy_(values[0])
+        return
+    made: dict[str, Any]
+    if len(values) == 1:
+        known: dict[str, Any] = dict(spec.choose_qparams(values[0], spec.grid(values[0].shape)))
+        if isinstance(spec, (Mapped, Float8)):
+            known["inverse"] = _inverse(known["scale"])
+        made = dict(spec.encode(values[0], **known))
+    else:
+        assert isinstance(spec, Mapped)
+        scale = spec.scale(_largest(values))
+        codes = [spec.nearest(x * _inverse(scale)) for x in values]
+        made = {"scale": scale, "qdata": functools.reduce(torch.bitwise_or, (c << 4 * i for i, c in enumerate(codes)))}
+    for name, target in zip(field_names(spec), fields):
+        if spec.tensor_type.roles[name] != "shared":
+            target.copy_(made[name])
+
+
+def _largest(planes: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of each row, (rows, 1, 1)."""
+    sizes = [x.abs() for x in planes]
+    if sizes[0].device.type == "cpu":
+        return functools.reduce(torch.maximum, sizes).amax((1, 2), keepdim=True)
+    # Bits are ordered as the numbers are, with NaN above all (ao/dtypes/blocks.py).
+    return functools.reduce(torch.maximum, (x.view(torch.int32) for x in sizes)).amax((1, 2), True).view(torch.float32)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 for 0: the device's own, which on a GPU is off by a bit and costs less than `rounding.reciprocal`."""
+    inverse = scale.reciprocal().masked_fill(scale < torch.finfo(torch.float32).tiny, 0.0)
+    return in_memory(inverse)  # else computed anew for every few elements
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """`x` as memory of its own, in code that is compiled for a CPU: no compiler sees through this."""
+    return x.as_strided(x.shape, x.stride()) if x.device.type == "cpu" else x

@@ -52,6 +52,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def autocast(ids: Tensor, dtype: str) -> torch.autocast:
+    """Products in `dtype`."""
+    return torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
 def compile_blocks(model: nn.Module) -> None:
     """Compile the blocks of a model, which share one graph."""
     for block in model.model.layers:  # type: ignore[union-attr]
@@ -73,7 +78,7 @@ class Distillation:
         """One step on windows (B, T), at `rate` times the learning rates. Returns the divergence before it."""
         for group, lr in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = lr * rate
-        with torch.autocast(ids.device.type, getattr(torch, self.args.dtype)):
+        with autocast(ids, self.args.dtype):
             with torch.no_grad():
                 target = self.teacher(input_ids=ids, use_cache=False).logits
             logits = self.model(input_ids=ids, use_cache=False).logits
@@ -124,7 +129,7 @@ def step_time(what: LanguageModel, args: argparse.Namespace, ids: Tensor) -> Non
 
     def step(model: nn.Module) -> float:
         start = time.perf_counter()
-        with torch.autocast(ids.device.type, getattr(torch, args.dtype)):
+        with autocast(ids, args.dtype):
             logits = model(input_ids=ids, use_cache=False).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
         if ids.device.type != "cpu":

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.LlamaForCausalLM(config)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            torch.nn.init.normal_(p, std=1.0 if "embed" in name else p.shape[1] ** -0.5)
+            torch.nn.init.normal_(p, std=0.2 if "embed" in name else p.shape[1] ** -0.5)
     model.save_pretrained(path)
     (path / "text.json").write_text(json.dumps(TEXTS))
     (path / "more.txt").write_text(TEXTS[1])

@@ -238,10 +238,10 @@ def run_of(args: argparse.Namespace, what: LanguageModel, base: float, tokens: i
     device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if args.device != "cpu":
         device = str(torch.get_device_module(args.device).get_device_name())
-    names = {"--json", "--plot"}
-    command = shlex.join(
-        ["scripts/eval_lm.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:] if a not in names)]
-    )
+    script, *given = sys.argv
+    outputs = {i for i, a in enumerate(given) if a in ("--json", "--plot", "--save")}
+    kept = [Path(a).name if "/" in a else a for i, a in enumerate(given) if i not in outputs and i - 1 not in outputs]
+    command = shlex.join([f"scripts/{Path(script).name}", *kept])
     return {
         "model": what.folder.resolve().name,
         "device": device,

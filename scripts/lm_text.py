@@ -15,23 +15,27 @@ from torch import Tensor
 STDLIB = "stdlib"
 """Stands for the modules of this Python's standard library."""
 
+INSTALLED = "site-packages"
+"""Stands for the modules of the packages that are installed for this Python."""
+
 LARGEST = 60_000
-"""Characters of a file of the standard library, at most: beyond, they are tables."""
+"""Characters of a module, at most: beyond, they are tables."""
 
 
-def texts_of(paths: Sequence[str]) -> list[str]:
-    """The texts of JSON lists of strings, of plain files, of folders (their .py, .txt and .md files) and of "stdlib".
+def texts_of(paths: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+    """The texts of JSON lists of strings, of plain files, of folders (their .py, .txt and .md files), of "stdlib" and of
+    "site-packages".
 
-    Raises FileNotFoundError and ValueError, with the path.
+    exclude: names of packages and folders to leave out of folders. Raises FileNotFoundError and ValueError, with the path.
     """
     texts: list[str] = []
     for path in paths:
-        if path == STDLIB:
-            texts += standard_library()
-            continue
         place = Path(path)
-        if place.is_dir():
+        if path in (STDLIB, INSTALLED):
+            texts += modules(Path(sysconfig.get_paths()["stdlib" if path == STDLIB else "purelib"]), exclude)
+        elif place.is_dir():
             files = sorted(p for suffix in ("py", "txt", "md") for p in place.rglob(f"*.{suffix}"))
+            files = [p for p in files if not set(exclude) & set(p.relative_to(place).parts)]
             if not files:
                 raise ValueError(f"{place} has no .py, .txt or .md file")
             texts += readable(files)
@@ -45,10 +49,9 @@ def texts_of(paths: Sequence[str]) -> list[str]:
     return texts
 
 
-def standard_library() -> list[str]:
-    """Its modules, without tests and without large tables, in an order that is shuffled but always the same."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+def modules(root: Path, exclude: Sequence[str]) -> list[str]:
+    """The modules below a folder, without tests and without large tables, in an order that is shuffled but always the same."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", *exclude}
     files = [p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts)]
     random.Random(0).shuffle(files)
     return readable(files, LARGEST)

@@ -1,5 +1,12 @@
 """How to choose number formats for a model: `quantize_` and its configs, and `autoquant`, which measures."""
 
+from .affine import (
+    choose_qparams_affine,
+    dequantize_affine,
+    fake_quantize_affine,
+    int_scaled_matmul,
+    quantize_affine,
+)
 from .autoquant import autoquant, finalize_autoquant
 from .autoquant_report import AutoquantReport
 from .awq import AWQ
@@ -50,6 +57,7 @@ from .quantize import dequantize_, is_linear, quantize_
 from .recipe import Recipe, RoundToNearest
 from .report import Report, compute_error, get_model_size_in_bytes
 from .rotation import RotationPlan, rotate_, rotation_plan
+from .sensitivity import Sensitivity, sensitivity
 from .smoothquant import SmoothQuant
 from .statistics import Statistics
 
@@ -89,6 +97,7 @@ __all__ = [
     "Report",
     "RotationPlan",
     "RoundToNearest",
+    "Sensitivity",
     "SmoothQuant",
     "SpecConfig",
     "Statistics",
@@ -97,16 +106,22 @@ __all__ = [
     "autoquant",
     "benchmark_model",
     "calibrate",
+    "choose_qparams_affine",
     "compute_error",
     "config_from_dict",
     "config_to_dict",
     "dequantize_",
+    "dequantize_affine",
+    "fake_quantize_affine",
     "finalize_autoquant",
     "get_model_size_in_bytes",
+    "int_scaled_matmul",
     "is_linear",
     "load_plan",
     "quantize_",
+    "quantize_affine",
     "rotate_",
     "rotation_plan",
     "save_plan",
+    "sensitivity",
 ]

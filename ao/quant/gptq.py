@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..dtypes import Spec, dense
 from .factor import Factored
+from .group_fit import fit_group
 from .hqq import Qparams, check_scaled, search
 from .observers import Hessian
 from .recipe import Recipe, Rounded
@@ -196,7 +197,6 @@ class _Solver:
         With u = q / scale + zero_point the codes of one group, the error is a quadratic form in scale and
         offset = scale * zero_point, whose values are scale * u - offset.
         """
-        rows_of = qparams["scale"].shape[0]
         fitted = {name: dense(t).clone() for name, t in qparams.items()}
         fitted = {name: t.float() if t.is_floating_point() else t for name, t in fitted.items()}
         group = torch.tensor(self.group, device=q.device)
@@ -207,72 +207,9 @@ class _Solver:
             values = q[:, columns]
             b = values @ square + left[:, columns]  # what the group should be, times its H
             now = {name: t[:, i : i + 1] for name, t in fitted.items()}  # (rows of the grid, 1)
-            best = _fit_group(self.spec, values, square, b, now, rows_of)
-            made = best[0]
+            made, now = fit_group(self.spec, values, square, b, now)
             left -= (made - values) @ h
             q[:, columns] = made
-            for name, t in best[1].items():
+            for name, t in now.items():
                 fitted[name][:, i : i + 1] = t
         return self.spec.stored(**fitted)
-
-
-def _fit_group(
-    spec: Spec, values: Tensor, square: Tensor, b: Tensor, now: Qparams, rows_of: int
-) -> tuple[Tensor, Qparams]:
-    """The best of a few qparams for one group of columns: values and qparams.
-
-    values, b: (n, group). square: (group, group). now: (rows_of, 1) each, where n / rows_of rows share them.
-    """
-    n = values.shape[0]
-
-    def total(x: Tensor) -> Tensor:  # (n, group) -> (rows_of, 1)
-        return x.sum(1).view(rows_of, -1).sum(1, keepdim=True)
-
-    def spread(x: Tensor) -> Tensor:  # (rows_of, 1) -> (n, 1)
-        return x.repeat_interleave(n // rows_of, 0)
-
-    scale = now["scale"].float()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    zero = now.get("zero_point")
-    unit = values * spread(inverse)  # q - zero_point
-    candidates: list[Qparams] = []
-
-    def scaled(zero_point: Tensor | None, unit: Tensor) -> Qparams:
-        """The best scale for given units."""
-        best = total(unit * b) / total((unit @ square) * unit)
-        best = torch.where(best.isfinite() & (best > 0), best, scale)
-        return {"scale": best} if zero_point is None else {"scale": best, "zero_point": zero_point}
-
-    if zero is None:
-        candidates.append(scaled(None, unit))
-    else:
-        # [u H u, -u H 1; -u H 1, 1 H 1] (scale, offset) = (u b, -1 b), with u the units: offset moves the zero point
-        uh = unit @ square
-        uu, u1 = total(uh * unit), -total(uh)
-        ones = square.sum() * (n // rows_of)
-        ub, b1 = total(unit * b), -total(b)
-        determinant = uu * ones - u1 * u1
-        best = (ub * ones - u1 * b1) / determinant
-        fine = (determinant > 1e-6 * uu * ones) & best.isfinite() & (best > 0)
-        best = torch.where(fine, best, scale)
-        shift = torch.where(fine, (b1 - u1 * best) / ones / best, 0.0)
-        if zero.is_floating_point():
-            candidates.append({"scale": best, "zero_point": zero + shift})
-        else:
-            for move in (shift.floor(), shift.floor() + 1, torch.zeros_like(shift)):
-                moved = spec.stored(scale=best, zero_point=zero + move)["zero_point"]
-                candidates.append(scaled(moved, unit + spread(zero.float() - moved.float())))
-
-    def error(x: Tensor) -> Tensor:
-        return total((x @ square) * x - 2 * x * b)
-
-    made, kept, least = values, now, error(values)
-    for tried in candidates:
-        moved = unit if zero is None else unit + spread(zero.float() - tried["zero_point"].float())
-        x = moved * spread(tried["scale"])
-        e = error(x)
-        better = e < least
-        least = torch.where(better, e, least)
-        made = torch.where(spread(better), x, made)
-        kept = {name: torch.where(better, tried[name].to(t.dtype), t) for name, t in kept.items()}
-    return made, kept

@@ -64,7 +64,7 @@ def quantize_(
     rows: dict[str, Row] = {}
 
     def finish(job: Job, seen: Statistics | None) -> None:
-        rows[job.fqn] = _quantize(job, seen, target, report)
+        rows[job.fqn] = quantize_job(job, seen, target, report)
 
     if batches is not None and any(job.needs for job in jobs):
         with restored_on_error(model, jobs, target):
@@ -91,7 +91,8 @@ def _batches(data: Iterable[Batch]) -> list[Batch]:
     return batches
 
 
-def _quantize(job: Job, seen: Statistics | None, device: torch.device | None, report: Report) -> Row:
+def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None, report: Report) -> Row:
+    """Quantize the parameter of a job, and install it. What is to be said of it goes to the notes of the report."""
     old = job.parameter
     data = old.detach() if device is None else old.detach().to(device)
     known = None

@@ -34,6 +34,13 @@ Finish = Callable[[Job, Statistics | None], None]
 """Quantizes the parameter of a job, and installs it."""
 
 
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
 class _Stop(Exception):
     """Ends a run of the model when everything has been seen."""
 
@@ -110,12 +117,7 @@ class _Runner:
         if self.device is not None:
             arguments = tree_map_only(Tensor, lambda t: t.to(self.device), arguments)
         try:
-            if isinstance(arguments, Mapping):
-                self.model(**arguments)
-            elif isinstance(arguments, (tuple, list)):
-                self.model(*arguments)
-            else:
-                self.model(arguments)
+            call(self.model, arguments)
         except _Stop:
             pass
         finally:

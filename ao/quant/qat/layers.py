@@ -7,6 +7,7 @@ dequantized weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -64,10 +65,6 @@ class FakeQuantized(nn.Module):
         scale = None if self.act_scale is None else self.act_scale.detach().float().reshape(())
         with torch.no_grad():
             return self.spec.quantize(self.whole_weight().detach(), act_scale=scale, **qparams)
-
-    def ranges(self) -> list[nn.Parameter]:
-        """The learned scales and zero points."""
-        return [p for p in (self.weight_scale, self.weight_zero_point, self.act_scale) if p is not None]
 
     def tear_down(self) -> None:
         """Take away what `set_up` gave."""
@@ -141,13 +138,25 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: learned scales and zero points apart, without weight decay.
 
-    lr: of all other parameters that are trained. range_lr: of scales and zero points, by default lr. options: of the first
-    group.
+    lr: of all other parameters that are trained. options: of their group.
+    range_lr: of scales, by default lr. A zero point counts steps of its scale, so its rate is divided by the mean scale: then
+        a step of an optimizer such as Adam moves numbers by as much either way.
     """
-    own = {id(p) for m in model.modules() if isinstance(m, FakeQuantized) for p in m.ranges()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in own], "lr": lr, **options}]
-    ranges = [p for p in trained if id(p) in own]
-    if ranges:
-        groups.append({"params": ranges, "lr": lr if range_lr is None else range_lr, "weight_decay": 0.0})
+    layers = [m for m in model.modules() if isinstance(m, FakeQuantized)]
+    scales = _unique(m.weight_scale for m in layers) + _unique(m.act_scale for m in layers)
+    zeros = _unique(m.weight_zero_point for m in layers)
+    own = {id(p) for p in (*scales, *zeros)}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": lr, **options}]
+    rate = lr if range_lr is None else range_lr
+    if scales:
+        groups.append({"params": scales, "lr": rate, "weight_decay": 0.0})
+    if zeros:
+        mean = torch.stack([m.weight_scale.detach().mean() for m in layers if m.weight_scale is not None]).mean()
+        groups.append({"params": zeros, "lr": rate / max(float(mean), 1e-6), "weight_decay": 0.0})
     return groups
+
+
+def _unique(parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:
+    """Those that are there and are trained, each once."""
+    return list({id(p): p for p in parameters if p is not None and p.requires_grad}.values())

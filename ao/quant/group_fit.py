@@ -1,0 +1,76 @@
+"""Scale and zero point of a group of columns, for given codes, of the least error under a quadratic form.
+
+The error of values x is x H x - 2 b x, row by row. With units u = q - zero_point, values are scale * u - offset: a quadratic
+form in the two, whose least value is the solution of two linear equations. An integer zero point is tried on both sides of that
+solution, each with the best scale there is for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dtypes import Spec
+
+
+def fit_group(
+    spec: Spec, values: Tensor, square: Tensor, b: Tensor, now: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The best of a few qparams for one group of columns: new values and qparams, no worse than those given.
+
+    values: (n, group), those of the codes under the qparams now. square: (group, group), H. b: (n, group).
+    now: scale and perhaps zero_point, (rows, 1) each, where n / rows rows of values share them; floats in float32.
+    """
+    n, rows_of = values.shape[0], now["scale"].shape[0]
+
+    def total(x: Tensor) -> Tensor:  # (n, group) -> (rows_of, 1)
+        return x.sum(1).view(rows_of, -1).sum(1, keepdim=True)
+
+    def spread(x: Tensor) -> Tensor:  # (rows_of, 1) -> (n, 1)
+        return x.repeat_interleave(n // rows_of, 0)
+
+    scale = now["scale"].float()
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    zero = now.get("zero_point")
+    unit = values * spread(inverse)  # q - zero_point
+    candidates: list[dict[str, Tensor]] = []
+
+    def scaled(zero_point: Tensor | None, unit: Tensor) -> dict[str, Tensor]:
+        """The best scale for given units."""
+        best = total(unit * b) / total((unit @ square) * unit)
+        best = torch.where(best.isfinite() & (best > 0), best, scale)
+        return {"scale": best} if zero_point is None else {"scale": best, "zero_point": zero_point}
+
+    if zero is None:
+        candidates.append(scaled(None, unit))
+    else:
+        # [u H u, -u H 1; -u H 1, 1 H 1] (scale, offset) = (u b, -1 b), with u the units: offset moves the zero point
+        uh = unit @ square
+        uu, u1 = total(uh * unit), -total(uh)
+        ones = square.sum() * (n // rows_of)
+        ub, b1 = total(unit * b), -total(b)
+        determinant = uu * ones - u1 * u1
+        best = (ub * ones - u1 * b1) / determinant
+        fine = (determinant > 1e-6 * uu * ones) & best.isfinite() & (best > 0)
+        best = torch.where(fine, best, scale)
+        shift = torch.where(fine, (b1 - u1 * best) / ones / best, 0.0)
+        if zero.is_floating_point():
+            candidates.append({"scale": best, "zero_point": zero + shift})
+        else:
+            for move in (shift.floor(), shift.floor() + 1, torch.zeros_like(shift)):
+                moved = spec.stored(scale=best, zero_point=zero + move)["zero_point"]
+                candidates.append(scaled(moved, unit + spread(zero.float() - moved.float())))
+
+    def error(x: Tensor) -> Tensor:
+        return total((x @ square) * x - 2 * x * b)
+
+    made, kept, least = values, now, error(values)
+    for tried in candidates:
+        moved = unit if zero is None else unit + spread(zero.float() - tried["zero_point"].float())
+        x = moved * spread(tried["scale"])
+        e = error(x)
+        better = e < least
+        least = torch.where(better, e, least)
+        made = torch.where(spread(better), x, made)
+        kept = {name: torch.where(better, tried[name].to(t.dtype), t) for name, t in kept.items()}
+    return made, kept

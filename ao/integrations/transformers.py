@@ -17,6 +17,7 @@ from collections import Counter
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -155,7 +156,8 @@ class AoHfQuantizer(HfQuantizer):
             spec = Spec.from_dict(self.stored.entries[param_name]["spec"])
         else:
             return param.element_size()
-        return spec.quantize(param.to("meta")).nbytes_packed / max(param.numel(), 1)
+        blank = torch.empty(param.shape, dtype=param.dtype, device="meta")
+        return spec.quantize(blank).nbytes_packed / max(param.numel(), 1)
 
     # Loading.
 

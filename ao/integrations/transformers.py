@@ -121,6 +121,7 @@ class AoHfQuantizer(HfQuantizer):
         self.report = Report()
         self.plan: Plan = {}
         self.stored = Stored({})
+        self.loading: PreTrainedModel | None = None
         self.keep: list[str] = []
         self.files = MappedFiles(())
 
@@ -165,7 +166,7 @@ class AoHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
-            self.stored = Stored.of(checkpoint_files or [])
+            self.stored, self.loading = Stored.of(checkpoint_files or []), model
             return
         config, embeddings = self.quantization_config, embedding_names(model)
         left_out = config.modules_to_not_convert
@@ -185,10 +186,11 @@ class AoHfQuantizer(HfQuantizer):
         """None: `update_weight_conversions` has them."""
         return []
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """The conversions of the model, after that of the stored fields."""
         if not self.stored.entries:
             return weight_conversions
+        model, self.loading = self.loading, None
         return [Fields(self.stored, weight_conversions, model, self), *weight_conversions]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

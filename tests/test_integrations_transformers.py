@@ -250,6 +250,25 @@ def test_experts(folders):
     assert all(ao.compute_error(outs[0], out) > 35 for out in outs[1:])
     model = load("mixtral", folders["mixtral"], quantization_config=AoConfig(INT4, modules_to_not_convert=["experts"]))
     assert not isinstance(model.model.layers[0].mlp.experts.down_proj, ao.QTensor)
+    rules = ao.FqnToConfig({"re:.*experts.*": FORMATS["int8-dynamic"], "re:.*gate.weight": ao.Intx(8)})
+    found = specs(load("mixtral", folders["mixtral"], quantization_config=AoConfig(rules)))
+    assert len(found) == 6 and set(found.values()) == {ao.Intx(8)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")  # of transformers
+@torch.no_grad()
+def test_experts_compile(dtype, tmp_path):
+    """As one graph, without and with gathered experts."""
+    hf_models.mixtral().to(dtype).save_pretrained(tmp_path)
+    model = load("mixtral", tmp_path, quantization_config=AoConfig(INT4))
+    expected = hf_models.output("mixtral", model)
+    for implementation in ("grouped_mm", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(IDS).logits
+        assert ao.compute_error(expected, out) > (100 if dtype == torch.float32 else 35)
+        torch.compiler.reset()
 
 
 def test_gpt2_has_layers_of_its_own(tmp_path):

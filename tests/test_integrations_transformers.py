@@ -250,6 +250,25 @@ def test_experts(folders):
     assert all(ao.compute_error(outs[0], out) > 35 for out in outs[1:])
     model = load("mixtral", folders["mixtral"], quantization_config=AoConfig(INT4, modules_to_not_convert=["experts"]))
     assert not isinstance(model.model.layers[0].mlp.experts.down_proj, ao.QTensor)
+    rules = ao.FqnToConfig({"re:.*experts.*": FORMATS["int8-dynamic"], "re:.*gate.weight": ao.Intx(8)})
+    found = specs(load("mixtral", folders["mixtral"], quantization_config=AoConfig(rules)))
+    assert len(found) == 6 and set(found.values()) == {ao.Intx(8)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")  # of transformers
+@torch.no_grad()
+def test_experts_compile(dtype, tmp_path):
+    """As one graph, without and with gathered experts."""
+    hf_models.mixtral().to(dtype).save_pretrained(tmp_path)
+    model = load("mixtral", tmp_path, quantization_config=AoConfig(INT4))
+    expected = hf_models.output("mixtral", model)
+    for implementation in ("grouped_mm", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(IDS).logits
+        assert ao.compute_error(expected, out) > (100 if dtype == torch.float32 else 35)
+        torch.compiler.reset()
 
 
 def test_gpt2_has_layers_of_its_own(tmp_path):
@@ -427,6 +446,39 @@ def test_memory_is_given_back(folders):
     mapped = MappedFiles([file], every=1)
     mapped.read(1)
     assert mapped.pending == 0 and all(t.float().sum() == sums[name] for name, t in tensors.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_peak_memory(dtype, tmp_path):
+    """A checkpoint of 0.5 GB in bfloat16, in shards: the process grows by 0.28 of it, a shard, and 100 MB.
+
+    The embedding is small here, as it is in a large model. In float32 the files are twice as large, and the process grows as
+    little.
+    """
+    model = hf_models.llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="100MB")
+    size = 2 * sum(p.numel() for p in model.parameters())
+    assert 0.5e9 < size < 0.6e9
+    del model
+    result = python(
+        f"""
+import torch, transformers, ao
+from ao.integrations.transformers import AoConfig
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+transformers.utils.logging.disable_progress_bar()
+llama = transformers.LlamaForCausalLM  # imports more
+start = peak()
+config = AoConfig("int4_weight_only")
+model = llama.from_pretrained({str(tmp_path)!r}, quantization_config=config, dtype=torch.bfloat16)
+print(peak() - start)
+"""
+    )
+    assert int(result.stdout) < 0.28 * size + 100e6 + 100e6, (result.stdout, result.stderr)
 
 
 @pytest.mark.gpu

@@ -52,6 +52,7 @@ from ao.quant import (
     get_model_size_in_bytes,
     quantize_,
 )
+from ao.quant.quantize import planned_specs
 
 UINT4 = Intx(4, (1, 128), signed=False)
 # config -> the weight's Spec, and the error in dB that a small network must stay above
@@ -336,3 +337,22 @@ def test_public_names():
         assert getattr(ao, name) is not None
         value = getattr(ao, name)
         assert not callable(value) or value.__doc__, f"{name} has no docstring"
+
+
+def test_planned_specs():
+    """What quantize_ would do, from a model without weights, which stays as it is."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({"embed": nn.Embedding(32, 64), "up": nn.Linear(64, 128), "head": nn.Linear(64, 32)})
+    model["head"].weight = model["embed"].weight
+    rules = FqnToConfig({"re:embed|head": Intx(8), "_default": Int4WeightOnlyConfig(group_size=32)})
+    specs, report = planned_specs(model, rules)
+    assert specs == {
+        "embed.weight": (Intx(8), None),
+        "head.weight": (Intx(8), None),
+        "up.weight": (Intx(4, (1, 32), signed=False), None),
+    }
+    assert not len(report) and not any(isinstance(p, QTensor) for p in model.parameters())
+    specs, report = planned_specs(model, Intx(8), lambda module, name: name == "up")
+    assert list(specs) == ["up.weight"] and "head.weight" in report.skipped
+    with pytest.raises(ValueError, match="up.weight.*block"):
+        planned_specs(model, Intx(4, (1, 48)), lambda module, name: name == "up")

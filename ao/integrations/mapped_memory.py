@@ -21,7 +21,7 @@ class MappedFiles:
     every: bytes that may be read before their pages are given back.
     """
 
-    def __init__(self, paths: Iterable[str], every: int = 2**26) -> None:
+    def __init__(self, paths: Iterable[str], every: int = 2**25) -> None:
         self.paths = {str(Path(path).resolve()) for path in paths} if sys.platform == "linux" else set()
         self.every = every
         self.pending = 0

@@ -17,6 +17,7 @@ from collections import Counter
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -28,6 +29,7 @@ from ..dtypes import QTensor, Spec
 from ..dtypes.checkpoint import flatten
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.report import Report
+from . import transformers_experts as _experts  # noqa: F401  gives the products of experts their meaning
 from .config_names import AUTOQUANT, read_quant_type
 from .mapped_memory import MappedFiles
 from .transformers_layers import candidates, embedding_names, plan_for
@@ -120,6 +122,7 @@ class AoHfQuantizer(HfQuantizer):
         self.report = Report()
         self.plan: Plan = {}
         self.stored = Stored({})
+        self.loading: PreTrainedModel | None = None
         self.keep: list[str] = []
         self.files = MappedFiles(())
 
@@ -155,7 +158,8 @@ class AoHfQuantizer(HfQuantizer):
             spec = Spec.from_dict(self.stored.entries[param_name]["spec"])
         else:
             return param.element_size()
-        return spec.quantize(param.to("meta")).nbytes_packed / max(param.numel(), 1)
+        blank = torch.empty(param.shape, dtype=param.dtype, device="meta")
+        return spec.quantize(blank).nbytes_packed / max(param.numel(), 1)
 
     # Loading.
 
@@ -163,7 +167,7 @@ class AoHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
-            self.stored = Stored.of(checkpoint_files or [])
+            self.stored, self.loading = Stored.of(checkpoint_files or []), model
             return
         config, embeddings = self.quantization_config, embedding_names(model)
         left_out = config.modules_to_not_convert
@@ -183,10 +187,11 @@ class AoHfQuantizer(HfQuantizer):
         """None: `update_weight_conversions` has them."""
         return []
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """The conversions of the model, after that of the stored fields."""
         if not self.stored.entries:
             return weight_conversions
+        model, self.loading = self.loading, None
         return [Fields(self.stored, weight_conversions, model, self), *weight_conversions]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..dtypes import Spec
+from ..dtypes import Intx, Spec
 from ..quant import Config, FqnToConfig, is_linear
 from ..quant.jobs import planned_specs
 from ..quant.report import Report
@@ -40,7 +40,8 @@ def plan_for(
     rules = whole if isinstance(whole, FqnToConfig) else FqnToConfig({"_default": whole})
     default = rules.fqn_to_config.get("_default")
     named = FqnToConfig({key: choice for key, choice in rules.fqn_to_config.items() if key != "_default"})
-    planned_specs(model, named)  # raises for rules that match nothing
+    # A format that everything takes: this raises for rules that match nothing.
+    planned_specs(model, FqnToConfig(dict.fromkeys(named.fqn_to_config, Intx(8, (-1, -1)))))
     table: dict[str, Config | Spec | None] = {}
     skipped: dict[str, str] = {}
     for name, kind in candidates(model, embeddings):
@@ -118,7 +119,7 @@ def _why_kept(name: str, config: Any, embeddings: set[str]) -> str:
 def _weight_only(choice: Config | Spec, shape: tuple[int, ...], kind: str) -> Config | Spec:
     """The weight half of a config. A head that is tied to the embedding keeps a dynamic activation: the embedding has none."""
     if isinstance(choice, Spec):
-        return replace(choice, act=None) if kind == "experts" else choice
+        return choice if kind in ("linear", "embedding") else replace(choice, act=None)
     act = choice.act()
     if act is None:
         return choice

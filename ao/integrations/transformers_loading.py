@@ -14,13 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-    rename_source_key,
-)
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
 from ..dtypes import QTensor, Spec
 from ..dtypes.checkpoint import read_header, stored_names, unflatten
@@ -119,7 +113,7 @@ class Fields(WeightConverter):
                 continue  # of a part that this model does not have; the loader reports it
             sources[target] = name
             for field in (name, *stored_names(name, entry)):
-                self.targets[apply_renamings(field, renamings)] = target, field.removeprefix(name) or "guard"
+                self.targets[rename_source_key(field, renamings, [])[0]] = target, field.removeprefix(name) or "guard"
         fields = sorted({field for _, field in self.targets.values()})
         super().__init__(fields or ["guard"], [""], [Unflatten(stored, sources, hf_quantizer)])
 

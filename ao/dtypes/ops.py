@@ -84,6 +84,8 @@ def _new(allocate: Callable[..., Tensor], q: QTensor, size: Sequence[int], dtype
             if (new * f) % max(n, 1) and f != 1:
                 raise cannot_cut(q, d, 0, new, f"blocked or packed, {n} elements to {f}", n // math.gcd(n, f))
             sizes.append(1 if f == 1 and role == "per_block" else new * f // max(n, 1))
+        if isinstance(t, QTensor):
+            return _new(allocate, t, sizes, t.dtype, device)
         return allocate(sizes, dtype=t.dtype, device=device or t.device)
 
     made = {k: (t if type(q).roles[k] == "shared" else sized(type(q).roles[k], t)) for k, t in q.fields().items()}

@@ -68,12 +68,9 @@ def fsdp_pre_all_gather(
         )
     spans = [n for n, role in type(self).roles.items() if role == "per_block" and n in self.fields()]
     spans = [n for n in spans if n != "pre_scale" and not _travels(self, n)]
-    own = [
-        p
-        for p in module.parameters(recurse=False)
-        if getattr(getattr(p, "_local_tensor", p), "spec", None) == self.spec
-    ]
-    if spans and any(p.requires_grad for p in own):
+    own = [] if module is None else [(p, getattr(p, "_local_tensor", p)) for p in module.parameters(recurse=False)]
+    trained = any(p.requires_grad and isinstance(q, QTensor) and q.spec == self.spec for p, q in own)
+    if spans and trained:
         raise ValueError(
             f"FSDP: the {spans[0]} of this trained {type(self).__name__} ({self.spec}) spans dim 0, and each rank would choose "
             "its own; train a weight with blocks inside of rows, such as block=(1, -1)"

@@ -9,7 +9,7 @@ first gather after a step does it, weight by weight. A scale that was computed b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,27 +36,38 @@ _KEPT = {
 """Operators whose results are weights too, beside all views; any other gives plain tensors."""
 
 
+@dataclass
+class Scale:
+    """The scale of a whole weight, shared by all views of it.
+
+    value: float32 (1, 1), or None if it is not known, or was computed before the last write.
+    version: the writes that the plain tensor had seen. Those through a `CastOnGather` are not among them: they set value to
+        None.
+    """
+
+    value: Tensor | None = None
+    version: int = -1
+
+
 class CastOnGather(torch.Tensor):
     """A floating-point tensor like any other, until FSDP2 gathers it.
 
     plain: the numbers. spec: how they are quantized for the gather: one scale for the whole weight, or blocks.
-    scale: float32 (1, 1), that of the whole weight, if it was computed; version: the writes that `plain` had seen then.
     """
 
     plain: Tensor
     spec: Spec
-    scale: Tensor | None
-    version: int
+    scale: Scale
 
     @staticmethod
-    def __new__(cls, plain: Tensor, spec: Spec) -> CastOnGather:
+    def __new__(cls, plain: Tensor, spec: Spec, scale: Scale | None = None) -> CastOnGather:
         return torch.Tensor._make_wrapper_subclass(
             cls, plain.shape, strides=plain.stride(), storage_offset=plain.storage_offset(), dtype=plain.dtype,
             device=plain.device, requires_grad=False,
         )  # fmt: skip
 
-    def __init__(self, plain: Tensor, spec: Spec) -> None:
-        self.plain, self.spec, self.scale, self.version = plain, spec, None, -1
+    def __init__(self, plain: Tensor, spec: Spec, scale: Scale | None = None) -> None:
+        self.plain, self.spec, self.scale = plain, spec, scale or Scale()
 
     def __tensor_flatten__(self) -> tuple[list[str], Spec]:
         return ["plain"], self.spec
@@ -73,12 +84,16 @@ class CastOnGather(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        unwrapped_args = tree_map_only(CastOnGather, lambda t: t.plain, (args, kwargs))
-        out = func(*unwrapped_args[0], **unwrapped_args[1])
         first = args[0] if args else None
+        if func._schema.is_mutable:
+            for t in first if isinstance(first, (list, tuple)) else (first,):
+                if isinstance(t, CastOnGather):
+                    t.scale.value = None
+        inner_args, inner_kwargs = tree_map_only(CastOnGather, lambda t: t.plain, (args, kwargs))
+        out = func(*inner_args, **inner_kwargs)
         if isinstance(first, CastOnGather) and (func.is_view or func in _KEPT):
-            spec = first.spec
-            out = tree_map_only(Tensor, lambda t: CastOnGather(t, spec) if t.dtype.is_floating_point else t, out)
+            spec, scale = first.spec, first.scale if func.is_view else None
+            out = tree_map_only(Tensor, lambda t: CastOnGather(t, spec, scale) if t.dtype.is_floating_point else t, out)
         return return_and_correct_aliasing(func, args, kwargs, out)
 
     # FSDP2.
@@ -95,10 +110,11 @@ class CastOnGather(torch.Tensor):
         if not _is_whole(self.spec):
             q = self.spec.quantize(self.plain)
         else:
-            if self.scale is None or self.version != self.plain._version:
-                _set_scales([self], [(mesh.get_group(), mesh.size())])
-            q = self.spec.quantize(self.plain, scale=self.scale)  # type: ignore[arg-type]
-        leaves, world = q.fsdp_pre_all_gather(mesh, outer_size, outer_stride, module, mp_policy)  # type: ignore[attr-defined]
+            if self.scale.value is None or self.scale.version != self.plain._version:
+                _set_scales([self], mesh.get_group(), mesh.size())
+            assert self.scale.value is not None
+            q = self.spec.quantize(self.plain, scale=self.scale.value)
+        leaves, world = q.fsdp_pre_all_gather(mesh, outer_size, outer_stride, None, mp_policy)  # type: ignore[attr-defined]
         return leaves, (q, world)
 
     def fsdp_post_all_gather(
@@ -111,7 +127,7 @@ class CastOnGather(torch.Tensor):
         return q.fsdp_post_all_gather(outputs, world, param_dtype, out=out)
 
 
-torch.serialization.add_safe_globals([CastOnGather])
+torch.serialization.add_safe_globals([CastOnGather, Scale])
 
 
 def unwrapped(weight: Any) -> Any:
@@ -159,7 +175,7 @@ def _precompute(module: nn.Module, kind: type[Spec], how: str) -> None:
             f"no weight of this module is sharded and cast before it is gathered; convert it with {how}, then call fully_shard"
         )
     for (mesh, dim), weights in groups.items():
-        _set_scales(weights, [(mesh.get_group(dim), mesh.size(dim))])
+        _set_scales(weights, mesh.get_group(dim), mesh.size(dim))
 
 
 def _fsdp_dim(p: Any) -> int:
@@ -169,17 +185,17 @@ def _fsdp_dim(p: Any) -> int:
 
 
 @torch.no_grad()
-def _set_scales(weights: list[CastOnGather], groups: Iterable[tuple[Any, int]]) -> None:
-    """The scale of each whole weight, from its shards."""
+def _set_scales(weights: list[CastOnGather], group: Any, size: int) -> None:
+    """The scale of each whole weight, from its shards: all of a spec that has one for all."""
     scales = torch.cat([_scale(w.plain, w.spec) for w in weights])
-    mean = isinstance(weights[0].spec, Intx)  # a mean over equal shards is the mean of their means; else a maximum
-    for group, size in groups:
-        op = torch.distributed.ReduceOp.SUM if mean else torch.distributed.ReduceOp.MAX
-        torch.distributed.all_reduce(scales, op=op, group=group)
-        if mean:
-            scales = scales / size
-    for w, scale in zip(weights, scales.unbind()):
-        w.scale, w.version = scale.reshape(1, 1), w.plain._version
+    # A mean over shards of one size is the mean of their means; all else is a maximum.
+    mean = isinstance(weights[0].spec, Intx)
+    op = torch.distributed.ReduceOp.SUM if mean else torch.distributed.ReduceOp.MAX
+    torch.distributed.all_reduce(scales, op=op, group=group)
+    if mean:
+        scales = scales / size
+    for w, value in zip(weights, scales.unbind()):
+        w.scale.value, w.scale.version = value.reshape(1, 1), w.plain._version
 
 
 def _scale(plain: Tensor, spec: Spec) -> Tensor:

@@ -1,0 +1,106 @@
+"""Products of two quantized matrices, and casts that transpose: against the decoded operands, on every device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import weight
+
+from ao.dtypes import (
+    NF4,
+    Codes,
+    Float8,
+    Intx,
+    codes_both,
+    codes_of,
+    codes_of_transposed,
+    has_float8,
+    is_square,
+    scaled_product,
+)
+from ao.quant import compute_error
+
+ROW, WHOLE = Float8(), Float8(block=(-1, -1))
+PARTS, SQUARES = Float8(block=(1, 128), power_of_two=True), Float8(block=(128, 128), power_of_two=True)
+INT8 = Intx(8, narrow=True)
+TERNARY = Intx(2, (-1, -1), symmetric=True, narrow=True)
+PAIRS = [
+    (WHOLE, WHOLE),
+    (Float8("e5m2", (-1, -1)), WHOLE),
+    (ROW, ROW),
+    (ROW, WHOLE),
+    (PARTS, SQUARES),
+    (PARTS, PARTS),
+    (INT8, INT8),
+    (Intx(8, (-1, -1)), INT8),
+    (INT8, TERNARY),
+    (None, TERNARY),
+    (NF4, None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize("a, b", PAIRS, ids=str)
+@pytest.mark.parametrize("shape", [(512, 256, 512), (32, 512, 128)], ids=str)
+def test_product(a, b, shape, device):
+    """As of the numbers that the codes stand for, in the dtype of the result."""
+    m, n, k = shape
+    for dtype, least in ((torch.bfloat16, 45), (torch.float32, 45 if device == "cuda" else 100)):
+        x, w = (t.to(device, dtype) for t in (weight((m, k)), weight((n, k), 1)))
+        values = [t.float() if s is None else s.quantize(t).decode() for t, s in ((x, a), (w, b))]
+        expected = values[0] @ values[1].t()
+        for emulate in (False, True):
+            out = scaled_product(codes_of(x, a), codes_of(w, b), dtype, emulate=emulate)
+            assert out.dtype == dtype and compute_error(expected, out) > least
+
+
+@pytest.mark.parametrize(
+    "spec", [WHOLE, Float8("e5m2", (-1, -1)), ROW, PARTS, SQUARES, INT8, Intx(8, (-1, -1)), TERNARY, NF4], ids=str
+)
+@pytest.mark.parametrize("shape", [(256, 384), (128, 128), (384, 16)], ids=str)
+def test_transposed(spec, shape, device):
+    """The same codes as of the transpose, bit for bit."""
+    if any(s % b for s, b in zip(reversed(shape), spec.block) if b > 0) or (spec is SQUARES and shape[1] % 128):
+        pytest.skip("the blocks do not fit")
+    x = weight(shape, dtype=torch.bfloat16).to(device)
+    x[3], x[:, 5] = 0, 0
+    expected, found = codes_of(x.t().contiguous(), spec), codes_of_transposed(x, spec)
+    ways = [found]
+    if is_square(spec):
+        same, turned = codes_both(x, spec)
+        ways.append(turned)
+        for a, b in zip(codes_of(x, spec), same):
+            assert torch.equal(as_numbers(a), as_numbers(b))
+        ways.append(codes_of_transposed(spec.quantize(x)))
+    for codes in ways:
+        assert isinstance(codes, Codes) == isinstance(expected, Codes)
+        for a, b in zip(expected, codes) if isinstance(codes, Codes) else [(expected, codes)]:
+            assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(as_numbers(a), as_numbers(b))
+
+
+def as_numbers(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view(torch.uint8) if t.element_size() == 1 else t
+
+
+def test_odd_shapes(device):
+    x, w = weight((7, 36)).to(device), weight((10, 36), 1).to(device)
+    out = scaled_product(codes_of(x, INT8), codes_of(w, INT8), torch.float32)
+    assert compute_error(INT8.quantize(x).dequantize() @ INT8.quantize(w).dequantize().t(), out) > 100
+    assert scaled_product(codes_of(x[:0], INT8), codes_of(w, INT8), torch.float32).shape == (0, 10)
+    assert codes_of_transposed(x[:0], INT8).values.shape == (36, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_on_a_gpu():
+    """The operators are part of one graph, and the compiler calls what eager code calls."""
+    if not has_float8(torch.device("cuda")):
+        pytest.skip("needs float8")
+
+    def product(x, w):
+        a, turned = codes_both(x, WHOLE)
+        return scaled_product(a, codes_of(w, WHOLE), torch.bfloat16), turned.values.view(torch.uint8)
+
+    x, w = weight((256, 512)).cuda().bfloat16(), weight((128, 512), 1).cuda().bfloat16()
+    for expected, found in zip(product(x, w), torch.compile(product, fullgraph=True)(x, w)):
+        assert torch.equal(expected, found)

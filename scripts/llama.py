@@ -1,7 +1,7 @@
-"""The Llama architecture in plain PyTorch, for inference: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The Llama architecture in plain PyTorch: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 The three projections of attention are one layer, and so are the gate and up projections of the feed-forward network, so
-that a token costs four products per block. Keys and values go to a cache of fixed length, written in place.
+that a token costs four products per block. For generation, keys and values go to a cache of fixed length, written in place.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention over a cache. A call has one token at any position, or the first tokens of all."""
+    """Causal attention. A call has the first tokens of a text, or, with a cache, one token at any position."""
 
     keys: Tensor
     values: Tensor
@@ -149,9 +149,11 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)  # (B, S, heads, head_dim)
         q = rotate(q, cos, sin)
         k, v = rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)  # (B, kv_heads, S, head_dim)
-        self.keys.index_copy_(2, positions, k)
-        self.values.index_copy_(2, positions, v)
-        if tokens == 1:
+        cached = "keys" in self._buffers
+        if cached:
+            self.keys.index_copy_(2, positions, k)
+            self.values.index_copy_(2, positions, v)
+        if cached and tokens == 1:
             out = self.one(q, positions)
         else:
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
@@ -201,7 +203,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A causal language model. Give it a cache before the first call."""
+    """A causal language model. Before the first call, give it a cache, or `make_rotary` to do without."""
 
     cos: Tensor
     sin: Tensor
@@ -218,15 +220,19 @@ class Llama(nn.Module):
 
     def make_cache(self, batch: int, length: int) -> None:
         """Room for the keys and values of `batch` sequences of `length` tokens, in the dtype of the norms."""
+        self.make_rotary(length)
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
-        cos, sin = rotary(self.config, length, device)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
         for block in self.blocks:
             for name in ("keys", "values"):
                 shape = (batch, self.config.kv_heads, length, self.config.head_dim)
                 cache = torch.zeros(shape, device=device, dtype=dtype)
                 block.attention.register_buffer(name, cache, persistent=False)  # type: ignore[union-attr]
+
+    def make_rotary(self, length: int) -> None:
+        """The rotations of `length` positions."""
+        cos, sin = rotary(self.config, length, self.norm.weight.device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, positions: Tensor, last: bool = False) -> Tensor:
         """Logits (B, S, vocab), or (B, 1, vocab) with `last`.

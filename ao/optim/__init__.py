@@ -3,6 +3,7 @@
 from .adam import Adam4bit, Adam8bit, AdamFp8, AdamW, AdamW4bit, AdamW8bit, AdamWFp8
 from .checkpoint import load_state_dict, save_state_dict
 from .lion import Lion8bit
+from .offload import CPUOffloadOptimizer
 from .optimizer import LowBitOptimizer
 from .sgd import SGD8bit
 from .stochastic_rounding import stochastic_round
@@ -15,6 +16,7 @@ __all__ = [
     "AdamW4bit",
     "AdamW8bit",
     "AdamWFp8",
+    "CPUOffloadOptimizer",
     "Lion8bit",
     "LowBitOptimizer",
     "SGD8bit",

@@ -28,7 +28,7 @@ import measure
 import torch
 import torch.nn.functional as F
 from llama import Llama, LlamaConfig
-from lm_text import standard_library
+from lm_text import STDLIB, texts_of
 from torch import Tensor, nn
 
 from ao import optim
@@ -114,7 +114,7 @@ class Corpus:
     """The bytes of the standard library; one file in twenty is held out."""
 
     def __init__(self, length: int, batch: int, seed: int) -> None:
-        texts = [text.encode() + b"\0" for text in standard_library()]
+        texts = [text.encode() + b"\0" for text in texts_of([STDLIB])]
         self.train = self._bytes([t for i, t in enumerate(texts) if i % 20])
         self.held_out = self._bytes([t for i, t in enumerate(texts) if i % 20 == 0])
         self.length, self.batch, self.seed = length, batch, seed

@@ -52,7 +52,7 @@ from ao.quant import (
     get_model_size_in_bytes,
     quantize_,
 )
-from ao.quant.quantize import planned_specs
+from ao.quant.jobs import planned_specs
 
 UINT4 = Intx(4, (1, 128), signed=False)
 # config -> the weight's Spec, and the error in dB that a small network must stay above

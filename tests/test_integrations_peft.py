@@ -152,15 +152,3 @@ def test_a_merge_that_fails_changes_nothing(folder):
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
     assert layer(model).base_layer.weight is not None and torch.equal(layer(model).base_layer.weight, quantized)
-
-
-def test_without_our_layers_a_merge_is_refused_rather_than_lost(folder):
-    """What PEFT's own class would do to a quantized weight."""
-    model = peft.get_peft_model(load(folder, "int4"), peft.LoraConfig(r=2, target_modules=["up_proj"]))
-    with torch.no_grad():
-        layer(model).lora_B["default"].weight.normal_(std=1e-4)
-    layer(model).__class__ = peft.tuners.lora.layer.Linear
-    quantized = layer(model).base_layer.weight.clone()
-    with pytest.raises(ValueError, match="would be lost.*import ao.integrations.peft"):
-        model.merge_adapter()
-    assert torch.equal(layer(model).base_layer.weight, quantized)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ao.dtypes import QTensor
 from ao.quant import Report, compute_error
 
+__all__ = ["LayerRecord", "Measure", "Page", "layer_record", "layer_records", "page_of", "page_text", "write_page"]
+
+
 BINS = 64
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .folder_quantizer import skeleton
 
+__all__ = ["calibration_batches", "load_model", "perplexity", "read_texts", "token_windows"]
+
 
 def load_model(
     folder: Path, config: Any = None, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

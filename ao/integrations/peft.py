@@ -25,6 +25,8 @@ from torch import nn
 
 from ..dtypes import QTensor
 
+__all__ = ["QuantizedEmbedding", "QuantizedLinear"]
+
 
 class _Merging:
     """Merges into a dequantized copy of the weight, and keeps the quantized one."""

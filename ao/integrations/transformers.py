@@ -36,6 +36,8 @@ from .mapped_memory import MappedFiles
 from .transformers_layers import candidates, embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
 
+__all__ = ["AoConfig", "AoHfQuantizer", "QuantizationMethod", "mark_quantized"]
+
 
 class QuantizationMethod(str, Enum):
     """The name under which transformers and diffusers know us."""

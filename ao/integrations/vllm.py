@@ -29,6 +29,8 @@ from ..dtypes.checkpoint import entry_of, stored_names, unflatten
 from ..quant import Config, FqnToConfig
 from .config_names import AUTOQUANT, read_quant_type
 
+__all__ = ["AoLinearMethod", "AoVllmConfig", "register"]
+
 
 def register() -> None:
     """What vLLM calls when it starts. Importing this module has registered the config already."""

@@ -95,7 +95,8 @@ def test_structural_ops_in_graph(case):
         return F.linear(x, torch.cat([bottom, top]))
 
     q, x = case.spec.quantize(weight()), weight((4, K), 1)
-    assert torch.equal(torch.compile(joined, fullgraph=True, backend="aot_eager")(q, x), joined(q, x))
+    # A CPU decodes with other instructions in a graph, which round the last bit differently.
+    assert compute_error(joined(q, x), torch.compile(joined, fullgraph=True, backend="aot_eager")(q, x)) > 100
 
 
 @every

@@ -10,15 +10,21 @@ from pathlib import Path
 
 import pytest
 
+import ao
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import api_page  # noqa: E402
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-RUN = [page for page in PAGES if page.parent.name == "docs" and "```python\n" in page.read_text()]
-RUN.remove(ROOT / "docs" / "huggingface.md")  # test_docs_huggingface.py
-"""Blocks marked `python` run, one after the other; those marked `py` need something that is not here."""
+RUN = [
+    page
+    for page in PAGES
+    if page.parent.name == "docs" and "```python\n" in page.read_text() and page.stem != "huggingface"
+]
+"""Blocks marked `python` run, one after the other; those marked `py` need something that is not here. The page on Hugging Face
+has a test of its own, test_docs_huggingface.py."""
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
@@ -26,6 +32,16 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
     exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "huggingface"], ids=lambda page: page.stem)
+def test_names_exist(page):
+    """What the other blocks import from ao is there, and so is what they call in it."""
+    for block in re.findall(r"^```py(?:thon)?\n(.*?)^```", page.read_text(), re.S | re.M):
+        names = {"ao": ao}
+        exec("\n".join(re.findall(r"^from ao\b.*$", block, re.M)), names)
+        for name in re.findall(r"\bao((?:\.\w+)+)\(", block):
+            assert eval(f"ao{name}", names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -65,7 +65,7 @@ ValueError: Codebook: table must be one of ['nf4'] or a tuple of values, got 'nf
 ValueError: Codebook: table must have 2, 4, 8, ... or 256 values, got 3
 ValueError: Codebook: the values of table must be sorted
 ValueError: Int4Prepacked: kernel must be 'cuda' or 'cpu', got 'tpu'
-ValueError: unknown Spec type 'Posit'; this version of ao knows ['Codebook', 'DynamicTree', 'Flat', 'Float8', 'Int4Prepacked', 'Intx']
+ValueError: unknown Spec type 'Posit'; this version of ao knows ['Codebook', 'DynamicTree', 'Flat', 'Float8', 'Int4Prepacked', 'Intx', 'Mapped', 'PositiveSteps']
 ValueError: Intx has no field ['bitz']; a newer version of ao may have written this""",
         )
 

@@ -49,7 +49,8 @@ def in_chunks(w: QTensor) -> bool:
 
 def fast(w: QTensor) -> bool:
     """Whether to read a weight by `numbers` rather than to `decode` it."""
-    return (AVX2 or AVX512) and compiling() and in_chunks(w)
+    looked_up = isinstance(w, CodebookTensor) and bits(w) == 8  # a byte is not the number, but its place in the table
+    return (AVX2 or AVX512) and compiling() and not looked_up and in_chunks(w)
 
 
 def bits(w: QTensor) -> int:

@@ -195,6 +195,7 @@ def split_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.device.type == "cpu"
         and _VNNI
+        and x.dtype in (torch.bfloat16, torch.float16)  # 16 bits are not enough for float32
         and isinstance(w, IntxTensor)
         and w.spec.act is None
         and w.qdata.dtype == torch.int8

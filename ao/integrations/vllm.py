@@ -112,10 +112,15 @@ class AoVllmConfig(QuantizationConfig):
 class AoLinearMethod(LinearMethodBase):
     """A linear layer with a quantized weight.
 
-    choice: its config or Spec.
+    choice: its config or Spec. Raises ValueError for a recipe that scales activations.
     """
 
     def __init__(self, choice: Config | Spec) -> None:
+        if isinstance(choice, Config) and choice.recipe().scales:
+            raise ValueError(
+                f"ao in vLLM: algorithm={choice.recipe().label!r} scales the inputs of each layer by itself, and vLLM fuses layers "
+                "that share one; serve a checkpoint made with 'hqq' or 'gptq'"
+            )
         self.choice = choice
 
     def create_weights(

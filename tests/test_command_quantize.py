@@ -251,3 +251,23 @@ def test_latency_is_measured():
     measures, notes = layer_latencies([(weight, ao.Intx(8).quantize(weight))], [1])
     assert notes == [] and measures == [Measure("256 x 512, 1 token", measures[0].before, measures[0].after, "µs")]
     assert 0 < measures[0].after < 1e6 and 0 < measures[0].before < 1e6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", ["hqq", "gptq", "awq+gptq"])
+def test_on_a_gpu(recipe, source, tmp_path):
+    """Quantized there, stored for everywhere."""
+    data = ["--data", source / "texts.json", "--window", 16] if recipe != "hqq" else []
+    words = ["--config", "int4-g32", "--recipe", recipe, *data, "--text", source / "text.txt", "--latency", 1]
+    assert command(source, tmp_path / "gpu", *words, "--device", "cuda", "--report", tmp_path / "r.html") == 0
+    assert command(source, tmp_path / "cpu", *words[:4], *data) == 0
+    measures = json.loads(re.search(r'id="data">(.*)</script>', (tmp_path / "r.html").read_text())[1])["measures"]
+    assert len(measures) > 3 and all(measure["after"] > 0 for measure in measures)
+    model = load_model(tmp_path / "gpu", device="cuda")
+    with torch.no_grad():
+        made = model(hf_models.IDS.cuda()).logits.cpu()
+    assert (
+        ao.compute_error(logits(load_model(source)), made)
+        > ao.compute_error(logits(load_model(source)), logits(load_model(tmp_path / "cpu"))) - 3
+    )

@@ -21,6 +21,7 @@ from ..quant import Config, Report, quantize_
 from ..quant.jobs import planned_specs
 from ..quant.report import storage_bytes
 from .command_line.safetensors_header import read_header, weight_files
+from .mapped_memory import MappedFiles
 from .target_folder import check_absent, new_folder
 from .transformers import AoConfig, AoHfQuantizer, mark_quantized, plain_linears
 from .transformers_layers import embedding_names, rules_for
@@ -71,6 +72,7 @@ def quantize_folder(
             "as it loads them; use --in-memory (in Python, quantize_folder_in_memory)"
         )
     settings.modules_to_not_convert = plain_linears(model, plan)
+    mapped = MappedFiles(map(str, files))
     with new_folder(target) as part:
         shards = _Shards(part, max_shard_bytes)
         for name, t in _tensors(files):
@@ -81,6 +83,7 @@ def quantize_folder(
                     watch(names[name], t, q)
                 t = q
             shards.add(names[name] if isinstance(t, QTensor) else name, t)
+            mapped.read(done)
             if progress is not None:
                 progress(done)
         shards.finish()

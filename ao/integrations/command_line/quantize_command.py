@@ -21,7 +21,7 @@ that is tied to it, stay as they are unless --include-embedding says so. `ao for
 --recipe finds better codes than rounding to nearest does:
   hqq                          needs no data, and still reads one tensor at a time
   gptq, awq, smoothquant, bias_correction, or several: awq+gptq
-                               run the model on --data, which has to fit in memory; with --device, a block at a time is there
+                               run the model, which has to fit in memory, on --data; on --device, a block at a time
 
 examples:
   ao quantize Llama-3.1-8B Llama-3.1-8B-int4 --config int4-g128

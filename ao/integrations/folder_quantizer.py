@@ -128,7 +128,7 @@ def quantize_folder_in_memory(
     report.skipped = {**passed.skipped, **skipped}
     for row in report.rows:
         if watch is not None:
-            watch(row.name, before.pop(row.name), model.get_parameter(row.name))
+            watch(row.name, before.pop(row.name), model.get_parameter(row.name).detach().to("cpu"))
     mark_quantized(model, settings)
     with new_folder(target) as part:
         model.save_pretrained(part, max_shard_size=max_shard_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +68,20 @@ def whisper() -> nn.Module:
         decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[],
     )  # fmt: skip
     return transformers.WhisperForConditionalGeneration(config)
+
+
+def add_words(folder: Path) -> None:
+    """A tokenizer of the words w0 to w95, and texts: three in texts.json, the first of them in text.txt."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    texts = [" ".join(f"w{(7 * i * i + j) % 96}" for i in range(30)) for j in range(3)]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    (folder / "text.txt").write_text(texts[0])
 
 
 MODELS = {"llama": llama, "mixtral": mixtral, "bert": bert, "vit": vit, "whisper": whisper}

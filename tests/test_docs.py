@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,10 @@ import pytest
 import ao
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import api_page  # noqa: E402
+
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 RUN = [
     page
@@ -47,3 +54,23 @@ def test_links_lead_somewhere(page):
             heads = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
             slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
             assert anchor in slugs, f"{page.name} links to {target}#{anchor}"
+
+
+def test_the_page_of_public_names_is_up_to_date():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert text == api_page.page(), "run scripts/api_page.py"
+
+
+def test_every_public_name_has_a_docstring():
+    assert api_page.undocumented() == []
+
+
+@pytest.mark.parametrize("module", [m for m in api_page.MODULES if "integrations" not in m])
+def test_the_page_has_what_python_has(module):
+    """The sources are read rather than imported; what is found is what an import gives."""
+    imported = importlib.import_module(module)
+    assert set(api_page.public(module)) == set(imported.__all__)
+    for name in imported.__all__:
+        value, found = getattr(imported, name), api_page.find(module, name)
+        if isinstance(value, type) and isinstance(found.node, ast.ClassDef):
+            assert (value.__module__, value.__qualname__) == (found.module, found.node.name)

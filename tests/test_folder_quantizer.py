@@ -12,6 +12,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import hf_models  # noqa: E402
+
 import ao  # noqa: E402
 from ao.integrations.command_line.program import main  # noqa: E402
 from ao.integrations.command_line.quantize_command import size  # noqa: E402
@@ -191,19 +193,10 @@ def test_sizes():
 
 @pytest.fixture(scope="module")
 def language_model(source, tmp_path_factory):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
     folder = tmp_path_factory.mktemp("words")
     for name, data in contents(source).items():
         (folder / name).write_bytes(data)
-    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    texts = [" ".join(f"w{(7 * i * i + j) % 96}" for i in range(30)) for j in range(3)]
-    (folder / "texts.json").write_text(json.dumps(texts))
-    (folder / "text.txt").write_text(texts[0])
+    hf_models.add_words(folder)
     return folder
 
 

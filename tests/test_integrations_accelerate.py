@@ -7,6 +7,8 @@ import torch
 
 import ao
 from ao.optim import AdamW8bit
+from ao.quant.qat import QATConfig
+from ao.train import Float8LinearConfig, LowPrecisionLinear, convert_to_float8_training
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'ao[hf]'")
@@ -14,7 +16,7 @@ accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip ins
 import hf_models  # noqa: E402
 from hf_models import FORMATS, IDS  # noqa: E402
 
-from ao.integrations.transformers import AoConfig  # noqa: E402
+from ao.integrations.transformers import AoConfig, mark_quantized  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -81,22 +83,32 @@ def test_device_maps_count_packed_bytes(folder):
     assert sizes(plain)[0][name] == 2 * 64 * 128
 
 
+def examples_of(count, length=12):
+    found = [torch.arange(i, i + length) % 90 + 3 for i in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in found]
+
+
+def arguments(folder, **kwargs):
+    return transformers.TrainingArguments(
+        str(folder), **{"logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, **kwargs}
+    )
+
+
+def losses_of(trainer):
+    return [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
+
+
 def test_trainer(tmp_path):
     """The Trainer with an 8-bit optimizer; stopped and resumed, it goes the same way."""
-    examples = [{"input_ids": torch.arange(i, i + 12) % 90 + 3} for i in range(32)]
-    examples = [{**e, "labels": e["input_ids"]} for e in examples]
 
     def train(resume=None):
         torch.manual_seed(0)
         model = hf_models.llama(num_hidden_layers=1)
-        args = transformers.TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=8, max_steps=4, save_steps=2, logging_steps=1, report_to=[],
-            use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
+        args = arguments(tmp_path, per_device_train_batch_size=8, max_steps=4, save_steps=2)
         optimizer = AdamW8bit(model.parameters(), lr=1e-2, compile=False)
-        trainer = transformers.Trainer(model, args, train_dataset=examples, optimizers=(optimizer, None))
+        trainer = transformers.Trainer(model, args, train_dataset=examples_of(32), optimizers=(optimizer, None))
         trainer.train(resume_from_checkpoint=resume)
-        return [e["loss"] for e in trainer.state.log_history if "loss" in e], model.state_dict()
+        return losses_of(trainer), model.state_dict()
 
     losses, weights = train()
     assert losses[-1] < losses[0] - 0.1
@@ -104,14 +116,55 @@ def test_trainer(tmp_path):
     assert all(torch.equal(again[name], w) for name, w in weights.items())
 
 
+def test_trainer_on_a_model_prepared_for_quantization(tmp_path):
+    """QAT: what is trained is, bit for bit, what is converted, saved and loaded again."""
+    torch.manual_seed(0)
+    model = hf_models.llama(num_hidden_layers=1)
+    config = ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32))
+
+    def chosen(module, name):
+        return ao.is_linear(module, name) and name != "lm_head"
+
+    ao.quantize_(model, QATConfig(config, step="prepare"), chosen)
+    args = arguments(tmp_path / "run", per_device_train_batch_size=8, max_steps=4, save_steps=4, learning_rate=1e-2)
+    trainer = transformers.Trainer(model, args, train_dataset=examples_of(32))
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[-1] < losses[0] - 0.1
+    checkpoint = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
+    assert torch.equal(checkpoint.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    trained = hf_models.output("llama", model.eval())
+    ao.quantize_(model, QATConfig(config, step="convert"))
+    assert torch.equal(hf_models.output("llama", model), trained)
+    mark_quantized(model).save_pretrained(tmp_path / "saved")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert isinstance(again.model.layers[0].mlp.up_proj.weight, ao.QTensor)
+    assert torch.equal(hf_models.output("llama", again), trained)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_trainer_on_a_float8_model(recipe, tmp_path):
+    torch.manual_seed(0)
+    model = hf_models.llama(num_hidden_layers=1)
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name != "lm_head")
+    assert isinstance(model.model.layers[0].mlp.up_proj, LowPrecisionLinear)
+    args = arguments(tmp_path, per_device_train_batch_size=8, max_steps=4, save_steps=4, learning_rate=1e-2, bf16=True)
+    trainer = transformers.Trainer(model, args, train_dataset=examples_of(32))
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[-1] < losses[0] - 0.1
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-4")  # of plain weights
+    up = plain.model.layers[0].mlp.up_proj
+    assert type(up) is torch.nn.Linear and torch.equal(up.weight, model.model.layers[0].mlp.up_proj.weight)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft, of transformers
 def test_trainer_and_adapters(folder, tmp_path):
     """QLoRA: adapters over a model of 4 bits. Without adapters, the Trainer refuses."""
     peft = pytest.importorskip("peft", reason="needs peft: pip install 'ao[peft]'")
     model = load(folder, "nf4")
-    args = transformers.TrainingArguments(
-        str(tmp_path), max_steps=3, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
-    )
+    args = arguments(tmp_path, max_steps=3, learning_rate=1e-2)
     examples = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
         transformers.Trainer(model, args, train_dataset=examples)
@@ -119,6 +172,6 @@ def test_trainer_and_adapters(folder, tmp_path):
     before = {n: p.clone() for n, p in model.named_parameters() if isinstance(p, ao.QTensor)}
     trainer = transformers.Trainer(model, args, train_dataset=examples)
     trainer.train()
-    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-    assert float(losses[-1]) < float(losses[0])
+    losses = losses_of(trainer)
+    assert losses[-1] < losses[0]
     assert before and all(torch.equal(model.get_parameter(n), p) for n, p in before.items())

@@ -15,6 +15,7 @@ from safetensors import safe_open
 import ao
 from ao.dtypes.checkpoint import flatten
 from ao.quant import candidates, end_to_end, microbenchmark
+from ao.quant.qat import QATConfig
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -343,6 +344,8 @@ def test_names():
             "'int5_weight_only' names no config; give 'autoquant', 'int4_weight_only'",
         ),
         (lambda: AoConfig(ao.Int4WeightOnlyConfig), "must be a config .*; call it first"),
+        (lambda: AoConfig(QATConfig(ao.NF4, step="prepare")), "is about training, .* call ao.quantize_"),
+        (lambda: AoConfig("qat"), "'qat' names no config"),
         (lambda: AoConfig(4), "quant_type must be a config such as"),
         (lambda: AoConfig(ao.NF4, group_size=3), r"\['group_size'\] are for a quant_type given by name"),
         (lambda: AoConfig(ao.NF4, untie_embedding_weights=True), "untie_embedding_weights must be False"),

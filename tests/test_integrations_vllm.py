@@ -28,6 +28,7 @@ CONFIGS = [
     ao.Int8DynamicActivationInt8WeightConfig(),
     ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
     ao.Int8DynamicActivationInt4WeightConfig(),
+    ao.Int4WeightOnlyConfig(group_size=32, algorithm="hqq"),
 ]
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
@@ -47,7 +48,7 @@ def quantized(quant_type, shapes: dict[str, tuple[int, int]]) -> dict[str, ao.QT
     return {f"{name}.weight": layer.weight for name, layer in layers.items()}
 
 
-@pytest.mark.parametrize("quant_type", CONFIGS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("quant_type", CONFIGS, ids=lambda c: f"{type(c).__name__}-{getattr(c, 'algorithm', '')}")
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_fused_layer_by_rows(quant_type, world):
     """Each part of qkv on its own, stacked, and cut into ranks."""
@@ -68,7 +69,7 @@ def test_a_fused_layer_by_rows(quant_type, world):
         assert ao.compute_error(torch.cat(expected, -1), layer(x)) > 40
 
 
-@pytest.mark.parametrize("quant_type", CONFIGS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("quant_type", CONFIGS, ids=lambda c: f"{type(c).__name__}-{getattr(c, 'algorithm', '')}")
 def test_a_layer_cut_by_columns(quant_type):
     parts = quantized(quant_type, {"o_proj": (32, 256)})
     tensors, _ = flatten(parts)
@@ -98,6 +99,8 @@ def test_what_it_refuses():
     for kwargs, quant_type in (({"include_embedding": True}, ao.NF4), ({}, None)):
         with pytest.raises(ValueError, match="linear layers only"):
             plugin.AoVllmConfig("autoquant" if quant_type is None else config_to_dict(quant_type), **kwargs)
+    with pytest.raises(ValueError, match="algorithm='awq' scales the inputs of each layer"):
+        plugin.AoLinearMethod(ao.Int4WeightOnlyConfig(algorithm="awq"))
     method = plugin.AoLinearMethod(ao.Float8DynamicActivationFloat8WeightConfig())
     with pytest.raises(ValueError, match=r"1 scales for 128 rows.*PerRow\(\)"):
         vllm_stand_in.LinearBase([64, 64], 128, method, torch.bfloat16)

@@ -86,6 +86,7 @@ def float8_accepts(x: Tensor, w: QTensor) -> bool:
 
 
 def has_float8(device: torch.device) -> bool:
+    """Whether the chip multiplies float8: NVIDIA's since Ada and Hopper."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 

@@ -86,7 +86,7 @@ class AoDiffusersQuantizer(DiffusersQuantizer):
         return 8 if self._bits() <= 4 else 4
 
     def _bits(self) -> int:
-        specs = [spec for spec, _ in self.plan.values()]
+        specs = [planned.spec for planned in self.plan.values()]
         return max((getattr(spec, "bits", 8) for spec in specs), default=8)
 
     # Loading.

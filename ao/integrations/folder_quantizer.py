@@ -1,18 +1,13 @@
-"""Quantize a Hugging Face model folder into another one, shard by shard, so that the model need not fit in memory.
-
-The target is made in a folder of its own beside it and renamed at the end: it is there whole or not at all. What a killed
-run leaves behind, `.<name>.<32 hex digits>.tmp`, the next run that succeeds removes. The source is only read.
+"""Quantize a Hugging Face model folder into another one, shard by shard, so that the model need not fit in memory; or, for
+recipes that run the model, in memory. The source is only read, and the target is there whole or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +17,17 @@ from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec
 from ..dtypes.checkpoint import INDEX, SINGLE, flatten
-from ..quant import Config, Report
-from ..quant.report import Row, storage_bytes
+from ..quant import Config, Report, quantize_
+from ..quant.jobs import planned_specs
+from ..quant.report import storage_bytes
 from .command_line.safetensors_header import read_header, weight_files
-from .transformers import AoConfig, AoHfQuantizer
+from .mapped_memory import MappedFiles
+from .target_folder import check_absent, new_folder
+from .transformers import AoConfig, AoHfQuantizer, mark_quantized, plain_linears
+from .transformers_layers import embedding_names, rules_for
+from .transformers_loading import quantize_named
+
+__all__ = ["quantize_folder", "quantize_folder_in_memory"]
 
 Watch = Callable[[str, Tensor, QTensor], None]
 
@@ -42,10 +44,10 @@ def quantize_folder(
     watch: Watch | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Report:
-    """Write `target`, a folder that `from_pretrained` loads, with the weights of `source` quantized by round-to-nearest.
+    """Write `target`, a folder that `from_pretrained` loads, with the weights of `source` quantized, one tensor at a time.
 
     source: a local folder with config.json and safetensors files. target: must not exist.
-    config, modules_to_not_convert, include_embedding: as in `AoConfig`.
+    config, modules_to_not_convert, include_embedding: as in `AoConfig`; a recipe that needs no data ("hqq") is followed.
     max_shard_bytes: of a file; memory is needed for about twice as much, and for the largest layer.
     device: where to quantize.
     watch: called with every parameter that is quantized, as it was and as it is.
@@ -54,15 +56,9 @@ def quantize_folder(
     Raises FileNotFoundError and FileExistsError for wrong folders, and ValueError for a model whose tensors transformers
     renames or joins as it loads them, and for what `quantize_` refuses. Nothing is left behind then.
     """
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source} has no config.json; give the folder of a Hugging Face model")
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; give a folder that does not, or remove it")
+    model = _checked(source, target)
     files = weight_files(source)
     settings = AoConfig(config, modules_to_not_convert=modules_to_not_convert, include_embedding=include_embedding)
-    model = skeleton(source)
-    if model.config.to_dict().get("quantization_config"):
-        raise ValueError(f"{source} is quantized already; give the folder of the model as it was trained")
     quantizer = AoHfQuantizer(settings, pre_quantized=False)
     quantizer.preprocess_model(model)
     plan, report = quantizer.plan, quantizer.report
@@ -73,40 +69,83 @@ def quantize_folder(
     if lost := [name for name in plan if name not in found]:
         raise ValueError(
             f"{source}: the checkpoint has no tensor {lost[0]!r}, because transformers renames or joins some of this model's "
-            "as it loads them; use --in-memory"
+            "as it loads them; use --in-memory (in Python, quantize_folder_in_memory)"
         )
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    part = parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    part.mkdir()
-    try:
+    settings.modules_to_not_convert = plain_linears(model, plan)
+    mapped = MappedFiles(map(str, files))
+    with new_folder(target) as part:
         shards = _Shards(part, max_shard_bytes)
         for name, t in _tensors(files):
             done = t.nbytes
             if names[name] in plan:
-                spec, act_scale = plan[names[name]]
-                q = _quantized(names[name], t, spec, act_scale, device)
+                q = quantize_named(plan[names[name]], names[name], t.to(device), report).map(lambda f: f.to("cpu"))
                 if watch is not None:
                     watch(names[name], t, q)
-                report.rows.append(Row(names[name], tuple(t.shape), repr(spec), t.nbytes, q.nbytes_packed))
                 t = q
             shards.add(names[name] if isinstance(t, QTensor) else name, t)
+            mapped.read(done)
             if progress is not None:
                 progress(done)
         shards.finish()
         _copy_others(source, part)
         data = json.loads((source / "config.json").read_text(encoding="utf-8"))
         data["quantization_config"] = settings.to_dict()
-        _write_text(part / "config.json", json.dumps(data, indent=2) + "\n")
-        _flush_folder(part)
-        os.rename(part, target)
-        _flush_folder(parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    for left in parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}\.tmp", left.name):
-            shutil.rmtree(left, ignore_errors=True)
+        (part / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def quantize_folder_in_memory(
+    source: Path,
+    target: Path,
+    config: Config | Spec | str,
+    *,
+    calibration_data: Sequence[Any] | None = None,
+    modules_to_not_convert: list[str] | None = None,
+    include_embedding: bool = False,
+    max_shard_bytes: int = 2 * 10**9,
+    device: torch.device | str = "cpu",
+    watch: Watch | None = None,
+) -> Report:
+    """`quantize_folder` for recipes that calibrate, and for models whose tensors transformers renames or joins.
+
+    The model is loaded as it is, and stays in main memory; with a `device`, one block at a time is there. Raises
+    ValueError for a recipe without the data that it needs.
+
+    calibration_data: batches to run the model on, as in `quantize_`.
+    """
+    from .model_folder import load_model
+
+    blank = _checked(source, target)
+    settings = AoConfig(config, modules_to_not_convert=modules_to_not_convert, include_embedding=include_embedding)
+    keep = AoHfQuantizer(settings, pre_quantized=False).kept(blank)
+    rules, skipped = rules_for(blank, settings, keep, embedding_names(blank))
+    planned, passed = planned_specs(blank, rules)
+    if calibration_data is None and any(each.needs_data for each in planned.values()):
+        raise ValueError("the recipe, or a static activation, needs calibration_data, and there is none")
+    model = load_model(source)
+    before = {name: model.get_parameter(name).detach() for name in planned} if watch is not None else {}
+    report = quantize_(model, rules, device=device, calibration_data=calibration_data)
+    report.skipped = {**passed.skipped, **skipped}
+    for row in report.rows:
+        if watch is not None:
+            watch(row.name, before.pop(row.name), model.get_parameter(row.name).detach().to("cpu"))
+    mark_quantized(model, settings)
+    with new_folder(target) as part:
+        model.save_pretrained(part, max_shard_size=max_shard_bytes)
+        _copy_others(source, part)
+    return report
+
+
+def _checked(source: Path, target: Path) -> Any:
+    """The model of a folder, without weights. Raises for folders that are not what they should be."""
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json; give the folder of a Hugging Face model")
+    check_absent(target)
+    weight_files(source)
+    model = skeleton(source)
+    if model.config.to_dict().get("quantization_config"):
+        raise ValueError(f"{source} is quantized already; give the folder of the model as it was trained")
+    return model
 
 
 def skeleton(source: Path) -> Any:
@@ -140,15 +179,6 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _quantized(name: str, t: Tensor, spec: Spec, act_scale: float | None, device: torch.device | str) -> QTensor:
-    data = t.to(device)
-    if not torch.isfinite(data).all():
-        raise ValueError(f"{name}: the weight has NaN or infinite values, which no format here can hold")
-    scale = None if act_scale is None else torch.tensor(act_scale, dtype=torch.float32, device=data.device)
-    q = spec.quantize(data, act_scale=scale)
-    return q.map(lambda f: f.to("cpu"))
-
-
 @dataclass
 class _Shards:
     """Safetensors files in `folder`, each of at most `limit` bytes or of one tensor. They get their names at the end."""
@@ -173,9 +203,6 @@ class _Shards:
         leaves, metadata = flatten(self.pending)
         path = self.folder / f"part-{len(self.written) + 1:05}.safetensors"
         save_file({name: t.contiguous() for name, t in leaves.items()}, path, metadata=metadata)
-        path.chmod(0o666 & ~_umask())
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
         self.written.append(list(leaves))
         self.total += self.pending_bytes
         self.pending, self.pending_bytes = {}, 0
@@ -193,7 +220,7 @@ class _Shards:
             (self.folder / f"part-{i:05}.safetensors").rename(self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-        _write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)|.*\.index\.json")
@@ -204,24 +231,3 @@ def _copy_others(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.name != "config.json" and not _WEIGHTS.fullmatch(path.name):
             shutil.copyfile(path, target / path.name)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name == "posix":
-        folder = os.open(path, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
-            os.fsync(folder)
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ao.dtypes import QTensor
 from ao.quant import Report, compute_error
 
+__all__ = ["LayerRecord", "Measure", "Page", "layer_record", "layer_records", "page_of", "page_text", "write_page"]
+
+
 BINS = 64
 
 
@@ -92,7 +95,7 @@ def layer_records(before: nn.Module | Mapping[str, Tensor], after: nn.Module) ->
 def page_of(title: str, report: Report, records: Iterable[LayerRecord], measures: Iterable[Measure] = ()) -> Page:
     """The page of a call of `quantize_`, from the Report that it returned."""
     layers = list(records)
-    formats = sorted({layer.format for layer in layers})
+    formats = sorted({row.label for row in report.rows})
     subtitle = formats[0] if len(formats) == 1 else f"{len(formats)} formats"
     return Page(title, subtitle, layers, dict(report.skipped), list(report.notes), list(measures))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .folder_quantizer import skeleton
+
+__all__ = ["calibration_batches", "load_model", "perplexity", "read_texts", "token_windows"]
 
 
 def load_model(
@@ -74,11 +76,23 @@ def token_windows(folder: Path, texts: Iterable[str], length: int, most: int | N
     return windows
 
 
+def calibration_batches(folder: Path, texts: Iterable[str], length: int, most: int) -> list[dict[str, Any]]:
+    """What a model of a folder is called with to calibrate: at most `most` windows, evenly spread over the texts.
+
+    Raises what `token_windows` does.
+    """
+    windows = token_windows(folder, texts, length)
+    chosen = [windows[i * len(windows) // most] for i in range(most)] if len(windows) > most else windows
+    caches = {"use_cache": False} if skeleton(folder).can_generate() else {}
+    return [{"input_ids": ids, **caches} for ids in chosen]
+
+
 @torch.no_grad()
-def perplexity(model: Any, windows: Iterable[Tensor]) -> float:
+def perplexity(model: Any, windows: Iterable[Tensor], progress: Callable[[int], object] | None = None) -> float:
     """exp of the mean negative log-likelihood of every token after the first of its window.
 
     model: a causal language model of transformers. windows: (1, T) token ids each.
+    progress: called with 1 after each window.
     """
     total, count = 0.0, 0
     for ids in windows:
@@ -86,4 +100,6 @@ def perplexity(model: Any, windows: Iterable[Tensor]) -> float:
         logits = model(ids, use_cache=False).logits[:, :-1].float()  # (1, T - 1, vocab)
         total += torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
         count += ids.shape[1] - 1
+        if progress is not None:
+            progress(1)
     return float(torch.tensor(total / count, dtype=torch.float64).exp())

@@ -11,19 +11,24 @@ it to a quantized weight would mostly round it away (of an update of 3 % of an i
 here becomes a plain one, W + B A in the dtype that W dequantizes to, and its quantized weight is kept beside it, so that
 unmerging restores it bit for bit. After `merge_and_unload` the model is a plain one: save it, or `ao.quantize_` it again.
 
-PEFT has no place to register a layer class for `nn.Linear`s of a kind. Importing this module puts a function of its own in front
-of the one with which PEFT chooses the class.
+DoRA reads the weight that it is added to, decoded anew in each forward. Adapters on parameters of other layers, such as experts
+(`target_parameters`), are refused.
+
+PEFT has no place to register a layer class for `nn.Linear`s of a kind, nor how a weight is dequantized. Importing this module
+puts functions of its own in front of those with which PEFT chooses the class and dequantizes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora import LoraModel, dora, variants
+from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
 from torch import nn
 
 from ..dtypes import QTensor
+
+__all__ = ["QuantizedEmbedding", "QuantizedLinear"]
 
 
 class _Merging:
@@ -68,6 +73,15 @@ _create = LoraModel._create_new_module
 
 
 def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    name = kwargs.get("parameter_name")
+    owner = target
+    while isinstance(owner, ParamWrapper):
+        owner = owner.base_layer
+    if name is not None and isinstance(getattr(owner, name, None), QTensor):
+        raise NotImplementedError(
+            f"target_parameters names {name!r} of {type(owner).__name__}, which is quantized, and PEFT adds its adapter to all "
+            'of it in every forward; leave it out when quantizing (modules_to_not_convert=["experts"]), or adapt linear layers'
+        )
     made = _create(lora_config, adapter_name, target, **kwargs)
     if type(made) in CLASSES and isinstance(getattr(made.get_base_layer(), "weight", None), QTensor):
         made.__class__ = CLASSES[type(made)]
@@ -75,3 +89,14 @@ def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, *
 
 
 LoraModel._create_new_module = staticmethod(_create_new_module)
+
+_dequantize = dora.dequantize_module_weight
+
+
+def _dequantize_module_weight(module: Any) -> Any:
+    weight = getattr(module, "weight", None)
+    return weight.detach().dequantize() if isinstance(weight, QTensor) else _dequantize(module)
+
+
+for _user in (dora, variants):
+    _user.dequantize_module_weight = _dequantize_module_weight

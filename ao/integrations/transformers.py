@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
@@ -34,6 +35,8 @@ from .config_names import AUTOQUANT, read_quant_type
 from .mapped_memory import MappedFiles
 from .transformers_layers import candidates, embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
+
+__all__ = ["AoConfig", "AoHfQuantizer", "QuantizationMethod", "mark_quantized"]
 
 
 class QuantizationMethod(str, Enum):
@@ -153,7 +156,7 @@ class AoHfQuantizer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element, all fields of a quantized parameter counted."""
         if param_name in self.plan:
-            spec, _ = self.plan[param_name]
+            spec = self.plan[param_name].spec
         elif param_name in self.stored.entries:
             spec = Spec.from_dict(self.stored.entries[param_name]["spec"])
         else:
@@ -168,16 +171,22 @@ class AoHfQuantizer(HfQuantizer):
     ) -> None:
         if self.pre_quantized:
             self.stored, self.loading = Stored.of(checkpoint_files or []), model
+            self.stored.make_room(model)
             return
-        config, embeddings = self.quantization_config, embedding_names(model)
-        left_out = config.modules_to_not_convert
-        self.keep = self.get_modules_to_not_convert(model, left_out, list(model._keep_in_fp32_modules or ()))
-        if config.include_embedding:
-            ends = {name.removesuffix(".weight") for name in embeddings} - set(left_out or ())
-            self.keep = [name for name in self.keep if name not in ends]
-        if config.quant_type != AUTOQUANT:
+        self.keep = self.kept(model)
+        if self.quantization_config.quant_type != AUTOQUANT:
             self.files = MappedFiles(checkpoint_files or ())
-            self.plan, self.report = plan_for(model, config, self.keep, embeddings)
+            self.plan, self.report = plan_for(model, self.quantization_config, self.keep, embedding_names(model))
+
+    def kept(self, model: PreTrainedModel) -> list[str]:
+        """Names, ends of names or regular expressions of the modules that stay as they are."""
+        config = self.quantization_config
+        left_out = config.modules_to_not_convert
+        keep: list[str] = self.get_modules_to_not_convert(model, left_out, list(model._keep_in_fp32_modules or ()))
+        if config.include_embedding:
+            ends = {name.removesuffix(".weight") for name in embedding_names(model)} - set(left_out or ())
+            keep = [name for name in keep if name not in ends]
+        return keep
 
     def get_quantize_ops(self) -> Quantize:
         """Quantize a tensor that was read."""
@@ -227,21 +236,28 @@ class AoHfQuantizer(HfQuantizer):
             if report is None:
                 raise RuntimeError("autoquant has not decided yet: call model.finalize_autoquant(), then save")
             config.quant_type, config.quant_type_kwargs = report.plan, {}
-        # What is quantized follows from the file. This is for readers that must know before they open it, such as vLLM.
-        config.modules_to_not_convert = [
-            name
-            for name, module in model.named_modules()
-            if is_linear(module, name) and not isinstance(module._parameters["weight"], QTensor)
-        ]
+        config.modules_to_not_convert = plain_linears(
+            model, {n for n, p in model.named_parameters() if isinstance(p, QTensor)}
+        )
         state = model.state_dict(keep_vars=True)
         tied = getattr(model, "all_tied_weights_keys", {})
         return flatten(dict(sorted(state.items(), key=lambda item: item[0] in tied)))  # stored under the name tied to
 
 
-def mark_quantized(model: Any) -> Any:
+def plain_linears(model: nn.Module, quantized: Collection[str]) -> list[str]:
+    """The linear layers whose weights are not among the `quantized` parameters.
+
+    What is quantized follows from a checkpoint's files. This is for readers that must know before they open them, such as
+    vLLM.
+    """
+    return [n for n, m in model.named_modules() if is_linear(m, n) and f"{n}.weight" not in quantized]
+
+
+def mark_quantized(model: Any, config: AoConfig | None = None) -> Any:
     """Tell a model that `ao.quantize_`, or a recipe, has quantized in place, that it is. Returns the model.
 
     model: a PreTrainedModel.
+    config: what config.json will say; by default the Spec of every parameter.
 
     From then on `model.save_pretrained(...)` and `from_pretrained` work as for a model that was loaded with an `AoConfig`.
     Raises ValueError for a model without quantized parameters, or one that another library has quantized.
@@ -254,6 +270,15 @@ def mark_quantized(model: Any) -> Any:
     found = {name: p.spec for name, p in model.named_parameters() if isinstance(p, QTensor)}
     if not found:
         raise ValueError(f"mark_quantized: {type(model).__name__} has no quantized parameter; call ao.quantize_ first")
+    config = config or AoConfig(_rules_of(model, found))
+    model.hf_quantizer = AoHfQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model._weight_conversions = []
+    return model
+
+
+def _rules_of(model: nn.Module, found: dict[str, Spec]) -> FqnToConfig:
     table: dict[str, Any] = dict(found)
     layers = [name for name, kind in candidates(model, set()) if kind]
     if layers:
@@ -261,12 +286,7 @@ def mark_quantized(model: Any) -> Any:
         table["_default"] = default = Counter(found.get(name) for name in layers).most_common(1)[0][0]
         table |= dict.fromkeys(set(layers) - found.keys())
         table = {name: spec for name, spec in table.items() if name not in layers or spec != default}
-    config = AoConfig(FqnToConfig(table))
-    model.hf_quantizer = AoHfQuantizer(config, pre_quantized=True)
-    model.config.quantization_config = config
-    model.is_quantized, model.quantization_method = True, config.quant_method
-    model._weight_conversions = []
-    return model
+    return FqnToConfig(table)
 
 
 def refuse_disk(device_map: Any) -> None:

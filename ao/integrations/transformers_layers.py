@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..dtypes import Intx, Spec
-from ..quant import Config, FqnToConfig, is_linear
-from ..quant.jobs import planned_specs
+from ..quant import Config, FqnToConfig, RoundToNearest, SpecConfig, is_linear
+from ..quant.jobs import Planned, planned_specs
 from ..quant.report import Report
 
 
@@ -26,15 +26,36 @@ def plan_for(
     config: Any,
     keep: list[str],
     embeddings: set[str] = frozenset(),  # type: ignore[assignment]
-) -> tuple[dict[str, tuple[Spec, float | None]], Report]:
-    """Full name of a parameter -> its Spec and the scale of its static activation; and a Report of what is passed over.
+) -> tuple[dict[str, Planned], Report]:
+    """Full name of a parameter -> how it is quantized while it loads; and a Report of what is passed over.
+
+    Arguments and errors are those of `rules_for`; and raises ValueError for a shape that its format does not take, and for a
+    recipe or a static activation that needs calibration.
+    """
+    rules, skipped = rules_for(model, config, keep, embeddings)
+    planned, report = planned_specs(model, rules)
+    for name, each in planned.items():
+        if each.needs_data:
+            what = "a static activation" if each.recipe == RoundToNearest() else f"algorithm={each.recipe.label!r}"
+            raise ValueError(
+                f"{name}: {what} needs calibration, and a model that loads has no data; run "
+                "`ao quantize MODEL_DIR OUT_DIR --data FILE`, or load the model as it is, then "
+                "ao.quantize_(model, config, calibration_data=batches)"
+            )
+    report.skipped = {**{name: why for name, why in report.skipped.items() if name in rules.fqn_to_config}, **skipped}
+    return planned, report
+
+
+def rules_for(
+    model: nn.Module, config: Any, keep: list[str], embeddings: set[str]
+) -> tuple[FqnToConfig, dict[str, str]]:
+    """A rule for each parameter that is to be quantized, by its full name; and of what is passed over, why.
 
     config: an AoConfig.
     keep: the modules that stay as they are, unless a rule names them; names, ends of names, or regular expressions.
     embeddings: names of the weights of the input embedding and the output head, and of what is tied to them.
 
-    Raises ValueError for a shape that its format does not take, for a rule that matches nothing, and when nothing is left to
-    quantize.
+    Raises ValueError for a rule that matches nothing, and when nothing is left to quantize.
     """
     whole = config.quant_type
     rules = whole if isinstance(whole, FqnToConfig) else FqnToConfig({"_default": whole})
@@ -63,9 +84,7 @@ def plan_for(
     if not table:
         reasons = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"AoConfig: {type(model).__name__} has nothing to quantize{reasons}")
-    specs, report = planned_specs(model, FqnToConfig(table))
-    report.skipped = {**{name: why for name, why in report.skipped.items() if name in table}, **skipped}
-    return specs, report
+    return FqnToConfig(table), skipped
 
 
 def embedding_names(model: Any) -> set[str]:
@@ -123,5 +142,6 @@ def _weight_only(choice: Config | Spec, shape: tuple[int, ...], kind: str) -> Co
     act = choice.act()
     if act is None:
         return choice
-    keeps = kind in ("linear", "embedding") and choice.act_scale() is None
-    return replace(choice.weight(shape), act=act if keeps else None)
+    dynamic = choice.act_scale() is None and choice.act_range() is None
+    spec = replace(choice.weight(shape), act=act if kind in ("linear", "embedding") and dynamic else None)
+    return SpecConfig(spec, algorithm=choice.recipe(), unsupported=choice.unsupported)

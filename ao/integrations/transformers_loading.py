@@ -7,7 +7,8 @@ tensor under its exact name, and makes it again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
-from ..dtypes import QTensor, Spec
+from ..dtypes import QTensor
 from ..dtypes.checkpoint import read_header, stored_names, unflatten
+from ..quant.jobs import Planned
 from ..quant.report import Report, Row, storage_bytes
 from .mapped_memory import MappedFiles
 
-Plan = Mapping[str, tuple[Spec, float | None]]
-"""Full name of a parameter -> its Spec, and the scale of its static activation."""
+Plan = Mapping[str, Planned]
+"""Full name of a parameter -> how it is quantized."""
 
 
 class Quantize(ConversionOps):
@@ -54,13 +56,19 @@ class Quantize(ConversionOps):
 
     def quantize(self, name: str, value: Tensor) -> nn.Parameter:
         """The parameter called `name`, from its values."""
-        spec, scale = self.plan[name]
-        act_scale = None if scale is None else torch.tensor(scale, dtype=torch.float32, device=value.device)
-        if not all(end.isfinite() for end in torch.aminmax(value)):  # without a temporary of its size
-            raise ValueError(f"{name}: the weight has NaN or infinite values, which no format here can hold")
-        q = spec.quantize(value, act_scale=act_scale)
-        self.report.rows.append(Row(name, tuple(q.shape), repr(spec), storage_bytes(value), q.nbytes_packed))
+        q = quantize_named(self.plan[name], name, value, self.report)
         return nn.Parameter(q, requires_grad=False)
+
+
+def quantize_named(planned: Planned, name: str, value: Tensor, report: Report) -> QTensor:
+    """Quantize the parameter called `name`, and say so in the report. Raises ValueError for NaN and infinite values."""
+    try:
+        q = planned.quantize(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    sizes = storage_bytes(value), q.nbytes_packed
+    report.rows.append(Row(name, tuple(q.shape), repr(planned.spec), *sizes, planned.recipe.label))
+    return q
 
 
 @dataclass
@@ -68,6 +76,8 @@ class Stored:
     """The quantized tensors of a checkpoint: their entries in the headers of its files, by name."""
 
     entries: dict[str, dict[str, Any]]
+    names: Collection[str] = frozenset()
+    """Of all stored tensors."""
 
     @classmethod
     def of(cls, files: list[str]) -> Stored:
@@ -95,7 +105,20 @@ class Stored:
                 raise ValueError(
                     f"the checkpoint in {Path(files[0]).parent} lacks {lost}; copy or save all files again"
                 )
-        return cls(entries)
+        return cls(entries, names)
+
+    def make_room(self, model: nn.Module) -> None:
+        """A bias for the layers that have one in the checkpoint only: some recipes add it."""
+        for name in self.entries:
+            path, _, leaf = name.rpartition(".")
+            bias = f"{path}.bias"
+            if leaf != "weight" or bias not in self.names:
+                continue
+            with contextlib.suppress(AttributeError):  # a part that this model does not have; the loader reports it
+                layer = model.get_submodule(path)
+                if isinstance(layer, nn.Linear) and layer.bias is None:
+                    w = layer.weight
+                    layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=w.dtype, device=w.device))
 
 
 class Fields(WeightConverter):

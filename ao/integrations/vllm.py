@@ -29,6 +29,8 @@ from ..dtypes.checkpoint import entry_of, stored_names, unflatten
 from ..quant import Config, FqnToConfig
 from .config_names import AUTOQUANT, read_quant_type
 
+__all__ = ["AoLinearMethod", "AoVllmConfig", "register"]
+
 
 def register() -> None:
     """What vLLM calls when it starts. Importing this module has registered the config already."""
@@ -110,10 +112,15 @@ class AoVllmConfig(QuantizationConfig):
 class AoLinearMethod(LinearMethodBase):
     """A linear layer with a quantized weight.
 
-    choice: its config or Spec.
+    choice: its config or Spec. Raises ValueError for a recipe that scales activations.
     """
 
     def __init__(self, choice: Config | Spec) -> None:
+        if isinstance(choice, Config) and choice.recipe().scales:
+            raise ValueError(
+                f"ao in vLLM: algorithm={choice.recipe().label!r} scales the inputs of each layer by itself, and vLLM fuses "
+                "layers that share one; serve a checkpoint made with 'hqq' or 'gptq'"
+            )
         self.choice = choice
 
     def create_weights(

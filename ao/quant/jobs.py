@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..dtypes import QTensor, Spec
 from .configs import Config, FqnToConfig, SpecConfig
 from .observers import RangeMethod
-from .recipe import Recipe
+from .recipe import Recipe, RoundToNearest, assemble
 from .report import Report
 from .statistics import RANGES, Statistics, statistics_of
 
@@ -77,6 +77,31 @@ class Job:
             slot.owner._parameters[slot.name] = parameter
 
 
+@dataclass(frozen=True)
+class Planned:
+    """How a parameter is to be quantized.
+
+    act_scale: the scale of a static activation that is known.
+    needs_data: whether calibration has to come first.
+    """
+
+    spec: Spec
+    recipe: Recipe
+    act_scale: float | None = None
+    needs_data: bool = False
+
+    def quantize(self, weight: Tensor) -> QTensor:
+        """Quantize a weight, where that needs no data. Raises ValueError for NaN and infinite values, without a name."""
+        if not all(end.isfinite() for end in torch.aminmax(weight)):  # without a temporary of its size
+            raise ValueError("the weight has NaN or infinite values, which no format here can hold")
+        scale = (
+            None if self.act_scale is None else torch.tensor(self.act_scale, dtype=torch.float32, device=weight.device)
+        )
+        if isinstance(self.recipe, RoundToNearest):
+            return self.spec.quantize(weight, act_scale=scale)
+        return assemble(self.recipe.quantize(weight, self.spec, None), self.spec, weight.dtype, scale)
+
+
 def slots_of(model: nn.Module) -> Iterator[Slot]:
     for prefix, module in model.named_modules():
         for name, p in module._parameters.items():
@@ -135,15 +160,16 @@ def plan(
 
 def planned_specs(
     model: nn.Module, config: Config | Spec, filter_fn: Filter | None = None
-) -> tuple[dict[str, tuple[Spec, float | None]], Report]:
+) -> tuple[dict[str, Planned], Report]:
     """What `quantize_` would do, from shapes alone: the model may be on the meta device, and stays as it is.
 
-    Returns full name of a parameter -> its Spec and the scale of its static activation, under every name of a tied one;
-    and a Report of what is passed over. Takes the arguments of `quantize_`, and raises what it does.
+    Returns full name of a parameter -> how it is to be quantized, under every name of a tied one; and a Report of what is
+    passed over. Takes the arguments of `quantize_`, and raises what it does.
     """
     report = Report()
-    jobs = list(plan(model, config, filter_fn, report))
-    return {slot.fqn: (job.spec, job.act_scale) for job in jobs for slot in job.slots}, report
+    jobs = plan(model, config, filter_fn, report)
+    made = [(job, Planned(job.spec, job.recipe, job.act_scale, bool(job.needs))) for job in jobs]
+    return {slot.fqn: planned for job, planned in made for slot in job.slots}, report
 
 
 def _by_filter(

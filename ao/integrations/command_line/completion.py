@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .format_names import FORMATS
+from .format_names import FORMATS, RECIPES
 
 NAME = "completion"
 HELP = "print a script that makes your shell complete `ao`"
@@ -27,13 +27,14 @@ def run(args: argparse.Namespace) -> int:
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
     """The script for "bash", "zsh" or "fish", from the commands and options of `parser`."""
     commands = {name: (p.description or "", _options(p)) for name, p in _commands(parser).items()}
-    formats = " ".join(FORMATS)
+    formats, recipes = " ".join(FORMATS), " ".join(RECIPES)
     if shell == "fish":
         lines = ["complete -c ao -n __fish_use_subcommand -f"]
         for name, (about, options) in commands.items():
             lines.append(f"complete -c ao -n __fish_use_subcommand -a {name} -d {_quoted(about)}")
             for option, help_text in options.items():
-                values = f" -x -a '{formats}'" if option in ("--config", "--configs") else ""
+                words = formats if option in ("--config", "--configs") else recipes if option == "--recipe" else ""
+                values = f" -x -a '{words}'" if words else ""
                 here = f"-n '__fish_seen_subcommand_from {name}'"
                 lines.append(f"complete -c ao {here} -l {option.lstrip('-')} -d {_quoted(help_text)}{values}")
         return "\n".join(lines)
@@ -44,7 +45,8 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
     return f"""{first}_ao() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} options=
     if [ "$COMP_CWORD" = 1 ]; then COMPREPLY=($(compgen -W {_quoted(" ".join(commands))} -- "$word")); return; fi
-    case $before in --config|--configs) COMPREPLY=($(compgen -W {_quoted(formats)} -- "$word")); return ;; esac
+    case $before in --config|--configs) COMPREPLY=($(compgen -W {_quoted(formats)} -- "$word")); return ;;
+        --recipe) COMPREPLY=($(compgen -W {_quoted(recipes)} -- "$word")); return ;; esac
     case ${{COMP_WORDS[1]}} in
 {cases}
     esac

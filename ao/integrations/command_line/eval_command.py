@@ -42,15 +42,8 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for name in args.configs or ["as stored"]:
         model = load_model(args.model, configs.get(name), device=args.device)
-        with progress_bar(tokens, name, hidden=args.json, unit=" tokens") as advance:
-
-            def watched(advance: Any = advance) -> Any:
-                for window in windows:
-                    yield window
-                    if advance is not None:
-                        advance(window.shape[1] - 1)
-
-            loss = perplexity(model, watched())
+        with progress_bar(len(windows), name, hidden=args.json, unit=" windows") as advance:
+            loss = perplexity(model, windows, advance)
         rows.append({"format": name, "bytes": get_model_size_in_bytes(model), "perplexity": loss, "tokens": tokens})
         del model
     if args.json:

@@ -44,6 +44,9 @@ FORMATS = {
     "int2": Format("Intx(bits=2, block=(1, 128))", 2.31, "needs a recipe and training"),
 }
 
+RECIPES = ("rtn", "hqq", "gptq", "awq", "smoothquant", "bias_correction")
+"""Names of recipes, which may be joined by "+"."""
+
 PLAIN = ("bf16", "float32")
 """Names of what is not quantized."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .format_names import config_of
-from .progress import progress_bar
+from .progress import progress_bar, quiet_loading
 from .safetensors_header import read_header, weight_files
 from .tables import print_json
 
@@ -18,20 +18,44 @@ DETAILS = """OUT_DIR is a folder that transformers loads after `import ao.integr
 whole. MODEL_DIR is only read, one tensor at a time: the model may be larger than memory. The output head, and the embedding
 that is tied to it, stay as they are unless --include-embedding says so. `ao formats` lists what --config takes.
 
+--recipe finds better codes than rounding to nearest does:
+  hqq                          needs no data, and still reads one tensor at a time
+  gptq, awq, smoothquant, bias_correction, or several: awq+gptq
+                               run the model, which has to fit in memory, on --data; on --device, a block at a time
+
 examples:
   ao quantize Llama-3.1-8B Llama-3.1-8B-int4 --config int4-g128
-  ao quantize Llama-3.1-8B out --config 'Intx(bits=3, block=(1, 64))' --skip 'model.layers.0' --report report.html"""
+  ao quantize Llama-3.1-8B out --config int4-g128 --recipe hqq
+  ao quantize Llama-3.1-8B out --config 'Intx(bits=3, block=(1, 64))' --recipe awq+gptq --data notes.txt --device cuda
+  ao quantize Llama-3.1-8B out --config int8 --skip lm_head model.layers.0 --report out.html --text wiki.json --latency 1 128"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="config.json and safetensors files")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="must not exist yet")
     parser.add_argument("--config", required=True, metavar="FORMAT", help="a name such as int4-g128, or an expression")
+    parser.add_argument("--recipe", metavar="NAME", help="how codes are found: rtn (the default), hqq, gptq, ...")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", metavar="FILE", help="to calibrate on: plain text or a JSON list"
+    )
+    parser.add_argument("--samples", type=count, default=128, metavar="N", help="windows of --data; default: 128")
+    parser.add_argument("--window", type=count, default=512, metavar="T", help="tokens of a window; default: 512")
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="modules that stay as they are, instead of the head")
     parser.add_argument("--include-embedding", action="store_true", help="quantize embedding and head too")
+    parser.add_argument("--in-memory", action="store_true", help="load the whole model, as recipes with data do")
     parser.add_argument("--shard-size", type=size, default=2 * 10**9, metavar="SIZE", help="of a file; default: 2GB")
-    parser.add_argument("--device", default="cpu", help="where to quantize; default: cpu")
+    parser.add_argument("--device", default="cpu", help="where to quantize, and to measure; default: cpu")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page of what happened")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", metavar="FILE", help="measure perplexity on it, before and after"
+    )
+    parser.add_argument(
+        "--latency",
+        type=count,
+        nargs="+",
+        metavar="T",
+        help="time the largest layers on so many tokens, before and after",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -39,42 +63,138 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args.config)
     if config is None:
         raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
-    from ao.integrations import html_report
-    from ao.integrations.folder_quantizer import quantize_folder
-
+    if args.recipe is not None:
+        config = with_recipe(config, args.recipe)
+    calibrates = needs_data(config)
+    if calibrates and not args.data:
+        what = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config!r}"
+        raise ValueError(f"{what} needs texts to calibrate on; give --data FILE, plain text or a JSON list of strings")
+    if args.data and not calibrates:
+        raise ValueError(
+            "--data is for recipes that calibrate, such as --recipe gptq, and nothing here does; leave it out"
+        )
     if args.report is not None and args.report.is_dir():
         raise ValueError(f"--report {args.report} is a folder; give the name of a file")
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
+    from ao.integrations import html_report
+    from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in_memory
+    from ao.integrations.layer_latency import LargestLayers, layer_latencies
+    from ao.integrations.model_folder import calibration_batches, load_model, perplexity, read_texts, token_windows
+
+    quiet_loading(args.json)
+    batches = calibration_batches(args.model, read_texts(args.data), args.window, args.samples) if args.data else None
+    windows = token_windows(args.model, read_texts(args.text), args.window) if args.text else []
+
+    def loss(folder: Path, what: str) -> float:
+        model = load_model(folder, device=args.device)
+        with progress_bar(len(windows), what, hidden=args.json, unit=" windows") as advance:
+            return perplexity(model, windows, advance)
+
     records: list[html_report.LayerRecord] = []
+    largest = LargestLayers()
 
     def watch(name: str, before: Any, after: Any) -> None:
-        records.append(html_report.layer_record(name, before, after))
+        if args.report:
+            records.append(html_report.layer_record(name, before, after))
+        if args.latency:
+            largest.add(before, after)
 
+    measures: list[html_report.Measure] = []
+    before = loss(args.model, "perplexity before") if windows else None
     files = weight_files(args.model) if args.model.is_dir() else []
     total = sum(t.stop - t.start for file in files for t in read_header(file)[1].values())
-    with progress_bar(total, "quantize", hidden=args.json) as advance:
-        report = quantize_folder(
-            args.model,
-            args.out,
-            config,
-            modules_to_not_convert=args.skip,
-            include_embedding=args.include_embedding,
-            max_shard_bytes=args.shard_size,
-            device=args.device,
-            watch=watch if args.report else None,
-            progress=advance,
-        )
-    after = sum(file.stat().st_size for file in weight_files(args.out))
+    common = {
+        "modules_to_not_convert": args.skip,
+        "include_embedding": args.include_embedding,
+        "max_shard_bytes": args.shard_size,
+        "device": args.device,
+        "watch": watch if args.report or args.latency else None,
+    }
+    if calibrates or args.in_memory:
+        report = quantize_folder_in_memory(args.model, args.out, config, calibration_data=batches, **common)
+    else:
+        with progress_bar(total, "quantize", hidden=args.json) as advance:
+            report = quantize_folder(args.model, args.out, config, progress=advance, **common)
+    size_after = sum(file.stat().st_size for file in weight_files(args.out))
+    measures.append(html_report.Measure("checkpoint", total, size_after, "bytes"))
+    if before is not None:
+        measures.append(html_report.Measure("perplexity", before, loss(args.out, "perplexity after")))
+    times, failures = layer_latencies(largest.most(4), args.latency or (), args.device)
+    measures += times
+    report.notes += failures
     if args.report:
-        page = html_report.page_of(args.model.resolve().name, report, records)
-        page.measures.append(html_report.Measure("checkpoint", total, after, "bytes"))
+        page = html_report.page_of(args.model.resolve().name, report, records, measures)
+        page.facts.update(_facts(args, len(batches or ()), sum(window.shape[1] - 1 for window in windows)))
         html_report.write_page(page, args.report)
     if args.json:
-        rows = [asdict(row) for row in report.rows]
-        print_json({"bytes_before": total, "bytes_after": after, "layers": rows, "skipped": report.skipped})
-    else:
-        print(report)
-        print(f"{args.out}: {after:,} bytes, {after / max(total, 1):.3f} of {total:,}")
+        print_json(
+            {
+                "bytes_before": total,
+                "bytes_after": size_after,
+                "measures": [asdict(measure) for measure in measures],
+                "layers": [asdict(row) for row in report.rows],
+                "skipped": report.skipped,
+                "notes": report.notes,
+            }
+        )
+        return 0
+    print(report)
+    for measure in measures[1:]:
+        unit = f" {measure.unit}" if measure.unit else ""
+        print(f"{measure.name}: {measure.before:.4g}{unit} before, {measure.after:.4g}{unit} after")
+    print(f"{args.out}: {size_after:,} bytes, {size_after / max(total, 1):.3f} of {total:,}")
     return 0
+
+
+def with_recipe(config: Any, recipe: str) -> Any:
+    """The same config, or Spec, or rules, with a recipe by name. Raises ValueError for a name that is none."""
+    from ao.quant import FqnToConfig, SpecConfig
+    from ao.quant.recipes import parse_recipe
+
+    parse_recipe(recipe, "--recipe")
+    if isinstance(config, FqnToConfig):
+        rules = config.fqn_to_config.items()
+        return FqnToConfig({name: None if each is None else with_recipe(each, recipe) for name, each in rules})
+    if hasattr(config, "algorithm"):
+        return replace(config, algorithm=recipe)
+    return SpecConfig(config, algorithm=recipe)
+
+
+def needs_data(config: Any) -> bool:
+    """Whether a config, a Spec or rules have something to calibrate."""
+    if hasattr(config, "fqn_to_config"):
+        return any(needs_data(each) for each in config.fqn_to_config.values())
+    return hasattr(config, "recipe") and bool(config.recipe().needs or config.act_range())
+
+
+def _facts(args: argparse.Namespace, batches: int, tokens: int) -> dict[str, str]:
+    """How the numbers of the page came about."""
+    import torch
+
+    facts = {}
+    if batches:
+        facts["calibration"] = f"{batches} windows of at most {args.window} tokens"
+    if tokens:
+        facts["perplexity"] = f"{tokens:,} tokens, in windows of {args.window}"
+    if args.latency:
+        device = torch.device(args.device)
+        where = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{args.device} ({torch.get_num_threads()} threads)"
+        )
+        facts["latency"] = (
+            f"one linear layer, compiled, weights not in the cache, on {where}, torch {torch.__version__}"
+        )
+    return facts
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def size(text: str) -> int:

@@ -80,6 +80,7 @@ class FakeQuantizedLinear(FakeQuantized, nn.Linear):
     """y = fake_quantize(x) @ fake_quantize(W).T + bias. Straight-through gradients."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """input: (..., in) -> (..., out), as the converted layer will compute it."""
         act = self.spec.act
         if act is not None and self.enabled:
             if self.act_scale is None:
@@ -96,6 +97,7 @@ class FakeQuantizedEmbedding(FakeQuantized, nn.Embedding):
     """Rows of fake_quantize(W)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """input: indices of any shape -> (..., embedding_dim), as the converted layer will compute it."""
         grid = self.spec.grid(self.weight.shape)
         if grid[0] != self.num_embeddings or not self.enabled:
             return self.rows(input, self.fake_quantized_weight())

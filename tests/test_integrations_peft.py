@@ -88,7 +88,7 @@ def test_lora(form, folder, tmp_path):
     again.load_adapter(tmp_path)  # transformers' own
     assert torch.equal(logits(again), adapted)
 
-    floor = 30 if form == "int8-dynamic" else 90  # a merged layer quantizes no activation; float32 has 120 or so
+    floor = 30 if form == "int8-dynamic" else 100  # a merged layer quantizes no activation
     quantized = layer(model).base_layer.weight
     for _ in range(2):
         model.merge_adapter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import expecttest
@@ -54,8 +55,10 @@ IntxTensor(Intx(bits=8, act=Intx(bits=8)), shape=(64, 256), torch.bfloat16, cpu,
             lambda: Spec.from_dict({"type": "Posit", "bits": 8}),
             lambda: Spec.from_dict({"type": "Intx", "bitz": 8}),
         ]
+        # Other tests define Specs of their own.
+        known = re.sub(r"(?<=knows ).*", "[...]", "\n".join(message(t) for t in tries))
         self.assertExpectedInline(
-            "\n".join(message(t) for t in tries),
+            known,
             """\
 ValueError: Intx: bits must be 1 to 8, got 9
 ValueError: Intx: zero_point must be 'int' or 'float', got 'maybe'
@@ -65,7 +68,7 @@ ValueError: Codebook: table must be one of ['nf4'] or a tuple of values, got 'nf
 ValueError: Codebook: table must have 2, 4, 8, ... or 256 values, got 3
 ValueError: Codebook: the values of table must be sorted
 ValueError: Int4Prepacked: kernel must be 'cuda' or 'cpu', got 'tpu'
-ValueError: unknown Spec type 'Posit'; this version of ao knows ['Codebook', 'DynamicTree', 'Flat', 'Float8', 'Int4Prepacked', 'Intx', 'Mapped', 'PositiveSteps']
+ValueError: unknown Spec type 'Posit'; this version of ao knows [...]
 ValueError: Intx has no field ['bitz']; a newer version of ao may have written this""",
         )
 

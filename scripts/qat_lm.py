@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--step-time", action="store_true", help="only measure a step, beside one without quantization")
     parser.add_argument("--save", type=Path, help="write the quantized model (safetensors)")
+    parser.add_argument("--load", type=Path, help="judge a model that was saved, rather than train one")
     parser.add_argument("--json", type=Path, help="write, or add to, the numbers")
     return parser.parse_args(argv)
 
@@ -148,12 +150,51 @@ def step_time(what: LanguageModel, args: argparse.Namespace, ids: Tensor) -> Non
         print(f"{name:8} {seconds * 1e3:8.1f} ms  {seconds / middle['plain']:.3f}x")
 
 
+def ends(what: LanguageModel, args: argparse.Namespace, text: Tensor) -> tuple[float, float]:
+    """The perplexity of the original, and of what rounding to nearest makes of it."""
+    base, _ = perplexity(what.load(), text)
+    nearest = what.load()
+    ao.quantize_(nearest, with_recipe(format_of(args.format), "rtn"), what.is_quantized)
+    worst, _ = perplexity(nearest, text)
+    print(f"{what.folder.name}: perplexity {base:.3f}, {args.format} rounded to nearest {worst:.3f}", flush=True)
+    return base, worst
+
+
+def judge(what: LanguageModel, args: argparse.Namespace, text: Tensor) -> None:
+    """Judge a model that was saved."""
+    model, original = what.load(), what.load()
+    model.load_state_dict(ao.load(args.load), assign=True)
+    base, worst = ends(what, args, text)
+    found, divergence = perplexity(model, text, original)
+    conclude(what, args, text, model, (base, worst, found, divergence), {"seconds": 0, "cpu_seconds": 0, "tokens": 0})
+
+
+def conclude(
+    what: LanguageModel,
+    args: argparse.Namespace,
+    text: Tensor,
+    model: nn.Module,
+    numbers: tuple[float, float, float, float | None],
+    trained: dict[str, Any],
+) -> None:
+    """Print and write the perplexities of the original, of rounding to nearest and of the trained model, and the divergence."""
+    base, worst, found, divergence = numbers
+    closed, bits = (worst - found) / (worst - base), bits_per_weight(model)
+    print(f"perplexity {found:.3f}, {closed:.0%} of the distance closed, {bits:.2f} bits per weight")
+    if args.json is not None:
+        row = {"format": args.format, "recipe": f"qat from {args.start}", "bits": bits, "perplexity": found}
+        row |= {"divergence": divergence, **trained, "notes": []}
+        add_to(args.json, run_of(args, what, base, text.shape[0] * (text.shape[1] - 1)), [row])
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(0)
     try:
         what = LanguageModel(args.model, args.dtype, args.device, args.window)
         text = what.windows(args.text, args.windows)
+        if args.load is not None:
+            return judge(what, args, text)
         data = windows(texts_of(args.train, args.exclude), what.tokenizer, what.end, args.window).to(args.device)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -161,11 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.step_time:
         return step_time(what, args, data[: args.batch])
     original = what.load()
-    base, _ = perplexity(original, text)
-    nearest = what.load()
-    ao.quantize_(nearest, with_recipe(format_of(args.format), "rtn"), what.is_quantized)
-    worst, _ = perplexity(nearest, text)
-    print(f"{what.folder.name}: perplexity {base:.3f}, {args.format} rounded to nearest {worst:.3f}", flush=True)
+    base, worst = ends(what, args, text)
     start, cpu = time.perf_counter(), time.process_time()
     model, _ = prepared(what, args, data[: args.calibration_windows])
     calibrated = time.perf_counter() - start
@@ -176,23 +213,14 @@ def main(argv: list[str] | None = None) -> None:
     steps = train(Distillation(model, original, args), data[args.calibration_windows :], start + 60 * args.minutes)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     ao.quantize_(model, QATConfig(step="convert"), what.is_quantized)
-    found, _ = perplexity(model.to(what.dtype), text)
+    found, divergence = perplexity(model.to(what.dtype), text, what.load())
     tokens = steps * args.batch * args.window
-    closed = (worst - found) / (worst - base)
     took = f"{seconds:.0f} s ({calibrated:.0f} s of it calibration; {cpu:.0f} s of CPU)"
     print(f"{args.format} after {steps} steps, {tokens:,} tokens, {took}:")
-    print(f"perplexity {found:.3f}, {closed:.0%} of the distance closed, {bits_per_weight(model):.2f} bits per weight")
     if args.save is not None:
         ao.save(model, args.save)
-    if args.json is not None:
-        row = {
-            "format": args.format,
-            "recipe": f"qat from {args.start}",
-            "bits": bits_per_weight(model),
-            "perplexity": found,
-        }
-        row |= {"divergence": None, "seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, "notes": []}
-        add_to(args.json, run_of(args, what, base, text.shape[0] * (text.shape[1] - 1)), [row])
+    trained = {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens}
+    conclude(what, args, text, model, (base, worst, found, divergence), trained)
 
 
 if __name__ == "__main__":

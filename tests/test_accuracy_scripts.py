@@ -129,7 +129,11 @@ def test_qat_lm(folder, tmp_path, capsys, monkeypatch):
     qat_lm.main(words(folder, *train, "--json", str(out), "--save", str(tmp_path / "model.safetensors")))
     assert "of the distance closed" in capsys.readouterr().out
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["recipe"] == "qat from gptq" and row["bits"] == 3 and (tmp_path / "model.safetensors").exists()
+    assert row["recipe"] == "qat from gptq" and row["bits"] == 3
+    saved = str(tmp_path / "model.safetensors")
+    qat_lm.main(words(folder, "--format", "int2-g32", "--load", saved, "--json", str(tmp_path / "again.json")))
+    (again,) = json.loads((tmp_path / "again.json").read_text())["rows"]
+    assert again["perplexity"] == row["perplexity"] and again["divergence"] == row["divergence"] > 0
 
 
 def test_the_page_is_filled(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
@@ -27,6 +28,7 @@ from ao.optim import (
     save_state_dict,
     stochastic_round,
 )
+from ao.optim import optimizer as optimizer_module
 
 LOW_BIT = [AdamW8bit, AdamW4bit, AdamWFp8, Adam8bit, Adam4bit, AdamFp8]
 ALL = [*LOW_BIT, AdamW, Lion8bit, SGD8bit]
@@ -570,6 +572,24 @@ def test_compiled_equals_eager_in_few_graphs(cls):
     again.param_groups[0]["params"][0].grad = torch.randn(80, 512)
     again.step()
     assert len(kernel._compiled) == 2
+
+
+def test_a_graph_is_compiled_once_however_many_pieces_wait_for_it(monkeypatch):
+    compiled = []
+
+    def compile(plan, args):
+        compiled.append(plan)
+        return functools.partial(kernel._step_eagerly, plan)
+
+    monkeypatch.setattr(kernel, "_compiled", {})
+    monkeypatch.setattr(kernel, "_compile", compile)
+    monkeypatch.setattr(optimizer_module, "has_compiler", lambda kind: True)
+    monkeypatch.setitem(kernel.COMPILED_PIECE, "cpu", 1024)
+    params = [nn.Parameter(torch.zeros(64, 256)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    AdamW8bit(params).step()
+    assert len(compiled) == 1
 
 
 def test_compiled_stochastic_rounding_is_that_of_eager_code():

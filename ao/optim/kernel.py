@@ -163,8 +163,9 @@ def _step(plan: Plan, count: int, hyper: Tensor, like: Sequence[Tensor]) -> Call
     key = (plan, count, param.device, param.dtype, grad.dtype, param.shape[0] == 1, threads)
     if key not in _compiled:
 
-        def first(*args: Tensor) -> None:
-            _compiled[key] = _compile(plan, args)
+        def first(*args: Tensor) -> None:  # called for every piece until the caller asks again
+            if key not in _compiled:
+                _compiled[key] = _compile(plan, args)
             _compiled[key](*args)
 
         return first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import warnings
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from ao.optim import (
 )
 from ao.optim import optimizer as optimizer_module
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LOW_BIT = [AdamW8bit, AdamW4bit, AdamWFp8, Adam8bit, Adam4bit, AdamFp8]
 ALL = [*LOW_BIT, AdamW, Lion8bit, SGD8bit]
 
@@ -227,6 +229,27 @@ def test_two_steps_of_8_bit_by_hand():
         p.grad = grad
         optimizer.step()
     assert torch.allclose(p, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_two_steps_are_those_of_bitsandbytes(device):
+    """But for the few states of which it takes the code next to the nearest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+    start = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    ours, theirs = (nn.Parameter(start.to(device)) for _ in range(2))
+    optimizers = (
+        AdamW8bit([ours], lr=1e-3, weight_decay=0.0, compile=device != "cpu"),
+        bitsandbytes.optim.AdamW8bit([theirs], lr=1e-3, weight_decay=0.0),
+    )
+    for step in range(2):
+        grad = torch.randn(128, 256, generator=torch.Generator().manual_seed(step + 1)) * 0.01
+        for p, optimizer in zip((ours, theirs), optimizers):
+            p.grad = grad.to(device)
+            optimizer.step()
+        far = (ours - theirs).abs() > 1e-5
+        assert far.double().mean() < (0.005 if step else 1e-9)
 
 
 @pytest.mark.parametrize("cls, most", [(AdamW8bit, 2.04), (AdamWFp8, 2.04), (AdamW4bit, 1.07), (Lion8bit, 1.02)])

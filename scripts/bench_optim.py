@@ -80,7 +80,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), help="default: one of 1e9 parameters, on a CPU of 2e7")
     parser.add_argument("--layers", type=int, help="default: those of the shape; offload: 4")
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"], help="default: bfloat16, on a CPU both")
-    parser.add_argument("--optim", nargs="+", metavar="NAME", choices=list(OURS), help=f"of {', '.join(OURS)}")
+    parser.add_argument(
+        "--optim", nargs="+", metavar="NAME", choices=list(OURS), help=f"of {', '.join(OURS)}; the peers', too"
+    )
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="other libraries; without a name all of them")
     parser.add_argument("--rounds", type=int, help="turns of every optimizer; default 15, on a CPU 9")
     parser.add_argument("--count", type=int, default=2000, help="tiny: how many parameters; default 2000")
@@ -138,7 +140,8 @@ def reason(error: Exception) -> str:
 def subjects_of(args: argparse.Namespace, dtype: str, ours: Iterable[str]) -> list[Subject]:
     chosen = [Subject(name, "ao", dtype, OURS[name]) for name in args.optim or ours]
     chosen += [Subject(name, "torch", dtype, make) for name, make in TORCH.items()]
-    return chosen + [Subject(name, lib, dtype, make) for lib in args.peers for name, make in PEERS[lib].items()]
+    theirs = [(lib, name) for lib in args.peers for name in PEERS[lib] if name in (args.optim or PEERS[lib])]
+    return chosen + [Subject(name, lib, dtype, PEERS[lib][name]) for lib, name in theirs]
 
 
 def take_turns(subjects: Sequence[Subject], params: Sequence[Tensor], device: torch.device, rounds: int) -> None:
@@ -304,9 +307,9 @@ def compared(
 # Offload.
 
 VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "none": lambda params, gpu: torch.optim.AdamW(params, lr=1e-5, fused=True),
-    "CPUOffloadOptimizer": lambda params, gpu: optim.CPUOffloadOptimizer(params, torch.optim.AdamW, lr=1e-5),
-    "offload_gradients=True": lambda params, gpu: optim.CPUOffloadOptimizer(
+    "none": lambda params: torch.optim.AdamW(params, lr=1e-5, fused=True),
+    "CPUOffloadOptimizer": lambda params: optim.CPUOffloadOptimizer(params, torch.optim.AdamW, lr=1e-5),
+    "offload_gradients=True": lambda params: optim.CPUOffloadOptimizer(
         params, torch.optim.AdamW, lr=1e-5, offload_gradients=True
     ),
 }
@@ -334,7 +337,7 @@ def one_offload(args: argparse.Namespace, variant: str) -> list[dict[str, Any]]:
     device = torch.device(args.device)
     config = config_of(args, "llama-2-7b", "tiny", layers=4)
     net = llama_training.make(config, device, torch.bfloat16, checkpointed=True)
-    optimizer = VARIANTS[variant](net.parameters(), device.type != "cpu")
+    optimizer = VARIANTS[variant](net.parameters())
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.randint(config.vocab, (args.batch, args.sequence + 1), device=device, generator=generator)
 

@@ -17,7 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tables import ROOT, fill, markdown
+from torch import nn
+
+from ao import optim
 
 MEASURED = ROOT / "docs" / "measured"
 PAGE = ROOT / "docs" / "optimizers.md"
@@ -133,6 +137,31 @@ PAGE_TABLES: dict[str, tuple[str, str, str]] = {
 """The tables of the page: mode, file, and the command that measures it."""
 
 
+STATES_OF: list[tuple[type[optim.LowBitOptimizer], str, str]] = [
+    (optim.AdamW, "float32", "float32"),
+    (optim.AdamW8bit, "signed dynamic tree map, 8 bits", "unsigned dynamic tree map, 8 bits"),
+    (optim.AdamWFp8, "float8 e4m3", "float8 e4m3"),
+    (optim.AdamW4bit, "signed dynamic tree map, 4 bits", "1, 2, ..., 16 sixteenths, 4 bits"),
+    (optim.Lion8bit, "signed dynamic tree map, 8 bits", ""),
+    (optim.SGD8bit, "signed dynamic tree map, 8 bits", ""),
+]
+
+
+def states() -> str:
+    """What each optimizer stores, measured on a parameter of 1024 x 1024."""
+    rows = []
+    for cls, first, second in STATES_OF:
+        p = nn.Parameter(torch.zeros(1024, 1024))
+        p.grad = torch.zeros_like(p)
+        made: Any = cls
+        optimizer = made([p], compile=False)
+        optimizer.step()
+        size = str(cls.block_size) if cls.formats else ""
+        rows.append([f"`{cls.__name__}`", first, second, size, f"{optimizer.state_nbytes / p.numel():.3f}"])
+    head = ["optimizer", "first moment or momentum", "second moment", "`block_size`", "state bytes per parameter"]
+    return markdown(head, rows)
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Smoothed loss over steps of all runs, and below how far each is from the first. Needs matplotlib."""
     import matplotlib
@@ -149,7 +178,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for loss in row["losses"]:
             mean += min(0.02 * every, 1.0) * (loss - mean)
             smooth.append(mean)
-        steps = [1 + every * i for i in range(len(smooth))]
+        steps = [every * (i + 1) for i in range(len(smooth))]
         base = base or smooth
         above.plot(steps, smooth, label=row["run"], linewidth=1.2)
         below.plot(steps, [100 * (a / b - 1) for a, b in zip(smooth, base)], linewidth=1.2)
@@ -177,7 +206,7 @@ def main(check: bool) -> None:
     if not check and losses.exists() and importlib.util.find_spec("matplotlib"):
         draw(json.loads(losses.read_text())["loss"]["rows"], PLOT)
     tables: dict[str, Callable[[], str]] = {name: partial(measured_table, *what) for name, what in PAGE_TABLES.items()}
-    fill(PAGE, {**tables, "plot": plot}, check)
+    fill(PAGE, {"states": states, **tables, "plot": plot}, check)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
 trains one run per optimizer, all on the same batches from the same weights, and prints what they come to: the loss of the
 last steps, the loss on held-out files, bytes of state per parameter, peak memory, time. Each run has a folder in --out, with
 its log and its last checkpoint. A run that was killed goes on from there when the same command is given again, and comes to
-the same numbers, bit for bit. Under torchrun the model and the optimizer are sharded with FSDP2.
+the same numbers, bit for bit on a CPU. Under torchrun the model and the optimizer are sharded with FSDP2.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import math
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from llama import Llama, LlamaConfig
 from lm_text import STDLIB, texts_of
+from optim_page import draw
 from torch import Tensor, nn
 
 from ao import optim
@@ -47,6 +49,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 LAST = 50
 """The steps whose mean loss is the final one: a single batch says little."""
+EVERY = 5
+"""The steps that are one point of the curves in --json."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,6 +79,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/train_lm"), help="default: out/train_lm")
     parser.add_argument("--fresh", action="store_true", help="forget the runs of the same names that are there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="loss curves of all runs in --out (.svg, .png)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what scripts/optim_page.py shows")
     args = parser.parse_args(argv)
     if args.dim % (2 * args.heads):
         parser.error("--dim must be a multiple of 2 * --heads")
@@ -338,27 +343,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     measure.show(head, lines)
 
 
-def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Loss over steps, smoothed."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+def summary(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """What scripts/optim_page.py shows: losses as means of `EVERY` steps, and how far a run is from that of "adamw"."""
+    base = next((row for row in rows if row["settings"]["optim"] == "adamw"), None)
+    made = []
     for row in rows:
-        smooth, mean = [], row["losses"][0]
-        for loss in row["losses"]:
-            mean += 0.05 * (loss - mean)
-            smooth.append(mean)
-        axes.plot(range(1, len(smooth) + 1), smooth, label=row["run"], linewidth=1.3)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per byte")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path)
+        losses = [round(statistics.mean(row["losses"][i : i + EVERY]), 4) for i in range(0, len(row["losses"]), EVERY)]
+        change = None if base is None or row is base else row["loss"] / base["loss"] - 1
+        made.append({**row, "change": change, "every": EVERY, "losses": losses})
+    return {"facts": measure.facts(device), "rows": made}
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -379,10 +372,16 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             if ranks.rank == 0:
                 measure.write_json(run.folder / "log.json", {**measure.facts(device), **rows[-1]})
             del run
+            gc.collect()
+            if args.compile:
+                torch._dynamo.reset()  # else the next model counts as a recompilation of this one
     if ranks.rank == 0:
         show(rows)
+        if args.json:
+            data = json.loads(args.json.read_text()) if args.json.exists() else {}
+            measure.write_json(args.json, {**data, "loss": summary(rows, device)})
         if args.plot:
-            draw(args.plot, [json.loads(path.read_text()) for path in sorted(args.out.glob("*/log.json"))])
+            draw([json.loads(path.read_text()) for path in sorted(args.out.glob("*/log.json"))], args.plot)
     if ranks.count > 1:
         torch.distributed.destroy_process_group()
     return rows

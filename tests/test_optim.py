@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import warnings
 
 import pytest
 import torch
@@ -27,7 +29,10 @@ from ao.optim import (
     save_state_dict,
     stochastic_round,
 )
+from ao.optim import optimizer as optimizer_module
+from ao.optim.stochastic_rounding import stochastic_round_e4m3
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LOW_BIT = [AdamW8bit, AdamW4bit, AdamWFp8, Adam8bit, Adam4bit, AdamFp8]
 ALL = [*LOW_BIT, AdamW, Lion8bit, SGD8bit]
 
@@ -225,6 +230,27 @@ def test_two_steps_of_8_bit_by_hand():
         p.grad = grad
         optimizer.step()
     assert torch.allclose(p, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_two_steps_are_those_of_bitsandbytes(device):
+    """But for the few states of which it takes the code next to the nearest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+    start = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    ours, theirs = (nn.Parameter(start.to(device)) for _ in range(2))
+    optimizers = (
+        AdamW8bit([ours], lr=1e-3, weight_decay=0.0, compile=device != "cpu"),
+        bitsandbytes.optim.AdamW8bit([theirs], lr=1e-3, weight_decay=0.0),
+    )
+    for step in range(2):
+        grad = torch.randn(128, 256, generator=torch.Generator().manual_seed(step + 1)) * 0.01
+        for p, optimizer in zip((ours, theirs), optimizers):
+            p.grad = grad.to(device)
+            optimizer.step()
+        far = (ours - theirs).abs() > 1e-5
+        assert far.double().mean() < (0.005 if step else 1e-9)
 
 
 @pytest.mark.parametrize("cls, most", [(AdamW8bit, 2.04), (AdamWFp8, 2.04), (AdamW4bit, 1.07), (Lion8bit, 1.02)])
@@ -508,6 +534,36 @@ def test_stochastic_rounding_is_unbiased():
     assert ((up - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
 
 
+def test_stochastic_rounding_to_e4m3():
+    exact = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    exact = exact[exact.isfinite()]
+    assert torch.equal(stochastic_round_e4m3(exact), exact)
+    for low in (0.003, 0.01, 0.3, 1.0, 100.0):
+        x = low * (1 + 0.01 * torch.rand(2**18, generator=torch.Generator().manual_seed(0)))
+        rounded = stochastic_round_e4m3(x)
+        assert torch.equal(rounded, rounded.to(torch.float8_e4m3fn).float())
+        assert rounded.unique().numel() == 2
+        assert rounded.mean().item() == pytest.approx(x.mean().item(), rel=3e-3)
+    odd = stochastic_round_e4m3(torch.tensor([torch.nan, 0.0, 1e-6]))
+    assert odd[0].isnan() and odd[1] == 0 and odd[2] == 2.0**-9
+
+
+def test_a_second_moment_in_float8_follows_its_mean():
+    """Rounded to nearest, it would stay where the first gradients brought it."""
+    p = nn.Parameter(torch.zeros(64, 256))
+    optimizer = eager(AdamWFp8, [p])
+    size = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).exp()
+    mean = torch.zeros(64, 256)
+    for step in range(100):
+        grad = size * torch.randn(64, 256, generator=torch.Generator().manual_seed(step + 1))
+        p.grad = grad * (1.0 if step < 20 else 0.5)
+        optimizer.step()
+        mean = 0.999 * mean + 0.001 * p.grad**2
+    ratio = optimizer.state[p]["exp_avg_sq"].dequantize() / mean
+    assert ratio.median().item() == pytest.approx(1.0, abs=0.02)
+    assert ratio.mean().item() == pytest.approx(1.0, abs=0.03)
+
+
 def test_stochastic_rounding_keeps_what_bfloat16_has():
     x = torch.tensor([0.0, -0.0, 1.0, -1.5, torch.inf, -torch.inf, torch.nan, 3.3895313892515355e38])
     out = stochastic_round(x, 3)
@@ -564,12 +620,31 @@ def test_compiled_equals_eager_in_few_graphs(cls):
             o.param_groups[0]["lr"] = [3e-3, torch.tensor(1e-3), 5e-3, 1.0][step]
             o.param_groups[0]["betas"] = (0.8 + step / 100, 0.99)
     far = [((p - q).abs() > 1e-5).double().mean().item() for p, q in zip(compiled, plain)]
-    assert max(far) < 1e-4  # a state may sit on the edge between two codes
+    # A state may sit on the edge between two codes; float8 rounds by a hash of the last bits, in which the two may differ.
+    assert max(far) < (0.05 if cls is AdamWFp8 else 1e-4)
     assert len(kernel._compiled) == 2
     again = cls([nn.Parameter(torch.randn(80, 512))], lr=1e-2)
     again.param_groups[0]["params"][0].grad = torch.randn(80, 512)
     again.step()
     assert len(kernel._compiled) == 2
+
+
+def test_a_graph_is_compiled_once_however_many_pieces_wait_for_it(monkeypatch):
+    compiled = []
+
+    def compile(plan, args):
+        compiled.append(plan)
+        return functools.partial(kernel._step_eagerly, plan)
+
+    monkeypatch.setattr(kernel, "_compiled", {})
+    monkeypatch.setattr(kernel, "_compile", compile)
+    monkeypatch.setattr(optimizer_module, "has_compiler", lambda kind: True)
+    monkeypatch.setitem(kernel.COMPILED_PIECE, "cpu", 1024)
+    params = [nn.Parameter(torch.zeros(64, 256)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    AdamW8bit(params).step()
+    assert len(compiled) == 1
 
 
 def test_compiled_stochastic_rounding_is_that_of_eager_code():

@@ -143,7 +143,10 @@ class Adam4bit(_Adam):
 
 
 class AdamFp8(_Adam):
-    """Adam with float8 e4m3 states: 2.03 bytes per parameter. See `Adam8bit` for the parameters."""
+    """Adam with float8 e4m3 states: 2.03 bytes per parameter. See `Adam8bit` for the parameters.
+
+    The second moment is rounded stochastically, by a hash of the number, and never to zero (stochastic_rounding.py).
+    """
 
     formats = _FP8
 

@@ -89,8 +89,8 @@ def update_rows(plan: Plan, rows: Rows, h: Mapping[str, Tensor]) -> None:
             # of a number in a register.
             value = made_states[name]
             made_state.append(value if rows.grads[i].dtype == torch.float32 else in_memory(value))
-    for (_, spec), fields, made_state in zip(plan.states, rows.states, new_states):
-        write(spec, fields, made_state)
+    for (name, spec), fields, made_state in zip(plan.states, rows.states, new_states):
+        write(spec, fields, made_state, slow=name == "exp_avg_sq")
     if rows.noise is not None:
         seed, start = rows.noise.unbind()
         index = torch.arange(rows.count * rows.width, dtype=torch.int32, device=seed.device) + start
@@ -163,8 +163,9 @@ def _step(plan: Plan, count: int, hyper: Tensor, like: Sequence[Tensor]) -> Call
     key = (plan, count, param.device, param.dtype, grad.dtype, param.shape[0] == 1, threads)
     if key not in _compiled:
 
-        def first(*args: Tensor) -> None:
-            _compiled[key] = _compile(plan, args)
+        def first(*args: Tensor) -> None:  # called for every piece until the caller asks again
+            if key not in _compiled:
+                _compiled[key] = _compile(plan, args)
             _compiled[key](*args)
 
         return first

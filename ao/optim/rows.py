@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ao.dtypes import Float8, Mapped, QTensor, Spec
 
+from .stochastic_rounding import stochastic_round_e4m3
+
 Fields = tuple[Tensor, ...]
 """A state: itself if it is in full precision, else the fields of its QTensor of shape (rows, block)."""
 
@@ -97,8 +99,8 @@ def read(spec: Spec | None, fields: Fields, params: Sequence[Tensor]) -> list[Te
     return [spec.entries((named["qdata"] >> 4 * i) & 15) * named["scale"] for i in range(len(params))]
 
 
-def write(spec: Spec | None, fields: Fields, values: Sequence[Tensor]) -> None:
-    """Quantize `values`, given by plane, into a state."""
+def write(spec: Spec | None, fields: Fields, values: Sequence[Tensor], slow: bool = False) -> None:
+    """Quantize `values`, given by plane, into a state. slow: a mean that moves little at a time; e4m3 then rounds unbiased."""
     if spec is None:
         fields[0].copy_(values[0])
         return
@@ -107,7 +109,11 @@ def write(spec: Spec | None, fields: Fields, values: Sequence[Tensor]) -> None:
         known: dict[str, Any] = dict(spec.choose_qparams(values[0], spec.grid(values[0].shape)))
         if isinstance(spec, (Mapped, Float8)):
             known["inverse"] = _inverse(known["scale"])
-        made = dict(spec.encode(values[0], **known))
+        if slow and isinstance(spec, Float8) and spec.format == "e4m3":
+            q = stochastic_round_e4m3((values[0] * known["inverse"]).clamp(-spec.max, spec.max))
+            made = {"qdata": q.to(spec.dtype), "scale": known["scale"]}
+        else:
+            made = dict(spec.encode(values[0], **known))
     else:
         assert isinstance(spec, Mapped)
         scale = spec.scale(_largest(values))

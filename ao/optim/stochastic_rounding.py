@@ -26,6 +26,22 @@ def stochastic_round(x: Tensor, seed: Tensor | int, index: Tensor | None = None)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
+def stochastic_round_e4m3(q: Tensor) -> Tensor:
+    """`q` (float32, at most 448) rounded to one of its two neighbours in e4m3, at random and unbiased; still float32.
+
+    For a slow running mean. A second moment moves by a thousandth of itself in a step, far less than a step of a format with 3
+    bits of mantissa, and rounding to nearest would lose that at every step again. The random bits are a hash of the number,
+    whose last bits the gradients change: no seed is needed. Numbers that e4m3 has stay as they are, as does NaN; what is not 0
+    stays at least 2**-9, since a second moment that becomes 0 makes the next step explode.
+    """
+    size = q.abs()
+    shift = torch.where(size < 2.0**-6, 2.0**-6, 0.0)  # the steps of subnormal numbers are those of the next binade
+    bits = (size + shift).view(torch.int32)
+    noise = (bits >> 6) * -0x61C88647 >> 12 & 0xFFFFF  # the last bits differ between compiled and eager code
+    rounded = (((bits + noise) & -0x100000).view(torch.float32) - shift).clamp(min=2.0**-9)
+    return torch.where((size > 0) & (size <= 448), rounded, size).copysign(q)
+
+
 def _mix(word: Tensor) -> Tensor:
     """A bijection of int32 in which every bit of the result depends on every bit of the input. Products wrap around."""
     word = (word ^ (word >> 16 & 0xFFFF)) * 0x21F0AAAD

@@ -117,9 +117,11 @@ def as_strided(q: QTensor, size: Sequence[int], stride: Sequence[int], storage_o
 
 
 def _all_gather(q: QTensor, group_size: int, group_name: Any) -> QTensor:
-    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
-    gathered = (gather(t, group_size, group_name) for t in _leaves(q, apart=True))
-    return _rebuild(q, gathered, q.dtype, group_size, apart=True)
+    ops = torch.ops._c10d_functional
+    leaves = list(_leaves(q, apart=True))  # kept until they have been sent
+    started = [ops.all_gather_into_tensor.default(t, group_size, group_name) for t in leaves]
+    gathered = [ops.wait_tensor.default(t) for t in started]
+    return _rebuild(q, iter(gathered), q.dtype, group_size, apart=True)
 
 
 def _each_field(op: Any) -> Callable[..., QTensor]:

@@ -3,9 +3,9 @@
     .venv/bin/python scripts/accuracy.py          rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
     .venv/bin/python scripts/accuracy.py --check  exit with an error if that would change anything
 
-eval_lm.py writes docs/measured/accuracy-lm.json, accuracy-other.json (other text) and accuracy-steps.json (what each step of
-GPTQ is worth), qat_lm.py accuracy-qat.json, accuracy_peers.py accuracy-peers.json. What was not measured is said to be
-missing; the text between the tables is left alone.
+eval_lm.py writes docs/measured/accuracy-lm.json, accuracy-unseen.json (the part of the text that is in no training data) and
+accuracy-steps.json (what each step of GPTQ is worth), qat_lm.py accuracy-qat.json (as it trained) and, with --load,
+accuracy-qat-unseen.json (judged by the unseen part), accuracy_peers.py accuracy-peers.json. What was not measured is said to be missing; the text between the tables is left alone.
 """
 
 from __future__ import annotations
@@ -118,14 +118,15 @@ TARGETS = [
 
 
 def targets(folder: Path) -> str:
-    """What was asked of each recipe, and what it does, on either text."""
-    lm, other, qat, qat_other = (Numbers(folder / f"accuracy-{n}.json") for n in ("lm", "other", "qat", "qat-other"))
+    """What was asked of each recipe, and what it does."""
+    lm, unseen, judged = (Numbers(folder / f"accuracy-{n}.json") for n in ("lm", "unseen", "qat-unseen"))
     rows = []
     for target in TARGETS:
-        pairs = [(qat, lm), (qat_other, other)] if target.recipes == TRAINED else [(lm, lm), (other, other)]
+        pairs = [(judged, unseen)] if target.recipes == TRAINED else [(lm, lm), (unseen, unseen)]
         name = "best of gptq, with rotation, with awq" if target.recipes == CALIBRATED else target.recipes[0]
-        rows.append([name, target.format, target.asked(), *(target.shown(target.value(*pair)) for pair in pairs)])
-    return markdown(["recipe", "format", "asked", "measured", "on other text"], rows)
+        shown = [target.shown(target.value(*pair)) for pair in pairs]
+        rows.append([name, target.format, target.asked(), *([""] * (2 - len(shown))), *shown])
+    return markdown(["recipe", "format", "asked", "on all the text", "on the unseen part"], rows)
 
 
 def results(data: Numbers) -> str:
@@ -144,16 +145,17 @@ def results(data: Numbers) -> str:
     return f"{table}\n\n{data.origin()}"
 
 
-def trained(qat: Numbers, lm: Numbers) -> str:
-    """Quantization-aware training."""
+def trained(qat: Numbers, judged: Numbers, unseen: Numbers) -> str:
+    """Quantization-aware training: what it took, and what came of it on the unseen part."""
     rows = []
-    for row in qat.rows:
-        closed = percent(qat.closed(row["format"], row["recipe"], lm))
-        minutes = f"{row['cpu_seconds'] / 60:.0f}"
-        size = [f"{row['bits']:.2f}", f"{row['perplexity']:.2f}"]
-        rows.append([row["format"], row["recipe"], *size, closed, f"{row['tokens'] / 1e6:.2f}M", minutes])
-    head = ["format", "recipe", "bits", "perplexity", "closed", "tokens", "CPU minutes"]
-    return f"{markdown(head, rows)}\n\n{qat.origin()}"
+    for row in judged.rows:
+        closed = percent(judged.closed(row["format"], row["recipe"], unseen))
+        size = [f"{row['bits']:.2f}", f"{row['perplexity']:.2f}", closed, f"{row['divergence']:.4f}"]
+        took = qat.get(row["format"], row["recipe"])
+        spent = ["-", "-"] if took is None else [f"{took['tokens'] / 1e6:.2f}M", f"{took['cpu_seconds'] / 60:.0f}"]
+        rows.append([row["format"], row["recipe"], *size, *spent])
+    head = ["format", "recipe", "bits", "perplexity", "closed", "divergence", "tokens", "CPU minutes"]
+    return f"{markdown(head, rows)}\n\n{judged.origin()}\n\nTrained by:\n\n{qat.origin()}"
 
 
 def beside(peers: Numbers, lm: Numbers) -> str:
@@ -184,7 +186,7 @@ def summary(lm: Numbers, qat: Numbers) -> str:
         if any(cells):
             rows.append([name, *("-" if cell is None else f"{cell['perplexity']:.2f}" for cell in cells)])
     head = {"rtn": "round to nearest", "hqq": "HQQ", "gptq": "GPTQ"}
-    table = markdown(["format", *(head[r] for r in recipes), "trained 15 minutes"], rows)
+    table = markdown(["format", *(head[r] for r in recipes), "trained"], rows)
     if not lm.runs:
         return f"{table}\n\nNot measured."
     return f"{table}\n\nPerplexity of a language model of 16M parameters; {lm.runs[0]['perplexity']:.2f} in bfloat16."
@@ -192,31 +194,26 @@ def summary(lm: Numbers, qat: Numbers) -> str:
 
 def write(page: Path, readme: Path, folder: Path, check: bool = False) -> None:
     """Fill in the page and the README from the files in `folder`, and draw the plot where matplotlib is installed."""
-    lm, other, steps, qat, peers = (
-        Numbers(folder / f"accuracy-{name}.json") for name in ("lm", "other", "steps", "qat", "peers")
+    lm, unseen, steps, qat, judged, peers = (
+        Numbers(folder / f"accuracy-{name}.json") for name in ("lm", "unseen", "steps", "qat", "qat-unseen", "peers")
     )
     picture = page.parent / "accuracy.svg"
     if lm.rows and not check and importlib.util.find_spec("matplotlib"):
-        shown = [*lm.rows, *qat.rows]
-        plot(
-            [row for row in shown if row["recipe"] in ("rtn", "hqq", "gptq", "qat from gptq")],
-            lm.base(lm.rows[0]),
-            picture,
-        )
+        plot([row for row in lm.rows if row["recipe"] in ("rtn", "hqq", "gptq")], lm.base(lm.rows[0]), picture)
     fill(
         page,
         {
             "targets": lambda: targets(folder),
             "plot": lambda: f"![size against perplexity]({picture.name})" if picture.exists() else "No plot was drawn.",
             "recipes": lambda: results(lm),
-            "other": lambda: results(other),
+            "unseen": lambda: results(unseen),
             "steps": lambda: results(steps),
-            "qat": lambda: trained(qat, lm),
+            "qat": lambda: trained(qat, judged, unseen),
             "peers": lambda: beside(peers, lm),
         },
         check,
     )
-    fill(readme, {"accuracy": lambda: summary(lm, qat)}, check)
+    fill(readme, {"accuracy": lambda: summary(unseen, judged)}, check)
 
 
 if __name__ == "__main__":

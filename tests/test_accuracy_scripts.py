@@ -151,11 +151,12 @@ def test_the_page_is_filled(tmp_path):
         "date": "today",
         "command": "x",
     }
-    (tmp_path / "accuracy-lm.json").write_text(json.dumps({"runs": [run], "rows": rows}))
+    for name in ("lm", "unseen"):
+        (tmp_path / f"accuracy-{name}.json").write_text(json.dumps({"runs": [run], "rows": rows}))
     peer = [{"format": "int3-g32", "recipe": "llm-compressor, GPTQ", "failed": "ImportError: no", "run": 0}]
     (tmp_path / "accuracy-peers.json").write_text(json.dumps({"runs": [run], "rows": peer}))
     page, readme = tmp_path / "accuracy.md", tmp_path / "README.md"
-    names = ("targets", "plot", "recipes", "other", "steps", "qat", "peers")
+    names = ("targets", "plot", "recipes", "unseen", "steps", "qat", "peers")
     page.write_text("before\n" + "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names) + "after\n")
     readme.write_text("<!-- table: accuracy -->\n<!-- end -->\n")
     accuracy.write(page, readme, tmp_path)

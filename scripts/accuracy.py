@@ -5,7 +5,8 @@
 
 eval_lm.py writes docs/measured/accuracy-lm.json, accuracy-unseen.json (the part of the text that is in no training data) and
 accuracy-steps.json (what each step of GPTQ is worth), qat_lm.py accuracy-qat.json (as it trained) and, with --load,
-accuracy-qat-unseen.json (judged by the unseen part), accuracy_peers.py accuracy-peers.json. What was not measured is said to be missing; the text between the tables is left alone.
+accuracy-qat-unseen.json (judged by the unseen part), accuracy_peers.py accuracy-peers.json. What was not measured is said to be
+missing; the text between the tables is left alone.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from eval_lm import LanguageModel, add_to, format_of, parse_args, perplexity, run_of
 from torch import nn
+from torch.utils.data import DataLoader
 
 Peer = Callable[[nn.Module, int, int, list[dict[str, Any]]], float]
 """(model, bits, group size, batches) -> bits per weight; the model's weights become what the library makes of them."""
@@ -57,14 +58,11 @@ def llm_compressor_gptq(model: nn.Module, bits: int, group: int, batches: list[d
     """llm-compressor: GPTQ with its defaults (activation order "static", damping 0.01), block by block."""
     entry: Any = importlib.import_module("llmcompressor")
     modifier: Any = importlib.import_module("llmcompressor.modifiers.gptq").GPTQModifier
-    datasets: Any = importlib.import_module("datasets")
     ids = torch.cat([batch["input_ids"] for batch in batches])
-    data = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    samples: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group}
     recipe = modifier(ignore=["lm_head"], config_groups={"all": {"targets": ["Linear"], "weights": weights}})
-    entry.oneshot(
-        model=model, dataset=data, recipe=recipe, num_calibration_samples=len(ids), max_seq_length=ids.shape[1]
-    )
+    entry.oneshot(model=model, dataset=DataLoader(samples, batch_size=8), recipe=recipe)
     return bits + (16 + bits) / group
 
 

@@ -39,8 +39,7 @@ _LARGE = 2**20
 """A weight of so many elements is worth a graph of its own for a few tokens."""
 
 _FEW = 4
-"""Up to so many tokens it is faster to go through a large weight with all of them than to decode it; twice as many for one of
-fewer than 8 bits, which takes longer to decode. As many share the loads of the weight."""
+"""Up to so many tokens it is faster to go through a large weight with all of them than to decode it."""
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:
@@ -51,7 +50,7 @@ def sums_accepts(x: Tensor, w: QTensor) -> bool:
         and isinstance(w, (IntxTensor, Float8Tensor))
         and lanes.in_chunks(w)
         # Last, as this makes another graph: of one token, and for a large weight of a few.
-        and (x.shape[0] == 1 or (w.numel() >= _LARGE and 0 < x.shape[0] <= (_FEW if lanes.bits(w) == 8 else 2 * _FEW)))
+        and (x.shape[0] == 1 or (w.numel() >= _LARGE and 0 < x.shape[0] <= _FEW))
     )
 
 

@@ -255,23 +255,28 @@ class Llama(nn.Module):
 
 
 def random_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Llama:
-    """A model of normal weights, of standard deviation 0.02, made on the device."""
+    """A model of normal weights, made on the device."""
     with torch.device("meta"):
         model = Llama(config).to(dtype)
+    randomize(model, config, device, seed)
+    return model.eval().requires_grad_(False)
+
+
+def randomize(model: Any, config: LlamaConfig, device: torch.device, seed: int = 0) -> None:
+    """Give a model of the meta device normal weights, of standard deviation 0.02, and norms of 1, on a device."""
     model.to_empty(device=device)
-    tie(model)
+    tie(model, config)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.ones_(parameter)
         else:
             nn.init.normal_(parameter, std=0.02, generator=generator)
-    return model.eval().requires_grad_(False)
 
 
-def tie(model: Llama) -> None:
+def tie(model: Any, config: LlamaConfig) -> None:
     """Make head and embedding one parameter again, where they are tied."""
-    if model.config.tied:
+    if config.tied:
         model.head.weight = model.embed.weight
 
 
@@ -328,5 +333,5 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, layers: i
             raise ValueError(f"{folder}: the checkpoint has no tensor {lacking[0]}")
         state[name] = torch.cat([where[part].get_tensor(part).to(dtype) for part in parts])
     model.load_state_dict(state, strict=False, assign=True)
-    tie(model)
+    tie(model, model.config)
     return model.eval().requires_grad_(False)

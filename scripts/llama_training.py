@@ -68,18 +68,10 @@ class Llama(nn.Module):
 def make(
     config: llama.LlamaConfig, device: torch.device, dtype: torch.dtype, checkpointed: bool = False, seed: int = 0
 ) -> Llama:
-    """A model of normal weights, of standard deviation 0.02, made on the device."""
+    """A model of normal weights, made on the device."""
     with torch.device("meta"):
         model = Llama(config, checkpointed).to(dtype)
-    model.to_empty(device=device)
-    if config.tied:
-        model.head.weight = model.embed.weight
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            nn.init.ones_(parameter)
-        else:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
+    llama.randomize(model, config, device, seed)
     return model
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .base import QTensor, dense
 from .bits import CHUNK
-from .codebook import CodebookTensor
+from .codebook import CodebookTensor, look_up
 from .float8 import Float8Tensor
 from .intx import IntxTensor
 from .paths import compiling
@@ -49,8 +49,7 @@ def in_chunks(w: QTensor) -> bool:
 
 def fast(w: QTensor) -> bool:
     """Whether to read a weight by `numbers` rather than to `decode` it."""
-    looked_up = isinstance(w, CodebookTensor) and bits(w) == 8  # a byte is not the number, but its place in the table
-    return (AVX2 or AVX512) and compiling() and not looked_up and in_chunks(w)
+    return (AVX2 or AVX512) and compiling() and in_chunks(w)
 
 
 def bits(w: QTensor) -> int:
@@ -72,12 +71,13 @@ def words(w: Packed) -> Tensor:
 
 def numbers(w: Packed) -> Tensor:
     """The elements before zero point and scale, float32: (n, groups, chunks of a group, 2, ..., lanes)."""
-    if bits(w) == 8:
-        if AVX512:
-            return _from_bytes(w.qdata.view(w.shape[0], w.scale.shape[1], -1, 2, 16))
-        return from_top(top_bytes(words(w)), w.qdata.dtype).unflatten(-2, (2, 2))
-    codes = _codes_512(w) if AVX512 else _codes(words(w), bits(w))
-    return w.table[codes] if isinstance(w, CodebookTensor) else codes.float()
+    if bits(w) < 8:
+        q = _codes_512(w) if AVX512 else _codes(words(w), bits(w))
+    elif AVX512:
+        q = _from_bytes(w.qdata.view(w.shape[0], w.scale.shape[1], -1, 2, 16))
+    else:
+        q = from_top(top_bytes(words(w)), w.qdata.dtype).unflatten(-2, (2, 2))
+    return look_up(w.table, q) if isinstance(w, CodebookTensor) else q.float()
 
 
 def zero(w: QTensor, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:

@@ -60,11 +60,11 @@ def network(dtype=torch.float32, bias=True) -> nn.Sequential:
 
 def train(model: nn.Module, steps: int = 3, lr: float = 1e-2) -> list[float]:
     g = torch.Generator().manual_seed(3)
-    dtype = next(model.parameters()).dtype
+    parameter = next(model.parameters())
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, lr / 10))
     losses = []
     for _ in range(steps):
-        x = torch.randn(64, 64, generator=g).to(dtype)
+        x = torch.randn(64, 64, generator=g).to(parameter)
         loss = F.mse_loss(model(x), x[:, :32].roll(3, 1) * 2)
         loss.backward()
         optimizer.step()

@@ -95,7 +95,7 @@ def needs_padding(m: int, w: Tensor, recipe: Recipe) -> bool:
     if recipe.emulate or not has_float8(w.device):
         return False
     n, k = w.shape
-    used = [recipe.output.quantized, recipe.grad_input.quantized, recipe.grad_weight.quantized and w.requires_grad]
+    used = [recipe.output.is_float8, recipe.grad_input.is_float8, recipe.grad_weight.is_float8 and w.requires_grad]
     return (any(used) and (k % 16 != 0 or n % 16 != 0)) or (used[2] and m % 16 != 0)
 
 

@@ -32,9 +32,9 @@ class Gemm:
     fast_accum: bool = False
 
     @property
-    def quantized(self) -> bool:
-        """Whether both operands are."""
-        return self.a is not None and self.b is not None
+    def is_float8(self) -> bool:
+        """Whether the product is one of float8 numbers."""
+        return isinstance(self.a, Float8) and isinstance(self.b, Float8)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Recipe:
     @property
     def uses_float8(self) -> bool:
         """Whether any product is one of float8 numbers."""
-        gemms = (self.output, self.grad_input, self.grad_weight)
-        return any(isinstance(gemm.a, Float8) and isinstance(gemm.b, Float8) for gemm in gemms)
+        return any(gemm.is_float8 for gemm in (self.output, self.grad_input, self.grad_weight))
 
     def __str__(self) -> str:
         def name(spec: Spec | None) -> str:

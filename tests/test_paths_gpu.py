@@ -71,6 +71,21 @@ def test_a_few_tokens(spec):
             assert sqnr(x, q, linear(x, q)) > 44
 
 
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_short_rows(bits, signed):
+    """Fewer words than a warp has threads; and the same bits every time."""
+    for k, group in ((32, 32), (64, 32), (64, 64), (96, 32), (128, 32), (128, 128), (192, 64), (256, 128)):
+        for n in (5, 64, 1000):
+            q = case(Intx(bits, (1, group), signed=signed), n, k)
+            for m in (1, 2, 10, 40):
+                x = activation(m, k)
+                assert path_name(x, q) == ("gemv" if m == 1 else "fused")
+                out = F.linear(x, q)
+                assert sqnr(x, q, out) > 40
+                assert all(torch.equal(F.linear(x, q), out) for _ in range(5))
+
+
 DYNAMIC = [
     Intx(8, act=Intx(8)),
     Intx(8, (-1, -1), act=Intx(8, (-1, -1))),

@@ -108,26 +108,21 @@ EAGER_PIECE = {"cpu": 2**18, "cuda": 2**24}
 COMPILED_PIECE = {"cpu": 2**18, "cuda": 2**30}
 """The same with one. A CPU keeps the values before rounding in its cache: so many per thread. 32-bit indices for a GPU."""
 
-TOGETHER = {"cpu": 1, "cuda": 8}
-"""How many parameters of one size share a graph. A CPU has no launches to save."""
-
 
 def run(plan: Plan, items: Sequence[Rows], hyper: Tensor, compile: bool) -> None:
-    """The step of parameters of one dtype, in compiled graphs or eagerly."""
+    """The step of parameters of one dtype, compiled or eagerly."""
     kind = hyper.device.type
     size = (COMPILED_PIECE if compile else EAGER_PIECE).get(kind, 2**24)
     if kind == "cpu":
         size *= torch.get_num_threads()
-    most = TOGETHER.get(kind, 8) if compile else 1
-    pieces = [piece for item in items for piece in _pieces(plan, item, size)]
-    for _, same in itertools.groupby(pieces, lambda tensors: tensors[0].shape[0]):
-        waiting = list(same)
-        start = 0
-        for count in (most, 1):
-            step = _step(plan, count, hyper, waiting[0]) if compile else functools.partial(_step_eagerly, plan)
-            while start + count <= len(waiting):
-                step(hyper, *itertools.chain(*waiting[start : start + count]))
-                start += count
+    steps: dict[bool, Callable[..., None]] = {}
+    for tensors in itertools.chain.from_iterable(_pieces(plan, item, size) for item in items):
+        # One row is another graph: a compiler takes a size of 1 for a fact.
+        single = tensors[0].shape[0] == 1
+        if single not in steps:
+            eagerly = functools.partial(_step_eagerly, plan)
+            steps[single] = _step(plan, single, [hyper, *tensors]) if compile else eagerly
+        steps[single](hyper, *tensors)
 
 
 def _pieces(plan: Plan, item: Rows, size: int) -> Iterable[Sequence[Tensor]]:
@@ -148,27 +143,16 @@ def _pieces(plan: Plan, item: Rows, size: int) -> Iterable[Sequence[Tensor]]:
 
 
 def _step_eagerly(plan: Plan, hyper: Tensor, *tensors: Tensor) -> None:
-    """The step of one parameter or more, from the tensors of each."""
-    h = dict(zip(plan.scalars, hyper.unbind()))
-    width = len(plan.by_row)
-    for i in range(0, len(tensors), width):
-        update_rows(plan, plan.rows(tensors[i : i + width]), h)
+    update_rows(plan, plan.rows(tensors), dict(zip(plan.scalars, hyper.unbind())))
 
 
-def _step(plan: Plan, count: int, hyper: Tensor, like: Sequence[Tensor]) -> Callable[..., None]:
-    """`_step_eagerly` for `count` parameters like the tensors given, compiled. It is compiled when it is first called."""
-    param, grad = like[0], like[plan.planes]
+def _step(plan: Plan, single: bool, args: Sequence[Tensor]) -> Callable[..., None]:
+    """`_step_eagerly`, compiled for parameters like the one given."""
+    param, grad = args[1], args[1 + plan.planes]
     threads = torch.get_num_threads() if param.device.type == "cpu" else 1
-    # One row is another graph: a compiler takes a size of 1 for a fact.
-    key = (plan, count, param.device, param.dtype, grad.dtype, param.shape[0] == 1, threads)
+    key = (plan, single, param.device, param.dtype, grad.dtype, threads)
     if key not in _compiled:
-
-        def first(*args: Tensor) -> None:  # called for every piece until the caller asks again
-            if key not in _compiled:
-                _compiled[key] = _compile(plan, args)
-            _compiled[key](*args)
-
-        return first
+        _compiled[key] = _compile(plan, args)
     return _compiled[key]
 
 
@@ -178,8 +162,8 @@ _compiled: dict[Any, Callable[..., None]] = {}
 def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
     """Trace `_step_eagerly` to plain operators, rows symbolic and all else as it is, and compile these.
 
-    The graph goes to Inductor directly: the key above is all that there is to guard, and Dynamo's checks of a hundred
-    tensors would take longer than a kernel. No piece is too large for 32-bit indices, so that sizes need no check either.
+    The graph goes to Inductor directly: the key above is all that there is to guard, and Dynamo's checks would take longer
+    than a kernel. No piece is too large for 32-bit indices, so that sizes need no check either.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -188,7 +172,7 @@ def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
     shape_env = ShapeEnv()
     with FakeTensorMode(shape_env=shape_env):
         rows = _symbolic_size(shape_env, args[1].shape[0])
-        by_row = itertools.chain([False], itertools.cycle(plan.by_row))
+        by_row = (False, *plan.by_row)
         shapes = [(rows, *t.shape[1:]) if symbolic else t.shape for t, symbolic in zip(args, by_row)]
         fakes: list[Any] = [
             torch.empty_strided(shape, t.stride(), dtype=t.dtype, device=t.device) for t, shape in zip(args, shapes)
@@ -196,16 +180,25 @@ def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
         step = functools.partial(_step_eagerly, plan)
         cpu = args[0].device.type == "cpu"
         graph = make_fx(step, decomposition_table={} if cpu else _ON_GPU, tracing_mode="symbolic")(*fakes)
-    options: dict[str, Any] = {}
     if cpu:
-        options["cpp.enable_floating_point_contract_flag"] = "fast"  # products and sums in one instruction
+        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # products and sums in one instruction
+    else:
+        options = {"coordinate_descent_tuning": True}  # of rows and warps of a program, at the first step: a third of the time
     compiled: Any = torch._inductor.compile(graph, fakes, options=options)
     assert not shape_env.replacements, "the number of rows has become a constant"
     return compiled
 
 
-# A correctly rounded root is a branch per element on a GPU; this one is off by two units in the last place at most.
-_ON_GPU = {torch.ops.aten.sqrt.default: lambda x: x * (x + torch.finfo(torch.float32).tiny).rsqrt()}
+def _quotient(x: Tensor, y: Tensor) -> Tensor:
+    root = y.abs().rsqrt()
+    return x * root * root.copysign(y)
+
+
+# Correctly rounded, these take a branch per element on a GPU; so they are off by three units in the last place at most.
+_ON_GPU = {
+    torch.ops.aten.sqrt.default: lambda x: x * (x + torch.finfo(torch.float32).tiny).rsqrt(),
+    torch.ops.aten.div.Tensor: _quotient,
+}
 
 
 def _symbolic_size(shape_env: Any, size: int) -> Any:

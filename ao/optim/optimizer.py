@@ -226,7 +226,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _prepare_whole(
         self, group: dict[str, Any], names: tuple[str, ...], used: list[tuple[Tensor, dict[str, Any]]]
     ) -> list[Run]:
-        """One kernel per parameter. Equal parameters share a graph."""
+        """One kernel per parameter, of a graph that all of them share."""
         counts = (torch.stack([state["step"] for _, state in used]) + 1).tolist() if used else []
         buckets: dict[Any, list[Rows]] = {}
         written: list[tuple[Tensor, Tensor]] = []

@@ -94,9 +94,7 @@ def update_rows(plan: Plan, rows: Rows, h: Mapping[str, Tensor]) -> None:
     if rows.noise is not None:
         seed, start = rows.noise.unbind()
         index = torch.arange(rows.count * rows.width, dtype=torch.int32, device=seed.device) + start
-        places = (
-            to_planes(index.view(rows.count, rows.width), plan.planes) if plan.planes > 1 else [index.view_as(new[0])]
-        )
+        places = to_planes(index, rows.width, plan.planes) if plan.planes > 1 else [index.view_as(new[0])]
         new = [stochastic_round(value, seed, place) for value, place in zip(new, places)]
     for target, value in zip(rows.params, new):
         target.copy_(value)
@@ -180,10 +178,11 @@ def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
         step = functools.partial(_step_eagerly, plan)
         cpu = args[0].device.type == "cpu"
         graph = make_fx(step, decomposition_table={} if cpu else _ON_GPU, tracing_mode="symbolic")(*fakes)
+    options: dict[str, Any] = {"size_asserts": False}  # the rows are ours
     if cpu:
-        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # products and sums in one instruction
+        options["cpp.enable_floating_point_contract_flag"] = "fast"  # products and sums in one instruction
     else:
-        options = {"coordinate_descent_tuning": True}  # of rows and warps of a program, at the first step: a third of the time
+        options["coordinate_descent_tuning"] = True  # tries rows and warps of a program, for a third of the time
     compiled: Any = torch._inductor.compile(graph, fakes, options=options)
     assert not shape_env.replacements, "the number of rows has become a constant"
     return compiled
@@ -195,7 +194,7 @@ def _quotient(x: Tensor, y: Tensor) -> Tensor:
 
 
 # Correctly rounded, these take a branch per element on a GPU; so they are off by three units in the last place at most.
-_ON_GPU = {
+_ON_GPU: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.sqrt.default: lambda x: x * (x + torch.finfo(torch.float32).tiny).rsqrt(),
     torch.ops.aten.div.Tensor: _quotient,
 }

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ao.dtypes import Flat, FlatTensor, QTensor, Spec
 
 from .conversion import Kept, keep, kept_states, torch_form
 from .joined import JOINED, Joined, joined
 from .kernel import Plan, has_compiler, run
-from .rows import Rows, planes_of, row, state_fields, to_planes
+from .rows import Fields, Rows, planes_of, row, state_fields, to_planes
 from .sharded import grad_like, local, shard_like
 
 SMALL = 4096
@@ -356,7 +357,7 @@ def _rows(
     written: gets (parameter, new values) where the rows are a copy, since the parameter is quantized or not contiguous.
     """
     spec = next((spec for spec in specs if spec is not None), None)
-    shape = (-1,) if spec is None else (-1, spec.block[-1])  # type: ignore[attr-defined]
+    width = None if spec is None else spec.block[-1]  # type: ignore[attr-defined]
     values = mine.detach()
     if isinstance(values, QTensor):
         values = values.to(torch.float32).dequantize()
@@ -364,8 +365,20 @@ def _rows(
     if isinstance(mine, QTensor) or not mine.is_contiguous():
         written.append((mine.detach(), values))
     planes = planes_of(specs)
-    fields = [(t.view(-1),) if spec is None else state_fields(t.blocks, planes) for spec, t in zip(specs, states)]  # type: ignore[attr-defined]
-    return Rows(to_planes(values.view(shape), planes), to_planes(grad.contiguous().view(shape), planes), fields)
+    fields = [(t.view(-1),) if spec is None else _fields(t, planes) for spec, t in zip(specs, states)]
+    return Rows(to_planes(values, width, planes), to_planes(grad.contiguous(), width, planes), fields)
+
+
+_views = WeakIdKeyDictionary()
+"""The fields of quantized states as `state_fields` makes them, while the states live: a view costs as much as a launch."""
+
+
+def _fields(state: Tensor, planes: int) -> Fields:
+    blocks = state.blocks  # type: ignore[attr-defined]
+    known = _views.get(blocks)
+    if known is None or known[0] != planes:
+        known = _views[blocks] = planes, state_fields(blocks, planes)
+    return known[1]
 
 
 def _leaves(t: Tensor) -> Iterable[Tensor]:

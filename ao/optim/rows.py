@@ -74,12 +74,13 @@ def planes_of(specs: Sequence[Spec | None]) -> int:
     return 1 if any(spec.block[-1] % CHUNK for spec in specs) else 2  # type: ignore[union-attr]
 
 
-def to_planes(t: Tensor, planes: int) -> list[Tensor]:
-    """Rows (rows, K) as planes; `t` itself if there is one."""
+def to_planes(t: Tensor, width: int | None, planes: int) -> Sequence[Tensor]:
+    """Planes of a contiguous tensor's rows of `width` elements; (rows, width) if there is one plane, (n,) without rows."""
+    if width is None:
+        return [t.view(-1)]
     if planes == 1:
-        return [t]
-    chunks = t.view(t.shape[0], t.shape[1] // CHUNK, planes, CHUNK // planes)
-    return [chunks.select(2, i) for i in range(planes)]
+        return [t.view(-1, width)]
+    return t.view(-1, width // CHUNK, planes, CHUNK // planes).unbind(2)
 
 
 def state_fields(state: QTensor, planes: int) -> Fields:

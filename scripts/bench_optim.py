@@ -147,8 +147,8 @@ def subjects_of(args: argparse.Namespace, dtype: str, ours: Iterable[str]) -> li
 def take_turns(subjects: Sequence[Subject], params: Sequence[Tensor], device: torch.device, rounds: int) -> None:
     """Time steps of all subjects on the same parameters, in turns.
 
-    On a GPU by events, the steps queued one after the other as in training, where the host runs ahead of the device. The
-    time of a step on an idle device, host and all, is taken apart.
+    On a GPU by events, with the device kept busy until the whole step is queued, as in training, where the host runs ahead.
+    The time of a step on an idle device, host and all, is taken apart.
     """
     for subject in progress(subjects, "first steps"):
         try:
@@ -162,7 +162,7 @@ def take_turns(subjects: Sequence[Subject], params: Sequence[Tensor], device: to
         except Exception as error:
             subject.fail(error)
             gc.collect()
-    turns = [(False, rounds), (True, min(rounds, 5))] if device.type == "cuda" else [(True, rounds)]
+    turns = [(True, min(rounds, 5)), (False, rounds)] if device.type == "cuda" else [(True, rounds)]
     for alone, count in turns:
         for _ in range(count):
             for subject in subjects:
@@ -185,6 +185,7 @@ def _timed(subject: Subject, device: torch.device, alone: bool) -> None:
         subject.alone.append(time.perf_counter() - start)
     else:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(2e9 * 1.5 * max(subject.alone)))  # cycles, of which there are at most 2e9 in a second
         begin.record()
         subject.step()
         end.record()

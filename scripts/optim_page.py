@@ -53,6 +53,10 @@ def _gb(name: str) -> Callable[[Row], str]:
 
 WHO: list[Column] = [("optimizer", _label), ("weights", lambda row: row["dtype"])]
 STATES: Column = ("state bytes per parameter", lambda row: f"{row['state_bytes'] / row['parameters']:.3f}")
+ALONE: Column = (
+    "ms, host and all",
+    lambda row: f"{1e3 * row['alone_seconds']:.2f}" if row["alone_seconds"] != row["seconds"] else "",
+)
 FIRST: Column = ("first step, s", lambda row: f"{row['first_seconds']:.1f}")
 
 TABLES: dict[str, list[Column]] = {
@@ -63,6 +67,7 @@ TABLES: dict[str, list[Column]] = {
         ("time of fused", _ratio("of_fused")),
         ("of the byte floor", _share("floor")),
         ("grads written too", _share("floor_once")),
+        ALONE,
         FIRST,
     ],
     "tiny": [
@@ -70,6 +75,7 @@ TABLES: dict[str, list[Column]] = {
         ("ms", _ms("seconds")),
         ("time of foreach", _ratio("of_foreach")),
         ("time of fused", _ratio("of_fused")),
+        ALONE,
         FIRST,
     ],
     "offload": [
@@ -95,8 +101,9 @@ TABLES: dict[str, list[Column]] = {
 
 
 def cells(mode: str, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of a table. What failed says why."""
-    columns = TABLES[mode]
+    """The head and the rows of a table, without columns that no row has. What failed says why."""
+    columns = [each for each in TABLES[mode] if any("failed" not in row and each[1](row) for row in rows)]
+    columns = columns if len(columns) > 1 else TABLES[mode]
     body = [
         [columns[0][1](row), row["failed"], *[""] * (len(columns) - 2)]
         if "failed" in row

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -54,6 +56,25 @@ def assert_equal(a, b, exactly=True):
             assert torch.equal(p, q), name
         else:
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_memory_is_freed(device):
+    """With the optimizer and the model, whose hooks know each other; and a model survives its optimizer."""
+    net = model(device)
+    optimizer = CPUOffloadOptimizer(net.parameters(), lr=1e-2)
+    train(net, optimizer, 1)
+    on_host, weight = (weakref.ref(t) for t in (optimizer._offloaded[net[0].weight].copy, net[0].weight))
+    del optimizer
+    gc.collect()
+    assert on_host() is None
+    loss_of(net, 0).backward()
+    assert net[0].weight.grad is not None
+    optimizer = CPUOffloadOptimizer(net.parameters(), lr=1e-2, offload_gradients=True)
+    net.zero_grad()
+    train(net, optimizer, 1)
+    del net, optimizer
+    gc.collect()
+    assert weight() is None
 
 
 CLASSES = [

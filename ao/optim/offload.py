@@ -13,6 +13,7 @@ Memory of the host that is copied from and to is pinned.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -161,8 +162,16 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def _watch(self, entry: _Offloaded) -> None:
         """Have a gradient copied as soon as it is there. A frozen parameter is watched when it is no longer."""
-        if entry.hook is None and entry.p.requires_grad:
-            entry.hook = entry.p.register_post_accumulate_grad_hook(self._on_grad)
+        if entry.hook is not None or not entry.p.requires_grad:
+            return
+        me = weakref.ref(self)  # autograd holds the hook where Python's garbage collection does not look for cycles
+
+        def on_grad(p: Tensor) -> None:
+            optimizer = me()
+            if optimizer is not None:
+                optimizer._on_grad(p)
+
+        entry.hook = entry.p.register_post_accumulate_grad_hook(on_grad)
 
     def _stream(self, p: Tensor) -> torch.cuda.Stream | None:
         if not p.is_cuda:

@@ -366,10 +366,10 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
     bits = 8 * width // k
     by_row = int(scale.shape[1]) == 1
     group = 128 if by_row else k // int(scale.shape[1])
-    units = triton.next_power_of_2(k * bits // 128)
+    # At least 8, of 16 numbers each, 4 for every thread of a warp: Triton 3.6 computes with a smaller tile wrongly.
+    units = max(8, triton.next_power_of_2(k * bits // 128))
     warps = max(1, min(8, units // 64) if bits == 4 else min(16, units // 32))
-    # At least 128 words, 4 for each thread of a warp: Triton 3.6 computes a smaller tile wrongly.
-    rows, places = (max(4, 32 // units), 6) if units <= 128 else (4, 4) if units <= 256 else (2, 2)
+    rows, places = (4, 6) if units <= 128 else (4, 4) if units <= 256 else (2, 2)
     tiles = triton.cdiv(n, rows)
     rounds = triton.cdiv(tiles, multiprocessors(x.device) * places)
     wrap_triton(gemv_int_kernel)[(triton.cdiv(tiles, rounds),)](

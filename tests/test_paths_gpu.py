@@ -82,7 +82,7 @@ def test_short_rows(bits, signed):
                 x = activation(m, k)
                 assert path_name(x, q) == ("gemv" if m == 1 else "fused")
                 out = F.linear(x, q)
-                assert sqnr(x, q, out) > 40
+                assert sqnr(x, q, out) > (48 if m == 1 else 34)  # a sum of few numbers may be near zero
                 assert all(torch.equal(F.linear(x, q), out) for _ in range(5))
 
 

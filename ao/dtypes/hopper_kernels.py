@@ -244,9 +244,9 @@ def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
         tokens, height, warps, stages = 16 if m <= 16 else 32, 64, 4, 5
     elif wide:
         tokens, height, warps, stages = 64, 128, 8, 3
-    elif m <= (64 if k > 8192 else 128):
+    elif m <= 128 and k <= 8192:
         tokens, height, warps, stages = 32, 64, 4, 6
-    elif m <= 256 and k > 8192:
+    elif 64 < m <= 256 and k > 8192:
         tokens, height, warps, stages = 128, 64, 4, 5
     elif m > 256 and n % 128 == 0 and n // 128 * triton.cdiv(m, 128) <= 132:
         tokens, height, warps, stages = 128, 128, 8, 4
@@ -266,14 +266,15 @@ def _parts_product(
     x: Tensor, parts: int, rows: Tensor, qdata: Tensor, columns: Tensor, m: int, dtype: torch.dtype, tokens: int,
     height: int, warps: int, stages: int,
 ) -> Tensor:  # fmt: skip
-    """`parts_kernel` over tiles of `tokens` x `height`. Fewer stages where three programs then share a multiprocessor."""
+    """`parts_kernel` over tiles of `tokens` x `height`. Fewer stages where four or three then share a multiprocessor."""
     n, k = qdata.shape
     tiles = triton.cdiv(m, tokens)
     programs = n // height * tiles
     size = (parts * tokens + height) * 128
     split = _splits(programs, k // 128, 2 if size * stages <= 116_000 else 1)
-    if programs * split > 264 and size * 3 <= 76_000:
-        stages = min(stages, 76_000 // size)
+    share = 57_000 if size * 3 <= 57_000 else 76_000
+    if programs * split > 264 and size * 3 <= share:
+        stages = min(stages, share // size)
     out, sums = _outputs(m, n, split, dtype, x.device)
     launch(
         parts_kernel, (programs, split),
@@ -327,17 +328,18 @@ def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype
 def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
     """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
-    group, height = 128, 64
+    group = 128
     tokens = max(16, min(256, triton.next_power_of_2(m)))
+    height, warps = (128, 8) if tokens == 64 and n >= 16384 and n % 128 == 0 else (64, 4)
     tiles = triton.cdiv(m, tokens)
-    split = _splits(n // height * tiles, k // group if m <= 64 else k // 384, 1 if tokens == 256 else 2)
+    split = _splits(n // height * tiles, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
     out, sums = _outputs(m, n, split, x.dtype, x.device)
     launch(
         nibbles_kernel, (n // height * tiles, split),
         TensorDescriptor.from_tensor(x, [tokens, group]),
         TensorDescriptor.from_tensor(qdata.view(torch.int16), [height, group // 4]), scale,
         scale if zero_point is None else zero_point, sums, m, n, tiles, K=k, G=group, ZERO=zero_point is not None,
-        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=4 if m <= 64 else 3, num_warps=4,
+        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=3, num_warps=warps,
     )  # fmt: skip
     return _summed(sums, out, split)
 

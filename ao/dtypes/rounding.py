@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .pieces import is_eager
+
 
 def reciprocal(x: Tensor) -> Tensor:
     """1 / x in float32, correctly rounded on every device and by every compiler; 0 where |x| is below the smallest normal.
@@ -17,6 +19,10 @@ def reciprocal(x: Tensor) -> Tensor:
     float64 would take a GPU several times as long as all the rest of quantizing.)
     """
     x = x.float()
+    tiny, huge = torch.finfo(torch.float32).tiny, 2.0**126
+    if is_eager(x) and x.device.type != "mps":
+        # A few operators in place of fifty. 53 bits are enough for the second rounding to be that of the exact number.
+        return x.double().reciprocal().float().masked_fill(x.abs() < tiny, 0.0)
     quotient = x.reciprocal()
     bits = x.view(torch.int32)
     m = (bits & 0x7FFFFF) | 0x800000
@@ -26,7 +32,6 @@ def reciprocal(x: Tensor) -> Tensor:
     for halves in (1, 3, 5, 7):
         q = q + (missing > halves * m).int()
     exact = ((base + (q - 2**23)) | (bits & -(2**31))).view(torch.float32)
-    tiny, huge = torch.finfo(torch.float32).tiny, 2.0**126
     return torch.where(x.abs() < huge, exact, quotient).masked_fill(x.abs() < tiny, 0.0)
 
 

@@ -200,4 +200,4 @@ def _set_scales(weights: list[CastOnGather], group: Any, size: int) -> None:
 
 def _scale(plain: Tensor, spec: Spec) -> Tensor:
     """(1,)"""
-    return spec.choose_qparams(plain.float(), (1, 1))["scale"].reshape(1)
+    return spec.choose_qparams(plain, (1, 1))["scale"].reshape(1)

@@ -43,13 +43,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class Linear:
-    """The rows of bench_linear.py, by shape, tokens, format and library."""
+    """The rows of bench_linear.py, by shape, tokens, format and library. Of several runs of a case the first counts."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.runs: list[dict[str, Any]] = data["runs"]
-        self.rows: dict[tuple[str, int, str, str], Row] = {
-            (r["shape"], r["tokens"], r["format"], r["library"]): r for r in data["rows"]
-        }
+        self.rows: dict[tuple[str, int, str, str], Row] = {}
+        self._of_run: dict[tuple[str, int, str, int], Row] = {}
+        for r in data["rows"]:
+            self.rows.setdefault((r["shape"], r["tokens"], r["format"], r["library"]), r)
+            if r["library"] == "ao":
+                self._of_run[r["shape"], r["tokens"], r["format"], r.get("run", 0)] = r
         self.shapes = list(dict.fromkeys(r["shape"] for r in data["rows"]))
         self.tokens = sorted({r["tokens"] for r in data["rows"]})
         self.formats = list(dict.fromkeys(r["format"] for r in data["rows"] if r["library"] == "ao"))
@@ -64,8 +67,9 @@ class Linear:
         return 0.0 if "failed" in r else r["bf16_us"] / r["us"] if r.get("bf16_us") else None
 
     def over(self, shape: str, tokens: int, name: str, peer: str) -> float | None:
-        """How many times faster than the peer, None where either does not run."""
-        ours, theirs = self.get(shape, tokens, name), self.get(shape, tokens, name, peer)
+        """How many times faster than the peer, in the same run where both are there; None where either does not run."""
+        theirs = self.get(shape, tokens, name, peer)
+        ours = self._of_run.get((shape, tokens, name, theirs.get("run", 0))) or self.get(shape, tokens, name)
         return theirs["us"] / ours["us"] if "us" in ours and "us" in theirs else None
 
     def origin(self) -> str:
@@ -316,14 +320,15 @@ def peers(data: Linear) -> str:
     parts = []
     for peer in data.peers:
         rows = []
+        tokens = sorted({m for (_, m, _, library), r in data.rows.items() if library == peer and "us" in r})
         for name in data.formats:
             for shape in data.shapes:
-                ratios = [data.over(shape, m, name, peer) for m in data.tokens]
+                ratios = [data.over(shape, m, name, peer) for m in tokens]
                 if any(ratios):
                     cells = [times(r) if r else "-" for r in ratios]
                     rows.append([f"{name}, {shape}", *cells])
         if rows:
-            parts.append(markdown([f"{peer}, M =", *map(str, data.tokens)], rows))
+            parts.append(markdown([f"{peer}, M =", *map(str, tokens)], rows))
         plain = dict.fromkeys(
             f for (_, _, f, whose), r in data.rows.items() if whose == peer and not r.get("captured", True)
         )

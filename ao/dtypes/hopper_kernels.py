@@ -266,13 +266,14 @@ def _parts_product(
     x: Tensor, parts: int, rows: Tensor, qdata: Tensor, columns: Tensor, m: int, dtype: torch.dtype, tokens: int,
     height: int, warps: int, stages: int,
 ) -> Tensor:  # fmt: skip
-    """`parts_kernel` over tiles of `tokens` x `height`. Fewer stages where four or three then share a multiprocessor."""
+    """`parts_kernel` over tiles of `tokens` x `height`. Fewer stages where three programs then share a multiprocessor, or
+    four if that makes room for all at once."""
     n, k = qdata.shape
     tiles = triton.cdiv(m, tokens)
     programs = n // height * tiles
     size = (parts * tokens + height) * 128
     split = _splits(programs, k // 128, 2 if size * stages <= 116_000 else 1)
-    share = 57_000 if size * 3 <= 57_000 else 76_000
+    share = 57_000 if 396 < programs * split <= 528 else 76_000
     if programs * split > 264 and size * 3 <= share:
         stages = min(stages, share // size)
     out, sums = _outputs(m, n, split, dtype, x.device)
@@ -339,7 +340,7 @@ def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor 
         TensorDescriptor.from_tensor(x, [tokens, group]),
         TensorDescriptor.from_tensor(qdata.view(torch.int16), [height, group // 4]), scale,
         scale if zero_point is None else zero_point, sums, m, n, tiles, K=k, G=group, ZERO=zero_point is not None,
-        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=3, num_warps=warps,
+        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4, num_warps=warps,
     )  # fmt: skip
     return _summed(sums, out, split)
 

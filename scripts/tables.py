@@ -85,7 +85,9 @@ def speed() -> str:
     """How many times faster than bfloat16 a layer of 28672 x 4096 is, by format and tokens."""
     data = json.loads((ROOT / "docs" / "measured" / "linear-cuda.json").read_text())
     rows = [
-        row for row in data["rows"] if row["shape"] == "28672x4096" and row["library"] == "ao" and row.get("run", 0) == 0
+        row
+        for row in data["rows"]
+        if row["shape"] == "28672x4096" and row["library"] == "ao" and row.get("run", 0) == 0
     ]
     names = [name for name in dict.fromkeys(row["format"] for row in rows) if name != "bf16"]
     times = {(row["format"], row["tokens"]): row for row in rows}

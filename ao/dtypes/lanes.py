@@ -80,6 +80,12 @@ def numbers(w: Packed) -> Tensor:
     return look_up(w.table, q) if isinstance(w, CodebookTensor) else q.float()
 
 
+def nibbles_and_bytes(w: Packed) -> tuple[Tensor, Tensor]:
+    """Of codes of 4 bits: the low nibbles, and the bytes that hold them, float32: (n, groups, chunks of a group, 16)."""
+    q = w.qdata.view(w.shape[0], w.scale.shape[1], -1, 16).to(torch.int32)
+    return (q & 15).float(), q.float()
+
+
 def zero(w: QTensor, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:
     """What is to be subtracted from `numbers`: (n, groups), (1, groups) or one number."""
     if not isinstance(w, IntxTensor):

@@ -66,9 +66,14 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
     rows = F.pad(act, (0, 0, 0, -tokens % side)).view(
         -1, side, scale.shape[1], w.shape[1] // scale.shape[1] // CHUNK, 2, 16
     )
+    if lanes.bits(w) == 4:
+        # Of a byte 16 h + l, h stays where it is: x h + y l = (x / 16) (16 h + l) + (y - x / 16) l.
+        first, second = rows.unbind(-2)
+        rows = torch.stack((first - second / 16, second / 16), -2)
     rows = _stored(rows)  # (tokens / side, side, groups, chunks of a group, 2, 16)
-    parts = zip(lanes.numbers(w).chunk(2), scale.expand(w.shape[0], -1).chunk(2))
-    out = torch.cat([_dots(rows, part, part_scale) for part, part_scale in parts])  # (n, tokens / side, side)
+    low, high = lanes.nibbles_and_bytes(w) if lanes.bits(w) == 4 else lanes.numbers(w).unbind(-2)
+    parts = zip(low.chunk(2), high.chunk(2), scale.expand(w.shape[0], -1).chunk(2))
+    out = torch.cat([_dots(rows, *part) for part in parts])  # (n, tokens / side, side)
     out = out.view(w.shape[0], -1)[:, :tokens]
     if scaled_by_row(w):
         out = out * scale
@@ -79,15 +84,18 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
     return out.t().to(x.dtype).contiguous()
 
 
-def _dots(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """x: (tokens / side, side, groups, chunks, 2, 16), q: (n, groups, chunks, 2, 16) -> (n, tokens / side, side)."""
-    q = q.unsqueeze(1)
-    if scale.shape[1] > 1:
-        q = q * scale[:, None, :, None, None, None]
-    low, high = q[..., 0, :], q[..., 1, :]  # (n, 1, groups, chunks, 16)
+def _dots(x: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
+    """x: (tokens / side, side, groups, chunks, 2, 16), low and high: (n, groups, chunks, 16) -> (n, tokens / side, side)."""
+    low, high = low.unsqueeze(1), high.unsqueeze(1)  # (n, 1, groups, chunks, 16)
+    by_group = scale.shape[1] > 1
+    broad = scale[:, None, :, None, None]
+    if by_group and x.shape[1] > 1:
+        low, high = low * broad, high * broad
     out = []
     for token in x.unbind(1):
         products = lanes.multiply_add(high, token[..., 1, :], low * token[..., 0, :])
+        if by_group and x.shape[1] == 1:
+            products = products * broad  # one product less than to scale both
         out.append(products.sum((2, 3)).sum(-1))
     return torch.stack(out, -1)
 

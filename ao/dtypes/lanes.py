@@ -80,12 +80,6 @@ def numbers(w: Packed) -> Tensor:
     return look_up(w.table, q) if isinstance(w, CodebookTensor) else q.float()
 
 
-def nibbles_and_bytes(w: Packed) -> tuple[Tensor, Tensor]:
-    """Of codes of 4 bits: the low nibbles, and the bytes that hold them, float32: (n, groups, chunks of a group, 16)."""
-    q = w.qdata.view(w.shape[0], w.scale.shape[1], -1, 16).to(torch.int32)
-    return (q & 15).float(), q.float()
-
-
 def zero(w: QTensor, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:
     """What is to be subtracted from `numbers`: (n, groups), (1, groups) or one number."""
     if not isinstance(w, IntxTensor):
@@ -98,7 +92,12 @@ def zero(w: QTensor, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Te
 
 def values(w: Packed) -> Tensor:
     """(numbers - zero) * scale, float32: (n, groups, chunks of a group, 2, ..., lanes)."""
-    q, z, scale = numbers(w), zero(w), dense(w.scale).float()
+    return scaled(numbers(w), w)
+
+
+def scaled(q: Tensor, w: Packed) -> Tensor:
+    """(q - zero) * scale, float32. q: (n, groups, ...)."""
+    z, scale = zero(w), dense(w.scale).float()
     broad = (...,) + (None,) * (q.dim() - 2)
     if not isinstance(z, Tensor) and z == 0:
         return q * scale[broad]
@@ -136,6 +135,26 @@ def interleaved(x: Tensor) -> Tensor:
 
 
 # AVX-512
+
+
+def halves(w: Packed) -> tuple[Tensor, ...]:
+    """`numbers` of the first and of the second half of each chunk: (n, groups, chunks of a group, 16) each."""
+    if bits(w) != 4:
+        return numbers(w).unbind(-2)
+    q = _bytes(w)
+    codes = q & 15, q >> 4
+    return tuple(look_up(w.table, c) if isinstance(w, CodebookTensor) else c.float() for c in codes)
+
+
+def nibbles_and_bytes(w: Packed) -> tuple[Tensor, Tensor]:
+    """Of codes of 4 bits: the low nibbles, and the bytes that hold them, float32: (n, groups, chunks of a group, 16)."""
+    q = _bytes(w)
+    return (q & 15).float(), q.float()
+
+
+def _bytes(w: Packed) -> Tensor:
+    """Of codes of 4 bits: the bytes, int32."""
+    return w.qdata.view(w.shape[0], w.scale.shape[1], -1, 16).to(torch.int32)
 
 
 def _from_bytes(q: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ What decides how an expression is written here, as measured on the C++ that Indu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -71,7 +71,7 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
         first, second = rows.unbind(-2)
         rows = torch.stack((first - second / 16, second / 16), -2)
     rows = _stored(rows)  # (tokens / side, side, groups, chunks of a group, 2, 16)
-    low, high = lanes.nibbles_and_bytes(w) if lanes.bits(w) == 4 else lanes.numbers(w).unbind(-2)
+    low, high = lanes.nibbles_and_bytes(w) if lanes.bits(w) == 4 else lanes.halves(w)
     parts = zip(low.chunk(2), high.chunk(2), scale.expand(w.shape[0], -1).chunk(2))
     out = torch.cat([_dots(rows, *part) for part in parts])  # (n, tokens / side, side)
     out = out.view(w.shape[0], -1)[:, :tokens]
@@ -263,7 +263,9 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
 
 def _integers(w: QTensor) -> Tensor:
     assert isinstance(w, IntxTensor)
-    return _joined(lanes.numbers(w)).view(w.shape) if lanes.fast(w) else w.qdata.float()
+    if not lanes.fast(w):
+        return w.qdata.float()
+    return (_joined(lanes.halves(w)) if lanes.AVX512 else lanes.numbers(w)).view(w.shape)
 
 
 def pieces_accepts(x: Tensor, w: QTensor) -> bool:
@@ -294,32 +296,36 @@ def _by_piece(rows: Tensor, w: QTensor, decode: Callable[[QTensor], Tensor]) -> 
 
 
 def _pieces(w: QTensor) -> int:
-    """Into how many row pieces to cut a large weight: each of 1M elements, or 0.5M where every step of the decoding is a pass
+    """Into how many row pieces to cut a large weight: each of 2M elements, or 0.5M where every step of the decoding is a pass
     over it; at most 32, which a graph can hold."""
     roles = type(w).roles
     rows = [t.shape[0] for name, t in w.fields().items() if roles[name] in ("elements", "per_block")]
     if "opaque" in roles.values() or any(n not in (1, w.shape[0]) for n in rows):
         return 1
-    return min(max(w.numel() // (2**20 if compiling() else 2**19), 1), 32)
+    return min(max(w.numel() // (2**21 if compiling() else 2**19), 1), 32)
 
 
 def _decode(w: QTensor, dtype: torch.dtype) -> Tensor:
     """`w.decode(dtype)`."""
     if not lanes.fast(w):
         return w.decode(dtype)
-    return _joined(lanes.values(cast(lanes.Packed, w)).to(dtype)).view(w.shape)
+    w = cast(lanes.Packed, w)
+    if not lanes.AVX512:
+        return lanes.values(w).to(dtype).view(w.shape)
+    return _joined([lanes.scaled(q, w).to(dtype) for q in lanes.halves(w)]).view(w.shape)
 
 
 def _pairs(w: QTensor) -> Tensor:
     """The weight in bfloat16, for an activation that is `interleaved`."""
-    values = lanes.values(cast(lanes.Packed, w))  # (n, groups, chunks, 2, 16)
-    return lanes.pairs(values[..., 0, :], values[..., 1, :]).view(w.shape[0], -1).view(torch.bfloat16)
+    w = cast(lanes.Packed, w)
+    first, second = (lanes.scaled(q, w) for q in lanes.halves(w))  # (n, groups, chunks, 16)
+    return lanes.pairs(first, second).view(w.shape[0], -1).view(torch.bfloat16)
 
 
 def _exact_pairs(w: QTensor) -> Tensor:
     """The same without the scale."""
-    numbers = lanes.numbers(cast(lanes.Packed, w))
-    return lanes.pairs(numbers[..., 0, :], numbers[..., 1, :], exact=True).view(w.shape[0], -1).view(torch.bfloat16)
+    first, second = lanes.halves(cast(lanes.Packed, w))
+    return lanes.pairs(first, second, exact=True).view(w.shape[0], -1).view(torch.bfloat16)
 
 
 def _is_exact(w: QTensor) -> bool:
@@ -328,11 +334,9 @@ def _is_exact(w: QTensor) -> bool:
     return plain and scaled_by_row(w)  # type: ignore[arg-type]
 
 
-def _joined(values: Tensor) -> Tensor:
+def _joined(halves: Sequence[Tensor]) -> Tensor:
     """The halves of a chunk one after the other: a store for each, where a loop over both would leave the vectors."""
-    if not lanes.AVX512:
-        return values
-    return torch.cat([values[..., 0, :], values[..., 1, :]], -1)
+    return torch.cat(list(halves), -1)
 
 
 def _activation(x: Tensor, w: QTensor) -> Tensor:

@@ -296,13 +296,14 @@ def _by_piece(rows: Tensor, w: QTensor, decode: Callable[[QTensor], Tensor]) -> 
 
 
 def _pieces(w: QTensor) -> int:
-    """Into how many row pieces to cut a large weight: each of 2M elements, or 0.5M where every step of the decoding is a pass
-    over it; at most 32, which a graph can hold."""
+    """Into how many row pieces to cut a large weight: each of 1M to 2M elements, or half a million where every step of the
+    decoding is a pass over it; at most 32, which a graph can hold."""
     roles = type(w).roles
     rows = [t.shape[0] for name, t in w.fields().items() if roles[name] in ("elements", "per_block")]
     if "opaque" in roles.values() or any(n not in (1, w.shape[0]) for n in rows):
         return 1
-    return min(max(w.numel() // (2**21 if compiling() else 2**19), 1), 32)
+    count = w.numel() // (2**21 if compiling() else 2**19)
+    return min(1 << (count - 1).bit_length(), 32) if count > 1 else 1
 
 
 def _decode(w: QTensor, dtype: torch.dtype) -> Tensor:

@@ -90,13 +90,8 @@ def zero(w: QTensor, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Te
     return as_floats(w.zero_point) + offset
 
 
-def values(w: Packed) -> Tensor:
-    """(numbers - zero) * scale, float32: (n, groups, chunks of a group, 2, ..., lanes)."""
-    return scaled(numbers(w), w)
-
-
 def scaled(q: Tensor, w: Packed) -> Tensor:
-    """(q - zero) * scale, float32. q: (n, groups, ...)."""
+    """(q - zero) * scale, float32. q: `numbers` of the weight, or `halves` of them."""
     z, scale = zero(w), dense(w.scale).float()
     broad = (...,) + (None,) * (q.dim() - 2)
     if not isinstance(z, Tensor) and z == 0:

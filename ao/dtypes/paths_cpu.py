@@ -12,7 +12,7 @@ What decides how an expression is written here, as measured on the C++ that Indu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -70,8 +70,10 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
         # Of a byte 16 h + l, h stays where it is: x h + y l = (x / 16) (16 h + l) + (y - x / 16) l.
         first, second = rows.unbind(-2)
         rows = torch.stack((first - second / 16, second / 16), -2)
+        low, high = lanes.nibbles_and_bytes(w)
+    else:
+        low, high = lanes.halves(w)
     rows = _stored(rows)  # (tokens / side, side, groups, chunks of a group, 2, 16)
-    low, high = lanes.nibbles_and_bytes(w) if lanes.bits(w) == 4 else lanes.halves(w)
     parts = zip(low.chunk(2), high.chunk(2), scale.expand(w.shape[0], -1).chunk(2))
     out = torch.cat([_dots(rows, *part) for part in parts])  # (n, tokens / side, side)
     out = out.view(w.shape[0], -1)[:, :tokens]
@@ -263,9 +265,7 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
 
 def _integers(w: QTensor) -> Tensor:
     assert isinstance(w, IntxTensor)
-    if not lanes.fast(w):
-        return w.qdata.float()
-    return (_joined(lanes.halves(w)) if lanes.AVX512 else lanes.numbers(w)).view(w.shape)
+    return _in_order(w, lambda q: q) if lanes.fast(w) else w.qdata.float()
 
 
 def pieces_accepts(x: Tensor, w: QTensor) -> bool:
@@ -310,10 +310,8 @@ def _decode(w: QTensor, dtype: torch.dtype) -> Tensor:
     """`w.decode(dtype)`."""
     if not lanes.fast(w):
         return w.decode(dtype)
-    w = cast(lanes.Packed, w)
-    if not lanes.AVX512:
-        return lanes.values(w).to(dtype).view(w.shape)
-    return _joined([lanes.scaled(q, w).to(dtype) for q in lanes.halves(w)]).view(w.shape)
+    packed = cast(lanes.Packed, w)
+    return _in_order(packed, lambda q: lanes.scaled(q, packed).to(dtype))
 
 
 def _pairs(w: QTensor) -> Tensor:
@@ -335,9 +333,11 @@ def _is_exact(w: QTensor) -> bool:
     return plain and scaled_by_row(w)  # type: ignore[arg-type]
 
 
-def _joined(halves: Sequence[Tensor]) -> Tensor:
-    """The halves of a chunk one after the other: a store for each, where a loop over both would leave the vectors."""
-    return torch.cat(list(halves), -1)
+def _in_order(w: lanes.Packed, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function` of all numbers of a weight, in its shape. With AVX-512 there is a store for each half of a chunk, where a
+    loop over both would leave the vectors."""
+    parts = [function(q) for q in (lanes.halves(w) if lanes.AVX512 else (lanes.numbers(w),))]
+    return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).view(w.shape)
 
 
 def _activation(x: Tensor, w: QTensor) -> Tensor:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
-"""The elements of a piece, by kind of device; others are taken for a GPU, where more hide the launches of a dozen kernels."""
+ELEMENTS = {"cpu": 2**19, "cuda": 2**22}
+"""The elements of a piece, by kind of device; others are taken for a GPU."""
 
 Box = Sequence[tuple[int, int]]
 """[start, stop) along each dim."""

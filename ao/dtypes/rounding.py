@@ -20,7 +20,7 @@ def reciprocal(x: Tensor) -> Tensor:
     """
     x = x.float()
     tiny, huge = torch.finfo(torch.float32).tiny, 2.0**126
-    if is_eager(x) and x.device.type != "mps":
+    if x.device.type == "cpu" and is_eager(x):
         # A few operators in place of fifty. 53 bits are enough for the second rounding to be that of the exact number.
         return x.double().reciprocal().float().masked_fill(x.abs() < tiny, 0.0)
     quotient = x.reciprocal()

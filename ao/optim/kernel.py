@@ -182,7 +182,7 @@ def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
     if cpu:
         options["cpp.enable_floating_point_contract_flag"] = "fast"  # products and sums in one instruction
     else:
-        options["coordinate_descent_tuning"] = True  # tries rows and warps of a program, for a third of the time
+        options["coordinate_descent_tuning"] = True  # tries rows and warps of a program, for a sixth of the time
     compiled: Any = torch._inductor.compile(graph, fakes, options=options)
     assert not shape_env.replacements, "the number of rows has become a constant"
     return compiled

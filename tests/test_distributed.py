@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ao.dtypes import Float8, Intx, QTensor
+from ao.dtypes.sharding import _all_gather
 from ao.quant import compute_error
 
 N, K = SHAPE
@@ -119,6 +121,27 @@ def test_two_ranks():
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(run, (port,), nprocs=WORLD)
+
+
+def test_one_gather_at_a_time(monkeypatch):
+    """Two at once can corrupt the memory of a gloo group: see ao/dtypes/sharding.py."""
+    ran = []
+
+    def gather(t, group_size, group_name):
+        ran.append("gather")
+        return t.repeat(group_size, *[1] * (t.dim() - 1))
+
+    def wait(t):
+        ran.append("wait")
+        return t
+
+    ops = torch.ops._c10d_functional
+    monkeypatch.setattr(ops, "all_gather_into_tensor", SimpleNamespace(default=gather))
+    monkeypatch.setattr(ops, "wait_tensor", SimpleNamespace(default=wait))
+    q = Intx(4, (1, 32), symmetric=False).quantize(weight())
+    whole = _all_gather(q, WORLD, "group")
+    assert ran == ["gather", "wait"] * 3
+    assert torch.equal(whole.dequantize(), q.dequantize().repeat(WORLD, 1))
 
 
 def gpu_run(rank: int, port: int) -> None:

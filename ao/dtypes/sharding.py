@@ -117,11 +117,12 @@ def as_strided(q: QTensor, size: Sequence[int], stride: Sequence[int], storage_o
 
 
 def _all_gather(q: QTensor, group_size: int, group_name: Any) -> QTensor:
+    # One at a time: where two functional gathers of a gloo group end at once, its two threads write one string of the group's
+    # status without a lock (seen in torch 2.13), and the process dies of a corrupted heap sooner or later.
     ops = torch.ops._c10d_functional
-    leaves = list(_leaves(q, apart=True))  # kept until they have been sent
-    started = [ops.all_gather_into_tensor.default(t, group_size, group_name) for t in leaves]
-    gathered = [ops.wait_tensor.default(t) for t in started]
-    return _rebuild(q, iter(gathered), q.dtype, group_size, apart=True)
+    gather, wait = ops.all_gather_into_tensor.default, ops.wait_tensor.default
+    gathered = (wait(gather(t, group_size, group_name)) for t in _leaves(q, apart=True))
+    return _rebuild(q, gathered, q.dtype, group_size, apart=True)
 
 
 def _each_field(op: Any) -> Callable[..., QTensor]:

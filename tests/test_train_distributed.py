@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ao.dtypes import NF4, Float8, Intx, QTensor
@@ -215,8 +216,18 @@ class Counter:
         dist.all_gather_into_tensor, dist.all_reduce = self.gather, self.reduce
 
 
+class Reciprocals(TorchDispatchMode):
+    """How many are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.reciprocal.default
+        return func(*args, **(kwargs or {}))
+
+
 def check_gathers(mesh) -> None:
-    """Half the bytes of bfloat16, a scale by one all-reduce for all weights, and the same numbers as in a single process."""
+    """Half the bytes of bfloat16, scales and their reciprocals at once for all weights, and the numbers of a single process."""
     gathered = {}
     x = data().to(torch.bfloat16)
     for name, config, precompute in (
@@ -230,11 +241,12 @@ def check_gathers(mesh) -> None:
         model = shard(copy.deepcopy(single), mesh)
         if precompute is not None:
             assert all(isinstance(p.to_local(), CastOnGather) for p in model.parameters())
-            with Counter() as counter:
+            with Counter() as counter, Reciprocals() as reciprocals:
                 precompute(model)
-            assert counter.reductions == 1
-        with Counter() as counter, torch.no_grad():
+            assert counter.reductions == reciprocals.count == 1
+        with Counter() as counter, Reciprocals() as reciprocals, torch.no_grad():
             out = model(x)
+        assert reciprocals.count == (0 if config is None else 2)  # of the inputs of two layers
         gathered[name] = counter.gathered
         assert counter.reductions == 0 and compute_error(single(x), out) > (25 if name == "bitnet" else 100)
     assert gathered["float8"] * 2 == gathered["bf16"] and gathered["bitnet"] * 8 == gathered["bf16"]

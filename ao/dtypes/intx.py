@@ -134,9 +134,11 @@ class Intx(Spec):
             found["zero_point"] = zero_point.float().round().clamp(self.qmin, self.qmax).to(codes)
         return found
 
-    def encode(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor | None]:
-        """Codes for `x` (float32) under the given qparams."""
-        q = self._codes(x, scale, zero_point).reshape(x.shape)
+    def encode(
+        self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None, inverse: Tensor | None = None
+    ) -> dict[str, Tensor | None]:
+        """Codes for `x` (float32) under the given qparams. inverse: 1 / scale, where it is known."""
+        q = self._codes(x, scale, zero_point, inverse).reshape(x.shape)
         return {"qdata": self._store(q), "scale": scale, "zero_point": zero_point}
 
     def round(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -151,10 +153,10 @@ class Intx(Spec):
         """Added to codes that are stored, so that those of fewer than 8 bits are never negative."""
         return 2 ** (self.bits - 1) if self.signed and self.bits < 8 else 0
 
-    def _codes(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    def _codes(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, inverse: Tensor | None = None) -> Tensor:
         """The codes as they are stored, in float32 and in blocks."""
         blocks = to_blocks(x, scale.shape)
-        steps = in_blocks(reciprocal(scale))
+        steps = in_blocks(reciprocal(scale) if inverse is None else inverse)
         offset = self._offset  # In place: no fresh memory.
         if self.is_binary:
             q = blocks.clone().lt_(0).neg_()

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from ao.dtypes import Float8, Intx, QTensor, Spec
+from ao.dtypes.rounding import reciprocal
 
 from .placement import is_dtensor
 
@@ -41,11 +42,13 @@ class Scale:
     """The scale of a whole weight, shared by all views of it.
 
     value: float32 (1, 1), or None if it is not known, or was computed before the last write.
+    inverse: 1 / value.
     version: the writes that the plain tensor had seen. Those through a `CastOnGather` are not among them: they set value to
         None.
     """
 
     value: Tensor | None = None
+    inverse: Tensor | None = None
     version: int = -1
 
 
@@ -112,8 +115,9 @@ class CastOnGather(torch.Tensor):
         else:
             if self.scale.value is None or self.scale.version != self.plain._version:
                 _set_scales([self], mesh.get_group(), mesh.size())
-            assert self.scale.value is not None
-            q = self.spec.quantize(self.plain, scale=self.scale.value)
+            value, inverse = self.scale.value, self.scale.inverse
+            assert value is not None and inverse is not None
+            q = self.spec.quantize(self.plain, scale=value, inverse=inverse)
         leaves, world = q.fsdp_pre_all_gather(mesh, outer_size, outer_stride, None, mp_policy)  # type: ignore[attr-defined]
         return leaves, (q, world)
 
@@ -194,8 +198,9 @@ def _set_scales(weights: list[CastOnGather], group: Any, size: int) -> None:
     torch.distributed.all_reduce(scales, op=op, group=group)
     if mean:
         scales = scales / size
-    for w, value in zip(weights, scales.unbind()):
-        w.scale.value, w.scale.version = value.reshape(1, 1), w.plain._version
+    # A reciprocal that is exact everywhere is some fifty operators, and FSDP2 runs its hooks eagerly: once for all weights.
+    for w, value, inverse in zip(weights, scales.unbind(), reciprocal(scales).unbind(), strict=True):
+        w.scale.value, w.scale.inverse, w.scale.version = value.view(1, 1), inverse.view(1, 1), w.plain._version
 
 
 def _scale(plain: Tensor, spec: Spec) -> Tensor:

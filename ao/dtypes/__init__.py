@@ -18,6 +18,7 @@ from .mapped import Mapped, MappedTensor
 from .paths import has_float8
 from .positive_steps import PositiveSteps
 from .products import Codes, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
+from .rounding import reciprocal
 
 __all__ = [
     "NF4",
@@ -56,6 +57,7 @@ __all__ = [
     "load",
     "nf4_spec",
     "path_name",
+    "reciprocal",
     "save",
     "scaled_product",
     "sources_digest",

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from ao.dtypes import Float8, Intx, QTensor, Spec
-from ao.dtypes.rounding import reciprocal
+from ao.dtypes import Float8, Intx, QTensor, Spec, reciprocal
 
 from .placement import is_dtensor
 

@@ -120,6 +120,8 @@ def test_structural(case, op, device):
     assert isinstance(out, QTensor) and type(out) is type(q)
     assert out.shape == expected.shape and out.dtype == expected.dtype
     assert torch.equal(out.dequantize(), expected)
+    with torch.inference_mode():
+        assert torch.equal(op(q).dequantize(), expected)
 
 
 @settings(max_examples=80, deadline=None)

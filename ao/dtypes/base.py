@@ -467,8 +467,7 @@ class QTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in OPS:
-            out = OPS[func](*args, **kwargs)
-            return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
+            return run(OPS[func], func, args, kwargs)
         if func._can_decompose():
             return func.decompose(*args, **kwargs)
         if func.namespace == "aten" and func._schema.is_mutable:
@@ -481,6 +480,19 @@ class QTensor(torch.Tensor):
             f"{func} has no low-bit form for {name}: call .dequantize() first and .quantize() the result, "
             "or use an in-place op, which quantizes anew"
         )
+
+
+def run(handler: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func` gives, by way of `handler`. args: of which the first is a QTensor."""
+    if not func.is_view:
+        return handler(*args, **kwargs)
+    if torch.is_inference_mode_enabled() and not args[0].is_inference():
+        # A view in inference mode is an ordinary tensor where the tensor itself is one.
+        with torch.inference_mode(False):
+            out = handler(*args, **kwargs)
+    else:
+        out = handler(*args, **kwargs)
+    return return_and_correct_aliasing(func, args, kwargs, out)
 
 
 def as_bytes(t: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from .base import Opaque, QTensor, Spec
+from .base import Opaque, QTensor, Spec, run
 
 aten = torch.ops.aten
 
@@ -88,8 +87,7 @@ class FlatTensor(QTensor, spec=Flat):
         handler = _OPS.get(func)
         if handler is None or not isinstance(args[0], FlatTensor):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        out = handler(*args, **(kwargs or {}))
-        return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
+        return run(handler, func, args, kwargs or {})
 
 
 _OPS: dict[Any, Callable[..., Any]] = {}

@@ -37,6 +37,7 @@ from . import paths, paths_cpu, paths_gpu
 from .base import FUNCTIONS, OPS, QTensor, as_bytes
 from .ops import gather
 from .pieces import is_eager
+from .shared_graph import inlined
 
 aten = torch.ops.aten
 
@@ -113,7 +114,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: QTensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
-        return _product(x, w)
+        with inlined():
+            return _product(x, w)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

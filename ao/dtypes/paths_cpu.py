@@ -26,6 +26,7 @@ from .float8 import Float8Tensor
 from .int4_prepacked import Int4PrepackedTensor
 from .intx import IntxTensor
 from .paths import compiling, quantize_act, scaled_by_row
+from .shared_graph import shared
 
 _VNNI = torch.cpu._is_vnni_supported()
 
@@ -54,6 +55,7 @@ def sums_accepts(x: Tensor, w: QTensor) -> bool:
     )
 
 
+@shared
 def sums(x: Tensor, w: QTensor) -> Tensor:
     """sum over k of x * (q * scale) - sum over groups of (scale * z) * (sum over k of x): nothing dense is stored.
 
@@ -117,6 +119,7 @@ def words_accepts(x: Tensor, w: QTensor) -> bool:
     )
 
 
+@shared
 def words(x: Tensor, w: QTensor) -> Tensor:
     """What `sums` computes, for CPUs that read words faster than bytes: no lane waits for another.
 
@@ -215,6 +218,7 @@ def split_accepts(x: Tensor, w: QTensor) -> bool:
     )
 
 
+@shared
 def split(x: Tensor, w: QTensor) -> Tensor:
     """(256 * (high @ q.T) + low @ q.T) * step * scale, where x = step * (256 * high + low) in 16-bit fixed point.
 
@@ -242,6 +246,7 @@ def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
     return x.device.type == "cpu" and paths.int_mm_accepts(x, w)
 
 
+@shared
 def int_mm(x: Tensor, w: QTensor) -> Tensor:
     """((q_x - z) @ q_w.T) * scale_x * scale_w. Without integer dot products in float32, exact up to 2**24, and many times
     faster than integers there."""
@@ -272,6 +277,7 @@ def pieces_accepts(x: Tensor, w: QTensor) -> bool:
     return x.device.type == "cpu" and (x.dtype not in _FLOATS or _pieces(w) > 1 or lanes.fast(w))
 
 
+@shared
 def pieces(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T, a large weight in row pieces: a piece that stays in cache from its decoding to its use saves a round
     trip through memory. Computed in float32 on a CPU without products of x's dtype."""

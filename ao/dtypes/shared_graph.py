@@ -1,0 +1,119 @@
+"""Functions that a traced graph holds once, however many layers call them.
+
+A product that is written out for the compiler is dozens of operators, times the pieces of the weight, and a compiler takes as
+long for the hundredth layer as for the first. But a model has layers of few shapes. So what they compute becomes a subgraph
+(PyTorch's invoke_subgraph), which is compiled once per shape and called by each layer.
+
+Only for inference: the compiler cuts a graph with a backward into two, and may want to look into what it cuts. An exported
+graph holds plain operators, too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from .base import QTensor
+
+try:
+    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph_infer
+
+    _invoke: Any = invoke_subgraph_infer
+except ImportError:  # before torch 2.13
+    _invoke = None
+
+_inline = ContextVar("inline", default=False)
+
+
+@dataclass
+class _Subgraph:
+    """What calls with arguments of one form share in a graph that is being traced.
+
+    function: of plain tensors; the compiler knows the subgraph again by it. result: shape, strides and dtype, if they are known.
+    """
+
+    function: Callable[..., tuple[Tensor]]
+    result: tuple[Any, Any, torch.dtype] | None = None
+
+
+_subgraphs: WeakKeyDictionary[Any, dict[Any, _Subgraph]] = WeakKeyDictionary()
+
+
+def shared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, whose calls in a traced graph share a subgraph where their arguments are alike but for the numbers in tensors.
+
+    function: of tensors, QTensors and hashable constants; what it returns shares no memory with them.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Tensor:
+        context = torch._guards.TracingContext.try_get()
+        inline = _invoke is None or context is None or _inline.get() or torch.is_grad_enabled()
+        if inline or torch.compiler.is_exporting():
+            return function(*args)
+        subgraphs = _subgraphs.setdefault(context, {})
+        key = (function, *(_form(a) for a in args))
+        subgraph = subgraphs.setdefault(key, _Subgraph(_of_operands(function, args)))
+        operands = [t for a in args for t in _operands(a)]
+        if get_proxy_mode() is None and subgraph.result is not None:
+            # Nothing is recorded: the compiler asks what the result looks like, and does so several times for each call.
+            shape, stride, dtype = subgraph.result
+            return operands[0].new_empty_strided(shape, stride, dtype=dtype)
+        (out,) = _invoke(subgraph.function, *operands)
+        subgraph.result = out.shape, out.stride(), out.dtype
+        return out
+
+    return call
+
+
+@contextmanager
+def inlined() -> Iterator[None]:
+    """Calls of shared functions inside are written out."""
+    token = _inline.set(True)
+    try:
+        yield
+    finally:
+        _inline.reset(token)
+
+
+def _of_operands(function: Callable[..., Tensor], args: tuple[Any, ...]) -> Callable[..., tuple[Tensor]]:
+    """`function` of the plain tensors in `args`."""
+
+    def call(*operands: Tensor) -> tuple[Tensor]:
+        rest = iter(operands)
+        with inlined():  # a subgraph holds no other
+            return (function(*(_filled(a, rest) for a in args)),)
+
+    return call
+
+
+def _form(a: Any) -> Any:
+    """What distinguishes an argument from others, the numbers in tensors left out."""
+    if isinstance(a, QTensor):
+        return type(a), a.spec, str(a.shape), a.dtype, a.whole, *((name, _form(t)) for name, t in a.fields().items())
+    return (str(a.shape), str(a.stride()), a.dtype, a.device) if isinstance(a, Tensor) else a
+
+
+def _operands(a: Any) -> Iterator[Tensor]:
+    """The plain tensors in an argument."""
+    if isinstance(a, QTensor):
+        for t in a.fields().values():
+            yield from _operands(t)
+    elif isinstance(a, Tensor):
+        yield a
+
+
+def _filled(a: Any, operands: Iterator[Tensor]) -> Any:
+    """`a` with other tensors in it."""
+    if isinstance(a, QTensor):
+        return a.map(lambda t: _filled(t, operands))
+    return next(operands) if isinstance(a, Tensor) else a

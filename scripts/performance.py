@@ -162,9 +162,11 @@ def targets(folder: Path) -> str:
     def quantized(value: Callable[[Row], float | None]) -> Callable[[], Values]:
         return lambda: [(value(r), r["format"]) for run in runs for r in run["rows"] if r.get("quantize_s")]
 
-    def compiled() -> Values:
+    def compiled(runs: Iterable[Mapping[str, Any]]) -> Callable[[], Values]:
         rows = [(run, r["format"]) for run in runs for r in run["rows"] if r["format"] != "bf16"]
-        return [(against_bf16(run, name, "compile_s"), name) for run, name in rows]
+        return lambda: [
+            (against_bf16(run, name, "compile_s"), f"{name}, {run['settings']['how']}") for run, name in rows
+        ]
 
     some, many = [m for m in gpu.tokens if 2 <= m <= 64], [m for m in gpu.tokens if m >= 128]
     most = [m for m in gpu.tokens if m >= 1024]
@@ -207,7 +209,7 @@ def targets(folder: Path) -> str:
             least=False,
             unit="",
         ),
-        Target("GPU, compile time of bf16's, the 8B shape", 1.3, compiled, least=False),
+        Target("GPU, compile time of bf16's, the 8B shape", 1.3, compiled(runs), least=False),
         Target("CPU, M=1, int8, speed of bf16", 1.7, speed(cpu, "int8", square, [1])),
         Target("CPU, M=1, int4 g128, speed of bf16", 2.2, speed(cpu, "int4-g128", square, [1])),
         Target("CPU, M=16, int8, time of bf16", 1.0, time(cpu, "int8", square, [16]), least=False),
@@ -217,6 +219,12 @@ def targets(folder: Path) -> str:
             for f in ("int8", "int4-g128")
         ),
         Target("CPU, M >= 16, int8-dynamic, speed of bf16", 1.2, speed(cpu, "int8-dynamic", square, cpu_many or [16])),
+        Target(
+            "CPU, compile time of bf16's, a 1B shape",
+            1.3,
+            compiled(read(folder / "generate-cpu.json")["runs"]),
+            least=False,
+        ),
     ]
     return markdown(["target", "asked", "worst measured", "verdict"], [target.cells() for target in listed])
 
@@ -405,6 +413,7 @@ def quantizing(folder: Path) -> str:
                     f"{r['quantize_bytes'] / r['quantize_s'] / max(run['ceilings']['copy'], run['ceilings']['read']):.0%}",
                     f"{extra / r['largest_layer_bytes']:.2f}" if extra is not None else "-",
                     f"{compiled:.2f}x" if compiled else "-",
+                    s["how"],
                 ]
             )
     if not rows:
@@ -416,6 +425,7 @@ def quantizing(folder: Path) -> str:
         "of bandwidth",
         "extra memory, in largest layers",
         "compile time of bf16's",
+        "compiled",
     ]
     return markdown(head, rows)
 

@@ -324,6 +324,20 @@ def test_eager_memory():
     )
 
 
+@pytest.mark.parametrize("name", [*PRECISIONS, "gathered"])
+def test_evaluated_in_inference_mode(name):
+    """A model that is being trained, also one whose weights FSDP2 casts before it gathers them."""
+    model, x = block(256).to(torch.bfloat16), data(2, 128, 256)
+    if name == "gathered":
+        convert_to_float8_training(model, config=GATHERED)
+    else:
+        convert_to_precision(model, name)
+    with torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
 def test_checkpoints_are_those_of_the_plain_model():
     plain = block().to(torch.bfloat16)
     state = plain.state_dict()

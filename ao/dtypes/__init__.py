@@ -3,7 +3,7 @@
 from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import QTensor, Spec, dense, sources_digest
+from .base import QTensor, Spec, dense, sources_digest, view_mode
 from .blocks import expand, in_blocks, to_blocks
 from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
@@ -63,4 +63,5 @@ __all__ = [
     "sources_digest",
     "to_blocks",
     "to_nf4",
+    "view_mode",
 ]

@@ -26,6 +26,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
@@ -467,7 +468,9 @@ class QTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in OPS:
-            return run(OPS[func], func, args, kwargs)
+            with view_mode(func, args[0]):
+                out = OPS[func](*args, **kwargs)
+            return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
         if func._can_decompose():
             return func.decompose(*args, **kwargs)
         if func.namespace == "aten" and func._schema.is_mutable:
@@ -482,17 +485,13 @@ class QTensor(torch.Tensor):
         )
 
 
-def run(handler: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
-    """What `func` gives, by way of `handler`. args: of which the first is a QTensor."""
-    if not func.is_view:
-        return handler(*args, **kwargs)
-    if torch.is_inference_mode_enabled() and not args[0].is_inference():
-        # A view in inference mode is an ordinary tensor where the tensor itself is one.
-        with torch.inference_mode(False):
-            out = handler(*args, **kwargs)
-    else:
-        out = handler(*args, **kwargs)
-    return return_and_correct_aliasing(func, args, kwargs, out)
+def view_mode(func: Any, base: Any) -> AbstractContextManager[Any]:
+    """The mode in which a tensor subclass makes what `func` gives of `base`, its first argument.
+
+    A view in inference mode is an ordinary tensor where its base is one; nothing else can be a view of it.
+    """
+    inference = func.is_view and torch.is_inference_mode_enabled() and not base.is_inference()
+    return torch.inference_mode(False) if inference else nullcontext()
 
 
 def as_bytes(t: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from .base import Opaque, QTensor, Spec, run
+from .base import Opaque, QTensor, Spec, view_mode
 
 aten = torch.ops.aten
 
@@ -87,7 +88,9 @@ class FlatTensor(QTensor, spec=Flat):
         handler = _OPS.get(func)
         if handler is None or not isinstance(args[0], FlatTensor):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        return run(handler, func, args, kwargs or {})
+        with view_mode(func, args[0]):
+            out = handler(*args, **(kwargs or {}))
+        return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
 
 
 _OPS: dict[Any, Callable[..., Any]] = {}

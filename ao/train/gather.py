@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from ao.dtypes import Float8, Intx, QTensor, Spec, reciprocal
+from ao.dtypes import Float8, Intx, QTensor, Spec, reciprocal, view_mode
 
 from .placement import is_dtensor
 
@@ -92,10 +92,13 @@ class CastOnGather(torch.Tensor):
                 if isinstance(t, CastOnGather):
                     t.scale.value = None
         inner_args, inner_kwargs = tree_map_only(CastOnGather, lambda t: t.plain, (args, kwargs))
-        out = func(*inner_args, **inner_kwargs)
-        if isinstance(first, CastOnGather) and (func.is_view or func in _KEPT):
-            spec, scale = first.spec, first.scale if func.is_view else None
-            out = tree_map_only(Tensor, lambda t: CastOnGather(t, spec, scale) if t.dtype.is_floating_point else t, out)
+        with view_mode(func, first):
+            out = func(*inner_args, **inner_kwargs)
+            if isinstance(first, CastOnGather) and (func.is_view or func in _KEPT):
+                spec, scale = first.spec, first.scale if func.is_view else None
+                out = tree_map_only(
+                    Tensor, lambda t: CastOnGather(t, spec, scale) if t.dtype.is_floating_point else t, out
+                )
         return return_and_correct_aliasing(func, args, kwargs, out)
 
     # FSDP2.

@@ -323,6 +323,8 @@ class QTensor(torch.Tensor):
     roles: ClassVar[dict[str, str]] = {}
     unit: ClassVar[int] = CHUNK
     """The elements at which a packed dim of the `Elements` can be cut."""
+    own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
+    """Handlers of ATen operators that come before those in `OPS` where the first argument is of this type."""
 
     def __init_subclass__(cls, spec: type[Spec] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -467,9 +469,11 @@ class QTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in OPS:
+        own = args[0].own_ops if isinstance(args[0], QTensor) else {}
+        handler = own.get(func) or OPS.get(func)
+        if handler is not None:
             with view_mode(func, args[0]):
-                out = OPS[func](*args, **kwargs)
+                out = handler(*args, **kwargs)
             return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
         if func._can_decompose():
             return func.decompose(*args, **kwargs)

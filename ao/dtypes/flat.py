@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from .base import Opaque, QTensor, Spec, view_mode
+from .base import Opaque, QTensor, Spec
 
 aten = torch.ops.aten
 
@@ -68,6 +67,7 @@ class FlatTensor(QTensor, spec=Flat):
     blocks: Opaque
 
     spec: Flat
+    own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
 
     @staticmethod
     def __new__(
@@ -81,24 +81,10 @@ class FlatTensor(QTensor, spec=Flat):
         assert isinstance(self.blocks, QTensor)
         return self.blocks.decode(dtype).reshape(self.shape)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        handler = _OPS.get(func)
-        if handler is None or not isinstance(args[0], FlatTensor):
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        with view_mode(func, args[0]):
-            out = handler(*args, **(kwargs or {}))
-        return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
-
-
-_OPS: dict[Any, Callable[..., Any]] = {}
-
 
 def _implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        _OPS.update(dict.fromkeys(ops, handler))
+        FlatTensor.own_ops.update(dict.fromkeys(ops, handler))
         return handler
 
     return register
@@ -164,8 +150,8 @@ def _new(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return handler
 
 
-_OPS[aten.new_zeros.default] = _new(torch.zeros)
-_OPS[aten.new_empty.default] = _new(torch.empty)
+FlatTensor.own_ops[aten.new_zeros.default] = _new(torch.zeros)
+FlatTensor.own_ops[aten.new_empty.default] = _new(torch.empty)
 
 if torch.distributed.is_available():
     from torch.distributed import _functional_collectives  # noqa: F401  defines the operator

@@ -18,7 +18,7 @@ CONSUMERS = {"linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu",
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
 HOSTS = {"accelerate", "diffusers", "peft", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
-KERNELS = {"launch", "triton_kernels", "hopper_kernels", "transpose_kernels", "gpu_ops"}
+KERNELS = {"launch", "triton_kernels", "hopper_kernels", "cast_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.
 BUILT_ON = {
     "codebook": {"intx"},

@@ -11,11 +11,13 @@ from ao.dtypes import (
     Codes,
     Float8,
     Intx,
+    cast_whole,
     codes_both,
     codes_of,
     codes_of_transposed,
     has_float8,
     is_square,
+    reciprocal,
     scaled_product,
 )
 from ao.quant import compute_error
@@ -80,6 +82,19 @@ def test_transposed(spec, shape, device):
 
 def as_numbers(t: torch.Tensor) -> torch.Tensor:
     return t.contiguous().view(torch.uint8) if t.element_size() == 1 else t
+
+
+@pytest.mark.parametrize("spec", [WHOLE, Float8("e5m2", (-1, -1)), Intx(8, (-1, -1)), TERNARY], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cast_with_a_scale_from_elsewhere(spec, dtype, device):
+    """As `quantize`, to the bit, also beyond the largest code and where rows do not lie side by side."""
+    x = weight((100, 1000)).to(device, dtype)
+    for data, factor in ((x, 1.0), (x, 0.4), (x[:, :992], 1.0), (x.t(), 1.0), (x[:0], 1.0), (torch.zeros_like(x), 1.0)):
+        scale = spec.choose_qparams(data, (1, 1))["scale"] * factor
+        expected, found = spec.quantize(data, scale=scale), cast_whole(data, spec, scale, reciprocal(scale))
+        assert found.spec == spec and found.dtype == dtype and found.shape == data.shape
+        for name, field in expected.fields().items():
+            assert torch.equal(field.view(torch.uint8), found.fields()[name].view(torch.uint8)), (name, factor)
 
 
 def test_odd_shapes(device):

@@ -17,7 +17,7 @@ from .linear import path_name
 from .mapped import Mapped, MappedTensor
 from .paths import has_float8
 from .positive_steps import PositiveSteps
-from .products import Codes, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
+from .products import Codes, cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 from .rounding import reciprocal
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "QTensor",
     "Spec",
     "TensorCoreTiledLayout",
+    "cast_whole",
     "codes_both",
     "codes_of",
     "codes_of_transposed",

@@ -76,7 +76,7 @@ def codes_of_transposed(x: Tensor, spec: Spec | None = None) -> Codes | Tensor:
     square = is_square(spec)
     if not _turns(x, spec):
         return codes_of(x, spec).t() if square else codes_of(x.t(), spec)
-    from . import transpose_kernels
+    from . import cast_kernels
 
     n, m = x.shape[1], x.shape[0]
     if square:
@@ -84,7 +84,7 @@ def codes_of_transposed(x: Tensor, spec: Spec | None = None) -> Codes | Tensor:
     else:
         scale = spec.choose_qparams(x.t().float(), spec.grid((n, m)))["scale"]
     rows = scale if scale.shape[0] in (1, n) else expand(scale, (n, scale.shape[1]))
-    return Codes(transpose_kernels.cast_transposed(x, rows, *_range(spec)), scale)
+    return Codes(cast_kernels.cast_transposed(x, rows, *_range(spec)), scale)
 
 
 def codes_both(x: Tensor, spec: Spec) -> tuple[Codes | Tensor, Codes | Tensor]:
@@ -92,11 +92,23 @@ def codes_both(x: Tensor, spec: Spec) -> tuple[Codes | Tensor, Codes | Tensor]:
     if isinstance(x, QTensor) or not (_turns(x, spec) and getattr(spec, "block", None) == (-1, -1)):
         codes = codes_of(x, spec)
         return codes, _turned(codes)
-    from . import transpose_kernels
+    from . import cast_kernels
 
     scale = _scale(x, spec)
-    same, turned = transpose_kernels.cast_both(x, scale, *_range(spec))
+    same, turned = cast_kernels.cast_both(x, scale, *_range(spec))
     return Codes(same, scale), Codes(turned, scale.t())
+
+
+def cast_whole(x: Tensor, spec: Spec, scale: Tensor, inverse: Tensor) -> QTensor:
+    """`spec.quantize(x, scale=scale, inverse=inverse)`, eagerly, for one scale of all of x: on a GPU in a single kernel.
+
+    x: any shape. scale, inverse: one number each, (1, ..., 1).
+    """
+    if not _turns(x, spec):
+        return spec.quantize(x, scale=scale, inverse=inverse)
+    from . import cast_kernels
+
+    return spec.wrap({"qdata": cast_kernels.cast(x, scale, *_range(spec)), "scale": scale}, x.dtype, x.shape)
 
 
 def is_square(spec: Spec | None) -> bool:
@@ -120,9 +132,9 @@ def _range(spec: Spec) -> tuple[torch.dtype, float, float]:
 def _turned(codes: Codes | Tensor) -> Codes | Tensor:
     if not isinstance(codes, Codes) or not _has_kernels(codes.values.device, codes.values.dtype):
         return codes.t()
-    from . import transpose_kernels
+    from . import cast_kernels
 
-    return Codes(transpose_kernels.transposed(codes.values), codes.scale.t())
+    return Codes(cast_kernels.transposed(codes.values), codes.scale.t())
 
 
 def _turns(x: Tensor, spec: Spec) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from ao.dtypes import Float8, Intx, QTensor, Spec, reciprocal, view_mode
+from ao.dtypes import Float8, Intx, QTensor, Spec, cast_whole, reciprocal, view_mode
 
 from .placement import is_dtensor
 
@@ -119,7 +119,7 @@ class CastOnGather(torch.Tensor):
                 _set_scales([self], mesh.get_group(), mesh.size())
             value, inverse = self.scale.value, self.scale.inverse
             assert value is not None and inverse is not None
-            q = self.spec.quantize(self.plain, scale=value, inverse=inverse)
+            q = cast_whole(self.plain, self.spec, value, inverse)
         leaves, world = q.fsdp_pre_all_gather(mesh, outer_size, outer_stride, None, mp_policy)  # type: ignore[attr-defined]
         return leaves, (q, world)
 

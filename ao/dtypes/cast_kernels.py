@@ -1,9 +1,10 @@
-"""A Triton kernel that casts a matrix to 8 bits and transposes it on the way, and the operators that call it.
+"""Triton kernels that cast a matrix to 8 bits, as it is or transposed on the way, and the operators that call them.
 
 The product for a weight's gradient sums over tokens, and 8-bit tensor cores want the sum to run along memory: both operands
 must be turned. A compiler fuses the turning with whatever else reads the same rows, and then writes byte by byte, a row apart;
 a tile that is turned in registers reads and writes whole lines. The operators are opaque to the compiler, which has another
-use: it keeps what they make for backward, one byte per number, and does not compute it again.
+use: it keeps what they make for backward, one byte per number, and does not compute it again. A cast without a turn is left
+to the compiler, except where nothing is compiled: FSDP2's hooks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,32 @@ from .launch import launch
 
 TILE = 128
 """Rows and columns of a tile. Blocks of scales along the sum must be multiples of it."""
+
+
+@triton.jit
+def _codes(x, scale, LOW: tl.constexpr, HIGH: tl.constexpr, FORMAT: tl.constexpr):
+    """cast(clamp(x / scale, LOW, HIGH)), as bytes."""
+    # As rounding.reciprocal has it, to the bit.
+    inverse = tl.where(tl.abs(scale) < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))
+    y = x.to(tl.float32) * inverse
+    if tl.int8 == FORMAT:
+        # Half to even, by a sum that has no bits to the right of the point.
+        bits = (tl.clamp(y, LOW - 1.0, HIGH + 1.0) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        codes = tl.minimum(tl.maximum(bits, tl.cast(LOW, tl.int32)), tl.cast(HIGH, tl.int32)).to(tl.int8)
+        return codes.to(tl.uint8, bitcast=True)
+    else:
+        return tl.clamp(y, LOW, HIGH).to(FORMAT).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def cast_kernel(
+    x_ptr, scale_ptr, out_ptr, size, LOW: tl.constexpr, HIGH: tl.constexpr, FORMAT: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """out = cast(clamp(x / scale, LOW, HIGH)), as bytes, for one scale."""
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    x = tl.load(x_ptr + i, mask=i < size, other=0)
+    scale = tl.load(scale_ptr + tl.zeros((1,), tl.int32))
+    tl.store(out_ptr + i, _codes(x, scale, LOW, HIGH, FORMAT), mask=i < size)
 
 
 @triton.jit
@@ -44,16 +71,7 @@ def transpose_kernel(
         else:
             scale = tl.load(scale_ptr + rn * tl.cdiv(M, STEP) + tl.program_id(1) * BM // STEP, mask=rn < N, other=0.0)
             scale = scale[None, :]
-        # As rounding.reciprocal has it, to the bit.
-        inverse = tl.where(tl.abs(scale) < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))
-        y = x.to(tl.float32) * inverse
-        if tl.int8 == FORMAT:
-            # Half to even, by a sum that has no bits to the right of the point.
-            bits = (tl.clamp(y, LOW - 1.0, HIGH + 1.0) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-            codes = tl.minimum(tl.maximum(bits, tl.cast(LOW, tl.int32)), tl.cast(HIGH, tl.int32)).to(tl.int8)
-            codes = codes.to(tl.uint8, bitcast=True)
-        else:
-            codes = tl.clamp(y, LOW, HIGH).to(FORMAT).to(tl.uint8, bitcast=True)
+        codes = _codes(x, scale, LOW, HIGH, FORMAT)
     if BOTH:
         tl.store(same_ptr + place, codes, mask=there)
     out = out_ptr + rn[:, None].to(tl.int64) * M + rm[None, :]
@@ -83,6 +101,18 @@ def _run(
                 transpose_kernel, (triton.cdiv(n, TILE), triton.cdiv(m, TILE)), x, x if scale is None else scale,
                 out if same is None else same, out, m, n, step, SCALES=scales, LOW=low, HIGH=high, FORMAT=_FORMATS[dtype],
                 BOTH=same is not None, BM=TILE, BN=TILE, num_warps=8,
+            )  # fmt: skip
+    return out.view(dtype)
+
+
+def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, low: float, high: float) -> Tensor:
+    """cast(clamp(x / scale, low, high)) of `dtype`, outside of any graph. scale: one number; the rest as `cast_transposed`."""
+    out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    if out.numel():
+        with torch.cuda.device(x.device):
+            launch(
+                cast_kernel, (triton.cdiv(x.numel(), 4096),), x.contiguous(), scale.float(), out, x.numel(), LOW=low,
+                HIGH=high, FORMAT=_FORMATS[dtype], B=4096, num_warps=8,
             )  # fmt: skip
     return out.view(dtype)
 

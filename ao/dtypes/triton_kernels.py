@@ -103,6 +103,17 @@ _UNSIGNED = tl.constexpr(_dot_asm(8, "u32")[0])
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(x):
+    """(J, 4, 4) -> (J,): NaN where there is one, which then makes the sum NaN."""
+    return tl.reduce(tl.reduce(x, 2, _larger), 1, _larger)
+
+
+@triton.jit
 def _fixed_point(x, f):
     """(J, 4, 4) float32, f (J,) -> 0x4B400080 + round(x * f), whose last 16 bits are round(x * f) + 128."""
     return (x * f[:, None, None] + 12583040.0).to(tl.int32, bitcast=True)
@@ -112,8 +123,8 @@ def _fixed_point(x, f):
 def _bytes(i):
     """(J, 4, 4) int32 i + 128 -> the high and the low bytes of i = 256 high + low, both signed, 4 to a word: (4 J,)."""
     high, low = tl.inline_asm_elementwise(
-        """{ .reg .b32 a, b; prmt.b32 a, $8, $9, 0x0051; prmt.b32 b, $10, $11, 0x0051; prmt.b32 $0, a, b, 0x5410;
-        prmt.b32 a, $8, $9, 0x0040; prmt.b32 b, $10, $11, 0x0040; prmt.b32 a, a, b, 0x5410; xor.b32 $4, a, 0x80808080;
+        """{ .reg .b32 a, b; prmt.b32 a, $8, $9, 0x5410; prmt.b32 b, $10, $11, 0x5410; prmt.b32 $0, a, b, 0x7531;
+        prmt.b32 a, a, b, 0x6420; xor.b32 $4, a, 0x80808080;
         mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }""",
         "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [i], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
     )  # fmt: skip
@@ -123,15 +134,31 @@ def _bytes(i):
 
 @triton.jit
 def _codes_of_rows(q_ptr, row, word, words: tl.constexpr):
-    """The words of rows of codes: (BN, 4 J) int32."""
+    """The words of rows of codes: (BN, 4 J) int32. They are read once, and are the first to leave the cache."""
     at = q_ptr + row[:, None].to(tl.int64) * words + word[None, :]
-    return tl.load(at) if words == word.shape[0] else tl.load(at, mask=(word < words)[None, :], other=0)
+    if words == word.shape[0]:
+        return tl.load(at, eviction_policy="evict_first")
+    else:
+        return tl.load(at, mask=(word < words)[None, :], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _scales_of_rows(scale_ptr, zero_ptr, row, unit, U: tl.constexpr, NG: tl.constexpr, ZERO: tl.constexpr):
+    """The scale of each unit of rows, and its zero point or nothing: (J, BN), as they are stored.
+
+    Transposed, because Triton then spreads them over threads as it does the sums that they multiply.
+    """
+    at = (unit // (U // NG))[:, None] + row[None, :].to(tl.int64) * NG
+    there = (unit < U)[:, None]
+    scale = tl.load(scale_ptr + at, mask=there, other=0.0)
+    return scale, tl.load(zero_ptr + at, mask=there, other=0) if ZERO else 0
 
 
 @triton.jit
 def gemv_int_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
     SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, J: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * (q[n] - zero[n]) * scale[n]).
 
@@ -139,6 +166,7 @@ def gemv_int_kernel(
     this one. A row is J units (or fewer, J being a power of two) of 16 bytes of codes, read as words, and a thread has the
     same units of every row: its part of x stays in registers, as 16-bit fixed point with a step of max|x| / 32512 of the
     unit, in two bytes. So the sum of a unit is exact in integers: two 4-way byte products for 4 codes.
+    AHEAD: load the scales of the next tile ahead as well.
     """
     E: tl.constexpr = 128 // BITS  # elements of a unit
     U: tl.constexpr = K // E
@@ -147,13 +175,16 @@ def gemv_int_kernel(
     unit = tl.arange(0, J)
     word = tl.arange(0, 4 * J)
     rn = tl.arange(0, BN)
-    ahead = _codes_of_rows(q_ptr, tl.minimum(first * BN + rn, N - 1), word, 4 * U)
+    row = tl.minimum(first * BN + rn, N - 1)
+    ahead = _codes_of_rows(q_ptr, row, word, 4 * U)
+    if AHEAD:
+        scales, zeros = _scales_of_rows(scale_ptr, zero_ptr, row, unit, U, NG, ZERO)
     k = (unit * E)[:, None, None] + (tl.arange(0, 4) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     there = (unit < U)[:, None, None]
     x = tl.load(x_ptr + k, mask=there, other=0.0).to(tl.float32)
     if BITS == 4:
         y = tl.load(x_ptr + k + 16, mask=there, other=0.0).to(tl.float32)
-        top = tl.max(tl.max(tl.maximum(magnitude(x), magnitude(y)), 2), 1).to(tl.float32, bitcast=True)
+        top = _largest(_larger(tl.abs(x), tl.abs(y)))
         f = tl.where(top > 0, 32512.0 / top, 0.0)
         i = _fixed_point(x, f)
         j = _fixed_point(y, f)
@@ -161,7 +192,7 @@ def gemv_int_kernel(
         high, low = _bytes(i)
         high_y, low_y = _bytes(j)
     else:
-        top = tl.max(tl.max(magnitude(x), 2), 1).to(tl.float32, bitcast=True)
+        top = _largest(tl.abs(x))
         i = _fixed_point(x, tl.where(top > 0, 32512.0 / top, 0.0))
         total = tl.sum(tl.sum(i, 2), 1) + 0x4BFFF800  # less 16 times 0x4B400080, modulo 2**32
         high, low = _bytes(i)
@@ -170,7 +201,8 @@ def gemv_int_kernel(
     for tile in tl.range(first, tl.cdiv(N, BN), tl.num_programs(0)):
         row = tl.minimum(tile * BN + rn, N - 1)
         q = ahead
-        ahead = _codes_of_rows(q_ptr, tl.minimum(row + tl.num_programs(0) * BN, N - 1), word, 4 * U)
+        after = tl.minimum(row + tl.num_programs(0) * BN, N - 1)
+        ahead = _codes_of_rows(q_ptr, after, word, 4 * U)
         if BITS == 4:
             dots = tl.inline_asm_elementwise(
                 _NIBBLES, _NIBBLES_OPERANDS, [q, high[None, :], low[None, :], high_y[None, :], low_y[None, :]],
@@ -189,15 +221,16 @@ def gemv_int_kernel(
                 d -= OFFSET * total[None, :]
             out = tl.sum(d, 1) * tl.load(scale_ptr + row).to(tl.float32)
         else:
-            # Transposed, (J, BN), because Triton then spreads them over threads as it does d.
-            at = (unit * E // G)[:, None] + row[None, :].to(tl.int64) * NG
-            scale = tl.load(scale_ptr + at, mask=(unit < U)[:, None], other=0.0).to(tl.float32)
+            if AHEAD:
+                scale, zero = scales, zeros
+                scales, zeros = _scales_of_rows(scale_ptr, zero_ptr, after, unit, U, NG, ZERO)
+            else:
+                scale, zero = _scales_of_rows(scale_ptr, zero_ptr, row, unit, U, NG, ZERO)
             if ZERO:
-                zero = tl.load(zero_ptr + at, mask=(unit < U)[:, None], other=0).to(tl.float32) + OFFSET
-                d -= tl.trans(zero) * total[None, :]
+                d -= tl.trans(zero.to(tl.float32) + OFFSET) * total[None, :]
             elif OFFSET:
                 d -= OFFSET * total[None, :]
-            out = tl.sum(d * tl.trans(scale), 1)
+            out = tl.sum(d * tl.trans(scale.to(tl.float32)), 1)
         tl.store(out_ptr + tile * BN + rn, out.to(out_ptr.dtype.element_ty), mask=tile * BN + rn < N)
 
 
@@ -368,14 +401,18 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
     group = 128 if by_row else k // int(scale.shape[1])
     # At least 8, of 16 numbers each, 4 for every thread of a warp: Triton 3.6 computes with a smaller tile wrongly.
     units = max(8, triton.next_power_of_2(k * bits // 128))
-    warps = max(1, min(8, units // 64) if bits == 4 else min(16, units // 32))
-    rows, places = (4, 6) if units <= 128 else (4, 4) if units <= 256 else (2, 2)
+    if units <= 128:
+        rows, warps, places = 4, max(1, units // (64 if bits == 4 else 32)), 6
+    elif units <= 256:
+        rows, warps, places = 4, 8, 3 if bits == 4 else 4
+    else:
+        rows, warps, places = (2, 16, 2) if bits == 8 else (4 if units <= 512 else 2, 16, 1)
     tiles = triton.cdiv(n, rows)
     rounds = triton.cdiv(tiles, multiprocessors(x.device) * places)
     wrap_triton(gemv_int_kernel)[(triton.cdiv(tiles, rounds),)](
         x, qdata.view(torch.int32), scale, scale if zero_point is None else zero_point, out, n,
         K=k, G=group, BITS=bits, SIGNED=qdata.dtype == torch.int8, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset,
-        BN=rows, J=units, num_warps=warps,
+        BN=rows, J=units, AHEAD=bits == 4 and units > 128 and not by_row, num_warps=warps,
     )  # fmt: skip
     return out
 

@@ -6,6 +6,7 @@ from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import QTensor, Spec, dense, sources_digest, view_mode
 from .blocks import expand, in_blocks, to_blocks
 from .checkpoint import load, save
+from .chip import has_float8
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
 from .flat import Flat, FlatTensor
@@ -15,7 +16,6 @@ from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .linear import path_name
 from .mapped import Mapped, MappedTensor
-from .paths import has_float8
 from .positive_steps import PositiveSteps
 from .products import Codes, cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 from .rounding import reciprocal

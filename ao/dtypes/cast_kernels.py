@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import cdiv, launch
 
 TILE = 128
 """Rows and columns of a tile. Blocks of scales along the sum must be multiples of it."""
@@ -94,11 +94,11 @@ def _run(
     else:
         scale = scale.float().contiguous()  # (1, 1), (N, 1) or (N, M / block)
         scales = 1 if scale.numel() == 1 else 2
-        step = m // scale.shape[1] if scale.shape[1] > 1 else max(triton.cdiv(m, TILE), 1) * TILE
+        step = m // scale.shape[1] if scale.shape[1] > 1 else max(cdiv(m, TILE), 1) * TILE
     if out.numel():
         with torch.cuda.device(x.device):  # Triton launches on the current one
             launch(
-                transpose_kernel, (triton.cdiv(n, TILE), triton.cdiv(m, TILE)), x, x if scale is None else scale,
+                transpose_kernel, (cdiv(n, TILE), cdiv(m, TILE)), x, x if scale is None else scale,
                 out if same is None else same, out, m, n, step, SCALES=scales, LOW=low, HIGH=high, FORMAT=_FORMATS[dtype],
                 BOTH=same is not None, BM=TILE, BN=TILE, num_warps=8,
             )  # fmt: skip
@@ -111,7 +111,7 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, low: float, high: float) 
     if out.numel():
         with torch.cuda.device(x.device):
             launch(
-                cast_kernel, (triton.cdiv(x.numel(), 4096),), x.contiguous(), scale.float(), out, x.numel(), LOW=low,
+                cast_kernel, (cdiv(x.numel(), 4096),), x.contiguous(), scale.float(), out, x.numel(), LOW=low,
                 HIGH=high, FORMAT=_FORMATS[dtype], B=4096, num_warps=8,
             )  # fmt: skip
     return out.view(dtype)

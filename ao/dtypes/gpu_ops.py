@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import hopper_kernels, triton_kernels
+from .chip import cuda_capability
 
 
 def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Callable[..., Tensor]]:
@@ -21,6 +22,8 @@ def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[.
     def define(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(function)
         def on_its_device(x: Tensor, *args: object) -> Tensor:
+            if x.device.index == torch.cuda.current_device():
+                return function(x, *args)
             with torch.cuda.device(x.device):  # Triton launches on the current one
                 return function(x, *args)
 
@@ -44,7 +47,7 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     offset: what to add to zero_point.
     """
     (m, k), n = x.shape, qdata.shape[0]
-    if _is_hopper(x.device) and k % 128 == n % 64 == 0 and k <= 65536 and _is_aligned(x, qdata):
+    if cuda_capability(x.device)[0] == 9 and k % 128 == n % 64 == 0 and k <= 65536 and _is_aligned(x, qdata):
         exact = qdata.dtype in (torch.int8, torch.float8_e4m3fn)
         if (m > 16 or n >= 16384) and qdata.shape[1] == k and exact and scale.shape[1] == 1 and zero_point is None:
             return hopper_kernels.parts_product(x, qdata, scale)
@@ -82,7 +85,7 @@ def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool) -> T
 
 def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     (m, k), n = x.shape, qdata.shape[0]
-    copied = _is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
+    copied = cuda_capability(x.device)[0] == 9 and k % 128 == 0 and _is_aligned(x, qdata)
     few = (
         256 if qdata.dtype.is_floating_point and dtype == torch.bfloat16 else 512
     )  # beyond, cuBLAS is faster in float8
@@ -100,11 +103,6 @@ def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dty
         one = torch.ones((), dtype=torch.float32, device=x.device)
         total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
     return triton_kernels.scaled(total, rows, columns, dtype, m)
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _is_aligned(*tensors: Tensor) -> bool:

@@ -24,7 +24,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import launch, multiprocessors
+from .chip import multiprocessors
+from .launch import cdiv, launch, power_of_two
 from .triton_kernels import magnitude, sum_kernel
 
 # 8-bit activations.
@@ -229,7 +230,7 @@ def int8_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype:
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
     launch(
-        int8_kernel, (triton.cdiv(m, height) * triton.cdiv(n, width),),
+        int8_kernel, (cdiv(m, height) * cdiv(n, width),),
         TensorDescriptor.from_tensor(x, [height, 128]), rows, TensorDescriptor.from_tensor(qdata, [width, 128]), columns,
         out, m, n, K=k, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
     )  # fmt: skip
@@ -248,14 +249,14 @@ def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
         tokens, height, warps, stages = 32, 64, 4, 6
     elif 64 < m <= 256 and k > 8192:
         tokens, height, warps, stages = 128, 64, 4, 5
-    elif m > 256 and n % 128 == 0 and n // 128 * triton.cdiv(m, 128) <= 132:
+    elif m > 256 and n % 128 == 0 and n // 128 * cdiv(m, 128) <= 132:
         tokens, height, warps, stages = 128, 128, 8, 4
     else:
         tokens, height, warps, stages = 64, 64, 4, 4
-    tiles = triton.cdiv(m, tokens)
+    tiles = cdiv(m, tokens)
     parts = torch.empty(tiles * 2 * tokens, k, dtype=qdata.dtype, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(k)
+    block = power_of_two(k)
     launch(
         split_kernel, (m,), x, parts, step, num_warps=8, K=k, BM=tokens, B=block, FLOAT=qdata.dtype.is_floating_point
     )
@@ -269,7 +270,7 @@ def _parts_product(
     """`parts_kernel` over tiles of `tokens` x `height`. Fewer stages where three programs then share a multiprocessor, or
     four if that makes room for all at once."""
     n, k = qdata.shape
-    tiles = triton.cdiv(m, tokens)
+    tiles = cdiv(m, tokens)
     programs = n // height * tiles
     size = (parts * tokens + height) * 128
     split = _splits(programs, k // 128, 2 if size * stages <= 116_000 else 1)
@@ -294,7 +295,7 @@ def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tenso
     m, k = x.shape
     codes = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(k)
+    block = power_of_two(k)
     tops, count = scale, 0
     if whole:
         count = min(m, 4 * multiprocessors(x.device))
@@ -314,10 +315,10 @@ def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype
     m, k = x.shape
     n = qdata.shape[0]
     if m <= 64 or (m <= 128 and n < 16384):
-        tokens, height, warps, stages = max(16, min(64, triton.next_power_of_2(m))), 64, 4, 6
+        tokens, height, warps, stages = max(16, min(64, power_of_two(m))), 64, 4, 6
     elif m <= 128:
         tokens, height, warps, stages = 128, 64, 4, 4
-    elif n % 128 == 0 and n // 128 * triton.cdiv(m, 256) >= 90:
+    elif n % 128 == 0 and n // 128 * cdiv(m, 256) >= 90:
         tokens, height, warps, stages = 256, 128, 8, 4
     elif k > 8192:
         tokens, height, warps, stages = (128, 64, 4, 6) if m <= 256 or n % 128 else (128, 128, 8, 6)
@@ -330,9 +331,9 @@ def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor 
     """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
     group = 128
-    tokens = max(16, min(256, triton.next_power_of_2(m)))
+    tokens = max(16, min(256, power_of_two(m)))
     height, warps = (128, 8) if tokens == 64 and n >= 16384 and n % 128 == 0 else (64, 4)
-    tiles = triton.cdiv(m, tokens)
+    tiles = cdiv(m, tokens)
     split = _splits(n // height * tiles, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
     out, sums = _outputs(m, n, split, x.dtype, x.device)
     launch(
@@ -349,7 +350,7 @@ def _splits(programs: int, steps: int, places: int) -> int:
     """In how many parts to cut K: as many as fill `places` on each of 132 multiprocessors, four steps or more each."""
     steps = max(steps, 1)
     split = max(1, min(132 * places // programs, steps // 4))
-    return triton.cdiv(steps, triton.cdiv(steps, split))
+    return cdiv(steps, cdiv(steps, split))
 
 
 def _outputs(m: int, n: int, split: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -361,5 +362,5 @@ def _outputs(m: int, n: int, split: int, dtype: torch.dtype, device: torch.devic
 def _summed(sums: Tensor, out: Tensor, split: int) -> Tensor:
     if split > 1:
         size = out.numel()
-        launch(sum_kernel, (triton.cdiv(size, 1024),), sums, out, size, early=True, SPLIT=split, B=1024, EARLY=True)
+        launch(sum_kernel, (cdiv(size, 1024),), sums, out, size, early=True, SPLIT=split, B=1024, EARLY=True)
     return out

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -45,6 +44,11 @@ def _kind(arg: Any) -> Any:
     return arg == 1, arg % 16 == 0, arg < 2**31
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (triton.cdiv is for kernels too, and takes a microsecond.)"""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is no less than n."""
+    return 1 << (n - 1).bit_length()

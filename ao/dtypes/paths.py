@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import QTensor, Spec, quantize_fields
+from .chip import has_float8
 from .float8 import Float8, Float8Tensor
 from .int4_prepacked import Int4PrepackedTensor
 from .intx import Intx, IntxTensor
@@ -83,11 +84,6 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
 
 def float8_accepts(x: Tensor, w: QTensor) -> bool:
     return isinstance(w, Float8Tensor) and scaled_by_row(w) and per_row(w.spec.act, Float8)
-
-
-def has_float8(device: torch.device) -> bool:
-    """Whether the chip multiplies float8: NVIDIA's since Ada and Hopper."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def scaled_mm_accepts(x: Tensor, w: QTensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .base import QTensor
 from .bits import CHUNK, packed_dim
+from .chip import cuda_capability
 from .float8 import Float8, Float8Tensor
 from .intx import Intx, IntxTensor
 from .paths import compiling, int_mm_accepts, per_row, quantize_act, scaled_mm_accepts
@@ -24,12 +25,7 @@ SOME = 512
 
 
 def _has_kernels(device: torch.device) -> bool:
-    return (
-        _TRITON
-        and device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    return _TRITON and cuda_capability(device) >= (8, 0)
 
 
 def _packed(x: Tensor, w: QTensor) -> bool:
@@ -99,7 +95,7 @@ def _most(x: Tensor, w: QTensor) -> int:
     """The largest number of tokens that `fused` takes with this weight."""
     assert isinstance(w, (IntxTensor, Float8Tensor))
     n, k = (int(size) for size in w.shape)
-    if torch.cuda.get_device_capability(x.device)[0] != 9 or n % 64 or k % 128 or k > 65536:
+    if cuda_capability(x.device)[0] != 9 or n % 64 or k % 128 or k > 65536:
         return FEW
     if w.qdata.shape[1] == k:
         kernel = w.qdata.dtype in (torch.int8, torch.float8_e4m3fn) and w.scale.shape[1] == 1
@@ -156,7 +152,7 @@ def _quantized_by_operator(x: Tensor, w: IntxTensor | Float8Tensor) -> bool:
         and act is not None
         and w.spec.act in (act, replace(act, block=(-1, -1)))  # type: ignore[call-arg]
         and w.shape[1] <= 65536
-        and torch.cuda.get_device_capability(x.device)[0] == 9
+        and cuda_capability(x.device)[0] == 9
     )
 
 

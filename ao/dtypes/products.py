@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .base import QTensor, Spec
 from .blocks import expand, in_blocks, to_blocks
+from .chip import cuda_capability, has_float8
 from .float8 import Float8, Float8Tensor
 from .intx import Intx, IntxTensor
-from .paths import has_float8
 
 _TRITON = find_spec("triton") is not None
 _VNNI = torch.cpu._is_vnni_supported()
@@ -149,13 +149,7 @@ def _turns(x: Tensor, spec: Spec) -> bool:
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    least = (8, 0) if dtype == torch.int8 else (8, 9)
-    return (
-        _TRITON
-        and device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= least
-    )
+    return _TRITON and cuda_capability(device) >= ((8, 0) if dtype == torch.int8 else (8, 9))
 
 
 def scaled_product(
@@ -213,7 +207,7 @@ def _has_blocks(a: Codes, b: Codes) -> bool:
     device, k = a.values.device, a.values.shape[1]
     rows = [t.scale.shape[0] == t.values.shape[0] for t in (a, b)]
     return (
-        torch.cuda.get_device_capability(device)[0] == 9
+        cuda_capability(device)[0] == 9
         and tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) >= (12, 9)
         and a.values.dtype == b.values.dtype == torch.float8_e4m3fn
         and all(t.scale.shape[1] * 128 == k for t in (a, b))

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.language.extra.cuda import gdc_wait
 
-from .launch import launch, multiprocessors
+from .chip import multiprocessors
+from .launch import cdiv, launch, power_of_two
 
 # Decoding, 4 bytes of a register at a time.
 
@@ -394,22 +395,22 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
     n, k, width = int(qdata.shape[0]), int(x.shape[1]), int(qdata.shape[1])
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     if qdata.dtype.is_floating_point:
-        wrap_triton(gemv_float_kernel)[(triton.cdiv(n, 8),)](x, qdata, scale, out, n, K=k, BN=8, BK=1024, num_warps=4)
+        wrap_triton(gemv_float_kernel)[(cdiv(n, 8),)](x, qdata, scale, out, n, K=k, BN=8, BK=1024, num_warps=4)
         return out
     bits = 8 * width // k
     by_row = int(scale.shape[1]) == 1
     group = 128 if by_row else k // int(scale.shape[1])
     # At least 8, of 16 numbers each, 4 for every thread of a warp: Triton 3.6 computes with a smaller tile wrongly.
-    units = max(8, triton.next_power_of_2(k * bits // 128))
+    units = max(8, power_of_two(k * bits // 128))
     if units <= 128:
         rows, warps, places = 4, max(1, units // (64 if bits == 4 else 32)), 6
     elif units <= 256:
         rows, warps, places = 4, 8, 3 if bits == 4 else 4
     else:
         rows, warps, places = (2, 16, 2) if bits == 8 else (4 if units <= 512 else 2, 16, 1)
-    tiles = triton.cdiv(n, rows)
-    rounds = triton.cdiv(tiles, multiprocessors(x.device) * places)
-    wrap_triton(gemv_int_kernel)[(triton.cdiv(tiles, rounds),)](
+    tiles = cdiv(n, rows)
+    rounds = cdiv(tiles, multiprocessors(x.device) * places)
+    wrap_triton(gemv_int_kernel)[(cdiv(tiles, rounds),)](
         x, qdata.view(torch.int32), scale, scale if zero_point is None else zero_point, out, n,
         K=k, G=group, BITS=bits, SIGNED=qdata.dtype == torch.int8, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset,
         BN=rows, J=units, AHEAD=bits == 4 and units > 128 and not by_row, num_warps=warps,
@@ -431,20 +432,20 @@ def fused(
         unroll *= 2
     tokens, blocks = (16, 1) if m <= 16 else (32, 1) if m <= 32 else (32, 2)
     height = 128 if m > 32 or n >= 16384 or (bits == 4 and m > 16) else 64
-    tiles = triton.cdiv(n, height) * triton.cdiv(m, tokens * blocks)
+    tiles = cdiv(n, height) * cdiv(m, tokens * blocks)
     split = max(1, min(8, round(256 / tiles), steps // unroll // 4))
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     e4m3 = qdata.dtype == torch.float8_e4m3fn
     launch(
-        fused_kernel, (triton.cdiv(n, height), triton.cdiv(m, tokens * blocks), split),
+        fused_kernel, (cdiv(n, height), cdiv(m, tokens * blocks), split),
         x, scale if rows is None else rows, qdata.view(torch.uint8) if e4m3 else qdata, scale,
         scale if zero_point is None else zero_point, parts, m, n, K=k, G=group, BITS=bits, E4M3=e4m3,
         ACT=rows is not None, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset, BM=tokens, MB=blocks, BN=height,
         U=unroll, SPLIT=split, STAGES=4 if by_row and m <= 16 else 3, num_warps=4,
     )  # fmt: skip
     if split > 1:
-        launch(sum_kernel, (triton.cdiv(m * n, 1024),), parts, out, m * n, SPLIT=split, B=1024, EARLY=False)
+        launch(sum_kernel, (cdiv(m * n, 1024),), parts, out, m * n, SPLIT=split, B=1024, EARLY=False)
     return out
 
 
@@ -452,5 +453,5 @@ def scaled(total: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, tok
     """The first `tokens` rows of total (M, N), times rows (M, 1) and columns (N, 1), as `dtype`."""
     n = total.shape[1]
     out = torch.empty(tokens, n, dtype=dtype, device=total.device)
-    launch(scale_kernel, (tokens, triton.cdiv(n, 1024)), total, rows, columns, out, n, B=1024)
+    launch(scale_kernel, (tokens, cdiv(n, 1024)), total, rows, columns, out, n, B=1024)
     return out

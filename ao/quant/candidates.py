@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..dtypes import Spec
+from ..dtypes import Spec, has_float8
 from .configs import (
     Config,
     Float8DynamicActivationFloat8WeightConfig,
@@ -96,4 +96,4 @@ def _has_arithmetic(config: Config | Spec, device: torch.device) -> bool:
         return True
     if device.type != "cuda":
         return config.act() is None
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return has_float8(device)

@@ -159,9 +159,10 @@ def _graph_replay(turn: Callable[[], None], device: torch.device) -> Callable[[i
 
 
 def _copies(weight_bytes: int, product: Product, model_bytes: int) -> int:
-    """How many copies take turns: three times the cache, but no more than the model has of such weights, nor 64."""
+    """How many copies take turns: so many that they exceed the cache (a GPU keeps part of what is loaded to leave it first),
+    but no more than the model has of such weights, nor 64."""
     dense_bytes = product.out_features * product.in_features * product.weight_dtype.itemsize
-    cold = math.ceil(3 * cache_bytes(product.device) / weight_bytes)
+    cold = math.ceil((6 if product.device.type == "cuda" else 3) * cache_bytes(product.device) / weight_bytes)
     owned = math.ceil(model_bytes / dense_bytes)
     return max(1, min(cold, owned, 64))
 

@@ -244,12 +244,12 @@ def gemv_float_kernel(x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: 
     acc = tl.zeros((BN, BK // 16), tl.float32)
     for k0 in range(0, K, BK):
         if K % BK == 0:
-            q = tl.load(q_ptr + row[:, None] * K + (k0 + k)[None, :]).to(tl.float32)
+            q = tl.load(q_ptr + row[:, None] * K + (k0 + k)[None, :], eviction_policy="evict_first").to(tl.float32)
             x = tl.load(x_ptr + k0 + k).to(tl.float32)
         else:
             there = k0 + k < K
-            q = tl.load(q_ptr + row[:, None] * K + (k0 + k)[None, :], mask=there[None, :]).to(tl.float32)
-            q = tl.where(there[None, :], q, 0.0)
+            q = tl.load(q_ptr + row[:, None] * K + (k0 + k)[None, :], mask=there[None, :], eviction_policy="evict_first")
+            q = tl.where(there[None, :], q.to(tl.float32), 0.0)
             x = tl.load(x_ptr + k0 + k, mask=there, other=0.0).to(tl.float32)
         acc += tl.sum(tl.reshape(q * x[None, :], (BN, BK // 16, 16)), 2)
     out = tl.sum(acc, 1) * tl.load(scale_ptr + row).to(tl.float32)

@@ -248,7 +248,9 @@ def gemv_float_kernel(x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: 
             x = tl.load(x_ptr + k0 + k).to(tl.float32)
         else:
             there = k0 + k < K
-            q = tl.load(q_ptr + row[:, None] * K + (k0 + k)[None, :], mask=there[None, :], eviction_policy="evict_first")
+            q = tl.load(
+                q_ptr + row[:, None] * K + (k0 + k)[None, :], mask=there[None, :], eviction_policy="evict_first"
+            )
             q = tl.where(there[None, :], q.to(tl.float32), 0.0)
             x = tl.load(x_ptr + k0 + k, mask=there, other=0.0).to(tl.float32)
         acc += tl.sum(tl.reshape(q * x[None, :], (BN, BK // 16, 16)), 2)

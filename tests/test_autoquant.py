@@ -470,6 +470,22 @@ def test_timing_of_products(device):
     assert found.keys() == {"float32", "int8"} and all(0 < t < 1 for t in found.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_timers_keep_what_they_read():
+    """A CUDA graph does not: it would replay over memory that is another tensor's by then, or nobody's."""
+    from ao.quant.compiled import compiler_of
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    product = Product(1, 512, 512, torch.bfloat16, torch.bfloat16, False, None, device)
+    x, weight = torch.randn(1, 512, device=device).bfloat16(), torch.randn(512, 512, device=device).bfloat16()
+    before = torch.cuda.memory_allocated()
+    timer = microbenchmark._timer(product, x, weight, compiler_of(torch.compile(nn.Linear(2, 2))), 10 * weight.nbytes)
+    assert torch.cuda.memory_allocated() - before >= 9 * weight.nbytes
+    torch.cuda.empty_cache()
+    assert timer() > 0
+
+
 def test_the_compiler_of_a_model():
     from ao.quant.compiled import compiler_of
 

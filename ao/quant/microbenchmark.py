@@ -143,7 +143,8 @@ def _graph_replay(turn: Callable[[], None], device: torch.device) -> Callable[[i
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded):
             turn()
-        kept = recorded, turn  # a graph reads the weights and inputs where they lay, but does not keep them: `turn` does
+        # A graph reads weights and inputs where they lay, and does not keep them: `turn` does.
+        kept = recorded, turn
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def run(repeats: int) -> float:

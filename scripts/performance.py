@@ -3,8 +3,9 @@
     .venv/bin/python scripts/performance.py          rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
     .venv/bin/python scripts/performance.py --check  exit with an error if that would change anything
 
-scripts/bench_linear.py writes docs/measured/linear-cuda.json and linear-cpu.json, scripts/generate.py generate-cuda.json and
-generate-cpu.json. What was not measured is said to be missing; the text between the tables is left alone.
+scripts/bench_linear.py writes docs/measured/linear-cuda.json and linear-cpu.json, and linear-h200.json for a second card;
+scripts/generate.py generate-cuda.json and generate-cpu.json. What was not measured is said to be missing; the text between the
+tables is left alone.
 """
 
 from __future__ import annotations
@@ -129,13 +130,19 @@ class Target:
 
 def targets(folder: Path) -> str:
     """The table of targets."""
-    gpu, cpu = (Linear(read(folder / f"linear-{kind}.json")) for kind in ("cuda", "cpu"))
+    gpu, second, cpu = (Linear(read(folder / f"linear-{kind}.json")) for kind in ("cuda", "h200", "cpu"))
     runs = [run for run in read(folder / "generate-cuda.json")["runs"] if is_8b(run)]
     decode = sorted((run for run in runs if bf16_speed(run)), key=bf16_speed)[-1:]  # beside the fastest bf16 of all
     shapes = gpu.shapes or ["all shapes"]
 
     def speed(data: Linear, name: str, shapes: Iterable[str], tokens: Iterable[int]) -> Callable[[], Values]:
-        return lambda: [(data.speed(s, m, name), f"M={m}, {s}") for s in shapes for m in tokens]
+        cards = [data, second] if data is gpu and second.rows else [data]
+        return lambda: [
+            (each.speed(s, m, name), f"M={m}, {s}" + (f", {each.runs[0]['device']}" if len(cards) > 1 else ""))
+            for each in cards
+            for s in shapes
+            for m in tokens
+        ]
 
     def time(data: Linear, name: str, shapes: Iterable[str], tokens: Iterable[int]) -> Callable[[], Values]:
         def values() -> Values:
@@ -157,7 +164,9 @@ def targets(folder: Path) -> str:
         return values
 
     def generated(column: str, name: str) -> Callable[[], Values]:
-        return lambda: [(against_bf16(run, name, column), run["settings"]["how"]) for run in decode]
+        return lambda: [
+            (against_bf16(run, name, column), f"{run['settings']['how']}, {run['device']}") for run in decode
+        ]
 
     def quantized(value: Callable[[Row], float | None]) -> Callable[[], Values]:
         return lambda: [(value(r), r["format"]) for run in runs for r in run["rows"] if r.get("quantize_s")]
@@ -471,7 +480,7 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
 def write(page: Path, folder: Path, check: bool = False) -> None:
     """Fill in `page` from the files in `folder`, and draw the plots beside it where matplotlib is installed."""
     plots = {}
-    data = {kind: read(folder / f"linear-{kind}.json") for kind in ("cuda", "cpu")}
+    data = {kind: read(folder / f"linear-{kind}.json") for kind in ("cuda", "h200", "cpu")}
     for kind, each in data.items():
         plot = page.parent / f"linear-{kind}.svg"
         if each["rows"] and not check and importlib.util.find_spec("matplotlib"):
@@ -484,6 +493,7 @@ def write(page: Path, folder: Path, check: bool = False) -> None:
             "targets": lambda: targets(folder),
             "summary-cuda": lambda: summary(gpu),
             "linear-cuda": lambda: linear(gpu, plots["cuda"]),
+            "linear-h200": lambda: linear(Linear(data["h200"]), plots["h200"]),
             "peers-cuda": lambda: peers(gpu),
             "generate-cuda": lambda: generate(read(folder / "generate-cuda.json")),
             "quantize": lambda: quantizing(folder),

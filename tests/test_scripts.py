@@ -306,6 +306,13 @@ def test_the_page_is_filled_and_its_text_kept(tmp_path):
         performance.write(page, tmp_path, check=True)
 
 
+def test_the_worst_of_two_cards_counts(tmp_path):
+    for kind, us in (("cuda", 10.0), ("h200", 16.0)):
+        (tmp_path / f"linear-{kind}.json").write_text(json.dumps(linear_data({(1, "bf16"): 40.0, (1, "int8"): us})))
+    (line,) = [line for line in performance.targets(tmp_path).splitlines() if "GPU, M=1, int8, speed" in line]
+    assert "2.50x (M=1, 4096x4096, a chip)" in line
+
+
 def test_a_format_that_fails_misses_its_target():
     data = linear_data({(1, "bf16"): 40.0})
     data["rows"].append(

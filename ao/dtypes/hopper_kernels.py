@@ -204,6 +204,8 @@ def nibbles_kernel(
     for t in tl.range(t0, t1, num_stages=STAGES):
         # No loop argument and no scalar may come between these loads and the product: Triton then reads the codes in the
         # layout of the operand; else they go through shared memory once more.
+        # Products are in flight while the next codes are decoded. That is safe as the operand is packed from 16-bit numbers right
+        # before each product, when the one that read these registers is done; Triton 3.6 does not see to it with 8-bit codes.
         scale = tl.load(scale_ptr + rn * NG + t).to(tl.bfloat16)
         low_0, low_1, high_0, high_1 = _codes(q.load([n0, t * (G // 4)]))
         w = tl.join(tl.join(low_0, low_1), tl.join(high_0, high_1))  # (BN, G / 4, 2, 2)

@@ -9,7 +9,7 @@ from cases import weight
 from torch._inductor.utils import run_and_get_code
 
 from ao import compute_error
-from ao.dtypes import Float8, Intx, QTensor, path_name
+from ao.dtypes import Float8, Intx, QTensor, cast_whole, codes_both, path_name, reciprocal
 
 pytestmark = [
     pytest.mark.gpu,
@@ -220,3 +220,28 @@ def test_graphs_over_all_batches():
     for m in (16, 1, 2, 7, 17, 64, 65, 128, 300, 1000):
         linear(activation(m), q)
     assert len(graphs) <= 4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "spec",
+    [Intx(4, (1, 128), signed=False), Intx(8), Float8(), Intx(8, act=Intx(8)), Float8(act=Float8())],
+    ids=str,
+)
+def test_a_device_that_is_not_the_current_one(spec):
+    """Triton launches on the current device, whatever its arguments are on."""
+    assert torch.cuda.current_device() == 0
+    q = case(spec, 256, 512).to("cuda:1")
+    for m in (1, 8, 128, 600):
+        x = activation(m).to("cuda:1")
+        expected = F.linear(x.to("cuda:0"), q.to("cuda:0"))
+        assert torch.equal(F.linear(x, q).cpu(), expected.cpu())
+        assert compute_error(expected.cpu(), torch.compile(F.linear)(x, q).cpu()) > 40
+    same, turned = codes_both(x, Float8(block=(-1, -1)))
+    assert torch.equal(same.values.view(torch.uint8).t(), turned.values.view(torch.uint8))
+    scale = same.scale
+    assert torch.equal(
+        cast_whole(x, Float8(block=(-1, -1)), scale, reciprocal(scale)).qdata.view(torch.uint8),
+        same.values.view(torch.uint8),
+    )
+    assert torch.cuda.current_device() == 0

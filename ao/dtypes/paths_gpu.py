@@ -74,6 +74,9 @@ def gemv(x: Tensor, w: QTensor) -> Tensor:
     """
     from . import triton_kernels  # Triton is there only with a GPU build of PyTorch
 
+    if not compiling() and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current one; compiled code sees to that
+            return gemv(x, w)
     if w.spec.act is None:
         return triton_kernels.gemv(x.contiguous(), *_weight(w))
     act = quantize_act(x, w)

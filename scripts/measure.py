@@ -23,6 +23,8 @@ import torch
 from tables import markdown
 from torch import Tensor
 
+from ao.dtypes import has_float8
+
 K = TypeVar("K", bound=Hashable)
 
 
@@ -142,7 +144,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     found["float"] = max(rate(torch.mm, a.to(dtype), b.to(dtype)) for dtype in kinds)
     x, y = ((t * 30).round().clamp(-127, 127).to(torch.int8) for t in (a, b))
     found["int8"] = max(found["float"], rate(torch._int_mm, x, y.t()))
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9):
+    if has_float8(device):
         one = torch.ones((), device=device)
         x, y = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         found["float8"] = max(found["float"], rate(torch._scaled_mm, x, y.t(), one, one, out_dtype=torch.bfloat16))

@@ -131,22 +131,22 @@ class Target:
 def targets(folder: Path) -> str:
     """The table of targets."""
     gpu, second, cpu = (Linear(read(folder / f"linear-{kind}.json")) for kind in ("cuda", "h200", "cpu"))
+    gpus, cpus = [gpu, *([second] if second.rows else [])], [cpu]
     runs = [run for run in read(folder / "generate-cuda.json")["runs"] if is_8b(run)]
     decode = sorted((run for run in runs if bf16_speed(run)), key=bf16_speed)[-1:]  # beside the fastest bf16 of all
     shapes = gpu.shapes or ["all shapes"]
 
-    def speed(data: Linear, name: str, shapes: Iterable[str], tokens: Iterable[int]) -> Callable[[], Values]:
-        cards = [data, second] if data is gpu and second.rows else [data]
+    def speed(chips: list[Linear], name: str, shapes: Iterable[str], tokens: Iterable[int]) -> Callable[[], Values]:
         return lambda: [
-            (each.speed(s, m, name), f"M={m}, {s}" + (f", {each.runs[0]['device']}" if len(cards) > 1 else ""))
-            for each in cards
+            (chip.speed(s, m, name), f"M={m}, {s}" + (f", {chip.runs[0]['device']}" if len(chips) > 1 else ""))
+            for chip in chips
             for s in shapes
             for m in tokens
         ]
 
-    def time(data: Linear, name: str, shapes: Iterable[str], tokens: Iterable[int]) -> Callable[[], Values]:
+    def time(chips: list[Linear], name: str, shapes: Iterable[str], tokens: Iterable[int]) -> Callable[[], Values]:
         def values() -> Values:
-            for value, where in speed(data, name, shapes, tokens)():
+            for value, where in speed(chips, name, shapes, tokens)():
                 yield (None if value is None else 1 / value if value else math.inf), where
 
         return values
@@ -182,20 +182,22 @@ def targets(folder: Path) -> str:
     square, cpu_many = ["4096x4096"], [m for m in cpu.tokens if m >= 16]
     listed = [
         Target(
-            "GPU, M=1, int4 g128, the two large MLP shapes, speed of bf16", 2.5, speed(gpu, "int4-g128", LARGE[:2], [1])
+            "GPU, M=1, int4 g128, the two large MLP shapes, speed of bf16",
+            2.5,
+            speed(gpus, "int4-g128", LARGE[:2], [1]),
         ),
-        Target("GPU, M=1, int8, speed of bf16", 1.7, speed(gpu, "int8", shapes, [1])),
-        Target("GPU, M=1, float8, speed of bf16", 1.7, speed(gpu, "float8", shapes, [1])),
+        Target("GPU, M=1, int8, speed of bf16", 1.7, speed(gpus, "int8", shapes, [1])),
+        Target("GPU, M=1, float8, speed of bf16", 1.7, speed(gpus, "float8", shapes, [1])),
         *(
-            Target(f"GPU, 2 <= M <= 64, {f}, time of bf16", 1.0, time(gpu, f, shapes, some), least=False)
+            Target(f"GPU, 2 <= M <= 64, {f}, time of bf16", 1.0, time(gpus, f, shapes, some), least=False)
             for f in ("int4-g128", "int8", "float8")
         ),
         *(
-            Target(f"GPU, M >= 128, {f}, time of bf16", 1.1, time(gpu, f, shapes, many), least=False)
+            Target(f"GPU, M >= 128, {f}, time of bf16", 1.1, time(gpus, f, shapes, many), least=False)
             for f in ("int4-g128", "int8", "float8")
         ),
         *(
-            Target(f"GPU, M >= 1024, {f}, the large shapes, speed of bf16", 1.4, speed(gpu, f, LARGE, most))
+            Target(f"GPU, M >= 1024, {f}, the large shapes, speed of bf16", 1.4, speed(gpus, f, LARGE, most))
             for f in ("int8-dynamic", "float8-dynamic")
         ),
         *(
@@ -219,15 +221,15 @@ def targets(folder: Path) -> str:
             unit="",
         ),
         Target("GPU, compile time of bf16's, the 8B shape", 1.3, compiled(runs), least=False),
-        Target("CPU, M=1, int8, speed of bf16", 1.7, speed(cpu, "int8", square, [1])),
-        Target("CPU, M=1, int4 g128, speed of bf16", 2.2, speed(cpu, "int4-g128", square, [1])),
-        Target("CPU, M=16, int8, time of bf16", 1.0, time(cpu, "int8", square, [16]), least=False),
-        Target("CPU, M=16, int4 g128, time of bf16", 1.3, time(cpu, "int4-g128", square, [16]), least=False),
+        Target("CPU, M=1, int8, speed of bf16", 1.7, speed(cpus, "int8", square, [1])),
+        Target("CPU, M=1, int4 g128, speed of bf16", 2.2, speed(cpus, "int4-g128", square, [1])),
+        Target("CPU, M=16, int8, time of bf16", 1.0, time(cpus, "int8", square, [16]), least=False),
+        Target("CPU, M=16, int4 g128, time of bf16", 1.3, time(cpus, "int4-g128", square, [16]), least=False),
         *(
-            Target(f"CPU, M=256, {f}, time of bf16", 1.1, time(cpu, f, square, [256]), least=False)
+            Target(f"CPU, M=256, {f}, time of bf16", 1.1, time(cpus, f, square, [256]), least=False)
             for f in ("int8", "int4-g128")
         ),
-        Target("CPU, M >= 16, int8-dynamic, speed of bf16", 1.2, speed(cpu, "int8-dynamic", square, cpu_many or [16])),
+        Target("CPU, M >= 16, int8-dynamic, speed of bf16", 1.2, speed(cpus, "int8-dynamic", square, cpu_many or [16])),
         Target(
             "CPU, compile time of bf16's, a 1B shape",
             1.3,

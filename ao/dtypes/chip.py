@@ -16,7 +16,7 @@ def cuda_capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of an NVIDIA GPU, (9, 0) for Hopper; (0, 0) of any other device."""
     if device.type != "cuda" or torch.version.hip is not None:
         return 0, 0
-    # A graph that is traced may not depend on what is kept.
+    # Dynamo makes a constant of PyTorch's answer, and warns of a function that keeps its own.
     return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else _capability(device)
 
 

@@ -26,7 +26,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .chip import multiprocessors
 from .launch import cdiv, launch, power_of_two
-from .triton_kernels import magnitude, sum_kernel
+from .triton_kernels import sum_kernel
+
+
+@triton.jit
+def _magnitude(x):
+    """|x| as an integer of the same order, so that the largest of a group is NaN where there is one, and makes the sum NaN."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
 
 # 8-bit activations.
 
@@ -67,7 +74,7 @@ def split_kernel(x_ptr, parts_ptr, step_ptr, K: tl.constexpr, BM: tl.constexpr, 
     m = tl.program_id(0)
     k = tl.arange(0, B)
     x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-    top = tl.maximum(tl.max(magnitude(x), 0), 0x0DA24260).to(tl.float32, bitcast=True)  # at least 1e-30
+    top = tl.maximum(tl.max(_magnitude(x), 0), 0x0DA24260).to(tl.float32, bitcast=True)  # at least 1e-30
     parts = parts_ptr + (m // BM * (2 * BM) + m % BM).to(tl.int64) * K + k
     if FLOAT:
         x = x * (448.0 / top)
@@ -96,7 +103,7 @@ def amax_kernel(x_ptr, top_ptr, M, K: tl.constexpr, B: tl.constexpr):
     top = tl.zeros((B,), tl.int32)
     for m in tl.range(tl.program_id(0), M, tl.num_programs(0)):
         x = tl.load(x_ptr + tl.cast(m, tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-        top = tl.maximum(top, magnitude(x))
+        top = tl.maximum(top, _magnitude(x))
     tl.store(top_ptr + tl.program_id(0), tl.max(top, 0))
 
 
@@ -117,7 +124,7 @@ def quantize_kernel(
         gdc_wait()
         top = tl.max(tl.load(top_ptr + i, mask=i < TOPS, other=0), 0).to(tl.float32, bitcast=True)
     else:
-        top = tl.max(magnitude(x), 0).to(tl.float32, bitcast=True)
+        top = tl.max(_magnitude(x), 0).to(tl.float32, bitcast=True)
     scale = top * (1 / 448 if FLOAT else 1 / 127.5)
     inverse = tl.where(scale < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))
     y = x * inverse

@@ -74,7 +74,7 @@ def codes_of_transposed(x: Tensor, spec: Spec | None = None) -> Codes | Tensor:
     if spec is None:
         return x.t()
     square = is_square(spec)
-    if not _turns(x, spec):
+    if not _casts(x, spec):
         return codes_of(x, spec).t() if square else codes_of(x.t(), spec)
     from . import cast_kernels
 
@@ -89,7 +89,7 @@ def codes_of_transposed(x: Tensor, spec: Spec | None = None) -> Codes | Tensor:
 
 def codes_both(x: Tensor, spec: Spec) -> tuple[Codes | Tensor, Codes | Tensor]:
     """`codes_of(x, spec)` and `codes_of_transposed(x, spec)`, for a Spec that `is_square`, from one cast."""
-    if isinstance(x, QTensor) or not (_turns(x, spec) and getattr(spec, "block", None) == (-1, -1)):
+    if isinstance(x, QTensor) or not (_casts(x, spec) and getattr(spec, "block", None) == (-1, -1)):
         codes = codes_of(x, spec)
         return codes, _turned(codes)
     from . import cast_kernels
@@ -104,7 +104,7 @@ def cast_whole(x: Tensor, spec: Spec, scale: Tensor, inverse: Tensor) -> QTensor
 
     x: any shape. scale, inverse: one number each, (1, ..., 1).
     """
-    if not _turns(x, spec):
+    if not _casts(x, spec):
         return spec.quantize(x, scale=scale, inverse=inverse)
     from . import cast_kernels
 
@@ -137,8 +137,8 @@ def _turned(codes: Codes | Tensor) -> Codes | Tensor:
     return Codes(cast_kernels.transposed(codes.values), codes.scale.t())
 
 
-def _turns(x: Tensor, spec: Spec) -> bool:
-    """Whether the Triton kernel casts `x` by `spec` and turns it."""
+def _casts(x: Tensor, spec: Spec) -> bool:
+    """Whether the Triton kernels cast `x` by `spec`."""
     if isinstance(spec, Float8):
         dtype = spec.dtype
     elif isinstance(spec, Intx) and spec.bits == 8 and spec.signed and spec.symmetric and spec.rounding == "nearest":

@@ -23,21 +23,6 @@ from .launch import cdiv, launch, power_of_two
 
 
 @triton.jit
-def _low(q):
-    """uint8 -> int8: the low nibble."""
-    return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0f0f0f0f;", "=r,r", [q], dtype=tl.int8, is_pure=True, pack=4)
-
-
-@triton.jit
-def _high(q):
-    """uint8 -> int8: the high nibble."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0f0f0f0f; }",
-        "=r,r", [q], dtype=tl.int8, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
 def _low_bf16(q):
     """uint8 -> bfloat16: 128 + the low nibble, whose bits are the last of the mantissa."""
     return tl.inline_asm_elementwise(
@@ -72,12 +57,6 @@ def _e4m3_bf16(q):
 
 
 # One token.
-
-
-@triton.jit
-def magnitude(x):
-    """|x| as an integer of the same order, so that the largest of a group is NaN where there is one, and makes the sum NaN."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 def _dot_asm(bits: int, sign: str) -> tuple[str, str]:

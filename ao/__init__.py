@@ -3,8 +3,9 @@
 import importlib
 from typing import Any
 
-from .dtypes import NF4, Codebook, Float8, Intx, QTensor, Spec, load, path_name, save
+from .dtypes import NF4, Codebook, Float8, Intx, QTensor, Spec, load, save
 from .inductor_config import recommended_inductor_config_setter
+from .matmul import path_name
 from .quant import *  # noqa: F403
 from .quant import __all__ as _quant
 

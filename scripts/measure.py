@@ -23,7 +23,7 @@ import torch
 from tables import markdown
 from torch import Tensor
 
-from ao.dtypes import has_float8
+from ao.matmul import has_float8
 
 K = TypeVar("K", bound=Hashable)
 

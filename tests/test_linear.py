@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from cases import CASES, SHAPE, weight
 from torch import nn
 
-from ao.dtypes import NF4, Float8, Int4Prepacked, Intx, QTensor, linear_nf4, path_name, to_nf4
+from ao.dtypes import NF4, Float8, Int4Prepacked, Intx, QTensor, linear_nf4, to_nf4
+from ao.matmul import path_name
 from ao.quant import compute_error
 
 N, K = SHAPE

@@ -9,7 +9,8 @@ from cases import weight
 from torch._inductor.utils import run_and_get_code
 
 from ao import compute_error
-from ao.dtypes import Float8, Intx, QTensor, cast_whole, codes_both, path_name, reciprocal
+from ao.dtypes import Float8, Intx, QTensor, reciprocal
+from ao.matmul import cast_whole, codes_both, path_name
 
 pytestmark = [
     pytest.mark.gpu,
@@ -145,7 +146,7 @@ def test_more_tokens_on_hopper(spec):
 @HOPPER
 @pytest.mark.parametrize("spec", [Intx(8), Intx(8, (-1, -1)), Float8(), Float8(block=(-1, -1))], ids=str)
 def test_the_operator_quantizes_as_the_spec_does(spec):
-    from ao.dtypes.hopper_kernels import quantized
+    from ao.matmul.kernels.hopper import quantized
 
     for m, k in ((1, 128), (7, 1280), (700, 4096)):
         x = activation(m, k)

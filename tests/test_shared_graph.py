@@ -10,7 +10,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import ao
-from ao.dtypes import Float8, Intx, shared_graph
+from ao.dtypes import Float8, Intx
+from ao.matmul import shared_graph
 
 pytestmark = pytest.mark.skipif(shared_graph._invoke is None, reason="invoke_subgraph_infer came with torch 2.13")
 SPECS = [Intx(4, (1, 32)), Intx(8), Intx(8, act=Intx(8)), Float8(), Intx(3, (1, 32))]

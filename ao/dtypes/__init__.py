@@ -1,12 +1,10 @@
 """Number formats: what a quantized tensor is, and what can be done with one."""
 
-from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import QTensor, Spec, dense, sources_digest, view_mode
 from .blocks import expand, in_blocks, to_blocks
 from .checkpoint import load, save
-from .chip import has_float8
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
 from .flat import Flat, FlatTensor
@@ -14,17 +12,14 @@ from .float8 import Float8, Float8Tensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
-from .linear import path_name
 from .mapped import Mapped, MappedTensor
 from .positive_steps import PositiveSteps
-from .products import Codes, cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 from .rounding import reciprocal
 
 __all__ = [
     "NF4",
     "Codebook",
     "CodebookTensor",
-    "Codes",
     "DynamicTree",
     "Flat",
     "FlatTensor",
@@ -45,22 +40,14 @@ __all__ = [
     "QTensor",
     "Spec",
     "TensorCoreTiledLayout",
-    "cast_whole",
-    "codes_both",
-    "codes_of",
-    "codes_of_transposed",
     "dense",
     "expand",
-    "has_float8",
     "in_blocks",
-    "is_square",
     "linear_nf4",
     "load",
     "nf4_spec",
-    "path_name",
     "reciprocal",
     "save",
-    "scaled_product",
     "sources_digest",
     "to_blocks",
     "to_nf4",

@@ -573,8 +573,9 @@ def _strides(shape: torch.Size | tuple[int, ...], first: Tensor) -> list[int]:
 
 @functools.cache
 def sources_digest() -> str:
-    """A digest of the sources of `ao.dtypes`."""
+    """A digest of the sources of `ao.dtypes` and `ao.matmul`."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    rooms = Path(__file__).parent, Path(__file__).parent.parent / "matmul"
+    for path in sorted(p for room in rooms for p in room.rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

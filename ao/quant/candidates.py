@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..dtypes import Spec, has_float8
+from ..dtypes import Spec
+from ..matmul import has_float8
 from .configs import (
     Config,
     Float8DynamicActivationFloat8WeightConfig,

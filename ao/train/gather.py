@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from ao.dtypes import Float8, Intx, QTensor, Spec, cast_whole, reciprocal, view_mode
+from ao.dtypes import Float8, Intx, QTensor, Spec, reciprocal, view_mode
+from ao.matmul import cast_whole
 
 from .placement import is_dtensor
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ao.dtypes import Codes, QTensor, codes_both, codes_of, codes_of_transposed, has_float8, is_square, scaled_product
+from ao.dtypes import QTensor
+from ao.matmul import Codes, codes_both, codes_of, codes_of_transposed, has_float8, is_square, scaled_product
 
 from .gather import CastOnGather, unwrapped
 from .placement import is_dtensor, on_shards

@@ -1,4 +1,4 @@
-"""The operators by which compiled graphs call the products of several tokens in triton_kernels.py and hopper_kernels.py.
+"""The operators by which compiled graphs call the products of several tokens in ampere.py and hopper.py.
 
 They are opaque to the compiler, so that one graph serves every number of tokens and the kernel is chosen at the call.
 """
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import hopper_kernels, triton_kernels
-from .chip import cuda_capability
+from . import ampere, hopper
+from .device import cuda_capability
 
 
 def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Callable[..., Tensor]]:
@@ -50,10 +50,10 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     if cuda_capability(x.device)[0] == 9 and k % 128 == n % 64 == 0 and k <= 65536 and _is_aligned(x, qdata):
         exact = qdata.dtype in (torch.int8, torch.float8_e4m3fn)
         if (m > 16 or n >= 16384) and qdata.shape[1] == k and exact and scale.shape[1] == 1 and zero_point is None:
-            return hopper_kernels.parts_product(x, qdata, scale)
+            return hopper.parts_product(x, qdata, scale)
         if m > (8 if k > 8192 else 16) and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128:
-            return hopper_kernels.nibbles_product(x, qdata, scale, zero_point, offset)
-    return triton_kernels.fused(x, None, qdata, scale, zero_point, offset, x.dtype)
+            return hopper.nibbles_product(x, qdata, scale, zero_point, offset)
+    return ampere.fused(x, None, qdata, scale, zero_point, offset, x.dtype)
 
 
 @_operator(
@@ -79,7 +79,7 @@ def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool) -> T
 
     whole: whether all of x has one scale, rather than every row its own.
     """
-    codes, rows = hopper_kernels.quantized(x, qdata.dtype, whole)
+    codes, rows = hopper.quantized(x, qdata.dtype, whole)
     return _scaled_product(codes, rows, qdata, columns, x.dtype)
 
 
@@ -90,19 +90,19 @@ def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dty
         256 if qdata.dtype.is_floating_point and dtype == torch.bfloat16 else 512
     )  # beyond, cuBLAS is faster in float8
     if copied and m <= few and n % 64 == 0 and k <= 65536 and x.dtype == qdata.dtype != torch.float8_e5m2:
-        return hopper_kernels.codes_product(x, rows, qdata, columns, dtype)
+        return hopper.codes_product(x, rows, qdata, columns, dtype)
     if x.dtype == torch.int8:
         if m <= 32 and k % 128 == 0:
-            return triton_kernels.fused(x, rows, qdata, columns, None, 0, dtype)
+            return ampere.fused(x, rows, qdata, columns, None, 0, dtype)
         if m > 128 and copied:
-            return hopper_kernels.int8_product(x, rows, qdata, columns, dtype)
+            return hopper.int8_product(x, rows, qdata, columns, dtype)
         total = torch._int_mm(F.pad(x, (0, 0, 0, 32 - m)) if m <= 16 else x, qdata.t())  # it takes more than 16 rows
     elif m > 256 and dtype == torch.bfloat16:
         return torch._scaled_mm(x, qdata.t(), rows, columns.t(), out_dtype=dtype, use_fast_accum=True)
     else:
         one = torch.ones((), dtype=torch.float32, device=x.device)
         total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
-    return triton_kernels.scaled(total, rows, columns, dtype, m)
+    return ampere.scaled(total, rows, columns, dtype, m)
 
 
 def _is_aligned(*tensors: Tensor) -> bool:

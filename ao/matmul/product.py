@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import QTensor, Spec
-from .blocks import expand, in_blocks, to_blocks
-from .chip import cuda_capability, has_float8
-from .float8 import Float8, Float8Tensor
-from .intx import Intx, IntxTensor
+from ..dtypes.base import QTensor, Spec
+from ..dtypes.blocks import expand, in_blocks, to_blocks
+from ..dtypes.float8 import Float8, Float8Tensor
+from ..dtypes.intx import Intx, IntxTensor
+from .kernels.device import cuda_capability, has_float8
 
 _TRITON = find_spec("triton") is not None
 _VNNI = torch.cpu._is_vnni_supported()
@@ -76,7 +76,7 @@ def codes_of_transposed(x: Tensor, spec: Spec | None = None) -> Codes | Tensor:
     square = is_square(spec)
     if not _casts(x, spec):
         return codes_of(x, spec).t() if square else codes_of(x.t(), spec)
-    from . import cast_kernels
+    from .kernels import cast
 
     n, m = x.shape[1], x.shape[0]
     if square:
@@ -84,7 +84,7 @@ def codes_of_transposed(x: Tensor, spec: Spec | None = None) -> Codes | Tensor:
     else:
         scale = spec.choose_qparams(x.t().float(), spec.grid((n, m)))["scale"]
     rows = scale if scale.shape[0] in (1, n) else expand(scale, (n, scale.shape[1]))
-    return Codes(cast_kernels.cast_transposed(x, rows, *_range(spec)), scale)
+    return Codes(cast.cast_transposed(x, rows, *_range(spec)), scale)
 
 
 def codes_both(x: Tensor, spec: Spec) -> tuple[Codes | Tensor, Codes | Tensor]:
@@ -92,10 +92,10 @@ def codes_both(x: Tensor, spec: Spec) -> tuple[Codes | Tensor, Codes | Tensor]:
     if isinstance(x, QTensor) or not (_casts(x, spec) and getattr(spec, "block", None) == (-1, -1)):
         codes = codes_of(x, spec)
         return codes, _turned(codes)
-    from . import cast_kernels
+    from .kernels import cast
 
     scale = _scale(x, spec)
-    same, turned = cast_kernels.cast_both(x, scale, *_range(spec))
+    same, turned = cast.cast_both(x, scale, *_range(spec))
     return Codes(same, scale), Codes(turned, scale.t())
 
 
@@ -106,9 +106,9 @@ def cast_whole(x: Tensor, spec: Spec, scale: Tensor, inverse: Tensor) -> QTensor
     """
     if not _casts(x, spec):
         return spec.quantize(x, scale=scale, inverse=inverse)
-    from . import cast_kernels
+    from .kernels import cast
 
-    return spec.wrap({"qdata": cast_kernels.cast(x, scale, *_range(spec)), "scale": scale}, x.dtype, x.shape)
+    return spec.wrap({"qdata": cast.cast(x, scale, *_range(spec)), "scale": scale}, x.dtype, x.shape)
 
 
 def is_square(spec: Spec | None) -> bool:
@@ -132,9 +132,9 @@ def _range(spec: Spec) -> tuple[torch.dtype, float, float]:
 def _turned(codes: Codes | Tensor) -> Codes | Tensor:
     if not isinstance(codes, Codes) or not _has_kernels(codes.values.device, codes.values.dtype):
         return codes.t()
-    from . import cast_kernels
+    from .kernels import cast
 
-    return Codes(cast_kernels.transposed(codes.values), codes.scale.t())
+    return Codes(cast.transposed(codes.values), codes.scale.t())
 
 
 def _casts(x: Tensor, spec: Spec) -> bool:
@@ -232,10 +232,10 @@ def _int8_product(a: Codes, b: Codes, dtype: torch.dtype) -> Tensor:
     (m, k), n = x.shape, y.shape[0]
     if x.device.type == "cuda" and m > 0 and k % 8 == 0 and n % 8 == 0:
         if _has_kernels(x.device, x.dtype):
-            from . import gpu_ops
+            from .kernels import operators
 
             rows, columns = (t.scale.float().expand(t.values.shape[0], 1).contiguous() for t in (a, b))
-            return gpu_ops.scaled_product(x, rows, y, columns, dtype)
+            return operators.scaled_product(x, rows, y, columns, dtype)
         padded = F.pad(x, (0, 0, 0, max(32 - m, 0)))  # torch._int_mm takes more than 16 rows
         return _scaled(torch._int_mm(padded, y.t())[:m], a, b, dtype)
     if x.device.type == "cpu" and _VNNI and m > 0:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import QTensor, Spec, quantize_fields
-from .chip import has_float8
-from .float8 import Float8, Float8Tensor
-from .int4_prepacked import Int4PrepackedTensor
-from .intx import Intx, IntxTensor
+from ..dtypes.base import QTensor, Spec, quantize_fields
+from ..dtypes.float8 import Float8, Float8Tensor
+from ..dtypes.int4_prepacked import Int4PrepackedTensor
+from ..dtypes.intx import Intx, IntxTensor
+from .kernels.device import has_float8
 
 # Without integer dot products the sum of int8 x int8 is many times faster in float32, exact up to 2**24.
 _VNNI = torch.cpu._is_vnni_supported()

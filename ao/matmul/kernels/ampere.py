@@ -1,7 +1,7 @@
 """Triton kernels for what Inductor does not fuse: products of a few tokens with a weight that stays packed.
 
-For any NVIDIA GPU since Ampere; hopper_kernels.py has those for its tensor cores. They are imported when a path of
-paths_gpu.py first runs, since Triton comes with GPU builds of PyTorch only. The planar packing of bits.py is what makes them
+For any NVIDIA GPU since Ampere; hopper.py has those for its tensor cores. They are imported when a path of
+gpu.py first runs, since Triton comes with GPU builds of PyTorch only. The planar packing of bits.py is what makes them
 short: 4 bytes in a register are 4 low and 4 high nibbles, each 4 neighbours of the row.
 
 No tile has fewer than 8 rows: Triton 3.6 stores a reduced tile of 4 rows wrongly.
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.language.extra.cuda import gdc_wait
 
-from .chip import multiprocessors
+from .device import multiprocessors
 from .launch import cdiv, launch, power_of_two
 
 # Decoding, 4 bytes of a register at a time.

@@ -19,12 +19,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .base import QTensor, dense
-from .bits import CHUNK
-from .codebook import CodebookTensor, look_up
-from .float8 import Float8Tensor
-from .intx import IntxTensor
-from .paths import compiling
+from ..dtypes.base import QTensor, dense
+from ..dtypes.bits import CHUNK
+from ..dtypes.codebook import CodebookTensor, look_up
+from ..dtypes.float8 import Float8Tensor
+from ..dtypes.intx import IntxTensor
+from .anywhere import compiling
 
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"

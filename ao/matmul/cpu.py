@@ -1,4 +1,4 @@
-"""The products of an activation and a quantized weight that are fast on a CPU (see paths.py; lanes.py reads the weight).
+"""The products of an activation and a quantized weight that are fast on a CPU (cpu_decode.py reads the weight).
 
 What decides how an expression is written here, as measured on the C++ that Inductor makes of it:
 
@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import lanes, paths
-from .base import QTensor
-from .bits import CHUNK
-from .float8 import Float8Tensor
-from .int4_prepacked import Int4PrepackedTensor
-from .intx import IntxTensor
-from .paths import compiling, quantize_act, scaled_by_row
+from ..dtypes.base import QTensor
+from ..dtypes.bits import CHUNK
+from ..dtypes.float8 import Float8Tensor
+from ..dtypes.int4_prepacked import Int4PrepackedTensor
+from ..dtypes.intx import IntxTensor
+from . import anywhere, cpu_decode
+from .anywhere import compiling, quantize_act, scaled_by_row
 from .shared_graph import shared
 
 _VNNI = torch.cpu._is_vnni_supported()
@@ -46,10 +46,10 @@ _FEW = 4
 def sums_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.device.type == "cpu"
-        and lanes.AVX512
+        and cpu_decode.AVX512
         and compiling()
         and isinstance(w, (IntxTensor, Float8Tensor))
-        and lanes.in_chunks(w)
+        and cpu_decode.in_chunks(w)
         # Last, as this makes another graph: of one token, and for a large weight of a few.
         and (x.shape[0] == 1 or (w.numel() >= _LARGE and 0 < x.shape[0] <= _FEW))
     )
@@ -68,20 +68,20 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
     rows = F.pad(act, (0, 0, 0, -tokens % side)).view(
         -1, side, scale.shape[1], w.shape[1] // scale.shape[1] // CHUNK, 2, 16
     )
-    if lanes.bits(w) == 4:
+    if cpu_decode.bits(w) == 4:
         # Of a byte 16 h + l, h stays where it is: x h + y l = (x / 16) (16 h + l) + (y - x / 16) l.
         first, second = rows.unbind(-2)
         rows = torch.stack((first - second / 16, second / 16), -2)
-        low, high = lanes.nibbles_and_bytes(w)
+        low, high = cpu_decode.nibbles_and_bytes(w)
     else:
-        low, high = lanes.halves(w)
+        low, high = cpu_decode.halves(w)
     rows = _stored(rows)  # (tokens / side, side, groups, chunks of a group, 2, 16)
     parts = zip(low.chunk(2), high.chunk(2), scale.expand(w.shape[0], -1).chunk(2))
     out = torch.cat([_dots(rows, *part) for part in parts])  # (n, tokens / side, side)
     out = out.view(w.shape[0], -1)[:, :tokens]
     if scaled_by_row(w):
         out = out * scale
-    zero = lanes.zero(w)
+    zero = cpu_decode.zero(w)
     if isinstance(zero, Tensor) or zero:
         of_groups = _stored(act.unflatten(1, (scale.shape[1], -1)).sum(-1))  # (tokens, groups)
         out = out - ((scale * zero).unsqueeze(1) * of_groups).sum(-1)
@@ -97,7 +97,7 @@ def _dots(x: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
         low, high = low * broad, high * broad
     out = []
     for token in x.unbind(1):
-        products = lanes.multiply_add(high, token[..., 1, :], low * token[..., 0, :])
+        products = cpu_decode.multiply_add(high, token[..., 1, :], low * token[..., 0, :])
         if by_group and x.shape[1] == 1:
             products = products * broad  # one product less than to scale both
         out.append(products.sum((2, 3)).sum(-1))
@@ -110,11 +110,11 @@ def words_accepts(x: Tensor, w: QTensor) -> bool:
     )  # A CPU without bfloat16 products takes twice as long for 2 tokens as for 1.
     return (
         x.device.type == "cpu"
-        and not lanes.AVX512
+        and not cpu_decode.AVX512
         and compiling()
         and isinstance(w, (IntxTensor, Float8Tensor))
-        and (lanes.bits(w) < 8 or lanes.AVX2)
-        and lanes.in_chunks(w)
+        and (cpu_decode.bits(w) < 8 or cpu_decode.AVX2)
+        and cpu_decode.in_chunks(w)
         and (x.shape[0] == 1 or (w.numel() >= _LARGE and 0 < x.shape[0] <= few))  # last, as in `sums`
     )
 
@@ -128,17 +128,17 @@ def words(x: Tensor, w: QTensor) -> Tensor:
     assert isinstance(w, (IntxTensor, Float8Tensor))
     n, groups = w.shape[0], w.scale.shape[1]
     rows = _activation(x, w).view(x.shape[0], groups, -1, CHUNK)  # (M, groups, chunks of a group, 32)
-    packed = lanes.words(w)  # (N, groups, chunks of a group, words of a chunk)
+    packed = cpu_decode.words(w)  # (N, groups, chunks of a group, words of a chunk)
     scale = w.scale.float()[..., None, None].expand(n, -1, 1, 1)
     out = None
-    for size, start in lanes.sections(lanes.bits(w)):
+    for size, start in cpu_decode.sections(cpu_decode.bits(w)):
         section = _stored(_in_lanes(rows, size))
         # Four rows side by side share the loads of the activation.
         parts = zip(packed[..., start : start + size].chunk(4), scale.chunk(4))
         dots = torch.cat([_dot(section, part, size, w.qdata.dtype, part_scale) for part, part_scale in parts])  # (N, M)
         out = dots if out is None else out + dots * 2**start
     assert out is not None
-    zero = lanes.zero(w, lanes.through_words)
+    zero = cpu_decode.zero(w, cpu_decode.through_words)
     if isinstance(zero, Tensor) or zero:
         of_groups = _stored(rows.sum((-1, -2)))  # (M, groups)
         out = out - ((w.scale.float() * zero).unsqueeze(1) * of_groups).sum(-1)
@@ -156,9 +156,9 @@ def _in_lanes(x: Tensor, size: int) -> Tensor:
 def _dot(x: Tensor, packed: Tensor, size: int, dtype: torch.dtype, scale: Tensor) -> Tensor:
     """x: (M, groups, chunks, vectors / 2, 2, lanes), packed: (n, groups, chunks, words of a section) -> (n, M)."""
     if size == 8:
-        values = lanes.from_top(lanes.top_bytes(packed), dtype).unflatten(-2, (2, 2))
+        values = cpu_decode.from_top(cpu_decode.top_bytes(packed), dtype).unflatten(-2, (2, 2))
     else:
-        values = ((packed.unsqueeze(-1) >> lanes.arange(0, 32, size)) & (2**size - 1)).float()
+        values = ((packed.unsqueeze(-1) >> cpu_decode.arange(0, 32, size)) & (2**size - 1)).float()
         values = values.unflatten(-2, (-1, min(size, 2)))
     products = values.unsqueeze(1) * x  # (n, M, groups, chunks, vectors / 2, 2, lanes)
     # Two vectors before the scale and the sum, so that these are not what takes the time.
@@ -169,7 +169,7 @@ def _dot(x: Tensor, packed: Tensor, size: int, dtype: torch.dtype, scale: Tensor
 def int8pack_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.device.type == "cpu"
-        and not (lanes.AVX512 and compiling())
+        and not (cpu_decode.AVX512 and compiling())
         and x.dtype == torch.bfloat16
         and 0 < x.shape[0] < 4
         and isinstance(w, IntxTensor)
@@ -243,7 +243,7 @@ def _integer_product(x: Tensor, q: Tensor) -> Tensor:
 
 
 def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.device.type == "cpu" and paths.int_mm_accepts(x, w)
+    return x.device.type == "cpu" and anywhere.int_mm_accepts(x, w)
 
 
 @shared
@@ -270,11 +270,11 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
 
 def _integers(w: QTensor) -> Tensor:
     assert isinstance(w, IntxTensor)
-    return _in_order(w, lambda q: q) if lanes.fast(w) else w.qdata.float()
+    return _in_order(w, lambda q: q) if cpu_decode.fast(w) else w.qdata.float()
 
 
 def pieces_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.device.type == "cpu" and (x.dtype not in _FLOATS or _pieces(w) > 1 or lanes.fast(w))
+    return x.device.type == "cpu" and (x.dtype not in _FLOATS or _pieces(w) > 1 or cpu_decode.fast(w))
 
 
 @shared
@@ -283,11 +283,11 @@ def pieces(x: Tensor, w: QTensor) -> Tensor:
     trip through memory. Computed in float32 on a CPU without products of x's dtype."""
     dtype = x.dtype if x.dtype in _FLOATS else torch.float32
     rows = _activation(x, w).to(dtype)
-    if not (lanes.AVX512 and dtype == torch.bfloat16 and lanes.fast(w)):
+    if not (cpu_decode.AVX512 and dtype == torch.bfloat16 and cpu_decode.fast(w)):
         return _by_piece(rows, w, lambda part: _decode(part, dtype)).to(x.dtype)
     if not _is_exact(w):
-        return _by_piece(lanes.interleaved(rows), w, _pairs)
-    total = _by_piece(lanes.interleaved(rows), w, _exact_pairs)
+        return _by_piece(cpu_decode.interleaved(rows), w, _pairs)
+    total = _by_piece(cpu_decode.interleaved(rows), w, _exact_pairs)
     return (total.float() * w.scale.float().t()).to(x.dtype)  # type: ignore[attr-defined]
 
 
@@ -314,23 +314,23 @@ def _pieces(w: QTensor) -> int:
 
 def _decode(w: QTensor, dtype: torch.dtype) -> Tensor:
     """`w.decode(dtype)`."""
-    if not lanes.fast(w):
+    if not cpu_decode.fast(w):
         return w.decode(dtype)
-    packed = cast(lanes.Packed, w)
-    return _in_order(packed, lambda q: lanes.scaled(q, packed).to(dtype))
+    packed = cast(cpu_decode.Packed, w)
+    return _in_order(packed, lambda q: cpu_decode.scaled(q, packed).to(dtype))
 
 
 def _pairs(w: QTensor) -> Tensor:
     """The weight in bfloat16, for an activation that is `interleaved`."""
-    w = cast(lanes.Packed, w)
-    first, second = (lanes.scaled(q, w) for q in lanes.halves(w))  # (n, groups, chunks, 16)
-    return lanes.pairs(first, second).view(w.shape[0], -1).view(torch.bfloat16)
+    w = cast(cpu_decode.Packed, w)
+    first, second = (cpu_decode.scaled(q, w) for q in cpu_decode.halves(w))  # (n, groups, chunks, 16)
+    return cpu_decode.pairs(first, second).view(w.shape[0], -1).view(torch.bfloat16)
 
 
 def _exact_pairs(w: QTensor) -> Tensor:
     """The same without the scale."""
-    first, second = lanes.halves(cast(lanes.Packed, w))
-    return lanes.pairs(first, second, exact=True).view(w.shape[0], -1).view(torch.bfloat16)
+    first, second = cpu_decode.halves(cast(cpu_decode.Packed, w))
+    return cpu_decode.pairs(first, second, exact=True).view(w.shape[0], -1).view(torch.bfloat16)
 
 
 def _is_exact(w: QTensor) -> bool:
@@ -339,10 +339,10 @@ def _is_exact(w: QTensor) -> bool:
     return plain and scaled_by_row(w)  # type: ignore[arg-type]
 
 
-def _in_order(w: lanes.Packed, function: Callable[[Tensor], Tensor]) -> Tensor:
+def _in_order(w: cpu_decode.Packed, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`function` of all numbers of a weight, in its shape. With AVX-512 there is a store for each half of a chunk, where a
     loop over both would leave the vectors."""
-    parts = [function(q) for q in (lanes.halves(w) if lanes.AVX512 else (lanes.numbers(w),))]
+    parts = [function(q) for q in (cpu_decode.halves(w) if cpu_decode.AVX512 else (cpu_decode.numbers(w),))]
     return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).view(w.shape)
 
 

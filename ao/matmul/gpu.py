@@ -1,4 +1,4 @@
-"""The products of an activation and a quantized weight that are fast on a GPU (see paths.py)."""
+"""The products of an activation and a quantized weight that are fast on a GPU (see anywhere.py)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .base import QTensor
-from .bits import CHUNK, packed_dim
-from .chip import cuda_capability
-from .float8 import Float8, Float8Tensor
-from .intx import Intx, IntxTensor
-from .paths import compiling, int_mm_accepts, per_row, quantize_act, scaled_mm_accepts
+from ..dtypes.base import QTensor
+from ..dtypes.bits import CHUNK, packed_dim
+from ..dtypes.float8 import Float8, Float8Tensor
+from ..dtypes.intx import Intx, IntxTensor
+from .anywhere import compiling, int_mm_accepts, per_row, quantize_act, scaled_mm_accepts
+from .kernels.device import cuda_capability
 
 _TRITON = find_spec("triton") is not None
 
@@ -21,7 +21,7 @@ FEW = 64
 """The largest number of tokens for which weights are decoded on their way to the tensor cores."""
 
 SOME = 512
-"""The same on Hopper, for the formats that hopper_kernels.py knows; beyond, the weight is decoded to memory first."""
+"""The same on Hopper, for the formats that hopper.py knows; beyond, the weight is decoded to memory first."""
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -72,18 +72,18 @@ def gemv(x: Tensor, w: QTensor) -> Tensor:
     against 4e-3 of bfloat16 itself), and the sum over the group is exact. A quantized activation goes in as its codes, of
     which bfloat16 has every one.
     """
-    from . import triton_kernels  # Triton is there only with a GPU build of PyTorch
+    from .kernels import ampere  # Triton is there only with a GPU build of PyTorch
 
     if not compiling() and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current one; compiled code sees to that
             return gemv(x, w)
     if w.spec.act is None:
-        return triton_kernels.gemv(x.contiguous(), *_weight(w))
+        return ampere.gemv(x.contiguous(), *_weight(w))
     act = quantize_act(x, w)
     codes = act["qdata"].float()
     if "zero_point" in act:
         codes = codes - act["zero_point"].float()
-    return (triton_kernels.gemv(codes.to(torch.bfloat16), *_weight(w)).float() * act["scale"].float()).to(x.dtype)
+    return (ampere.gemv(codes.to(torch.bfloat16), *_weight(w)).float() * act["scale"].float()).to(x.dtype)
 
 
 def fused_accepts(x: Tensor, w: QTensor) -> bool:
@@ -112,9 +112,9 @@ def fused(x: Tensor, w: QTensor) -> Tensor:
     On Hopper, 17 tokens and more meet an 8-bit weight as a sum of two 8-bit numbers: two products at twice the rate, and no
     decoding. Its error is that of x in 16-bit fixed point (int8), or of a sum of 14 bits (float8).
     """
-    from . import gpu_ops
+    from .kernels import operators
 
-    return gpu_ops.fused(x.contiguous(), *_weight(w))
+    return operators.fused(x.contiguous(), *_weight(w))
 
 
 def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
@@ -133,15 +133,15 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     On Hopper the activation is quantized in the same operator: when the number of tokens is unknown at compile time,
     Inductor's reduction over long rows is ten times slower.
     """
-    from . import gpu_ops
+    from .kernels import operators
 
     assert isinstance(w, (IntxTensor, Float8Tensor))
     columns = w.scale.float().expand(w.shape[0], 1).contiguous()
     if _quantized_by_operator(x, w):
-        return gpu_ops.dynamic_product(x.contiguous(), w.qdata, columns, w.spec.act.block == (-1, -1))  # type: ignore[union-attr]
+        return operators.dynamic_product(x.contiguous(), w.qdata, columns, w.spec.act.block == (-1, -1))  # type: ignore[union-attr]
     act = quantize_act(x, w)
     rows = act["scale"].float().expand(x.shape[0], 1).contiguous()
-    return gpu_ops.scaled_product(act["qdata"], rows, w.qdata, columns, x.dtype)
+    return operators.scaled_product(act["qdata"], rows, w.qdata, columns, x.dtype)
 
 
 _ACTS = {torch.int8: Intx(8), torch.float8_e4m3fn: Float8()}

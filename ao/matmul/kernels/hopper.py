@@ -24,9 +24,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .chip import multiprocessors
+from .ampere import sum_kernel
+from .device import multiprocessors
 from .launch import cdiv, launch, power_of_two
-from .triton_kernels import sum_kernel
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from .base import QTensor
+from ..dtypes.base import QTensor
 
 try:
     from torch._higher_order_ops.invoke_subgraph import invoke_subgraph_infer

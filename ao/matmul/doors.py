@@ -18,7 +18,7 @@ one autograd.Function below. A product takes the first path in `PATHS` that acce
     pieces      on a CPU: decode the weight, a large one in row pieces, then a floating-point product
     dequantize  decode the weight, then a floating-point product; always accepts
 
-The paths themselves are in paths.py, paths_cpu.py and paths_gpu.py.
+The paths themselves are in anywhere.py, cpu.py and gpu.py.
 
 Autograd: the weight is kept packed and decoded again in backward, so that a frozen quantized weight costs a training run
 its packed bytes and no more. Activation quantization is straight-through.
@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import paths, paths_cpu, paths_gpu
-from .base import FUNCTIONS, OPS, QTensor, as_bytes
-from .ops import gather
-from .pieces import is_eager
+from ..dtypes.base import FUNCTIONS, OPS, QTensor, as_bytes
+from ..dtypes.ops import gather
+from ..dtypes.pieces import is_eager
+from . import anywhere, cpu, gpu
 from .shared_graph import inlined
 
 aten = torch.ops.aten
@@ -44,22 +44,22 @@ aten = torch.ops.aten
 Path = Callable[[Tensor, QTensor], Tensor]
 
 PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
-    ("words", paths_cpu.words_accepts, paths_cpu.words),
-    ("int_mm", paths_cpu.int_mm_accepts, paths_cpu.int_mm),
-    ("sums", paths_cpu.sums_accepts, paths_cpu.sums),
-    ("int8pack", paths_cpu.int8pack_accepts, paths_cpu.int8pack),
-    ("split", paths_cpu.split_accepts, paths_cpu.split),
-    ("gemv", paths_gpu.gemv_accepts, paths_gpu.gemv),
-    ("fused", paths_gpu.fused_accepts, paths_gpu.fused),
-    ("sums", paths_gpu.sums_accepts, paths_gpu.sums),
-    ("scaled_product", paths_gpu.scaled_product_accepts, paths_gpu.scaled_product),
-    ("int_mm", paths.int_mm_accepts, paths.int_mm),
-    ("scaled_mm", paths.scaled_mm_accepts, paths.scaled_mm),
-    ("int4pack", paths_cpu.int4pack_accepts, paths_cpu.int4pack),
-    ("int4pack", paths.int4pack_accepts, paths.int4pack),
-    ("pieces", paths_cpu.pieces_accepts, paths_cpu.pieces),
-    ("float8", paths.float8_accepts, paths.float8),
-    ("dequantize", lambda x, w: True, paths.dequantize),
+    ("words", cpu.words_accepts, cpu.words),
+    ("int_mm", cpu.int_mm_accepts, cpu.int_mm),
+    ("sums", cpu.sums_accepts, cpu.sums),
+    ("int8pack", cpu.int8pack_accepts, cpu.int8pack),
+    ("split", cpu.split_accepts, cpu.split),
+    ("gemv", gpu.gemv_accepts, gpu.gemv),
+    ("fused", gpu.fused_accepts, gpu.fused),
+    ("sums", gpu.sums_accepts, gpu.sums),
+    ("scaled_product", gpu.scaled_product_accepts, gpu.scaled_product),
+    ("int_mm", anywhere.int_mm_accepts, anywhere.int_mm),
+    ("scaled_mm", anywhere.scaled_mm_accepts, anywhere.scaled_mm),
+    ("int4pack", cpu.int4pack_accepts, cpu.int4pack),
+    ("int4pack", anywhere.int4pack_accepts, anywhere.int4pack),
+    ("pieces", cpu.pieces_accepts, cpu.pieces),
+    ("float8", anywhere.float8_accepts, anywhere.float8),
+    ("dequantize", lambda x, w: True, anywhere.dequantize),
 ]
 """Each path with its name and what it accepts, in the order in which they are asked. x: (M, K), w: (N, K)."""
 
@@ -100,7 +100,7 @@ def anew(w: QTensor) -> QTensor:
     It merges two decodings of one weight, and then keeps the dense weight from forward to backward. It does not know that the
     complement of a complement is the number itself, and computes that in the same kernel.
     """
-    return w.map(_anew) if paths.compiling() else w
+    return w.map(_anew) if anywhere.compiling() else w
 
 
 def _anew(t: Tensor) -> Tensor:

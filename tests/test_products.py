@@ -6,18 +6,15 @@ import pytest
 import torch
 from cases import weight
 
-from ao.dtypes import (
-    NF4,
+from ao.dtypes import NF4, Float8, Intx, reciprocal
+from ao.matmul import (
     Codes,
-    Float8,
-    Intx,
     cast_whole,
     codes_both,
     codes_of,
     codes_of_transposed,
     has_float8,
     is_square,
-    reciprocal,
     scaled_product,
 )
 from ao.quant import compute_error

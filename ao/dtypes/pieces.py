@@ -22,8 +22,11 @@ Box = Sequence[tuple[int, int]]
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether ops on `x` run at once and on memory: nothing is being traced, and `x` is neither a subclass nor on meta."""
+    """Whether ops on `x` run at once and on memory: nothing is being traced, and `x` is neither a subclass nor on meta, nor
+    one of torch.func's."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
     return torch._guards.TracingContext.try_get() is None
 

@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..dtypes import QTensor, Spec
 from ..dtypes.checkpoint import flatten
+from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.report import Report
 from . import transformers_experts as _experts  # noqa: F401  gives the products of experts their meaning
@@ -207,6 +208,8 @@ class AoHfQuantizer(HfQuantizer):
         # Conversions turn the model's names and tensors back into those of its first checkpoint, which the fields of
         # quantized tensors cannot follow: it is saved under its own names.
         model._weight_conversions = []
+        for module in model.modules():
+            adopt(module)
         for name in self.plan:
             if not isinstance(model.get_parameter_or_buffer(name), QTensor):
                 self.report.skipped[name] = "the checkpoint does not have it"

@@ -15,6 +15,7 @@ one autograd.Function below. A product takes the first path in `PATHS` that acce
     scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
     float8      the same product in float32, where the chip has no float8
     int4pack    ATen's int4 product, for weights in its own layout
+    decode      on a GPU: decode the weight by one kernel, then a floating-point product
     pieces      on a CPU: decode the weight, a large one in row pieces, then a floating-point product
     dequantize  decode the weight, then a floating-point product; always accepts
 
@@ -57,6 +58,7 @@ PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
     ("scaled_mm", anywhere.scaled_mm_accepts, anywhere.scaled_mm),
     ("int4pack", cpu.int4pack_accepts, cpu.int4pack),
     ("int4pack", anywhere.int4pack_accepts, anywhere.int4pack),
+    ("decode", gpu.decode_accepts, gpu.decode),
     ("pieces", cpu.pieces_accepts, cpu.pieces),
     ("float8", anywhere.float8_accepts, anywhere.float8),
     ("dequantize", lambda x, w: True, anywhere.dequantize),
@@ -64,7 +66,7 @@ PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
 """Each path with its name and what it accepts, in the order in which they are asked. x: (M, K), w: (N, K)."""
 
 
-_OPERATORS = {"gemv", "fused", "scaled_product"}
+_OPERATORS = {"gemv", "fused", "scaled_product", "decode"}
 """Those that call operators of ours: an exported program runs where nobody defines them."""
 
 _BY_TOKENS = {"words", "int8pack", "sums"}
@@ -86,12 +88,57 @@ def _path(x: Tensor, w: QTensor) -> tuple[str, Path]:
 
 def _product(x: Tensor, w: QTensor) -> Tensor:
     """x: (..., K), w: (N, K) -> (..., N)."""
-    lead = x.shape[:-1]
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
     if w.pre_scale is not None:
-        rows = (rows.float() * w.pre_scale.float()).to(x.dtype)
+        x = (x.float() * w.pre_scale.float()).to(x.dtype)
+    if is_eager(x):
+        return chosen(x, w)(x, w)
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
     _, path = _path(rows, w)
-    return path(rows, w).reshape(*lead, w.shape[0])
+    return path(rows, w).reshape(*x.shape[:-1], w.shape[0])
+
+
+_CHOICES: dict[tuple[Any, ...], dict[tuple[int, torch.dtype], Path]] = {}
+
+
+def chosen(x: Tensor, w: QTensor) -> Path:
+    """The product of x (..., K) with w (N, K) in eager mode, decided once for weights of one form and a class of M.
+
+    The choice is kept in the weight itself, so that asking again takes a microsecond.
+    """
+    tokens = x.numel() // (x.shape[-1] or 1)
+    key = tokens if tokens <= 16 else 1 << (tokens - 1).bit_length(), x.dtype
+    choices = w.__dict__.get("choices")
+    if choices is None:
+        choices = w.choices = _CHOICES.setdefault(_form(w), {})  # type: ignore[attr-defined]
+    choice = choices.get(key)
+    if choice is None:
+        choice = choices[key] = _choose(x.reshape(-1, x.shape[-1]), w)
+    return choice
+
+
+def _form(w: QTensor) -> tuple[Any, ...]:
+    """What a choice depends on."""
+    fields = ((name, t.shape, t.stride(), t.dtype) for name, t in w.fields().items())
+    return type(w), w.spec, w.shape, w.device, *fields
+
+
+_LAUNCHES = {"gemv": gpu.gemv_launch, "fused": gpu.fused_launch}
+"""Of the paths that have a shorter way in eager mode: what makes it, for a form of the weight."""
+
+
+def _choose(x: Tensor, w: QTensor) -> Path:
+    """x: (M, K), w: (N, K) -> a function of x (..., K) and any weight of this form."""
+    name, path = _path(x, w)
+    launch = _LAUNCHES[name](x, w) if name in _LAUNCHES else None
+    if launch is not None:
+        return launch
+
+    def run(x: Tensor, w: QTensor) -> Tensor:
+        if x.dim() == 2:
+            return path(x, w)
+        return path(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
+
+    return run
 
 
 def anew(w: QTensor) -> QTensor:
@@ -122,7 +169,7 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ anew(w).decode_scaled(grad.dtype)
+            grad_x = grad @ gpu.decoded(anew(w), grad.dtype)
         if ctx.needs_input_grad[1]:
             rows = grad.reshape(-1, grad.shape[-1])  # (M, N)
             grad_w = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(w.dtype)
@@ -252,7 +299,7 @@ def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
         if turned.is_contiguous():
             return _product(x, turned)  # type: ignore[arg-type]
         # The other orientation is a backward, g @ w: no activation to quantize.
-        return x @ anew(w).decode_scaled(x.dtype)
+        return x @ gpu.decoded(anew(w), x.dtype)
     return torch.mm(_plain(x), _plain(w))
 
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes.base import QTensor
 from ..dtypes.bits import CHUNK, packed_dim
 from ..dtypes.float8 import Float8, Float8Tensor
 from ..dtypes.intx import Intx, IntxTensor
-from .anywhere import compiling, int_mm_accepts, per_row, quantize_act, scaled_mm_accepts
+from .anywhere import compiling, int_mm_accepts, per_row, quantize_act, quantized_act, scaled_mm_accepts
 from .kernels.device import cuda_capability
 
 _TRITON = find_spec("triton") is not None
-
-FEW = 64
-"""The largest number of tokens for which weights are decoded on their way to the tensor cores."""
-
-SOME = 512
-"""The same on Hopper, for the formats that hopper.py knows; beyond, the weight is decoded to memory first."""
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -69,21 +66,48 @@ def gemv(x: Tensor, w: QTensor) -> Tensor:
     """sum over groups of (sum over the group of x * (q - z)) * scale, with the weights read once and nothing stored.
 
     For integer weights x becomes 16-bit fixed point, relative to the largest of each group (an error of 1.5e-5 of that,
-    against 4e-3 of bfloat16 itself), and the sum over the group is exact. A quantized activation goes in as its codes, of
-    which bfloat16 has every one.
+    against 4e-3 of bfloat16 itself), and the sum over the group is exact. An activation that is quantized by the defaults is
+    quantized in the kernel; any other goes in as its codes, of which bfloat16 has every one.
     """
     from .kernels import ampere  # Triton is there only with a GPU build of PyTorch
 
-    if not compiling() and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):  # Triton launches on the current one; compiled code sees to that
-            return gemv(x, w)
-    if w.spec.act is None:
-        return ampere.gemv(x.contiguous(), *_weight(w))
+    if w.spec.act is None or _quantized_in_kernel(w):
+        return ampere.gemv(x.contiguous(), *_weight(w), w.spec.act is not None)
     act = quantize_act(x, w)
     codes = act["qdata"].float()
     if "zero_point" in act:
         codes = codes - act["zero_point"].float()
-    return (ampere.gemv(codes.to(torch.bfloat16), *_weight(w)).float() * act["scale"].float()).to(x.dtype)
+    out = ampere.gemv(codes.to(torch.bfloat16), *_weight(w), False)
+    return (out.float() * act["scale"].float()).to(x.dtype)
+
+
+def gemv_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor] | None:
+    """`gemv` for eager mode, with all that depends on the form of the weight decided."""
+    if w.spec.act is not None and not _quantized_in_kernel(w):
+        return None
+    from .kernels import ampere
+
+    n, k = w.shape
+    return _launched(w, ampere.gemv_launch(n, k, *_weight(w), w.spec.act is not None))
+
+
+def _launched(w: QTensor, run: Callable[..., Tensor]) -> Callable[[Tensor, QTensor], Tensor]:
+    """`run` of x and the fields of a weight like `w`, on its device."""
+    index, has_zero = w.device.index, getattr(w, "zero_point", None) is not None
+    current = torch._C._cuda_getDevice
+
+    def launched(x: Tensor, w: Any) -> Tensor:
+        if current() != index:
+            with torch.cuda.device(index):  # Triton launches on the current one
+                return launched(x, w)
+        return run(x.contiguous(), w.qdata, w.scale, w.zero_point if has_zero else None)
+
+    return launched
+
+
+def _quantized_in_kernel(w: QTensor) -> bool:
+    """Whether `gemv` quantizes the activation itself: per row or whole, which is the same for one token."""
+    return w.qdata.shape == w.shape and _is_default_act(w)  # type: ignore[attr-defined]
 
 
 def fused_accepts(x: Tensor, w: QTensor) -> bool:
@@ -91,23 +115,12 @@ def fused_accepts(x: Tensor, w: QTensor) -> bool:
         return False
     if isinstance(w, IntxTensor) and w.zero_point is not None and w.zero_point.is_floating_point():
         return False  # q - z would not be exact in bfloat16
-    return 1 < x.shape[0] <= _most(x, w)
-
-
-def _most(x: Tensor, w: QTensor) -> int:
-    """The largest number of tokens that `fused` takes with this weight."""
-    assert isinstance(w, (IntxTensor, Float8Tensor))
-    n, k = (int(size) for size in w.shape)
-    if cuda_capability(x.device)[0] != 9 or n % 64 or k % 128 or k > 65536:
-        return FEW
-    if w.qdata.shape[1] == k:
-        kernel = w.qdata.dtype in (torch.int8, torch.float8_e4m3fn) and w.scale.shape[1] == 1
-        return SOME if kernel and getattr(w, "zero_point", None) is None else FEW
-    return SOME if w.scale.shape[1] == k // 128 else FEW
+    return x.shape[0] > 1
 
 
 def fused(x: Tensor, w: QTensor) -> Tensor:
-    """x @ decode(w).T, with the weights decoded to bfloat16 in registers, a tile at a time.
+    """x @ decode(w).T. Up to 64 tokens (512 on Hopper, for most formats) the weights are decoded to bfloat16 in registers, a
+    tile at a time; beyond, to memory, by one kernel.
 
     On Hopper, 17 tokens and more meet an 8-bit weight as a sum of two 8-bit numbers: two products at twice the rate, and no
     decoding. Its error is that of x in 16-bit fixed point (int8), or of a sum of 14 bits (float8).
@@ -115,6 +128,38 @@ def fused(x: Tensor, w: QTensor) -> Tensor:
     from .kernels import operators
 
     return operators.fused(x.contiguous(), *_weight(w))
+
+
+def fused_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor] | None:
+    """`fused` for eager mode and few tokens."""
+    from .kernels import ampere, operators
+
+    (m, k), n = x.shape, w.shape[0]
+    qdata, scale, zero_point, offset = _weight(w)
+    if m > 16 or operators.is_for_hopper(m, k, qdata, scale, zero_point):
+        return _launched(
+            w, lambda x, qdata, scale, zero_point: operators.fused_at_once(x, qdata, scale, zero_point, offset)
+        )
+    return _launched(w, ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset))
+
+
+def decode_accepts(x: Tensor, w: QTensor) -> bool:
+    return x.dtype.itemsize == 2 and _packed(x, w)
+
+
+def decode(x: Tensor, w: QTensor) -> Tensor:
+    """x @ decode(w).T, decoded to memory by one kernel."""
+    return F.linear(quantized_act(x, w), decoded(w, x.dtype))
+
+
+def decoded(w: QTensor, dtype: torch.dtype) -> Tensor:
+    """`w.decode_scaled(dtype)`, (N, K), on a GPU by one kernel where it knows the format."""
+    if w.pre_scale is not None or dtype.itemsize != 2 or w.dim() != 2 or not _packed(w, w):
+        return w.decode_scaled(dtype)
+    from .kernels import operators
+
+    qdata, scale, zero_point, offset = _weight(w)
+    return operators.decoded(qdata, scale, zero_point, offset, int(w.shape[1]), dtype)
 
 
 def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
@@ -147,16 +192,15 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
 _ACTS = {torch.int8: Intx(8), torch.float8_e4m3fn: Float8()}
 
 
-def _quantized_by_operator(x: Tensor, w: IntxTensor | Float8Tensor) -> bool:
+def _is_default_act(w: QTensor) -> bool:
     """Whether the activation is quantized dynamically, per row or whole, with the defaults of `Intx(8)` or `Float8()`."""
-    act = _ACTS.get(w.qdata.dtype)
-    return (
-        w.act_scale is None
-        and act is not None
-        and w.spec.act in (act, replace(act, block=(-1, -1)))  # type: ignore[call-arg]
-        and w.shape[1] <= 65536
-        and cuda_capability(x.device)[0] == 9
-    )
+    act = _ACTS.get(w.qdata.dtype)  # type: ignore[attr-defined]
+    return w.act_scale is None and act is not None and w.spec.act in (act, replace(act, block=(-1, -1)))  # type: ignore[call-arg]
+
+
+def _quantized_by_operator(x: Tensor, w: IntxTensor | Float8Tensor) -> bool:
+    """Whether one operator quantizes the activation and multiplies."""
+    return _is_default_act(w) and w.shape[1] <= 65536 and cuda_capability(x.device)[0] == 9
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:

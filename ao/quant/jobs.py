@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec
+from ..matmul import set_parameter
 from .configs import Config, FqnToConfig, SpecConfig
 from .observers import RangeMethod
 from .recipe import Recipe, RoundToNearest, assemble
@@ -74,7 +75,7 @@ class Job:
     def install(self, parameter: nn.Parameter) -> None:
         """Put `parameter` in every slot."""
         for slot in self.slots:
-            slot.owner._parameters[slot.name] = parameter
+            set_parameter(slot.owner, slot.name, parameter)
 
 
 @dataclass(frozen=True)

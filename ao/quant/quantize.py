@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec
+from ..matmul import set_parameter
 from .configs import Config
 from .jobs import Filter, Job, check, is_linear, plan, require_statistics, seen_by
 from .progress import progress
@@ -148,5 +149,5 @@ def dequantize_(model: nn.Module, filter_fn: Filter | None = None) -> nn.Module:
             if isinstance(p, QTensor):
                 if id(p) not in done:
                     done[id(p)] = nn.Parameter(p.detach().dequantize(), requires_grad=p.requires_grad)
-                module._parameters[name] = done[id(p)]
+                set_parameter(module, name, done[id(p)])
     return model

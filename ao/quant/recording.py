@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..dtypes import QTensor
+from ..matmul import set_parameter
 from .microbenchmark import Product
 from .quantize import Filter
 
@@ -45,7 +46,7 @@ class Weight:
     def install(self, parameter: nn.Parameter) -> None:
         """Put `parameter` wherever this weight is held."""
         for owner, _ in self.slots:
-            owner._parameters["weight"] = parameter
+            set_parameter(owner, "weight", parameter)
 
     def product(self, x: Tensor, bias: bool) -> Product:
         """F.linear(x, weight) as a Product. x: (..., K)."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..matmul import set_parameter
 from .compiled import is_compiled, unwrapped
 from .jobs import Job
 from .observers import Target
@@ -332,7 +333,7 @@ def restored_on_error(model: nn.Module, jobs: Sequence[Job], device: torch.devic
         yield
     except BaseException:
         for owner, name, parameter in before:
-            owner._parameters[name] = parameter
+            set_parameter(owner, name, parameter)
         for t, data in places:
             t.data = data
         for module, name, buffer in buffers:

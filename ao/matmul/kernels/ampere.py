@@ -9,6 +9,9 @@ No tile has fewer than 8 rows: Triton 3.6 stores a reduced tile of 4 rows wrongl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ from torch.library import wrap_triton
 from triton.language.extra.cuda import gdc_wait
 
 from .device import multiprocessors
-from .launch import cdiv, launch, power_of_two
+from .launch import Launch, cdiv, launch, power_of_two
 
 # Decoding, 4 bytes of a register at a time.
 
@@ -113,6 +116,24 @@ def _bytes(i):
 
 
 @triton.jit
+def _act_scale(top, LEVELS: tl.constexpr):
+    """The scale of a row whose largest magnitude is `top`, and its inverse: as `Intx(8)` and `Float8()` have them, to the bit."""
+    scale = top * (1 / LEVELS)
+    return scale, tl.where(scale < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit
+def rounded_e4m3(x):
+    """x rounded to float8 e4m3, float32: three bits after the leading one; below 2**-6 multiples of 2**-9.
+
+    Triton 3.6 loses the rounding of a cast there and back.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, rounded)
+
+
+@triton.jit
 def _codes_of_rows(q_ptr, row, word, words: tl.constexpr):
     """The words of rows of codes: (BN, 4 J) int32. They are read once, and are the first to leave the cache."""
     at = q_ptr + row[:, None].to(tl.int64) * words + word[None, :]
@@ -138,7 +159,7 @@ def _scales_of_rows(scale_ptr, zero_ptr, row, unit, U: tl.constexpr, NG: tl.cons
 def gemv_int_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
     SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, J: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * (q[n] - zero[n]) * scale[n]).
 
@@ -146,7 +167,7 @@ def gemv_int_kernel(
     this one. A row is J units (or fewer, J being a power of two) of 16 bytes of codes, read as words, and a thread has the
     same units of every row: its part of x stays in registers, as 16-bit fixed point with a step of max|x| / 32512 of the
     unit, in two bytes. So the sum of a unit is exact in integers: two 4-way byte products for 4 codes.
-    AHEAD: load the scales of the next tile ahead as well.
+    AHEAD: load the scales of the next tile ahead as well. ACT: x is first quantized as `Intx(8)` does.
     """
     E: tl.constexpr = 128 // BITS  # elements of a unit
     U: tl.constexpr = K // E
@@ -172,11 +193,17 @@ def gemv_int_kernel(
         high, low = _bytes(i)
         high_y, low_y = _bytes(j)
     else:
+        if ACT:
+            act, inverse = _act_scale(tl.reduce(_largest(tl.abs(x)), 0, _larger), 127.5)
+            # Half to even, by a sum that has no bits to the right of the point.
+            x = (tl.clamp(x * inverse, -128.0, 127.0) + 12582912.0) - 12582912.0
         top = _largest(tl.abs(x))
         i = _fixed_point(x, tl.where(top > 0, 32512.0 / top, 0.0))
         total = tl.sum(tl.sum(i, 2), 1) + 0x4BFFF800  # less 16 times 0x4B400080, modulo 2**32
         high, low = _bytes(i)
     step = top * (1 / 32512)
+    if ACT:
+        step *= act
     total = total.to(tl.float32) * step  # the sum of x over the unit
     for tile in tl.range(first, tl.cdiv(N, BN), tl.num_programs(0)):
         row = tl.minimum(tile * BN + rn, N - 1)
@@ -215,12 +242,20 @@ def gemv_int_kernel(
 
 
 @triton.jit
-def gemv_float_kernel(x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """out[n] = scale[n] * sum of x * q[n], in float32, BN rows a program. q: float8."""
+def gemv_float_kernel(
+    x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr
+):  # fmt: skip
+    """out[n] = scale[n] * sum of x * q[n], in float32, BN rows a program. q: float8. ACT: x is first quantized as `Float8()`
+    does."""
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)
     k = tl.arange(0, BK)
     acc = tl.zeros((BN, BK // 16), tl.float32)
+    if ACT:
+        tops = tl.zeros((BK,), tl.float32)
+        for k0 in range(0, K, BK):
+            tops = _larger(tops, tl.abs(tl.load(x_ptr + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32)))
+        act, inverse = _act_scale(tl.reduce(tops, 0, _larger), 448.0)
     for k0 in range(0, K, BK):
         if K % BK == 0:
             q = tl.load(q_ptr + row[:, None] * K + (k0 + k)[None, :], eviction_policy="evict_first").to(tl.float32)
@@ -232,8 +267,12 @@ def gemv_float_kernel(x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: 
             )
             q = tl.where(there[None, :], q.to(tl.float32), 0.0)
             x = tl.load(x_ptr + k0 + k, mask=there, other=0.0).to(tl.float32)
+        if ACT:
+            x = rounded_e4m3(tl.clamp(x * inverse, -448.0, 448.0))
         acc += tl.sum(tl.reshape(q * x[None, :], (BN, BK // 16, 16)), 2)
     out = tl.sum(acc, 1) * tl.load(scale_ptr + row).to(tl.float32)
+    if ACT:
+        out *= act
     tl.store(out_ptr + rn, out.to(out_ptr.dtype.element_ty), mask=rn < N)
 
 
@@ -369,18 +408,14 @@ def scale_kernel(total_ptr, row_ptr, column_ptr, out_ptr, N, B: tl.constexpr):
 # Launches.
 
 
-@torch.library.triton_op("ao::gemv", mutates_args={})
-def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
-    """x: (1, K), qdata: (N, K) one-byte or (N, K / 2) 4-bit, scale: (N, K / group) or (N, 1), zero_point alike -> (1, N)."""
-    # int: the kernel is made for one shape of the weight, also where the compiler would keep it open.
-    n, k, width = int(qdata.shape[0]), int(x.shape[1]), int(qdata.shape[1])
-    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
-    if qdata.dtype.is_floating_point:
-        wrap_triton(gemv_float_kernel)[(cdiv(n, 8),)](x, qdata, scale, out, n, K=k, BN=8, BK=1024, num_warps=4)
-        return out
+def _gemv_kernel(
+    n: int, k: int, width: int, qdata: torch.dtype, groups: int, zero: bool, offset: int, act: bool, device: torch.device
+) -> tuple[Any, tuple[int], dict[str, Any]]:  # fmt: skip
+    """The kernel for one token and a weight (n, k) whose rows are `width` bytes, its grid and its constants."""
+    if qdata.is_floating_point:
+        return gemv_float_kernel, (cdiv(n, 8),), {"K": k, "BN": 8, "BK": 1024, "ACT": act, "num_warps": 4}
     bits = 8 * width // k
-    by_row = int(scale.shape[1]) == 1
-    group = 128 if by_row else k // int(scale.shape[1])
+    by_row = groups == 1
     # At least 8, of 16 numbers each, 4 for every thread of a warp: Triton 3.6 computes with a smaller tile wrongly.
     units = max(8, power_of_two(k * bits // 128))
     if units <= 128:
@@ -390,23 +425,74 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
     else:
         rows, warps, places = (2, 16, 2) if bits == 8 else (4 if units <= 512 else 2, 16, 1)
     tiles = cdiv(n, rows)
-    rounds = cdiv(tiles, multiprocessors(x.device) * places)
-    wrap_triton(gemv_int_kernel)[(cdiv(tiles, rounds),)](
-        x, qdata.view(torch.int32), scale, scale if zero_point is None else zero_point, out, n,
-        K=k, G=group, BITS=bits, SIGNED=qdata.dtype == torch.int8, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset,
-        BN=rows, J=units, AHEAD=bits == 4 and units > 128 and not by_row, num_warps=warps,
-    )  # fmt: skip
+    rounds = cdiv(tiles, multiprocessors(device) * places)
+    constants = {
+        "K": k, "G": 128 if by_row else k // groups, "BITS": bits, "SIGNED": qdata == torch.int8, "ROW": by_row, "ZERO": zero,
+        "OFFSET": offset, "BN": rows, "J": units, "AHEAD": bits == 4 and units > 128 and not by_row, "ACT": act,
+        "num_warps": warps,
+    }  # fmt: skip
+    return gemv_int_kernel, (cdiv(tiles, rounds),), constants
+
+
+@torch.library.triton_op("ao::gemv", mutates_args={})
+def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool) -> Tensor:
+    """One token. x: (1, K), qdata: (N, K) one-byte or (N, K / 2) 4-bit, scale: (N, K / group) or (N, 1), zero_point alike
+    -> (1, N).
+
+    offset: what to add to zero_point. act: whether x is first quantized to 8 bits, as `Intx(8)` or `Float8()` do.
+    """
+    # int: the kernel is made for one shape of the weight, also where the compiler would keep it open.
+    n, k, width, groups = int(qdata.shape[0]), int(x.shape[1]), int(qdata.shape[1]), int(scale.shape[1])
+    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    kernel, grid, constants = _gemv_kernel(
+        n, k, width, qdata.dtype, groups, zero_point is not None, offset, act, x.device
+    )
+    if qdata.dtype.is_floating_point:
+        wrap_triton(kernel)[grid](x, qdata, scale, out, n, **constants)
+    else:
+        zeros = scale if zero_point is None else zero_point
+        wrap_triton(kernel)[grid](x, qdata.view(torch.int32), scale, zeros, out, n, **constants)
     return out
 
 
-def fused(
-    x: Tensor, rows: Tensor | None, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, dtype: torch.dtype
-) -> Tensor:  # fmt: skip
-    """x @ decode(qdata).T as `dtype`. x: (M, K) bfloat16, or int8 times rows (M, 1); the rest as in `gemv`."""
-    (m, k), n = x.shape, qdata.shape[0]
-    bits = 8 * qdata.shape[1] // k
-    by_row = scale.shape[1] == 1
-    group = 128 if by_row else k // scale.shape[1]
+Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""Of x (..., K) and the qdata, scale and zero_point of weights of one form -> (..., N)."""
+
+
+def gemv_launch(
+    n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool
+) -> Product:
+    """`gemv` in eager mode for weights of the form of these: what it decides is decided once."""
+    device, index = qdata.device, qdata.device.index
+    kernel, grid, constants = _gemv_kernel(
+        n, k, qdata.shape[1], qdata.dtype, scale.shape[1], zero_point is not None, offset, act, device
+    )
+    if qdata.dtype.is_floating_point:
+        start = Launch(kernel, grid, **constants)
+
+        def run_float(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+            out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+            start(index, x, qdata, scale, out, n)
+            return out
+
+        return run_float
+
+    start = Launch(kernel, grid, views={1: torch.int32}, **constants)
+
+    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+        start(index, x, qdata, scale, scale if zero_point is None else zero_point, out, n)
+        return out
+
+    return run
+
+
+def _fused_kernel(
+    m: int, n: int, k: int, bits: int, groups: int
+) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
+    """The grid for m tokens and a weight (n, k), and the constants that follow from the shapes."""
+    by_row = groups == 1
+    group = 128 if by_row else k // groups
     steps = k // group
     unroll = 1
     while not by_row and unroll * 2 * group <= 256 and steps % (unroll * 2) == 0:
@@ -415,18 +501,110 @@ def fused(
     height = 128 if m > 32 or n >= 16384 or (bits == 4 and m > 16) else 64
     tiles = cdiv(n, height) * cdiv(m, tokens * blocks)
     split = max(1, min(8, round(256 / tiles), steps // unroll // 4))
+    constants = {
+        "K": k, "G": group, "BITS": bits, "ROW": by_row, "BM": tokens, "MB": blocks, "BN": height, "U": unroll,
+        "SPLIT": split, "STAGES": 4 if by_row and m <= 16 else 3,
+    }  # fmt: skip
+    return (cdiv(n, height), cdiv(m, tokens * blocks), split), constants
+
+
+def fused(
+    x: Tensor, rows: Tensor | None, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """x @ decode(qdata).T as `dtype`. x: (M, K) bfloat16, or int8 times rows (M, 1); the rest as in `gemv`."""
+    (m, k), n = x.shape, qdata.shape[0]
+    grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1])
+    split = grid[2]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     e4m3 = qdata.dtype == torch.float8_e4m3fn
     launch(
-        fused_kernel, (cdiv(n, height), cdiv(m, tokens * blocks), split),
-        x, scale if rows is None else rows, qdata.view(torch.uint8) if e4m3 else qdata, scale,
-        scale if zero_point is None else zero_point, parts, m, n, K=k, G=group, BITS=bits, E4M3=e4m3,
-        ACT=rows is not None, ROW=by_row, ZERO=zero_point is not None, OFFSET=offset, BM=tokens, MB=blocks, BN=height,
-        U=unroll, SPLIT=split, STAGES=4 if by_row and m <= 16 else 3, num_warps=4,
+        fused_kernel, grid, x, scale if rows is None else rows, qdata.view(torch.uint8) if e4m3 else qdata, scale,
+        scale if zero_point is None else zero_point, parts, m, n,
+        **_in_order(constants, E4M3=e4m3, ACT=rows is not None, ZERO=zero_point is not None, OFFSET=offset),
     )  # fmt: skip
     if split > 1:
         launch(sum_kernel, (cdiv(m * n, 1024),), parts, out, m * n, SPLIT=split, B=1024, EARLY=False)
+    return out
+
+
+def _in_order(constants: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The constants of `fused_kernel` as its parameters follow each other."""
+    constants = constants | more
+    return {name: constants[name] for name in fused_kernel.arg_names if name in constants}
+
+
+def fused_launch(
+    m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
+) -> Product:  # fmt: skip
+    """`fused` in eager mode for m tokens and weights of the form of these: what it decides is decided once."""
+    device, index = qdata.device, qdata.device.index
+    grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1])
+    split, size = grid[2], m * n
+    e4m3 = qdata.dtype == torch.float8_e4m3fn
+    start = Launch(
+        fused_kernel, grid, views={2: torch.uint8} if e4m3 else {},
+        **_in_order(constants, E4M3=e4m3, ACT=False, ZERO=zero_point is not None, OFFSET=offset),
+    )  # fmt: skip
+    add = Launch(sum_kernel, (cdiv(size, 1024),), SPLIT=split, B=1024, EARLY=False)
+
+    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+        parts = out if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=device)
+        start(index, x, scale, qdata, scale, scale if zero_point is None else zero_point, parts, m, n)
+        if split > 1:
+            add(index, parts, out, size)
+        return out
+
+    return run
+
+
+# Many tokens: the weight goes to memory as plain numbers.
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, scale_ptr, zero_ptr, out_ptr, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, ROW: tl.constexpr,
+    ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """out[n, k] = (q[n, k] - zero) * scale in float32, of BN rows and BB bytes of each."""
+    KB: tl.constexpr = K * BITS // 8
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    byte = tl.program_id(1) * BB + tl.arange(0, BB)
+    there = (row < N)[:, None] & (byte < KB)[None, :]
+    q = tl.load(q_ptr + row[:, None] * KB + byte[None, :], mask=there)
+    k = byte // 16 * 32 + byte % 16 if BITS == 4 else byte
+    if ROW:
+        at = row[:, None] + byte[None, :] * 0
+    else:
+        at = row[:, None] * (K // G) + (k // G)[None, :]
+    scale = tl.load(scale_ptr + at, mask=there, other=0.0).to(tl.float32)
+    if ZERO:
+        zero = tl.load(zero_ptr + at, mask=there, other=0).to(tl.float32) + OFFSET
+    else:
+        zero = tl.full((1, 1), OFFSET, tl.float32)
+    out = out_ptr + row[:, None] * K + k[None, :]
+    if BITS == 4:
+        tl.store(out, (((q & 15).to(tl.float32) - zero) * scale).to(out_ptr.dtype.element_ty), mask=there)
+        tl.store(out + 16, (((q >> 4).to(tl.float32) - zero) * scale).to(out_ptr.dtype.element_ty), mask=there)
+    else:
+        tl.store(out, ((q.to(tl.float32) - zero) * scale).to(out_ptr.dtype.element_ty), mask=there)
+
+
+def decoded(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, k: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """The weight (N, K) as `dtype`: qdata (N, K) one-byte or (N, K / 2) 4-bit, scale (N, groups), zero_point alike."""
+    n, width, groups = qdata.shape[0], qdata.shape[1], scale.shape[1]
+    out = torch.empty(n, k, dtype=dtype, device=qdata.device)
+    if out.numel():
+        wide = 1024 if width >= 1024 else max(32, power_of_two(width))
+        height = 4096 // wide
+        launch(
+            decode_kernel, (cdiv(n, height), cdiv(width, wide)), qdata, scale, scale if zero_point is None else zero_point, out,
+            n, K=k, G=k // groups, BITS=8 * width // k, ROW=groups == 1, ZERO=zero_point is not None, OFFSET=offset, BN=height,
+            BB=wide, num_warps=8,
+        )  # fmt: skip
     return out
 
 

@@ -22,11 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .ampere import sum_kernel
+from .ampere import rounded_e4m3, sum_kernel
 from .device import multiprocessors
-from .launch import cdiv, launch, power_of_two
+from .launch import cdiv, launch, power_of_two, tile_reader
 
 
 @triton.jit
@@ -78,11 +77,7 @@ def split_kernel(x_ptr, parts_ptr, step_ptr, K: tl.constexpr, BM: tl.constexpr, 
     parts = parts_ptr + (m // BM * (2 * BM) + m % BM).to(tl.int64) * K + k
     if FLOAT:
         x = x * (448.0 / top)
-        # x rounded to e4m3, as float32: three bits after the leading one; below 2**-6 multiples of 2**-9. Triton 3.6
-        # loses the rounding of a cast there and back.
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        rounded = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, rounded)
+        rounded = rounded_e4m3(x)
         high = rounded.to(tl.float8e4nv)
         low = (x - rounded).to(tl.float8e4nv)
         tl.store(step_ptr + m, top * (1.0 / 448.0))
@@ -240,7 +235,7 @@ def int8_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype:
     height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
     launch(
         int8_kernel, (cdiv(m, height) * cdiv(n, width),),
-        TensorDescriptor.from_tensor(x, [height, 128]), rows, TensorDescriptor.from_tensor(qdata, [width, 128]), columns,
+        tile_reader(x, [height, 128]), rows, tile_reader(qdata, [width, 128]), columns,
         out, m, n, K=k, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
     )  # fmt: skip
     return out
@@ -289,7 +284,7 @@ def _parts_product(
     out, sums = _outputs(m, n, split, dtype, x.device)
     launch(
         parts_kernel, (programs, split),
-        TensorDescriptor.from_tensor(x, [parts * tokens, 128]), rows, TensorDescriptor.from_tensor(qdata, [height, 128]),
+        tile_reader(x, [parts * tokens, 128]), rows, tile_reader(qdata, [height, 128]),
         columns, sums, m, n, tiles, K=k, BM=tokens, PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages,
         FLOAT=qdata.dtype.is_floating_point, num_warps=warps, early=True,
     )  # fmt: skip
@@ -347,8 +342,8 @@ def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor 
     out, sums = _outputs(m, n, split, x.dtype, x.device)
     launch(
         nibbles_kernel, (n // height * tiles, split),
-        TensorDescriptor.from_tensor(x, [tokens, group]),
-        TensorDescriptor.from_tensor(qdata.view(torch.int16), [height, group // 4]), scale,
+        tile_reader(x, [tokens, group]),
+        tile_reader(qdata.view(torch.int16), [height, group // 4]), scale,
         scale if zero_point is None else zero_point, sums, m, n, tiles, K=k, G=group, ZERO=zero_point is not None,
         OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4, num_warps=warps,
     )  # fmt: skip

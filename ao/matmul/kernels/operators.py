@@ -46,14 +46,54 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     x: (M, K) bfloat16. qdata: (N, K) one-byte or (N, K / 2) 4-bit. scale: (N, K / group) or (N, 1), zero_point alike.
     offset: what to add to zero_point.
     """
-    (m, k), n = x.shape, qdata.shape[0]
-    if cuda_capability(x.device)[0] == 9 and k % 128 == n % 64 == 0 and k <= 65536 and _is_aligned(x, qdata):
+    return fused_at_once(x, qdata, scale, zero_point, offset)
+
+
+def fused_at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
+    """`fused` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
+    k, n = x.shape[-1], qdata.shape[0]
+    rows = x if x.dim() == 2 else x.view(-1, k)
+    m = rows.shape[0]
+    of_hopper = is_for_hopper(m, k, qdata, scale, zero_point) and _is_aligned(x, qdata)
+    if of_hopper and qdata.shape[1] == k:
+        out = hopper.parts_product(rows, qdata, scale)
+    elif of_hopper:
+        out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset)
+    elif m <= FEW:
+        out = ampere.fused(rows, None, qdata, scale, zero_point, offset, x.dtype)
+    else:
+        return F.linear(x, ampere.decoded(qdata, scale, zero_point, offset, k, x.dtype))
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+
+FEW = 64
+"""The largest number of tokens for which weights are decoded on their way to the tensor cores."""
+
+SOME = 512
+"""The same on Hopper, for the formats that hopper.py knows; beyond, the weight is decoded to memory first."""
+
+
+def is_for_hopper(m: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
+    """Whether hopper.py has the kernel that is the fastest for m tokens and this weight (N, k)."""
+    n = qdata.shape[0]
+    if m > SOME or k % 128 or n % 64 or k > 65536 or cuda_capability(qdata.device)[0] != 9:
+        return False
+    if qdata.shape[1] == k:
         exact = qdata.dtype in (torch.int8, torch.float8_e4m3fn)
-        if (m > 16 or n >= 16384) and qdata.shape[1] == k and exact and scale.shape[1] == 1 and zero_point is None:
-            return hopper.parts_product(x, qdata, scale)
-        if m > (8 if k > 8192 else 16) and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128:
-            return hopper.nibbles_product(x, qdata, scale, zero_point, offset)
-    return ampere.fused(x, None, qdata, scale, zero_point, offset, x.dtype)
+        return (m > 16 or n >= 16384) and exact and scale.shape[1] == 1 and zero_point is None
+    return m > (8 if k > 8192 else 16) and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128
+
+
+@_operator(
+    "decoded",
+    "(Tensor qdata, Tensor scale, Tensor? zero_point, int offset, int k, ScalarType dtype) -> Tensor",
+    lambda qdata, scale, zero_point, offset, k, dtype: qdata.new_empty(qdata.shape[0], k, dtype=dtype),
+)
+def decoded(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, k: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """The weight (N, k) as `dtype`, a 16-bit one; the fields as in `fused`."""
+    return ampere.decoded(qdata, scale, zero_point, offset, k, dtype)
 
 
 @_operator(

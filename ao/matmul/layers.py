@@ -1,0 +1,138 @@
+"""Layers whose weight is quantized, at no cost on the way to the product.
+
+`quantize_` and the loaders give a layer with a QTensor for a weight the class that is here for its own class: the same layer
+in all but its `forward`, which goes straight to the product. `F.linear` on the weight would be right as well, and slower: in
+eager mode by PyTorch's way to a tensor subclass; and a graph that holds a subclass is one whose inputs are taken apart in
+Python at every call. So a traced forward gives the compiler the plain fields of the weight, by way of an operator that
+stands for the product and is written out before the compiler sees it.
+
+The class has the name of the layer's own, is an `isinstance` of it, and is pickled as it. The weight stays a parameter: if
+another one is put in its place, of any kind, the layer goes on working.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dtypes.base import QTensor, sources_digest
+from .doors import linear
+
+# The form of a weight: how to make it of plain tensors.
+
+_Form = tuple[type[QTensor], Any, torch.dtype, tuple[int, ...], bool, tuple[tuple[str, Any], ...]]
+
+_FORMS: dict[str, _Form] = {}
+
+
+def _form(w: QTensor) -> _Form:
+    fields = ((name, _form(t) if isinstance(t, QTensor) else None) for name, t in w.fields().items())
+    return type(w), w.spec, w.dtype, tuple(w.shape), w.whole, tuple(fields)
+
+
+def _paths(form: _Form, start: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The attributes that lead to each plain tensor."""
+    for name, inner in form[-1]:
+        if inner is None:
+            yield (*start, name)
+        else:
+            yield from _paths(inner, (*start, name))
+
+
+def _made(form: _Form, tensors: Iterator[Tensor]) -> QTensor:
+    cls, spec, dtype, shape, whole, fields = form
+    made = {name: next(tensors) if inner is None else _made(inner, tensors) for name, inner in fields}
+    return cls(spec, dtype, shape, whole, **made)
+
+
+@functools.cache
+def _register(form: _Form) -> tuple[tuple[tuple[str, ...], ...], str]:
+    """The paths of a form, and its name in a graph. The name is all that tells a compiler's cache how the product is made."""
+    name = f"{form} {sources_digest()}"
+    _FORMS[name] = form
+    return tuple(_paths(form)), name
+
+
+def _linear(x: Tensor, fields: list[Tensor], bias: Tensor | None, form: str) -> Tensor:
+    """`linear` of a weight given as its fields."""
+    return linear(x, _made(_FORMS[form], iter(fields)), bias)
+
+
+# CompositeImplicit: whatever is below Dynamo sees what the product is made of.
+torch.library.define(
+    "ao::linear", "(Tensor x, Tensor[] fields, Tensor? bias, str form) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.impl("ao::linear", "CompositeImplicitAutograd", _linear)
+
+
+class _Quantized:
+    """What the classes made here have before their layer's own."""
+
+    _parameters: dict[str, Any]
+
+    def _weight_form(self) -> tuple[tuple[tuple[str, ...], ...], str] | None:
+        weight = self._parameters["weight"]
+        return _register(_form(weight)) if isinstance(weight, QTensor) else None
+
+    # What torch.compiler.assume_constant_result does, which imports the compiler.
+    _weight_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    own_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _remade, (self.own_class,), self.__dict__
+
+
+class _QuantizedLinear(_Quantized):
+    bias: Tensor | None
+    weight: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            form = self._weight_form()
+            if form is not None:
+                fields = []
+                for path in form[0]:
+                    t: Any = self.weight
+                    for name in path:
+                        t = getattr(t, name)
+                    fields.append(t)
+                return torch.ops.ao.linear(input, fields, self.bias, form[1])
+        parameters = self._parameters
+        return linear(input, parameters["weight"], parameters["bias"])
+
+
+def _remade(cls: type[nn.Module]) -> nn.Module:
+    return nn.Module.__new__(_class_of(cls) or cls)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _class_of(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class for a layer of class `cls` with a quantized weight; None for a layer that is not known."""
+    kinds: dict[Callable[..., Any], type[_Quantized]] = {nn.Linear.forward: _QuantizedLinear}
+    kind = kinds.get(cls.forward)
+    if kind is None:
+        return None
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "own_class": cls}
+    made: Any = type(cls.__name__, (kind, cls), names)
+    return made
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put `parameter` in its place in `module`, and give the module the class that goes with it."""
+    module._parameters[name] = parameter
+    adopt(module)
+
+
+def adopt(module: nn.Module) -> None:
+    """Give a layer the class that its weight needs: that of a quantized layer, or its own again."""
+    cls = type(module)
+    if isinstance(getattr(module, "weight", None), QTensor):
+        if not isinstance(module, _Quantized):
+            module.__class__ = _class_of(cls) or cls  # type: ignore[arg-type]
+    elif "own_class" in vars(cls):
+        module.__class__ = vars(cls)["own_class"]

@@ -1,0 +1,276 @@
+"""What a user of transformers gets: `from_pretrained` and `generate`, in one format after the other.
+
+The model is a local folder (--model DIR), or random weights of a known shape (--shape), which are written to a folder first
+so that loading is measured too. Per format and mode:
+
+    load s        from_pretrained, from a folder that the operating system has read before
+    first s       the first call of generate in this mode, with what it compiles
+    tok/s         tokens per second of decoding, at each batch size: the time of many tokens less that of one
+    ttft ms       the time to the first token after a prompt of so many tokens
+    busy ms       what the GPU works for one token at the first batch size
+    host us       one call of one linear layer, on the host alone, for 1, 8 and 128 tokens (mode eager)
+
+Modes: eager, and static, which is generate(cache_implementation="static"): transformers then compiles the decoding step itself.
+Formats of other libraries are given as LIBRARY:NAME: bitsandbytes:nf4, bitsandbytes:int8, torchao:int4, torchao:int8,
+torchao:float8-dynamic, quanto:int4, quanto:int8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import formats
+import measure
+import torch
+from bench_linear import reason
+from tables import markdown
+from torch import nn
+
+from ao.integrations.transformers import AoConfig
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench_generate_hf.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=formats.help_text(),
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, metavar="DIR", help="a local folder that from_pretrained reads")
+    source.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape")
+    parser.add_argument("--layers", type=int, metavar="L", help="only so many blocks, of a --shape")
+    parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4-g128"], metavar="F")
+    parser.add_argument("--modes", nargs="+", default=["eager", "static"], choices=["eager", "static"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="B")
+    parser.add_argument("--prompt-length", type=int, default=16, metavar="T", help="before decoding; default: 16")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="T", help="default: 64")
+    parser.add_argument("--ttft", nargs="*", type=int, default=[128, 2048], metavar="T", help="lengths of prompts")
+    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="of which the median counts; default: 3")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
+    parser.add_argument("--threads", type=int, metavar="T", help="threads on a CPU; default: PyTorch's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save there")
+    args = parser.parse_args(argv)
+    if args.new_tokens < 2:
+        parser.error("--new-tokens must be 2 or more, so that there is a decoding step")
+    try:
+        for name in args.formats:
+            if ":" not in name:
+                formats.config_of(name)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def folder_of(args: argparse.Namespace, parent: Path) -> Path:
+    """The folder of the model; one with random weights is made in `parent`."""
+    if args.model is not None:
+        return args.model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = SHAPES[args.shape] | ({} if args.layers is None else {"num_hidden_layers": args.layers})
+    with torch.device(args.device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=0, eos_token_id=None, pad_token_id=0))
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(parent)
+    return parent
+
+
+def config_of(name: str) -> Any:
+    """The quantization_config of a format; None for bf16. Raises ImportError where another library is missing."""
+    library, _, kind = name.rpartition(":")
+    if not library:
+        config = formats.config_of(name)
+        return None if config is None else AoConfig(config)
+    import transformers
+
+    if library == "bitsandbytes":
+        if kind == "int8":
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
+        )  # fmt: skip
+    if library == "torchao":
+        q: Any = import_module("torchao.quantization")
+
+        configs: dict[str, Callable[[], Any]] = {
+            "int4": lambda: q.Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"),
+            "int8": lambda: q.Int8WeightOnlyConfig(),
+            "float8": lambda: q.Float8WeightOnlyConfig(),
+            "float8-dynamic": lambda: q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow()),
+        }
+        return transformers.TorchAoConfig(configs[kind]())
+    if library == "quanto":
+        return transformers.QuantoConfig(weights=kind)
+    raise ValueError(f"{name}: the libraries that this script knows are bitsandbytes, torchao and quanto")
+
+
+class Bench:
+    """One model on one device."""
+
+    def __init__(self, folder: Path, name: str, args: argparse.Namespace) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.args, self.device = args, torch.device(args.device)
+        more = {} if (config := config_of(name)) is None else {"quantization_config": config}
+        start = time.perf_counter()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, device_map=args.device, **more
+        ).eval()
+        self.synchronize()
+        self.load_s = time.perf_counter() - start
+        self.vocab = self.model.config.vocab_size
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+
+    def generate(self, mode: str, batch: int, length: int, new: int) -> float:
+        """Seconds for `new` tokens after `length` random ones."""
+        ids = torch.randint(1, self.vocab, (batch, length), device=self.device)
+        more = {"cache_implementation": "static"} if mode == "static" else {}
+        self.synchronize()
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                **more,
+            )
+        self.synchronize()
+        assert out.shape[1] == length + new
+        return time.perf_counter() - start
+
+    def median(self, *args: Any) -> float:
+        return statistics.median(self.generate(*args) for _ in range(self.args.repeats))
+
+    def busy_ms(self, mode: str, batch: int, new: int) -> float | None:
+        """What the GPU works per token, milliseconds."""
+        if self.device.type != "cuda":
+            return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.generate(mode, batch, self.args.prompt_length, new)
+        spans = [e.device_time_total for e in profile.key_averages() if e.device_type.name == "CUDA"]
+        return sum(spans) / 1e3 / new
+
+    def host_us(self, tokens: int) -> float:
+        """One call of a linear layer in eager mode, microseconds on the host: the device is waited for outside."""
+        layer: nn.Module = self.model.model.layers[0].self_attn.o_proj
+        x = torch.randn(1, tokens, self.model.config.hidden_size, dtype=torch.bfloat16, device=self.device)
+        times = []
+        with torch.no_grad():
+            for _ in range(30):
+                layer(x)
+            for _ in range(20):
+                self.synchronize()
+                start = time.perf_counter()
+                for _ in range(10):
+                    layer(x)
+                times.append((time.perf_counter() - start) / 10)
+        return statistics.median(times) * 1e6
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """A row per mode."""
+        args = self.args
+        rows = []
+        for mode in args.modes:
+            row: dict[str, Any] = {"format": name, "mode": mode, "load_s": self.load_s}
+            row["first_s"] = self.generate(mode, args.batch[0], args.prompt_length, args.new_tokens)
+            for batch in args.batch:
+                self.generate(mode, batch, args.prompt_length, args.new_tokens)
+                self.generate(mode, batch, args.prompt_length, args.new_tokens)
+                many = self.median(mode, batch, args.prompt_length, args.new_tokens)
+                one = self.median(mode, batch, args.prompt_length, 1)
+                row[f"tokens_s_{batch}"] = batch * (args.new_tokens - 1) / (many - one)
+            for length in args.ttft:
+                self.generate(mode, 1, length, 1)
+                row[f"ttft_{length}_ms"] = self.median(mode, 1, length, 1) * 1e3
+            row["busy_ms"] = self.busy_ms(mode, args.batch[0], args.new_tokens)
+            if mode == "eager":
+                for tokens in (1, 8, 128):
+                    row[f"host_{tokens}_us"] = self.host_us(tokens)
+            rows.append(row)
+        return rows
+
+
+def table(rows: Sequence[dict[str, Any]], mode: str) -> str:
+    """The rows of one mode; speeds in times of bf16's where that is there."""
+    rows = [row for row in rows if row["mode"] == mode]
+    base = next((row for row in rows if row["format"] == "bf16"), None)
+    keys = [key for key in rows[0] if key not in ("format", "mode", "error") and rows[0][key] is not None]
+
+    def cell(row: dict[str, Any], key: str) -> str:
+        value = row.get(key)
+        if value is None:
+            return "-"
+        text = f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
+        if base is None or base is row or base.get(key) is None:
+            return text
+        return f"{text} ({value / base[key]:.2f})"
+
+    return markdown(["format", *keys], [[row["format"], *(cell(row, key) for key in keys)] for row in rows])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    errors: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as parent:
+        folder = folder_of(args, Path(parent))
+        for name in args.formats:
+            gc.collect()
+            if args.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+            torch._dynamo.reset()
+            try:
+                rows += Bench(folder, name, args).rows(name)
+            except Exception as error:
+                errors[name] = reason(error)
+                print(f"{name}: {errors[name]}", file=sys.stderr)
+                continue
+            for row in rows[-len(args.modes) :]:
+                print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    for mode in args.modes:
+        if any(row["mode"] == mode for row in rows):
+            print(f"\n{mode}; in parentheses: times bf16's\n\n{table(rows, mode)}")
+    if args.json is not None:
+        facts = measure.facts(torch.device(args.device))
+        args.json.write_text(json.dumps({**facts, "rows": rows, "errors": errors}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

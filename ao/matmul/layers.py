@@ -122,7 +122,7 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     return made
 
 
-def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     """Put `parameter` in its place in `module`, and give the module the class that goes with it."""
     module._parameters[name] = parameter
     adopt(module)

@@ -29,8 +29,8 @@ def launch(
     constants: its `constexpr` parameters, which come after those, in their order.
     early: whether it may start before the kernel before it is done (programmatic dependent launch).
     """
-    kinds = []
-    given = []
+    kinds: list[Any] = []
+    given: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
             address = arg.data_ptr()
@@ -71,7 +71,7 @@ class Launch:
     def __call__(self, device: int, *args: Any) -> None:
         """Tensors on `device`, the current one, and integers, in the order of the kernel's parameters."""
         bits = 0
-        given = []
+        given: list[Any] = []
         for arg in args:
             if arg.__class__ is int:
                 given.append(arg)

@@ -12,19 +12,20 @@ so that loading is measured too. Per format and mode:
 
 Modes: eager, and static, which is generate(cache_implementation="static"): transformers then compiles the decoding step itself.
 Formats of other libraries are given as LIBRARY:NAME: bitsandbytes:nf4, bitsandbytes:int8, torchao:int4, torchao:int8,
-torchao:float8-dynamic, quanto:int4, quanto:int8.
+torchao:float8-dynamic, quanto:int4, quanto:int8. Each format runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,13 @@ class Bench:
         return rows
 
 
+def rows_of(folder: Path, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of a format, measured in this process."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return Bench(folder, name, args).rows(name)
+
+
 def table(rows: Sequence[dict[str, Any]], mode: str) -> str:
     """The rows of one mode; speeds in times of bf16's where that is there."""
     rows = [row for row in rows if row["mode"] == mode]
@@ -244,23 +252,20 @@ def table(rows: Sequence[dict[str, Any]], mode: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
     errors: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as parent:
-        folder = folder_of(args, Path(parent))
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context) as pool:
+            folder = pool.submit(folder_of, args, Path(parent)).result()
         for name in args.formats:
-            gc.collect()
-            if args.device.startswith("cuda"):
-                torch.cuda.empty_cache()
-            torch._dynamo.reset()
-            try:
-                rows += Bench(folder, name, args).rows(name)
-            except Exception as error:
-                errors[name] = reason(error)
-                print(f"{name}: {errors[name]}", file=sys.stderr)
-                continue
+            with ProcessPoolExecutor(1, context) as pool:
+                try:
+                    rows += pool.submit(rows_of, folder, name, args).result()
+                except Exception as error:
+                    errors[name] = reason(error)
+                    print(f"{name}: {errors[name]}", file=sys.stderr)
+                    continue
             for row in rows[-len(args.modes) :]:
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     for mode in args.modes:

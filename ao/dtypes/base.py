@@ -409,7 +409,11 @@ class QTensor(torch.Tensor):
         )
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Spec, torch.dtype, bool]]:
-        return list(self.fields()), (self.spec, self.dtype, self.whole)
+        # Compiled code asks at every call whether this is what it was made for: the answer is kept.
+        kept = self.__dict__.get("flattened")
+        if kept is None:
+            kept = self.flattened = (list(self.fields()), (self.spec, self.dtype, self.whole))
+        return kept
 
     @classmethod
     def __tensor_unflatten__(

@@ -155,6 +155,8 @@ def set_data(target: Tensor, source: Tensor) -> None:
     target.spec, target.whole = alias.spec, alias.whole
     for name in type(target).roles:
         setattr(target, name, getattr(alias, name))
+    for kept in ("flattened", "choices"):  # of what it was
+        target.__dict__.pop(kept, None)
 
 
 _data: Any = torch.Tensor.data

@@ -88,31 +88,39 @@ def _path(x: Tensor, w: QTensor) -> tuple[str, Path]:
 
 def _product(x: Tensor, w: QTensor) -> Tensor:
     """x: (..., K), w: (N, K) -> (..., N)."""
-    if w.pre_scale is not None:
-        x = (x.float() * w.pre_scale.float()).to(x.dtype)
     if is_eager(x):
         return chosen(x, w)(x, w)
+    if w.pre_scale is not None:
+        x = _scaled(x, w)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     _, path = _path(rows, w)
     return path(rows, w).reshape(*x.shape[:-1], w.shape[0])
 
 
-_CHOICES: dict[tuple[Any, ...], dict[tuple[int, torch.dtype], Path]] = {}
+def _scaled(x: Tensor, w: QTensor) -> Tensor:
+    assert w.pre_scale is not None
+    return (x.float() * w.pre_scale.float()).to(x.dtype)
+
+
+_CHOICES: dict[tuple[Any, ...], dict[tuple[int, int, torch.dtype], Path]] = {}
 
 
 def chosen(x: Tensor, w: QTensor) -> Path:
     """The product of x (..., K) with w (N, K) in eager mode, decided once for weights of one form and a class of M.
 
-    The choice is kept in the weight itself, so that asking again takes a microsecond.
+    The choice is kept in the weight itself, so that asking again takes a microsecond. Raises ValueError where K differs.
     """
-    tokens = x.numel() // (x.shape[-1] or 1)
-    key = tokens if tokens <= 16 else 1 << (tokens - 1).bit_length(), x.dtype
+    shape = x.shape
+    k = shape[-1] if shape else 0
+    tokens = x.numel() // k if k else 0
+    key = k, tokens if tokens <= 16 else 1 << (tokens - 1).bit_length(), x.dtype
     choices = w.__dict__.get("choices")
     if choices is None:
         choices = w.choices = _CHOICES.setdefault(_form(w), {})  # type: ignore[attr-defined]
     choice = choices.get(key)
     if choice is None:
-        choice = choices[key] = _choose(x.reshape(-1, x.shape[-1]), w)
+        _check_fits(x, w)
+        choice = choices[key] = _choose(x.reshape(-1, k), w)
     return choice
 
 
@@ -128,6 +136,9 @@ _LAUNCHES = {"gemv": gpu.gemv_launch, "fused": gpu.fused_launch}
 
 def _choose(x: Tensor, w: QTensor) -> Path:
     """x: (M, K), w: (N, K) -> a function of x (..., K) and any weight of this form."""
+    if w.pre_scale is not None:
+        plain = _choose(x, w.like(w.shape, w.dtype, {n: t for n, t in w.fields().items() if n != "pre_scale"}))
+        return lambda x, w: plain(_scaled(x, w), w)
     name, path = _path(x, w)
     launch = _LAUNCHES[name](x, w) if name in _LAUNCHES else None
     if launch is not None:
@@ -176,6 +187,14 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_w
 
 
+def _check_fits(x: Tensor, w: QTensor) -> None:
+    if w.dim() != 2 or x.dim() == 0 or x.shape[-1] != w.shape[-1]:
+        raise ValueError(
+            f"linear: the input of shape {tuple(x.shape)} does not fit the weight of shape {tuple(w.shape)}; "
+            "the last dim of the input must be the weight's second"
+        )
+
+
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` with a QTensor weight. x: (..., K), w: (N, K), bias: (N,) -> (..., N) in x's dtype.
 
@@ -184,11 +203,10 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(w, QTensor):
         assert isinstance(x, QTensor) or isinstance(bias, QTensor)
         return F.linear(_plain(x), w, _plain(bias))
-    if w.dim() != 2 or x.dim() == 0 or x.shape[-1] != w.shape[-1]:
-        raise ValueError(
-            f"linear: the input of shape {tuple(x.shape)} does not fit the weight of shape {tuple(w.shape)}; "
-            "the last dim of the input must be the weight's second"
-        )
+    if is_eager(x) and not torch._C._is_any_autocast_enabled() and not torch.is_grad_enabled():
+        out = chosen(x, w)(x, w)  # nothing else to see to: the short way
+        return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
+    _check_fits(x, w)
     x = _plain(x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

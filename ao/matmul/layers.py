@@ -92,7 +92,8 @@ class _QuantizedLinear(_Quantized):
     weight: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Not is_exporting(), which Dynamo takes for True before torch 2.13.
+        if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
             form = self._weight_form()
             if form is not None:
                 fields = []

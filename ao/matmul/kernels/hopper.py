@@ -17,6 +17,8 @@ Kernels in a row are launched early (programmatic dependent launch): `gdc_wait` 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .ampere import rounded_e4m3, sum_kernel
 from .device import multiprocessors
-from .launch import cdiv, launch, power_of_two, tile_reader
+from .launch import Launch, cdiv, launch, power_of_two, tile_reader
 
 
 @triton.jit
@@ -235,7 +237,7 @@ def int8_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype:
     height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
     launch(
         int8_kernel, (cdiv(m, height) * cdiv(n, width),),
-        tile_reader(x, [height, 128]), rows, tile_reader(qdata, [width, 128]), columns,
+        tile_reader(x, (height, 128)), rows, tile_reader(qdata, (width, 128)), columns,
         out, m, n, K=k, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
     )  # fmt: skip
     return out
@@ -260,35 +262,54 @@ def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
     tiles = cdiv(m, tokens)
     parts = torch.empty(tiles * 2 * tokens, k, dtype=qdata.dtype, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
-    block = power_of_two(k)
-    launch(
-        split_kernel, (m,), x, parts, step, num_warps=8, K=k, BM=tokens, B=block, FLOAT=qdata.dtype.is_floating_point
-    )
+    split_into_parts = _split_launch(m, k, tokens, qdata.dtype, x.device.index)
+    split_into_parts(x.device.index, x, parts, step)
     return _parts_product(parts, 2, step, qdata, scale, m, x.dtype, tokens, height, warps, stages)
+
+
+@functools.lru_cache(4096)
+def _split_launch(m: int, k: int, tokens: int, dtype: torch.dtype, device: int) -> Launch:
+    return Launch(
+        split_kernel, (m,), num_warps=8, K=k, BM=tokens, B=power_of_two(k), FLOAT=dtype.is_floating_point
+    )  # fmt: skip
 
 
 def _parts_product(
     x: Tensor, parts: int, rows: Tensor, qdata: Tensor, columns: Tensor, m: int, dtype: torch.dtype, tokens: int,
     height: int, warps: int, stages: int,
 ) -> Tensor:  # fmt: skip
-    """`parts_kernel` over tiles of `tokens` x `height`. Fewer stages where three programs then share a multiprocessor, or
-    four if that makes room for all at once."""
+    """`parts_kernel` over tiles of `tokens` x `height`."""
     n, k = qdata.shape
-    tiles = cdiv(m, tokens)
-    programs = n // height * tiles
+    device = x.device.index
+    start, split = _parts_launch(
+        m, n, k, parts, tokens, height, warps, stages, qdata.dtype, columns.dtype, dtype, device
+    )
+    out, sums = _outputs(m, n, split, dtype, x.device)
+    start(
+        device, tile_reader(x, (parts * tokens, 128)), rows, tile_reader(qdata, (height, 128)), columns, sums, m, n,
+        cdiv(m, tokens),
+    )  # fmt: skip
+    return _summed(sums, out, split)
+
+
+@functools.lru_cache(4096)
+def _parts_launch(
+    m: int, n: int, k: int, parts: int, tokens: int, height: int, warps: int, stages: int, dtype: torch.dtype,
+    columns: torch.dtype, out: torch.dtype, device: int,
+) -> tuple[Launch, int]:  # fmt: skip
+    """The launch and in how many parts of K. Fewer stages where three programs then share a multiprocessor, or four if that
+    makes room for all at once."""
+    programs = n // height * cdiv(m, tokens)
     size = (parts * tokens + height) * 128
     split = _splits(programs, k // 128, 2 if size * stages <= 116_000 else 1)
     share = 57_000 if 396 < programs * split <= 528 else 76_000
     if programs * split > 264 and size * 3 <= share:
         stages = min(stages, share // size)
-    out, sums = _outputs(m, n, split, dtype, x.device)
-    launch(
-        parts_kernel, (programs, split),
-        tile_reader(x, [parts * tokens, 128]), rows, tile_reader(qdata, [height, 128]),
-        columns, sums, m, n, tiles, K=k, BM=tokens, PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages,
-        FLOAT=qdata.dtype.is_floating_point, num_warps=warps, early=True,
+    start = Launch(
+        parts_kernel, (programs, split), num_warps=warps, early=True, K=k, BM=tokens, PARTS=parts, BN=height, BK=128,
+        SPLIT=split, STAGES=stages, FLOAT=dtype.is_floating_point,
     )  # fmt: skip
-    return _summed(sums, out, split)
+    return start, split
 
 
 def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tensor]:
@@ -297,20 +318,29 @@ def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tenso
     whole: with one scale for all of x, which is then the scale of every row.
     """
     m, k = x.shape
+    device = x.device.index
     codes = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    block = power_of_two(k)
-    tops, count = scale, 0
+    largest, quantize, count = _quantize_launches(m, k, dtype, x.dtype, whole, device)
+    tops = scale
     if whole:
-        count = min(m, 4 * multiprocessors(x.device))
         tops = torch.empty(count, dtype=torch.int32, device=x.device)
-        launch(amax_kernel, (count,), x, tops, m, num_warps=8, K=k, B=block)
-    is_float = dtype.is_floating_point
-    launch(
-        quantize_kernel, (m,), x, tops, codes, scale, count, num_warps=8, early=whole, K=k, B=block, FLOAT=is_float,
-        WHOLE=whole,
-    )  # fmt: skip
+        largest(device, x, tops, m)
+    quantize(device, x, tops, codes, scale, count)
     return codes, scale
+
+
+@functools.lru_cache(4096)
+def _quantize_launches(
+    m: int, k: int, dtype: torch.dtype, x: torch.dtype, whole: bool, device: int
+) -> tuple[Launch, Launch, int]:  # fmt: skip
+    block = power_of_two(k)
+    count = min(m, 4 * multiprocessors(torch.device("cuda", device))) if whole else 0
+    largest = Launch(amax_kernel, (count,), num_warps=8, K=k, B=block)
+    quantize = Launch(
+        quantize_kernel, (m,), num_warps=8, early=whole, K=k, B=block, FLOAT=dtype.is_floating_point, WHOLE=whole
+    )  # fmt: skip
+    return largest, quantize, count
 
 
 def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
@@ -334,20 +364,32 @@ def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype
 def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
     """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
+    device = x.device.index
+    zero = None if zero_point is None else zero_point.dtype
+    start, split, tokens, height = _nibbles_launch(m, n, k, scale.dtype, zero, offset, device)
+    out, sums = _outputs(m, n, split, x.dtype, x.device)
+    start(
+        device, tile_reader(x, (tokens, 128)), tile_reader(qdata, (height, 32), torch.int16), scale,
+        scale if zero_point is None else zero_point, sums, m, n, cdiv(m, tokens),
+    )  # fmt: skip
+    return _summed(sums, out, split)
+
+
+@functools.lru_cache(4096)
+def _nibbles_launch(
+    m: int, n: int, k: int, scale: torch.dtype, zero: torch.dtype | None, offset: int, device: int
+) -> tuple[Launch, int, int, int]:  # fmt: skip
+    """The launch, in how many parts of K, and the tokens and rows of the weight of a tile."""
     group = 128
     tokens = max(16, min(256, power_of_two(m)))
     height, warps = (128, 8) if tokens == 64 and n >= 16384 and n % 128 == 0 else (64, 4)
-    tiles = cdiv(m, tokens)
-    split = _splits(n // height * tiles, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
-    out, sums = _outputs(m, n, split, x.dtype, x.device)
-    launch(
-        nibbles_kernel, (n // height * tiles, split),
-        tile_reader(x, [tokens, group]),
-        tile_reader(qdata.view(torch.int16), [height, group // 4]), scale,
-        scale if zero_point is None else zero_point, sums, m, n, tiles, K=k, G=group, ZERO=zero_point is not None,
-        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4, num_warps=warps,
+    programs = n // height * cdiv(m, tokens)
+    split = _splits(programs, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
+    start = Launch(
+        nibbles_kernel, (programs, split), num_warps=warps, views={1: torch.int16}, K=k, G=group, ZERO=zero is not None,
+        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4,
     )  # fmt: skip
-    return _summed(sums, out, split)
+    return start, split, tokens, height
 
 
 def _splits(programs: int, steps: int, places: int) -> int:
@@ -366,5 +408,10 @@ def _outputs(m: int, n: int, split: int, dtype: torch.dtype, device: torch.devic
 def _summed(sums: Tensor, out: Tensor, split: int) -> Tensor:
     if split > 1:
         size = out.numel()
-        launch(sum_kernel, (cdiv(size, 1024),), sums, out, size, early=True, SPLIT=split, B=1024, EARLY=True)
+        _sum_launch(size, split, out.dtype, out.device.index)(out.device.index, sums, out, size)
     return out
+
+
+@functools.lru_cache(4096)
+def _sum_launch(size: int, split: int, dtype: torch.dtype, device: int) -> Launch:
+    return Launch(sum_kernel, (cdiv(size, 1024),), early=True, SPLIT=split, B=1024, EARLY=True)

@@ -7,7 +7,6 @@ the driver about a tensor.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,36 +53,37 @@ def launch(
 class Launch:
     """`launch` of one kernel over one grid, for arguments that differ in their addresses alone.
 
-    It is for the products of a few tokens in eager mode, where every microsecond counts: nothing is looked up.
+    It is for products in eager mode, where every microsecond counts: nothing is looked up.
     """
 
     def __init__(
-        self, kernel: triton.JITFunction[Any], grid: tuple[int, ...], num_warps: int = 4,
+        self, kernel: triton.JITFunction[Any], grid: tuple[int, ...], num_warps: int = 4, early: bool = False,
         views: Mapping[int, torch.dtype] | None = None, **constants: Any,
     ) -> None:  # fmt: skip
         """views: the dtypes as which the kernel reads some of its arguments, by position."""
-        self.kernel, self.grid, self.num_warps, self.constants = kernel, grid, num_warps, constants
+        self.kernel, self.num_warps, self.early, self.constants = kernel, num_warps, early, constants
+        self.grid = (*grid, 1, 1)[:3]
         self.views = views or {}
-        self.compiled: Any = None
-        self.block = (*grid, 1, 1)[:3]
         self.last = tuple(constants.values())
+        self.compiled: Any = None
 
     def __call__(self, device: int, *args: Any) -> None:
-        """Tensors on `device`, the current one, and integers, in the order of the kernel's parameters."""
+        """Tensors on `device`, the current one, tensor descriptors and integers, in the order of the kernel's parameters."""
         bits = 0
         given: list[Any] = []
         for arg in args:
-            if arg.__class__ is int:
-                given.append(arg)
-            else:
+            if isinstance(arg, Tensor):
                 address = arg.data_ptr()
                 bits |= address
                 given.append(address)
+            else:
+                given.append(arg)
         compiled = self.compiled
         if compiled is None or bits & 15:  # it is made for addresses that are multiples of 16
-            self._first(bits, [a.view(self.views[i]) if i in self.views else a for i, a in enumerate(args)])
+            self._first(bits, [_viewed(arg, self.views.get(i)) for i, arg in enumerate(args)])
             return
-        x, y, z = self.block
+        x, y, z = self.grid
+        # No launch metadata and no hooks: they are for Triton's own profiler.
         compiled.run(
             x, y, z, torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata, None, None, None,
             *given, *self.last,
@@ -91,9 +91,15 @@ class Launch:
 
     def _first(self, bits: int, args: Sequence[Any]) -> None:
         if bits & 15:
-            launch(self.kernel, self.grid, *args, num_warps=self.num_warps, **self.constants)
+            launch(self.kernel, self.grid, *args, num_warps=self.num_warps, early=self.early, **self.constants)
         else:
-            self.compiled = _compiled(self.kernel, self.grid, args, self.num_warps, False, self.constants)
+            self.compiled = _compiled(self.kernel, self.grid, args, self.num_warps, self.early, self.constants)
+
+
+def _viewed(arg: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return arg
+    return arg.view(dtype) if isinstance(arg, Tensor) else _with_base(arg, arg.base.view(dtype))
 
 
 def _compiled(
@@ -113,22 +119,29 @@ def _run(compiled: Any, grid: tuple[int, ...], device: int, given: Sequence[Any]
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *given, *constants)
 
 
-_DESCRIPTORS: dict[tuple[Any, ...], TensorDescriptor] = {}
+_READERS: dict[tuple[Any, ...], TensorDescriptor] = {}
 
 
-def tile_reader(t: Tensor, block: Sequence[int]) -> TensorDescriptor:
+def tile_reader(t: Tensor, block: tuple[int, int], dtype: torch.dtype | None = None) -> TensorDescriptor:
     """The descriptor by which the copy engine reads tiles of `block` from a contiguous matrix.
 
-    Making one takes longer than a launch, so one per form is kept and copied with another address.
+    Making one takes longer than a launch, so one per form is kept, and copied with another address.
+    dtype: as which it is read. A kernel that is not compiled yet wants a view of that dtype for its base: `Launch.views`.
     """
-    key = (t.dtype, t.shape, *block)
-    form = _DESCRIPTORS.get(key)
+    key = (t.dtype, t.shape, block, dtype)
+    form = _READERS.get(key)
     if form is None:
-        if len(_DESCRIPTORS) > 4096:
-            _DESCRIPTORS.clear()
-        form = _DESCRIPTORS[key] = TensorDescriptor.from_tensor(torch.empty_like(t, device="meta"), list(block))
-    other = copy.copy(form)  # the form itself holds no memory
-    other.base = t
+        if len(_READERS) >= 4096:
+            _READERS.clear()
+        like = torch.empty_like(t, device="meta")  # the form itself holds no memory
+        form = _READERS[key] = TensorDescriptor.from_tensor(like if dtype is None else like.view(dtype), list(block))
+    return _with_base(form, t)
+
+
+def _with_base(form: TensorDescriptor, base: Tensor) -> TensorDescriptor:
+    other = object.__new__(TensorDescriptor)
+    other.__dict__.update(form.__dict__)
+    other.base = base
     return other
 
 

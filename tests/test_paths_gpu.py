@@ -188,7 +188,8 @@ def test_other_shapes_fall_back(spec):
     """Views, odd shapes and other dtypes are products too."""
     q = case(spec)
     x = activation(3)
-    assert path_name(activation(1000), q) == "dequantize"
+    assert path_name(activation(1000), q) == "fused"
+    assert path_name(activation(1000).half(), q) == "decode"
     assert path_name(x.float(), q) == "dequantize"
     for part in (q[:, :256], q[::2]):
         y = x[:, : part.shape[1]]

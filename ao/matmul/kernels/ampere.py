@@ -488,9 +488,9 @@ def gemv_launch(
 
 
 def _fused_kernel(
-    m: int, n: int, k: int, bits: int, groups: int
+    m: int, n: int, k: int, bits: int, groups: int, parts: int = 8
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:  # fmt: skip
-    """The grid for m tokens and a weight (n, k), and the constants that follow from the shapes."""
+    """The grid for m tokens and a weight (n, k), and the constants that follow from the shapes. parts: of K, at most."""
     by_row = groups == 1
     group = 128 if by_row else k // groups
     steps = k // group
@@ -500,7 +500,7 @@ def _fused_kernel(
     tokens, blocks = (16, 1) if m <= 16 else (32, 1) if m <= 32 else (32, 2)
     height = 128 if m > 32 or n >= 16384 or (bits == 4 and m > 16) else 64
     tiles = cdiv(n, height) * cdiv(m, tokens * blocks)
-    split = max(1, min(8, round(256 / tiles), steps // unroll // 4))
+    split = max(1, min(parts, round(256 / tiles), steps // unroll // 4))
     constants = {
         "K": k, "G": group, "BITS": bits, "ROW": by_row, "BM": tokens, "MB": blocks, "BN": height, "U": unroll,
         "SPLIT": split, "STAGES": 4 if by_row and m <= 16 else 3,
@@ -537,23 +537,26 @@ def _in_order(constants: dict[str, Any], **more: Any) -> dict[str, Any]:
 def fused_launch(
     m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
 ) -> Product:  # fmt: skip
-    """`fused` in eager mode for m tokens and weights of the form of these: what it decides is decided once."""
+    """`fused` in eager mode for m tokens and weights of the form of these: what it decides is decided once.
+
+    K is not cut in parts: the launch of their sum takes longer than what they save, so that the host would be waited for.
+    While a CUDA graph records, that does not count.
+    """
     device, index = qdata.device, qdata.device.index
-    grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1])
-    split, size = grid[2], m * n
+    grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1], parts=1)
     e4m3 = qdata.dtype == torch.float8_e4m3fn
     start = Launch(
         fused_kernel, grid, views={2: torch.uint8} if e4m3 else {},
         **_in_order(constants, E4M3=e4m3, ACT=False, ZERO=zero_point is not None, OFFSET=offset),
     )  # fmt: skip
-    add = Launch(sum_kernel, (cdiv(size, 1024),), SPLIT=split, B=1024, EARLY=False)
+    records = torch._C._cuda_isCurrentStreamCapturing
 
     def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        if records():
+            out = fused(x.view(m, k), None, qdata, scale, zero_point, offset, x.dtype)
+            return out.view(*x.shape[:-1], n)
         out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
-        parts = out if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=device)
-        start(index, x, scale, qdata, scale, scale if zero_point is None else zero_point, parts, m, n)
-        if split > 1:
-            add(index, parts, out, size)
+        start(index, x, scale, qdata, scale, scale if zero_point is None else zero_point, out, m, n)
         return out
 
     return run

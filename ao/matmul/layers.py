@@ -75,7 +75,7 @@ class _Quantized:
     _parameters: dict[str, Any]
 
     def _weight_form(self) -> tuple[tuple[tuple[str, ...], ...], str] | None:
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")
         return _register(_form(weight)) if isinstance(weight, QTensor) else None
 
     # What torch.compiler.assume_constant_result does, which imports the compiler.
@@ -104,7 +104,10 @@ class _QuantizedLinear(_Quantized):
                     fields.append(t)
                 return torch.ops.ao.linear(input, fields, self.bias, form[1])
         parameters = self._parameters
-        return linear(input, parameters["weight"], parameters["bias"])
+        weight = parameters.get("weight")
+        if not isinstance(weight, QTensor):
+            return super().forward(input)  # type: ignore[misc]
+        return linear(input, weight, parameters["bias"] if "bias" in parameters else self.bias)
 
 
 def _remade(cls: type[nn.Module]) -> nn.Module:

@@ -1,0 +1,137 @@
+"""Layers with a quantized weight: what they are to the user, what a graph gets of them, and how short the way is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import ao
+from ao.dtypes import QTensor
+
+CONFIGS = {
+    "int8": ao.Int8WeightOnlyConfig(),
+    "int4": ao.Int4WeightOnlyConfig(group_size=32),
+    "nf4": ao.NF4,
+    "8da4w": ao.Int8DynamicActivationInt4WeightConfig(),
+}
+
+
+def model(config, bias=True):
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(64, 128, bias), nn.ReLU(), nn.Linear(128, 32, bias)).eval()
+    ao.quantize_(made, config)
+    return made
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_layer_is_what_it_was(name):
+    made = model(CONFIGS[name])
+    layer = made[0]
+    assert isinstance(layer, nn.Linear) and type(layer).__name__ == "Linear"
+    assert repr(layer).startswith("Linear(")
+    assert isinstance(layer.weight, QTensor) and isinstance(layer.weight, nn.Parameter)
+    x = torch.randn(3, 64)
+    buffer = io.BytesIO()
+    torch.save(made, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), again):
+        assert type(other[0]) is type(layer)
+        assert torch.equal(other(x), made(x))
+        assert other[0].weight.qdata.data_ptr() != layer.weight.qdata.data_ptr()
+    ao.dequantize_(made)
+    assert type(made[0]) is nn.Linear
+
+
+def test_another_weight_in_its_place():
+    made = model(CONFIGS["int8"])
+    x = torch.randn(3, 64)
+    made[0].weight = nn.Parameter(torch.randn(128, 64))
+    torch.testing.assert_close(made[0](x), nn.functional.linear(x, made[0].weight, made[0].bias))
+    assert type(pickle.loads(pickle.dumps(made))[0]) is type(made[0])
+
+
+def test_a_class_of_the_user_keeps_its_forward():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = Mine(64, 32)
+    x = torch.randn(3, 64)
+    ao.quantize_(layer, CONFIGS["int8"])
+    assert type(layer) is Mine
+    torch.testing.assert_close(layer(x), 2 * nn.functional.linear(x, layer.weight.dequantize(), layer.bias))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_graphs_get_plain_fields(name, grad):
+    """No subclass among the inputs, one graph, and the numbers of eager mode; gradients too."""
+    made = model(CONFIGS[name])
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append([type(t) for t in inputs])
+        return graph
+
+    x = torch.randn(3, 64, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        out = torch.compile(made, backend=backend, fullgraph=True)(x)
+        expected = made(x)
+    assert len(seen) == 1 and not any(issubclass(t, QTensor) for t in seen[0])
+    torch.testing.assert_close(out, expected)
+    if grad:
+        (found,) = torch.autograd.grad(out.sum(), x)
+        torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_a_graph_is_made_anew_for_another_format():
+    """Two formats whose fields look alike: what was compiled for one does not serve the other."""
+    made = nn.Sequential(nn.Linear(64, 32, bias=False)).eval()
+    values = torch.randn(32, 64)
+    specs = [ao.Intx(4, (1, 32), symmetric=True), ao.Intx(4, (1, 32), signed=False, symmetric=True)]
+    ao.quantize_(made, specs[0])
+    fast = torch.compile(made, backend="aot_eager")
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        for spec in specs:
+            made[0].weight = nn.Parameter(spec.quantize(values), requires_grad=False)
+            torch.testing.assert_close(fast(x), made(x))
+
+
+def entered(call):
+    """The functions of ao that a call enters, without lambdas, and the files that they are in."""
+    root = os.path.dirname(ao.__file__)
+    found = Counter()
+
+    def profile(frame, event, arg):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(root) and "<" not in code.co_name:
+            found[code.co_filename, code.co_name] += 1
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_the_way_to_the_product_is_short():
+    """Eager calls after the first. These numbers may only fall."""
+    most = {"int8": (10, 5), "int4": (22, 8)}
+    for name, (functions, files) in most.items():
+        layer = model(CONFIGS[name])[0].bfloat16()
+        x = torch.randn(1, 64, dtype=torch.bfloat16)
+        with torch.no_grad():
+            layer(x)
+            found = entered(lambda layer=layer, x=x: layer(x))
+        assert (len(found), len({file for file, _ in found})) <= (functions, files), sorted(found)

@@ -3,7 +3,7 @@
 from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import QTensor, Spec, dense, sources_digest, view_mode
+from .base import QTensor, Spec, blank, dense, sources_digest, view_mode
 from .blocks import expand, in_blocks, to_blocks
 from .checkpoint import load, save
 from .chip import has_float8
@@ -45,6 +45,7 @@ __all__ = [
     "QTensor",
     "Spec",
     "TensorCoreTiledLayout",
+    "blank",
     "cast_whole",
     "codes_both",
     "codes_of",

@@ -94,7 +94,7 @@ class Spec:
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the qparams for data of `shape`. Raises ValueError when the blocks do not fit."""
-        return block_grid(self.block, shape, who=str(self))  # type: ignore[attr-defined]
+        return block_grid(self.block, shape, who=self)  # type: ignore[attr-defined]
 
     def wrap(
         self, fields: Mapping[str, Tensor | None], dtype: torch.dtype, shape: torch.Size | Sequence[int], **common: Any

@@ -18,7 +18,6 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -26,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..dtypes import QTensor, Spec
+from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.jobs import by_default, slots_of
@@ -163,8 +162,7 @@ class AoHfQuantizer(HfQuantizer):
             spec = Spec.from_dict(self.stored.entries[param_name]["spec"])
         else:
             return param.element_size()
-        blank = torch.empty(param.shape, dtype=param.dtype, device="meta")
-        return spec.quantize(blank).nbytes_packed / max(param.numel(), 1)
+        return blank(spec, tuple(param.shape)).nbytes_packed / max(param.numel(), 1)
 
     # Loading.
 

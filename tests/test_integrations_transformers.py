@@ -271,6 +271,14 @@ def test_experts_compile(dtype, tmp_path):
         out = torch.compile(model, backend="aot_eager", fullgraph=True)(IDS).logits
         assert ao.compute_error(expected, out) > (100 if dtype == torch.float32 else 35)
         torch.compiler.reset()
+        gradients = []
+        for run in (model, torch.compile(model, backend="aot_eager")):  # of the input, through frozen experts
+            x = torch.ones(1, 10, 64, dtype=dtype, requires_grad=True)
+            with torch.enable_grad():
+                run(inputs_embeds=x).logits.float().square().sum().backward()
+            gradients.append(x.grad)
+        assert ao.compute_error(*gradients) > 35
+        torch.compiler.reset()
 
 
 def test_gpt2_has_layers_of_its_own(tmp_path):

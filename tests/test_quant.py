@@ -54,6 +54,7 @@ from ao.quant import (
     quantize_,
 )
 from ao.quant.jobs import planned_specs
+from ao.quant.qat import QATConfig
 
 UINT4 = Intx(4, (1, 128), signed=False)
 # config -> the weight's Spec, and the error in dB that a small network must stay above
@@ -386,6 +387,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.experts = Experts()
         self.norm = nn.LayerNorm(2000)
+        self.mix = nn.Parameter(torch.ones(1, 1, 64))
 
 
 def test_what_is_left_alone_is_told():
@@ -399,7 +401,7 @@ def test_what_is_left_alone_is_told():
     done = {"linear.weight", "moe.experts.w1", "moe.experts.router.weight"}
     assert {row.name for row in report.rows} == done
     large = {n for n, p in model.named_parameters() if p.numel() > 1000 and not isinstance(p, QTensor)}
-    assert large <= report.skipped.keys() and not done & report.skipped.keys()
+    assert large <= report.skipped.keys() and not (done | {"moe.mix"}) & report.skipped.keys()
     for name, why in (("embed.weight", "embedding"), ("conv.weight", "a convolution (Conv2d)"), ("moe.norm.weight", "vector"),
                       ("lstm.weight_ih_l1", "recurrent layer (LSTM)"), ("attention.in_proj_weight", "attention"),
                       ("bilinear.weight", "not a linear layer (Bilinear)")):  # fmt: skip
@@ -419,6 +421,16 @@ def test_what_is_left_alone_is_told():
     data = [torch.randn(4, 64)]
     with pytest.raises(ValueError, match="experts.w1: algorithm='gptq' needs the inputs of a linear layer.*is_linear"):
         quantize_(MixtureOfExperts(), Int4WeightOnlyConfig(32, algorithm="gptq"), calibration_data=data)
+
+
+def test_quantization_aware_training_takes_linear_layers():
+    """Of what is quantized by default it prepares those, and says so of the others."""
+    model = MixtureOfExperts()
+    report = quantize_(model, QATConfig(Int8WeightOnlyConfig()))
+    assert [row.name for row in report.rows] == ["experts.router.weight"]
+    assert report.skipped["experts.w1"] == "quantization-aware training takes nn.Linear and nn.Embedding"
+    quantize_(model, QATConfig(Int8WeightOnlyConfig(), step="convert"))
+    assert isinstance(model.experts.router.weight, QTensor) and not isinstance(model.experts.w1, QTensor)
 
 
 def test_a_plan_asks_once_per_shape(monkeypatch):

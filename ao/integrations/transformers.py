@@ -30,7 +30,6 @@ from ..dtypes.checkpoint import flatten
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.jobs import by_default, slots_of
 from ..quant.report import Report
-from . import transformers_experts as _experts  # noqa: F401  gives the products of experts their meaning
 from .config_names import AUTOQUANT, read_quant_type
 from .mapped_memory import MappedFiles
 from .transformers_layers import embedding_names, plan_for

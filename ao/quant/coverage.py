@@ -32,7 +32,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_experts(module: nn.Module, p: Tensor) -> bool:
     """Whether a parameter holds the linear layers of the experts of a mixture, one per index of its first dim."""
-    return p.dim() == 3 and (hasattr(module, "_apply_gate") or type(module).__name__.endswith("Experts"))
+    named = hasattr(module, "_apply_gate") or type(module).__name__.endswith("Experts")
+    return named and p.dim() == 3 and min(p.shape[1:]) > 1
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Whether two dims or more have more than one index."""
+    return sum(n > 1 for n in p.shape) > 1
 
 
 def qualifies(p: Tensor) -> bool:
@@ -45,12 +51,13 @@ def why_not_by_default(owner: nn.Module, leaf: str, p: Tensor) -> str:
     kind = type(owner).__name__
     if computed := why_computed(owner, leaf):
         return computed
-    if p.dim() < 2:
+    takes = is_experts(owner, p) or (leaf == "weight" and (is_linear(owner, "") or is_conv1d(owner)))
+    if takes and qualifies(p):
+        return ""
+    if not is_matrix(p):
         return "a vector, such as a norm's weight or a bias"
     if not qualifies(p):
         return f"of {p.dtype}, and not floating point of 16 bits or more"
-    if is_experts(owner, p) or (leaf == "weight" and (is_linear(owner, "") or is_conv1d(owner))):
-        return ""
     if isinstance(owner, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
         return f"a projection of PyTorch's attention, which reads it directly; {BY_RULE}"
     if isinstance(owner, nn.modules.conv._ConvNd):

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec, blank
 from .configs import Config, FqnToConfig, SpecConfig
-from .coverage import LARGE, is_experts, is_linear, qualifies, why_computed, why_no_parameter, why_not_by_default
+from .coverage import (
+    LARGE,
+    is_experts,
+    is_linear,
+    is_matrix,
+    qualifies,
+    why_computed,
+    why_no_parameter,
+    why_not_by_default,
+)
 from .observers import RangeMethod
 from .recipe import Recipe, RoundToNearest, assemble
 from .report import Report
@@ -233,7 +242,7 @@ def _of_one_parameter(verdicts: list[tuple[Slot, Verdict]], report: Report) -> C
     for slot, verdict in verdicts:
         why = verdict.why or f"tied to {stays.fqn}, which stays as it is: {reason}"
         p = slot.parameter
-        if p.numel() > LARGE or (p.dim() >= 2 and not slot.name.endswith("bias")):
+        if p.numel() > LARGE or (is_matrix(p) and not slot.name.endswith("bias")) or not by_default(slot):
             report.skipped[slot.fqn] = why
     return None
 

@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 import hf_models  # noqa: E402
 from hf_models import FORMATS, IDS, MODELS  # noqa: E402
 
+from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in_memory  # noqa: E402
 from ao.integrations.transformers import AoConfig, mark_quantized  # noqa: E402
 
 INT4 = FORMATS["int4"]
@@ -270,6 +271,14 @@ def test_experts_compile(dtype, tmp_path):
         out = torch.compile(model, backend="aot_eager", fullgraph=True)(IDS).logits
         assert ao.compute_error(expected, out) > (100 if dtype == torch.float32 else 35)
         torch.compiler.reset()
+        gradients = []
+        for run in (model, torch.compile(model, backend="aot_eager")):  # of the input, through frozen experts
+            x = torch.ones(1, 10, 64, dtype=dtype, requires_grad=True)
+            with torch.enable_grad():
+                run(inputs_embeds=x).logits.float().square().sum().backward()
+            gradients.append(x.grad)
+        assert ao.compute_error(*gradients) > 35
+        torch.compiler.reset()
 
 
 def test_gpt2_has_layers_of_its_own(tmp_path):
@@ -282,6 +291,59 @@ def test_gpt2_has_layers_of_its_own(tmp_path):
     assert len(specs(model)) == 4
     with torch.no_grad():
         assert ao.compute_error(plain(IDS).logits, model(IDS).logits) > 30
+
+
+@pytest.mark.parametrize("form", ["int8-dynamic", "int4"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "llama"])
+def test_in_place_as_while_loading(name, form, folders, tmp_path):
+    """One rule: the same parameters, the same tensors, the same reasons."""
+    if name == "gpt2":
+        config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=96, bos_token_id=1, eos_token_id=2)
+        transformers.GPT2LMHeadModel(config).bfloat16().save_pretrained(tmp_path)
+        folder, make = tmp_path, transformers.GPT2LMHeadModel.from_pretrained
+    else:
+        folder, make = folders[name], type(MODELS[name]()).from_pretrained
+    loaded = make(folder, quantization_config=AoConfig(FORMATS[form]))
+    placed, plain = make(folder), make(folder)
+    rules = {"_default": FORMATS[form]} | ({"lm_head": None} if name == "mixtral" else {})
+    report = ao.quantize_(placed, ao.FqnToConfig(rules))
+    assert specs(placed) == specs(loaded) and len(specs(placed)) == len(report)
+    assert all(torch.equal(placed.get_parameter(n), loaded.get_parameter(n)) for n in specs(placed))
+    assert report.skipped.keys() == loaded.hf_quantizer.report.skipped.keys()
+    assert str(report).splitlines()[-1] == str(loaded.hf_quantizer.report).splitlines()[-1]
+    with torch.no_grad():
+        outs = [model(IDS).logits for model in (plain, placed, loaded)]
+    assert torch.equal(outs[1], outs[2]) or name == "mixtral"  # which is loaded with another way to run experts
+    assert ao.compute_error(outs[0], outs[1]) > (25 if form == "int8-dynamic" else 9)
+
+
+def test_a_tied_head_stays_tied(folders, tmp_path):
+    """Whatever is left out, at whichever door; and a rule that names the head is for the embedding too."""
+    keep = AoConfig(INT4, modules_to_not_convert=["model.layers.0"])
+    loaded = load("llama", folders["llama"], quantization_config=keep)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and "lm_head.weight" not in specs(loaded)
+    why = loaded.hf_quantizer.report.skipped["lm_head.weight"]
+    assert why.startswith("tied to model.embed_tokens.weight, which stays as it is") and "include_embedding" in why
+    reports = []
+    for quantize in (quantize_folder, quantize_folder_in_memory):
+        out = tmp_path / quantize.__name__
+        reports.append(quantize(folders["llama"], out, INT4, modules_to_not_convert=["model.layers.0"]))
+        again = load("llama", out)
+        assert again.lm_head.weight is again.model.embed_tokens.weight and specs(again) == specs(loaded)
+    for report in reports:
+        assert report.skipped == loaded.hf_quantizer.report.skipped and not report.notes
+        share = [r.quantized_bytes / r.model_bytes for r in (report, loaded.hf_quantizer.report)]
+        assert 0.4 < share[0] < 0.5 and abs(share[0] - share[1]) < 1e-3
+    rules = ao.FqnToConfig({"lm_head": ao.Intx(8), "model.layers.0.mlp.up_proj": INT4})
+    named = load("llama", folders["llama"], quantization_config=AoConfig(rules))
+    placed = load("llama", folders["llama"])
+    ao.quantize_(placed, rules)
+    for model in (named, placed):
+        assert model.lm_head.weight is model.model.embed_tokens.weight and specs(model)["lm_head.weight"] == ao.Intx(8)
+    assert torch.equal(hf_models.output("llama", named), hf_models.output("llama", placed))
+    mark_quantized(placed).save_pretrained(tmp_path / "named")
+    saved = AoConfig.from_dict(json.loads((tmp_path / "named" / "config.json").read_text())["quantization_config"])
+    assert specs(load("llama", folders["llama"], quantization_config=AoConfig(saved.quant_type))) == specs(placed)
 
 
 def test_a_part_of_a_checkpoint_and_a_head_that_is_new(saved, folders):

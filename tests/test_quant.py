@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import ao
 from ao.dtypes import (
@@ -53,6 +54,7 @@ from ao.quant import (
     quantize_,
 )
 from ao.quant.jobs import planned_specs
+from ao.quant.qat import QATConfig
 
 UINT4 = Intx(4, (1, 128), signed=False)
 # config -> the weight's Spec, and the error in dB that a small network must stay above
@@ -149,8 +151,10 @@ def test_filter_and_report():
         "Intx(bits=8)  256 x 128       1       131,072       33,792  0.258\n"
         "Intx(bits=8)  128 x 256       1       131,072       33,280  0.254\n"
         "total                         2       262,144       67,072  0.256\n"
-        "skipped 1: 4.weight: filter_fn leaves it out"
+        "skipped 1: 4.weight: filter_fn leaves it out\n"
+        "quantized: 88.0% of the 297,728 bytes of the model"
     )
+    assert report.model_bytes == get_model_size_in_bytes(network())
 
 
 def test_attention_projection_is_left_alone():
@@ -252,12 +256,193 @@ def test_tied_weights():
     assert model["head"].weight is model["embed"].weight and len(report) == 1 and not report.notes
     dequantize_(model)
     assert model["head"].weight is model["embed"].weight
-    model = tied()
+    linears = (None, lambda m, n: isinstance(m, nn.Linear), lambda m, n: n == "head")
+    for filter_fn in linears:  # a tie is never undone
+        model = tied()
+        report = quantize_(model, Int8WeightOnlyConfig(), filter_fn)
+        assert type(model["embed"].weight) is nn.Parameter and model["head"].weight is model["embed"].weight
+        assert report.skipped["head.weight"].startswith("tied to embed.weight, which stays as it is: an embedding")
+    for name in ("head", "embed.weight", "re:h.*"):  # named, it is quantized as one
+        model = tied()
+        report = quantize_(model, FqnToConfig({name: Intx(8)}))
+        assert isinstance(model["head"].weight, QTensor) and model["head"].weight is model["embed"].weight
+        assert len(report) == 1 and "quantized as one" in report.notes[0] and not report.skipped
+    assert quantize_(tied(), FqnToConfig({"_default": Intx(8), "embed": None})).rows == []
+    for rules in ({"embed": Intx(8), "head": Intx(4)}, {"re:.*": Intx(8), "head": None}):
+        with pytest.raises(ValueError, match="one tied parameter and must have the same config"):
+            quantize_(tied(), FqnToConfig(rules))
+    both = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+    both["a"].weight = both["b"].weight
+    report = quantize_(both, Int8WeightOnlyConfig())
+    assert len(report) == 1 and both["a"].weight is both["b"].weight and isinstance(both["a"].weight, QTensor)
+
+
+class Standardized(nn.Conv2d):
+    """Changes its weight before it is used."""
+
+    def forward(self, x):
+        w = self.weight
+        return nn.functional.conv2d(x, (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True))
+
+
+class Equalized(nn.Linear):
+    """So does this one."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.pow(2), self.bias)
+
+
+class Padded(nn.Conv2d):
+    """Only its input is changed."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+class Buffered(nn.Linear):
+    """The weight is no parameter."""
+
+    def __init__(self):
+        super().__init__(64, 64)
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight)
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+COMPUTED = {
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), "remove_parametrizations"),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(64, 64)), "remove_parametrizations"),
+    "orthogonal": (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(64, 64)), "remove_parametrizations"),
+    "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(64, 64)), "remove_spectral_norm"),
+    "pruned": (lambda: pruned(nn.Linear(64, 64)), "prune.remove"),
+    "buffer": (Buffered, "a buffer; make it an nn.Parameter"),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_weights_that_are_computed(name):
+    make, fix = COMPUTED[name]
+    model = nn.Sequential(make(), nn.Linear(64, 64))
+    before, x = dict(model.named_parameters()), torch.randn(2, 64)
+    for config, filter_fn in ((Intx(8), lambda m, n: isinstance(m, nn.Linear)), (FqnToConfig({"0": Intx(8)}), None)):
+        with pytest.raises(ValueError, match=rf"0.weight: .*{fix}"):
+            quantize_(model, config, filter_fn)
+    assert all(p is before[n] for n, p in model.named_parameters())
     report = quantize_(model, Int8WeightOnlyConfig())
-    assert type(model["embed"].weight) is nn.Parameter and isinstance(model["head"].weight, QTensor)
-    assert report.notes == ["head.weight was tied to embed.weight, which stays as it is: the tie is undone"]
-    with pytest.raises(ValueError, match="one tied parameter and must have the same config"):
-        quantize_(tied(), FqnToConfig({"embed": Intx(8), "head": Intx(4)}))
+    assert [row.name for row in report.rows] == ["1.weight"] and model(x).isfinite().all()
+    assert report.skipped and all(fix in why for why in report.skipped.values())
+
+
+def test_layers_that_cannot_compute_with_a_quantized_weight(device):
+    """What a filter or a rule asks for works, or is refused before anything changes."""
+    ids, x = torch.randint(50, (3, 7), device=device), torch.randn(1, 5, 64, device=device)
+    image = torch.randn(1, 64, 9, 9, device=device)
+    cases = {
+        "standardized": (Standardized(64, 8, 3), (image,), False),
+        "padded": (Padded(64, 8, 3), (image,), True),
+        "transposed": (nn.ConvTranspose2d(64, 8, 3), (image,), True),
+        "equalized": (Equalized(64, 64), (x,), False),
+        "embedding": (nn.Embedding(50, 64), (ids,), True),
+        "embedding with a norm": (nn.Embedding(50, 64, max_norm=1.0), (ids,), None),
+        "embedding bag": (nn.EmbeddingBag(50, 64), (ids,), None),
+        "bilinear": (nn.Bilinear(64, 64, 8), (x, x), None),
+        "LSTM": (nn.LSTM(64, 64), (x,), None),
+        "GRU": (nn.GRU(64, 64), (x,), None),
+        "LSTM cell": (nn.LSTMCell(64, 64), (x[0],), None),
+    }
+    for name, (layer, args, works) in cases.items():
+        model = nn.Sequential(nn.Linear(64, 64), layer).to(device)
+        rule = next(n for n, p in model[1].named_parameters() if p.dim() > 1)
+        with torch.random.fork_rng(devices=[]):
+            state = torch.random.get_rng_state()
+            try:
+                report = quantize_(model, FqnToConfig({f"1.{rule}": Intx(8)}))
+            except ValueError as error:
+                assert works is not True and f"1.{rule}: {type(layer).__name__} does with its {rule}" in str(error), (
+                    name
+                )
+                assert not any(isinstance(p, QTensor) for p in model.parameters())
+                skips = IntxWeightOnlyConfig(unsupported="skip")
+                assert f"1.{rule}" in quantize_(model, FqnToConfig({f"1.{rule}": skips})).skipped
+            else:
+                assert works is not False and len(report) == 1, name
+                model[1](*args)
+            assert torch.equal(torch.random.get_rng_state(), state)
+    # By default such a layer is left alone, and the report says so.
+    model = nn.Sequential(Equalized(64, 64), nn.Linear(64, 64)).to(device)
+    report = quantize_(model, Int8WeightOnlyConfig())
+    assert len(report) == 1 and "Equalized does with its weight" in report.skipped["0.weight"]
+    assert model(x).isfinite().all()
+
+
+class MixtureOfExperts(nn.Module):
+    """Experts in a 3-D parameter, known by the name of their class."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+        self.norm = nn.LayerNorm(2000)
+        self.mix = nn.Parameter(torch.ones(1, 1, 64))
+
+
+def test_what_is_left_alone_is_told():
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(50, 64), "conv": nn.Conv2d(64, 64, 3), "lstm": nn.LSTM(64, 64, 2), "linear": nn.Linear(64, 64),
+            "attention": nn.MultiheadAttention(64, 4), "moe": MixtureOfExperts(), "bilinear": nn.Bilinear(64, 64, 8),
+        }
+    )  # fmt: skip
+    report = quantize_(model, Int8WeightOnlyConfig())
+    done = {"linear.weight", "moe.experts.w1", "moe.experts.router.weight"}
+    assert {row.name for row in report.rows} == done
+    large = {n for n, p in model.named_parameters() if p.numel() > 1000 and not isinstance(p, QTensor)}
+    assert large <= report.skipped.keys() and not (done | {"moe.mix"}) & report.skipped.keys()
+    for name, why in (("embed.weight", "embedding"), ("conv.weight", "a convolution (Conv2d)"), ("moe.norm.weight", "vector"),
+                      ("lstm.weight_ih_l1", "recurrent layer (LSTM)"), ("attention.in_proj_weight", "attention"),
+                      ("bilinear.weight", "not a linear layer (Bilinear)")):  # fmt: skip
+        assert why in report.skipped[name]
+    lines = str(report).splitlines()
+    quantized = sum(p.numel() * 4 for p in model.parameters() if isinstance(p, QTensor))
+    assert (
+        lines[-1] == f"quantized: {quantized / report.model_bytes:.1%} of the {report.model_bytes:,} bytes of the model"
+    )
+    assert len([line for line in lines if line.startswith("skipped")]) == 6
+    again = quantize_(model, IntxWeightOnlyConfig(), lambda m, n: n == "embed")
+    assert again.quantized_bytes == report.quantized_bytes + 4 * 50 * 64 and "linear.weight" not in again.skipped
+    # Experts take the weight half; calibration is for linear layers, and the fix is named.
+    half = MixtureOfExperts()
+    quantize_(half, Int8DynamicActivationInt8WeightConfig())
+    assert half.experts.w1.spec == Intx(8) and half.experts.router.weight.spec == Intx(8, act=Intx(8))
+    data = [torch.randn(4, 64)]
+    with pytest.raises(ValueError, match="experts.w1: algorithm='gptq' needs the inputs of a linear layer.*is_linear"):
+        quantize_(MixtureOfExperts(), Int4WeightOnlyConfig(32, algorithm="gptq"), calibration_data=data)
+
+
+def test_quantization_aware_training_takes_linear_layers():
+    """Of what is quantized by default it prepares those, and says so of the others."""
+    model = MixtureOfExperts()
+    report = quantize_(model, QATConfig(Int8WeightOnlyConfig()))
+    assert [row.name for row in report.rows] == ["experts.router.weight"]
+    assert report.skipped["experts.w1"] == "quantization-aware training takes nn.Linear and nn.Embedding"
+    quantize_(model, QATConfig(Int8WeightOnlyConfig(), step="convert"))
+    assert isinstance(model.experts.router.weight, QTensor) and not isinstance(model.experts.w1, QTensor)
+
+
+def test_a_plan_asks_once_per_shape(monkeypatch):
+    asked = []
+    choose = Intx.choose_qparams
+    monkeypatch.setattr(Intx, "choose_qparams", lambda *args: asked.append(1) or choose(*args))
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Linear(96, 72) for _ in range(6)])
+    planned, _ = planned_specs(model, Intx(5, (1, 24)))
+    assert len(planned) == 6 and len(asked) == 1
+    with pytest.raises(ValueError, match=r"^0.weight: Intx\(bits=5, block=\(1, 7\)\): dim 1 of shape \(72, 96\)"):
+        planned_specs(model, Intx(5, (1, 7)))
 
 
 def test_a_failed_call_leaves_the_model_as_it_was():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -38,6 +40,7 @@ from ao.quant import (
 from ao.quant.factor import Factored
 from ao.quant.hadamard import random_hadamard
 from ao.quant.observers import Hessian
+from ao.quant.recipe import Recipe, Rounded
 from ao.quant.recipes import parse_recipe
 from ao.quant.statistics import Statistics
 
@@ -445,6 +448,35 @@ def test_zero_points_of_recipes():
 def test_json(algorithm):
     config = Int4WeightOnlyConfig(algorithm=algorithm)
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+@dataclass(frozen=True)
+class Halved(Recipe):
+    """A recipe of somebody else, whose fields have names that configs use too."""
+
+    name: ClassVar[str] = "halved"
+    value: float = 0.5
+    type: str = "x"
+    rounding: Recipe = GPTQ()
+
+    def quantize(self, weight, spec, seen):
+        qparams = spec.choose_qparams(weight.float() * self.value, spec.grid(weight.shape))
+        return Rounded(spec.round(weight.float() * self.value, **qparams), qparams)
+
+
+def test_json_of_a_recipe_defined_elsewhere():
+    config = Int4WeightOnlyConfig(algorithm=Halved(value=0.25, rounding=HQQ(2.0)))
+    data = json.loads(json.dumps(config_to_dict(config)))
+    assert config_from_dict(data) == config
+    rules = FqnToConfig({"0": SpecConfig(Intx(3), algorithm=AWQ(Halved()))})
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(rules)))) == rules
+    data["algorithm"] |= {"module": "their.recipes", "class": "Theirs"}
+    with pytest.raises(
+        ValueError, match="a config has Theirs of their.recipes, which is not imported; import their.recipes"
+    ):
+        config_from_dict(data)
+    with pytest.raises(ValueError, match="unknown 'Theirs' in a config"):
+        config_from_dict({"type": "Int4WeightOnlyConfig", "algorithm": {"value": "Theirs"}})
 
 
 def test_prepacked_layout():

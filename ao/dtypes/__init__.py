@@ -2,7 +2,7 @@
 
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import QTensor, Spec, dense, sources_digest, view_mode
+from .base import QTensor, Spec, blank, dense, sources_digest, view_mode
 from .blocks import expand, in_blocks, to_blocks
 from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
@@ -40,6 +40,7 @@ __all__ = [
     "QTensor",
     "Spec",
     "TensorCoreTiledLayout",
+    "blank",
     "dense",
     "expand",
     "in_blocks",

@@ -47,7 +47,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """What a function of `torch` means for a QTensor; linear.py fills it."""
 
 OPS: dict[Any, Callable[..., Any]] = {}
-"""What an ATen operator means for a QTensor; ops.py, sharding.py and linear.py fill it."""
+"""What an ATen operator means for a QTensor; ops.py, sharding.py and linear.py fill it. Operators of other libraries are known
+by name: they are there once the library is."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -94,7 +95,7 @@ class Spec:
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the qparams for data of `shape`. Raises ValueError when the blocks do not fit."""
-        return block_grid(self.block, shape, who=str(self))  # type: ignore[attr-defined]
+        return block_grid(self.block, shape, who=self)  # type: ignore[attr-defined]
 
     def wrap(
         self, fields: Mapping[str, Tensor | None], dtype: torch.dtype, shape: torch.Size | Sequence[int], **common: Any
@@ -474,7 +475,7 @@ class QTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         own = args[0].own_ops if isinstance(args[0], QTensor) else {}
-        handler = own.get(func) or OPS.get(func)
+        handler = own.get(func) or OPS.get(func) or OPS.get(func.name())
         if handler is not None:
             with view_mode(func, args[0]):
                 out = handler(*args, **kwargs)

@@ -16,12 +16,12 @@ from torch import Tensor
 from .pieces import is_eager
 
 
-def block_grid(block: Sequence[int], shape: Sequence[int], who: str = "block") -> tuple[int, ...]:
+def block_grid(block: Sequence[int], shape: Sequence[int], who: object = "block") -> tuple[int, ...]:
     """The number of blocks along each dim: the shape of the qparams.
 
     block: elements per block and dim, -1 for the whole dim. A block with fewer dims than the data belongs to the last
     dims, with one block per index of the dims before them, except that an all -1 block is the whole tensor; a 1-D tensor
-    takes the last entry. Raises ValueError when a dim is no multiple of its block.
+    takes the last entry. Raises ValueError, which begins with `who`, when a dim is no multiple of its block.
     """
     block = tuple(block)
     rank = len(shape)

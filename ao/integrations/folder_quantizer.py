@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from ..dtypes import QTensor, Spec
 from ..dtypes.checkpoint import INDEX, SINGLE, flatten
 from ..quant import Config, Report, quantize_
-from ..quant.jobs import planned_specs
 from ..quant.report import storage_bytes
 from .command_line.safetensors_header import read_header, weight_files
 from .mapped_memory import MappedFiles
 from .target_folder import check_absent, new_folder
 from .transformers import AoConfig, AoHfQuantizer, mark_quantized, plain_linears
-from .transformers_layers import embedding_names, rules_for
+from .transformers_layers import all_planned, embedding_names, rules_for
 from .transformers_loading import quantize_named
 
 __all__ = ["quantize_folder", "quantize_folder_in_memory"]
@@ -77,7 +76,9 @@ def quantize_folder(
         shards = _Shards(part, max_shard_bytes)
         for name, t in _tensors(files):
             done = t.nbytes
+            report.model_bytes += done
             if names[name] in plan:
+                report.quantized_bytes += done
                 q = quantize_named(plan[names[name]], names[name], t.to(device), report).map(lambda f: f.to("cpu"))
                 if watch is not None:
                     watch(names[name], t, q)
@@ -118,14 +119,15 @@ def quantize_folder_in_memory(
     blank = _checked(source, target)
     settings = AoConfig(config, modules_to_not_convert=modules_to_not_convert, include_embedding=include_embedding)
     keep = AoHfQuantizer(settings, pre_quantized=False).kept(blank)
-    rules, skipped = rules_for(blank, settings, keep, embedding_names(blank))
-    planned, passed = planned_specs(blank, rules)
+    ends = embedding_names(blank)
+    planned, passed = all_planned(blank, settings, keep, ends)
+    rules = rules_for(blank, settings, keep, ends)
     if calibration_data is None and any(each.needs_data for each in planned.values()):
         raise ValueError("the recipe, or a static activation, needs calibration_data, and there is none")
     model = load_model(source)
     before = {name: model.get_parameter(name).detach() for name in planned} if watch is not None else {}
     report = quantize_(model, rules, device=device, calibration_data=calibration_data)
-    report.skipped = {**passed.skipped, **skipped}
+    report.skipped = passed.skipped
     for row in report.rows:
         if watch is not None:
             watch(row.name, before.pop(row.name), model.get_parameter(row.name).detach().to("cpu"))

@@ -60,7 +60,7 @@ class Page:
     """What a report shows.
 
     title: of the model. subtitle: of the format.
-    layers: the quantized parameters. skipped: full name -> why, of those that could have been. notes: sentences.
+    layers: the quantized parameters. skipped: full name -> why, of those that stay as they are. notes: sentences.
     measures: numbers before and after. facts: how they were measured, name -> text.
     """
 

@@ -18,7 +18,6 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -26,15 +25,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..dtypes import QTensor, Spec
+from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten
 from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
+from ..quant.jobs import by_default, slots_of
 from ..quant.report import Report
-from . import transformers_experts as _experts  # noqa: F401  gives the products of experts their meaning
 from .config_names import AUTOQUANT, read_quant_type
 from .mapped_memory import MappedFiles
-from .transformers_layers import candidates, embedding_names, plan_for
+from .transformers_layers import embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
 
 __all__ = ["AoConfig", "AoHfQuantizer", "QuantizationMethod", "mark_quantized"]
@@ -57,8 +56,9 @@ class AoConfig(QuantizationConfigMixin):
         "autoquant": the model then records what it runs, until `model.finalize_autoquant()`; keyword arguments go to
         `ao.autoquant`.
     modules_to_not_convert: names, ends of names or regular expressions of modules that stay as they are. By default those
-        are the output head, and what is tied to the embedding; giving a list replaces this default. A rule of a FqnToConfig
-        that names a layer takes it even so; "_default" does not.
+        are the output head, and what is tied to the embedding; giving a list replaces this default, and a head that is tied
+        to an embedding stays as it is with it. A rule of a FqnToConfig that names a layer takes it even so; "_default" does
+        not.
     include_embedding: quantize the input embedding and the output head too. Tied ones become one quantized tensor.
     include_input_output_embeddings: another name of the same.
     untie_embedding_weights: False; accepted because TorchAoConfig has it.
@@ -162,8 +162,7 @@ class AoHfQuantizer(HfQuantizer):
             spec = Spec.from_dict(self.stored.entries[param_name]["spec"])
         else:
             return param.element_size()
-        blank = torch.empty(param.shape, dtype=param.dtype, device="meta")
-        return spec.quantize(blank).nbytes_packed / max(param.numel(), 1)
+        return blank(spec, tuple(param.shape)).nbytes_packed / max(param.numel(), 1)
 
     # Loading.
 
@@ -213,6 +212,8 @@ class AoHfQuantizer(HfQuantizer):
         for name in self.plan:
             if not isinstance(model.get_parameter_or_buffer(name), QTensor):
                 self.report.skipped[name] = "the checkpoint does not have it"
+        if self.plan:
+            self.report.measure(model)
         if self.quantization_config.quant_type == AUTOQUANT and not self.pre_quantized:
 
             def chosen(module: nn.Module, name: str) -> bool:
@@ -270,7 +271,8 @@ def mark_quantized(model: Any, config: AoConfig | None = None) -> Any:
         raise ValueError(
             f"mark_quantized: {quantizer.quantization_config.quant_method} has quantized this model already"
         )
-    found = {name: p.spec for name, p in model.named_parameters() if isinstance(p, QTensor)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    found = {name: p.spec for name, p in parameters if isinstance(p, QTensor)}
     if not found:
         raise ValueError(f"mark_quantized: {type(model).__name__} has no quantized parameter; call ao.quantize_ first")
     config = config or AoConfig(_rules_of(model, found))
@@ -283,7 +285,7 @@ def mark_quantized(model: Any, config: AoConfig | None = None) -> Any:
 
 def _rules_of(model: nn.Module, found: dict[str, Spec]) -> FqnToConfig:
     table: dict[str, Any] = dict(found)
-    layers = [name for name, kind in candidates(model, set()) if kind]
+    layers = [slot.fqn for slot in slots_of(model) if not by_default(slot)]
     if layers:
         # The most common format is the default; what differs from it is named.
         table["_default"] = default = Counter(found.get(name) for name in layers).most_common(1)[0][0]

@@ -347,3 +347,17 @@ OPS.update(
         aten.convolution.default: _aten_convolution,
     }
 )
+
+
+def _experts_of_transformers(name: str) -> Callable[..., Any]:
+    """The product of experts that transformers defines itself, for what PyTorch's `grouped_mm` does not compile (float32):
+    the experts are decoded first. x: (M, K), w: (E, K, N)."""
+
+    def handler(x: Tensor, w: Tensor, *args: Any) -> Any:
+        return getattr(torch.ops.transformers, name)(x, _plain(w), *args)
+
+    return handler
+
+
+for _name in ("grouped_mm_fallback", "grouped_mm_fallback_backward"):
+    OPS[f"transformers::{_name}"] = _experts_of_transformers(_name)

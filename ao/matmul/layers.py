@@ -107,7 +107,9 @@ class _QuantizedLinear(_Quantized):
         weight = parameters.get("weight")
         if not isinstance(weight, QTensor):
             return super().forward(input)  # type: ignore[misc]
-        return linear(input, weight, parameters["bias"] if "bias" in parameters else self.bias)  # noqa: SIM401  FSDP1 has it elsewhere
+        if "bias" not in parameters:  # FSDP1 has it elsewhere
+            return linear(input, weight, self.bias)
+        return linear(input, weight, parameters["bias"])
 
 
 def _remade(cls: type[nn.Module]) -> nn.Module:

@@ -36,7 +36,8 @@ def calibrate(
     """While the context is open, watch the inputs of the model's layers. `quantize_` then finds what was seen.
 
     config: watch what this config needs, in the layers that it would quantize; None watches everything.
-    filter_fn: `(module, fully qualified name) -> bool`, which layers to watch; by default every `nn.Linear`.
+    filter_fn: `(module, fully qualified name) -> bool`, which layers to watch; by default those that `quantize_`
+        takes and, without a config, every `nn.Linear`.
     observers: names of `OBSERVERS` instead: "minmax", "moving_average", "histogram" (percentile and MSE), "channels" and
         "hessian".
 

@@ -117,10 +117,12 @@ class Config:
         return cls(**values)
 
 
+_BASES = (Granularity, Layout, Recipe)
+
 VALUES: dict[str, type] = {
     c.__name__: c for base in (Granularity, Layout) for c in (base, *base.__subclasses__(), *RECIPES)
 }
-"""What a config is made of, beside numbers and strings."""
+"""What a config of this library is made of, beside numbers and strings."""
 
 _ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
 
@@ -132,8 +134,11 @@ def _to_json(value: Any) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Enum):
         return {"enum": type(value).__name__, "name": value.name}
-    if type(value).__name__ in VALUES:
+    if VALUES.get(type(value).__name__) is type(value):
         return {"value": type(value).__name__, **{k: _to_json(v) for k, v in vars(value).items()}}
+    if isinstance(value, _BASES):
+        fields = {k: _to_json(v) for k, v in vars(value).items()}
+        return {"module": type(value).__module__, "class": type(value).__qualname__, "fields": fields}
     if isinstance(value, (tuple, list)):
         return [_to_json(v) for v in value]
     if isinstance(value, Mapping):
@@ -146,9 +151,13 @@ def _from_json(value: Any) -> Any:
         return tuple(_from_json(v) for v in value)
     if not isinstance(value, Mapping):
         return value
+    if "class" in value:
+        return _class_of(value["module"], value["class"])(**{k: _from_json(v) for k, v in value["fields"].items()})
     if "type" in value:
         return Config.from_dict(value)
     if "value" in value:
+        if value["value"] not in VALUES:
+            raise ValueError(f"unknown {value['value']!r} in a config; this version of ao knows {sorted(VALUES)}")
         return VALUES[value["value"]](**{k: _from_json(v) for k, v in value.items() if k != "value"})
     if "dtype" in value:
         return getattr(torch, value["dtype"])
@@ -157,6 +166,17 @@ def _from_json(value: Any) -> Any:
     if "map" in value:
         return {k: _from_json(v) for k, v in value["map"]}
     raise ValueError(f"cannot read {value!r} in a config; a newer version of ao may have written this")
+
+
+def _class_of(module: str, name: str) -> type:
+    """A Recipe, Granularity or Layout that is defined elsewhere. Nothing is imported for a file's sake."""
+    waiting: list[type] = list(_BASES)
+    while waiting:
+        cls = waiting.pop()
+        if (cls.__module__, cls.__qualname__) == (module, name):
+            return cls
+        waiting += cls.__subclasses__()
+    raise ValueError(f"a config has {name} of {module}, which is not imported; import {module} first")
 
 
 def config_to_dict(config: Config | Spec) -> dict[str, Any]:
@@ -595,7 +615,7 @@ class FqnToConfig(Config):
         2. the exact name of the module ("model.embed")
         3. "re:" and a regular expression that matches the whole name of the parameter, in the order given
         4. the same for the module
-        5. "_default", for `nn.Linear` layers
+        5. "_default", for what `quantize_` takes by default: linear layers, transformers' `Conv1D`, experts
     module_fqn_to_config: another name of the same parameter.
 
     Raises ValueError when both are given and differ. `quantize_` raises for a rule that matches nothing.

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import QTensor, Spec
+from ..dtypes import QTensor, Spec, blank
 from ..matmul import set_parameter
 from .configs import Config, FqnToConfig, SpecConfig
+from .coverage import (
+    LARGE,
+    is_experts,
+    is_linear,
+    is_matrix,
+    qualifies,
+    why_computed,
+    why_no_parameter,
+    why_not_by_default,
+)
 from .observers import RangeMethod
 from .recipe import Recipe, RoundToNearest, assemble
 from .report import Report
 from .statistics import RANGES, Statistics, statistics_of
+from .trial import can_try, why_it_cannot
+
+__all__ = ["Filter", "Job", "Planned", "Slot", "choices", "is_linear", "plan", "planned_specs", "qualifies", "slots_of"]
 
 Filter = Callable[[nn.Module, str], bool]
-
-
-def is_linear(module: nn.Module, name: str) -> bool:
-    """The default filter: an `nn.Linear`, other than attention's output projection, which PyTorch reads directly."""
-    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,11 @@ class Slot:
     @property
     def module_fqn(self) -> str:
         return self.fqn.rpartition(".")[0]
+
+    @property
+    def rule(self) -> str:
+        """What a rule of `FqnToConfig` calls it: a layer's weight by the layer's name."""
+        return self.module_fqn if self.name == "weight" else self.fqn
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,36 @@ def slots_of(model: nn.Module) -> Iterator[Slot]:
                 yield Slot(module, name, f"{prefix}.{name}" if prefix else name)
 
 
-def qualifies(p: Tensor) -> bool:
-    return p.dim() >= 2 and p.dtype.is_floating_point and (isinstance(p, QTensor) or p.element_size() > 1)
+Default = Callable[[Slot], str]
+"""Why a parameter is not quantized where nothing else is said; "" for one that is."""
+
+
+def by_default(slot: Slot) -> str:
+    """The `Default` of `quantize_`."""
+    return why_not_by_default(slot.owner, slot.name, slot.parameter)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done with a parameter under one of its names.
+
+    choice: its config, or None to leave it alone. why: it is left alone.
+    named: whether a rule names it. asked: whether a rule or a filter does.
+    """
+
+    choice: Config | Spec | None
+    why: str = ""
+    named: bool = False
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A parameter that is to be quantized: every slot that holds it, its config, and whether a rule or a filter asks for it."""
+
+    slots: list[Slot]
+    config: Config | Spec
+    asked: bool
 
 
 def plan(
@@ -120,10 +161,34 @@ def plan(
     filter_fn: Filter | None,
     report: Report,
     algorithm: str | Recipe | None = None,
+    *,
+    default: Default = by_default,
+    ties: Mapping[str, str] | None = None,
 ) -> Iterator[Job]:
     """The jobs of `quantize_(model, config, filter_fn)`; what is passed over goes to the report. Raises as `quantize_` does.
 
-    algorithm: in place of the config's own, and for a Spec, which has none.
+    algorithm: in place of the config's own, and for a Spec, which has none. default, ties: as of `choices`.
+    """
+    for chosen in choices(model, config, filter_fn, report, default, ties):
+        job = _job(chosen, report, algorithm)
+        if job is not None:
+            yield job
+
+
+def choices(
+    model: nn.Module,
+    config: Config | Spec,
+    filter_fn: Filter | None,
+    report: Report,
+    default: Default = by_default,
+    ties: Mapping[str, str] | None = None,
+) -> list[Chosen]:
+    """Which parameters are quantized, by which config. Why the others are not goes to the report.
+
+    Tied slots hold one parameter, and stay tied. A rule that names one of them is for all. Else it is quantized where all of
+    them are taken, and stays as it is where one is not.
+
+    default: where no filter and no rule says anything. ties: names of parameters that will be tied, beside those that are.
     """
     if not isinstance(config, (Config, Spec)):
         raise TypeError(
@@ -134,85 +199,135 @@ def plan(
     if isinstance(config, FqnToConfig):
         if filter_fn is not None:
             raise ValueError("quantize_: filter_fn must be None with FqnToConfig, whose rules choose the layers")
-        chosen = _by_rules(config, slots, report)
+        verdicts = _by_rules(config, model, slots, default)
     else:
-        chosen = _by_filter(config, slots, filter_fn or is_linear, report)
+        verdicts = _by_filter(config, model, slots, filter_fn, default)
+    _tell_of_buffers(model, report)
+    found = [_of_one_parameter([(slot, verdicts[slot.fqn]) for slot in group], report) for group in _tied(slots, ties)]
+    return [chosen for chosen in found if chosen is not None]
 
-    holders: dict[int, list[Slot]] = {}
+
+def _tied(slots: list[Slot], ties: Mapping[str, str] | None) -> list[list[Slot]]:
+    """The slots that hold one parameter each."""
+    key = {slot.fqn: id(slot.parameter) for slot in slots}
+    for name, other in (ties or {}).items():
+        if name in key and other in key and key[name] != key[other]:
+            old, new = key[name], key[other]
+            key = {fqn: new if k == old else k for fqn, k in key.items()}
+    groups: dict[int, list[Slot]] = {}
     for slot in slots:
-        holders.setdefault(id(slot.parameter), []).append(slot)
-    matched: dict[int, list[tuple[Slot, Config | Spec]]] = {}
-    for slot, choice in chosen:
-        matched.setdefault(id(slot.parameter), []).append((slot, choice))
-    for key, pairs in matched.items():
-        first, choice = pairs[0]
-        differing = [s.fqn for s, c in pairs if c != choice]
-        if differing:
-            raise ValueError(f"{first.fqn} and {differing[0]} are one tied parameter and must have the same config")
-        left = [s.fqn for s in holders[key] if s not in [slot for slot, _ in pairs]]
-        job = _job([slot for slot, _ in pairs], choice, report, algorithm)
-        if job is not None:
-            if left:
-                report.notes.append(
-                    f"{first.fqn} was tied to {', '.join(left)}, which stays as it is: the tie is undone"
+        groups.setdefault(key[slot.fqn], []).append(slot)
+    return list(groups.values())
+
+
+def _of_one_parameter(verdicts: list[tuple[Slot, Verdict]], report: Report) -> Chosen | None:
+    slots = [slot for slot, _ in verdicts]
+    named = [(slot, verdict) for slot, verdict in verdicts if verdict.named] or verdicts
+    takes = [slot for slot, verdict in named if verdict.choice is not None]
+    first, choice = named[0][0], named[0][1].choice
+    if named[0][1].named:
+        for slot, verdict in named:
+            if verdict.choice != choice:
+                raise ValueError(
+                    f"{first.fqn} and {slot.fqn} are one tied parameter and must have the same config, or None both"
                 )
-            yield job
+    if len(takes) == len(named):
+        assert choice is not None
+        rest = [slot.fqn for slot in slots if slot not in takes]
+        if rest:
+            report.notes.append(f"{first.fqn} is tied to {', '.join(rest)}: they are quantized as one")
+        return Chosen(slots, choice, any(verdict.asked for _, verdict in named))
+    stays, reason = next((slot, verdict.why) for slot, verdict in named if verdict.choice is None)
+    if isinstance(first.parameter, QTensor):
+        return None
+    for slot, verdict in verdicts:
+        why = verdict.why or f"tied to {stays.fqn}, which stays as it is: {reason}"
+        p = slot.parameter
+        if p.numel() > LARGE or (is_matrix(p) and not slot.name.endswith("bias")) or not by_default(slot):
+            report.skipped[slot.fqn] = why
+    return None
+
+
+def _tell_of_buffers(model: nn.Module, report: Report) -> None:
+    for name, module in model.named_modules():
+        weight = module._buffers.get("weight")
+        if weight is not None and not isinstance(weight, QTensor) and (why := why_no_parameter(module)):
+            report.skipped[_weight_of(name)] = why
+
+
+def _weight_of(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
 
 
 def planned_specs(
-    model: nn.Module, config: Config | Spec, filter_fn: Filter | None = None
+    model: nn.Module,
+    config: Config | Spec,
+    filter_fn: Filter | None = None,
+    *,
+    default: Default = by_default,
+    ties: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Planned], Report]:
     """What `quantize_` would do, from shapes alone: the model may be on the meta device, and stays as it is.
 
     Returns full name of a parameter -> how it is to be quantized, under every name of a tied one; and a Report of what is
-    passed over. Takes the arguments of `quantize_`, and raises what it does.
+    passed over. Takes the arguments of `quantize_` and `choices`, and raises what `quantize_` does.
     """
     report = Report()
-    jobs = plan(model, config, filter_fn, report)
+    jobs = plan(model, config, filter_fn, report, default=default, ties=ties)
     made = [(job, Planned(job.spec, job.recipe, job.act_scale, bool(job.needs))) for job in jobs]
     return {slot.fqn: planned for job, planned in made for slot in job.slots}, report
 
 
 def _by_filter(
-    config: Config | Spec, slots: list[Slot], filter_fn: Filter, report: Report
-) -> list[tuple[Slot, Config | Spec]]:
-    chosen: list[tuple[Slot, Config | Spec]] = []
+    config: Config | Spec, model: nn.Module, slots: list[Slot], filter_fn: Filter | None, default: Default
+) -> dict[str, Verdict]:
+    verdicts: dict[str, Verdict] = {}
     for slot in slots:
-        if slot.name != "weight" or not qualifies(slot.parameter):
-            continue
-        if filter_fn(slot.owner, slot.module_fqn):
-            chosen.append((slot, config))
-        elif isinstance(slot.owner, nn.Linear):
-            report.skipped[slot.fqn] = "filter_fn leaves it out"
-    return chosen
+        why = default(slot)
+        if filter_fn is None:
+            verdicts[slot.fqn] = Verdict(None if why else config, why)
+        elif not qualifies(slot.parameter) or not (slot.name == "weight" or is_experts(slot.owner, slot.parameter)):
+            verdicts[slot.fqn] = Verdict(None, why or "filter_fn is asked for layers with a `weight`")
+        elif filter_fn(slot.owner, slot.module_fqn):
+            verdicts[slot.fqn] = Verdict(config, asked=True)
+        else:
+            verdicts[slot.fqn] = Verdict(None, why or "filter_fn leaves it out")
+    if filter_fn is not None and getattr(config, "unsupported", "raise") == "raise":
+        for name, module in model.named_modules():
+            if (why := why_no_parameter(module)) and filter_fn(module, name):
+                raise ValueError(f"{_weight_of(name)}: {why}, or leave it out with filter_fn")
+    return verdicts
 
 
-def _by_rules(rules: FqnToConfig, slots: list[Slot], report: Report) -> list[tuple[Slot, Config | Spec]]:
+def _by_rules(rules: FqnToConfig, model: nn.Module, slots: list[Slot], default: Default) -> dict[str, Verdict]:
     table = dict(rules.fqn_to_config)
-    default = table.pop("_default", None)
+    other = table.pop("_default", None)
     used: set[str] = set()
-    chosen: list[tuple[Slot, Config | Spec]] = []
+    verdicts: dict[str, Verdict] = {}
     for slot in slots:
-        if not qualifies(slot.parameter):
-            continue
-        keys = rules.rules_for(slot.fqn)
+        keys = rules.rules_for(slot.fqn) if qualifies(slot.parameter) else []
         used.update(keys)
-        by_default = slot.name == "weight" and is_linear(slot.owner, slot.module_fqn)
-        choice = table[keys[0]] if keys else default if by_default else None
-        if choice is not None:
-            chosen.append((slot, choice))
-        elif keys or isinstance(slot.owner, nn.Linear):
-            report.skipped[slot.fqn] = f"the rule {keys[0]!r} says None" if keys else "no rule matches it"
+        if keys:
+            why = f"the rule {keys[0]!r} says None"
+            verdicts[slot.fqn] = Verdict(table[keys[0]], why if table[keys[0]] is None else "", named=True, asked=True)
+        else:
+            why = default(slot) or ("" if other is not None else "no rule matches it")
+            verdicts[slot.fqn] = Verdict(None if why else other, why)
     for key in table.keys() - used:
+        for name, module in model.named_modules():
+            if key in rules.rules_for(_weight_of(name)) and (why := why_no_parameter(module)):
+                raise ValueError(f"{_weight_of(name)}: {why}, or take it out of the rules")
         known = sorted({n for s in slots if qualifies(s.parameter) for n in (s.fqn, s.module_fqn) if n})
         near = difflib.get_close_matches(key.removeprefix("re:"), known, n=3, cutoff=0.3) or known[:3]
         raise ValueError(f"FqnToConfig: the rule {key!r} matches no layer; the nearest names are {', '.join(near)}")
-    return chosen
+    return verdicts
 
 
-def _job(slots: list[Slot], config: Config | Spec, report: Report, algorithm: str | Recipe | None) -> Job | None:
-    p = slots[0].parameter
+def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job | None:
+    slots, config = chosen.slots, chosen.config
+    p, owners = slots[0].parameter, [slot.owner for slot in slots]
     shape = tuple(p.shape)
+    cannot = ""
     try:
         if isinstance(p, QTensor):
             raise ValueError(
@@ -223,27 +338,45 @@ def _job(slots: list[Slot], config: Config | Spec, report: Report, algorithm: st
         if algorithm is not None:
             config = replace(config, algorithm=algorithm)
         spec = _fit(config.weight(shape), slots[0].owner, len(shape))
-        act = config.act()
-        if act is not None:
-            if not isinstance(slots[0].owner, nn.Linear):
-                raise ValueError(f"{type(config).__name__} quantizes activations, and only nn.Linear layers do that")
-            spec = replace(spec, act=act)
+        act = config.act() or spec.act
+        spec = replace(spec, act=act if act is not None and _quantizes_input(owners, config) else None)
+        if act is not None and spec.act is None and chosen.asked and any(map(by_default, slots)):
+            raise ValueError(f"{type(config).__name__} quantizes activations, and only nn.Linear layers do that")
+        linear = all(isinstance(owner, nn.Linear) for owner in owners)
         recipe = config.recipe()
-        if recipe.needs and not isinstance(slots[0].owner, nn.Linear):
+        if recipe.needs and not linear:
+            other = next(owner for owner in owners if not isinstance(owner, nn.Linear))
             raise ValueError(
-                f"algorithm={recipe.name!r} needs the inputs of a linear layer, and this is {type(slots[0].owner).__name__}; "
-                "use algorithm='hqq' for it, or leave it out with filter_fn"
+                f"algorithm={recipe.name!r} needs the inputs of a linear layer, and this is {type(other).__name__}; "
+                "use algorithm='hqq' for it, leave it out with filter_fn=ao.is_linear, or give unsupported='skip'"
             )
         if config.act_range() not in (None, "minmax") and recipe.scales:
             raise ValueError(f"algorithm={recipe.label!r} scales the activation, and needs range_method='minmax'")
         recipe.check(spec, shape)
-        spec.quantize(torch.empty(shape, dtype=p.dtype, device="meta"))
+        if can_try():
+            blank(spec, shape)
+        else:
+            spec.quantize(torch.empty(shape, dtype=p.dtype, device="meta"))
+        for slot in slots:
+            cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
+            if cannot:
+                raise ValueError(cannot)
     except ValueError as error:
-        if getattr(config, "unsupported", "raise") == "skip" and not isinstance(p, QTensor):
-            report.skipped[slots[0].fqn] = str(error)
+        skips = getattr(config, "unsupported", "raise") == "skip" or (cannot and not chosen.asked)
+        if skips and not isinstance(p, QTensor):
+            report.skipped.update(dict.fromkeys([slot.fqn for slot in slots], str(error)))
             return None
         raise ValueError(f"{slots[0].fqn}: {error}") from None
-    return Job(slots, spec, recipe, config.act_scale(), config.act_range())
+    static = linear and spec.act is not None
+    return Job(slots, spec, recipe, config.act_scale() if static else None, config.act_range() if static else None)
+
+
+def _quantizes_input(owners: list[nn.Module], config: Config) -> bool:
+    """Whether the layers of a parameter quantize their activations, where the config says so. Only linear layers do; others
+    take the weight half. What a linear layer is tied to, such as an embedding, does not mind a dynamic one."""
+    linear = [isinstance(owner, nn.Linear) for owner in owners]
+    dynamic = config.act_scale() is None and config.act_range() is None
+    return all(linear) or (any(linear) and dynamic)
 
 
 def _fit(spec: Spec, owner: nn.Module, rank: int) -> Spec:

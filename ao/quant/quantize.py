@@ -33,22 +33,28 @@ def quantize_(
     model: any module. Its layers stay what they are; their `weight` becomes a QTensor.
     config: a config such as `Int4WeightOnlyConfig()`, a Spec such as `Intx(bits=3, block=(1, 64))`, or rules by name
         (`FqnToConfig`).
-    filter_fn: `(module, fully qualified name) -> bool`, which layers to quantize; by default every `nn.Linear`. Layers with
-        a floating-point `weight` of two or more dims qualify: linears, embeddings, convolutions. With `FqnToConfig` the
-        rules decide, and it must be None.
+    filter_fn: `(module, fully qualified name) -> bool`, which layers to quantize; by default what multiplies as a linear layer
+        does: every `nn.Linear`, transformers' `Conv1D` (GPT-2), and the experts of a mixture, 3-D parameters of (E, N, K).
+        Layers with a floating-point `weight` of two or more dims qualify: linears, embeddings, convolutions; and experts.
+        With `FqnToConfig` the rules decide, and it must be None.
     device: move the model there layer by layer, each quantized on arrival, so that at most one layer is ever there in full
         precision; with `calibration_data`, one block.
     calibration_data: batches to run the model on, for recipes (`algorithm="gptq"`) and static activations that need to know
         the inputs of layers. A batch is a tensor, a tuple of arguments, or a dict of keyword arguments. Without it, they use
         what `calibrate` saw.
 
-    Returns a Report, which prints as a table. Parameters that are tied stay tied when all their layers are quantized; when
-    only some are, the tie is undone and the report says so.
+    Returns a Report, which prints as a table, says of every other large parameter why it is left alone, and ends with the share
+    of the model's bytes that is quantized. Only linear layers quantize their activations; others take the weight half of a
+    config.
+
+    Tied parameters stay tied. Where a filter or the default takes only some of their layers, such as a head that is tied to an
+    embedding, they stay as they are; a rule (`FqnToConfig`) that names one of them quantizes them as one.
 
     Every layer is checked before the first one changes, and a call which raises leaves the model as it was. Raises
     ValueError for a shape that the format does not take (with the parameter's name and the fix), for a weight that is
-    quantized already, for a rule that matches nothing and for a layer that needs calibration and had none, and TypeError for
-    what is not a config.
+    quantized already, for a rule that matches nothing, for a layer that needs calibration and had none, and for one that a
+    filter or a rule asks for and that cannot compute with a quantized weight (weight normalization, pruning, standardized
+    convolutions), and TypeError for what is not a config.
     """
     batches = None if calibration_data is None else _batches(calibration_data)
     if isinstance(config, Config):
@@ -78,6 +84,7 @@ def quantize_(
         module.__dict__.pop(ATTRIBUTE, None)
     if target is not None:
         model.to(target)
+    report.measure(model)
     return report
 
 

@@ -56,7 +56,8 @@ def scaled_statistics(seen: Statistics, factor: Tensor) -> Statistics:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize a weight. A frozen value made of literals, and of other recipes."""
+    """How to quantize a weight. A frozen dataclass made of literals, and of other recipes. Configs that hold one defined
+    elsewhere are written and read as all are, where its module has been imported."""
 
     observes: ClassVar[frozenset[str]] = frozenset()
     """What it needs to know of the layer's input: names of `calibration.OBSERVERS`. Only `nn.Linear` layers have that."""

@@ -32,13 +32,25 @@ class Report:
     """The parameters that `quantize_` quantized, and those that it passed over.
 
     rows: the quantized parameters; a tied one has one row.
-    skipped: full name -> why, for the layers that could have been quantized and were not.
-    notes: what else the user should know, such as a tie that was undone.
+    skipped: full name -> why, of every other parameter that is a matrix or has more than 1,000 elements, and of weights that
+        are buffers.
+    notes: what else the user should know, such as a tie.
+    model_bytes: of all parameters and buffers of the model as they are without quantization, in their dtypes.
+    quantized_bytes: of those that are quantized now, by this call or an earlier one, as they are without.
     """
 
     rows: list[Row] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    model_bytes: int = 0
+    quantized_bytes: int = 0
+
+    def measure(self, model: nn.Module) -> None:
+        """Count the bytes of a model, and of what is quantized in it."""
+        found = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+        sizes = [(t.numel() * t.dtype.itemsize, isinstance(t, QTensor)) for t in found]
+        self.model_bytes = sum(size for size, _ in sizes)
+        self.quantized_bytes = sum(size for size, quantized in sizes if quantized)
 
     @property
     def bytes_before(self) -> int:
@@ -75,7 +87,11 @@ class Report:
         for why, names in reasons.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             text.append(f"skipped {len(names)}: {shown}: {why}")
-        return "\n".join(line.rstrip() for line in [*text, *self.notes])
+        text += self.notes
+        if self.model_bytes:
+            share = self.quantized_bytes / self.model_bytes
+            text.append(f"quantized: {share:.1%} of the {self.model_bytes:,} bytes of the model")
+        return "\n".join(line.rstrip() for line in text)
 
 
 def storage_bytes(t: Tensor) -> int:

@@ -125,7 +125,7 @@ def sensitivity(
 
     data: batches, as of `quantize_`; a few thousand tokens do.
     candidates: configs or Specs, whose algorithms need no calibration; by default 2, 3, 4 and 6 bits in groups of 32.
-    filter_fn: which layers, by default every `nn.Linear`.
+    filter_fn: which layers, by default those that `quantize_` takes.
     loss_fn: (model, batch) -> loss, whose rise is measured; by default KL(original || quantized) of the model's output,
         taken as logits over its last dim, per row, which needs no labels.
 
@@ -154,7 +154,7 @@ def sensitivity(
     finally:
         for module in training:
             module.training = True
-    weights = {job.slots[0].module_fqn: job.parameter.numel() for job in jobs[0]}
+    weights = {job.slots[0].rule: job.parameter.numel() for job in jobs[0]}
     return Sensitivity(configs, weights, effects)
 
 
@@ -163,7 +163,7 @@ def _effect(candidate: int, job: Job, measure: Callable[[], float]) -> Effect:
     original = job.parameter
     try:
         quantize_job(job, None, None, Report())
-        return Effect(job.slots[0].module_fqn, candidate, storage_bytes(job.parameter), measure())
+        return Effect(job.slots[0].rule, candidate, storage_bytes(job.parameter), measure())
     finally:
         job.install(original)
 

@@ -59,8 +59,8 @@ def convert_to_low_precision_training(
         weights change (int8 weight-only, gathers in low precision), before the optimizer is made.
     config: `Float8LinearConfig`, `Int8MixedPrecisionTrainingConfig`, `Int8WeightOnlyQuantizedTrainingConfig`,
         `BitNetTrainingConfig`.
-    module_filter_fn: `(module, fully qualified name) -> bool`, which layers to convert; by default every `nn.Linear`. Small
-        layers get slower: `auto_module_filter` leaves them out.
+    module_filter_fn: `(module, fully qualified name) -> bool`, which layers to convert, of those whose class is `nn.Linear`
+        itself: a subclass may do more than the product. Small layers get slower: `auto_module_filter` leaves them out.
 
     Every layer is checked before the first one changes. Raises ValueError where no layer is left, where a layer was converted
     or quantized before, where a shape does not fit (float8 takes multiples of 16 unless pad_inner_dim), and for tied weights

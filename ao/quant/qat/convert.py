@@ -12,6 +12,7 @@ from ..jobs import Filter, Job, Slot, check_finite, plan
 from ..recipe import RoundToNearest
 from ..report import Report, Row, storage_bytes
 from .layers import PLAIN, FakeQuantized
+from .prepare import linear_by_default
 
 
 def prepared_layers(model: nn.Module, filter_fn: Filter | None = None) -> list[tuple[str, FakeQuantized]]:
@@ -88,9 +89,8 @@ def _jobs(model: nn.Module, filter_fn: Filter | None) -> Iterator[tuple[Job, lis
 def _compare(model: nn.Module, config: Config | Spec, jobs: list[tuple[Job, list[FakeQuantized]]]) -> None:
     names = {slot.module_fqn for job, _ in jobs for slot in job.slots}
     rules = type(config).__name__ == "FqnToConfig"
-    wanted = {
-        job.fqn: job.spec for job in plan(model, config, None if rules else lambda _, name: name in names, Report())
-    }
+    chosen = None if rules else lambda _, name: name in names
+    wanted = {job.fqn: job.spec for job in plan(model, config, chosen, Report(), default=linear_by_default)}
     for job, _ in jobs:
         if wanted.get(job.fqn, job.spec) != job.spec:
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...dtypes import Spec, dense
 from ..configs import Config
-from ..jobs import Filter, Job, check, plan, require_statistics, seen_by
+from ..jobs import Filter, Job, Slot, by_default, check, plan, require_statistics, seen_by
 from ..recipe import Rounded
 from ..report import Report, Row, storage_bytes
 from ..sequential import Batch, quantize_in_sequence, restored_on_error
@@ -51,7 +51,7 @@ def prepare(
     and for one that needs calibration and had none.
     """
     report = Report()
-    jobs = list(plan(model, config, filter_fn, report))
+    jobs = list(plan(model, config, filter_fn, report, default=linear_by_default))
     for job in jobs:
         check(job)
         _check_layers(job, adapter)
@@ -88,6 +88,12 @@ def prepare(
         size = storage_bytes(job.parameter)
         report.rows.append(Row(job.fqn, tuple(job.parameter.shape), repr(job.spec), size, size, "qat"))
     return report
+
+
+def linear_by_default(slot: Slot) -> str:
+    """Why a parameter is not prepared where nothing else is said; "" for one that is: the weight of an `nn.Linear`."""
+    usual = "" if isinstance(slot.owner, nn.Linear) else "quantization-aware training takes nn.Linear and nn.Embedding"
+    return by_default(slot) or usual
 
 
 def _check_layers(job: Job, adapter: Adapter | None) -> None:

@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ao").rglob("*.py"))
 
-PURE = {"bits", "blocks", "chip", "floats", "rounding", "layouts", "pieces"}
+PURE = {"bits", "blocks", "chip", "rounding", "layouts", "onnx_mode", "pieces"}
 MACHINERY = {"base", "ops", "shared_graph", "sharding", "views"}
-CONSUMERS = {"linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu", "products"}
+CONSUMERS = {"linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu", "paths_onnx", "products"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
-HOSTS = {"accelerate", "diffusers", "peft", "transformers", "vllm"}
+HOSTS = {"accelerate", "diffusers", "onnx_ir", "peft", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "triton_kernels", "hopper_kernels", "cast_kernels", "gpu_ops"}
 # A dtype that is made of another one says so here.

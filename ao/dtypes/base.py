@@ -283,7 +283,8 @@ def _write(field: Tensor, piece: Tensor, box: Box, shape: torch.Size) -> None:
 
 def dense(field: Tensor) -> Tensor:
     """A field as a plain tensor: a nested QTensor is dequantized."""
-    return field.dequantize() if isinstance(field, QTensor) else field
+    # Not `dequantize`, which torch.export does not see through for what was computed in the graph.
+    return field.decode_scaled(field.dtype) if isinstance(field, QTensor) else field
 
 
 class _FakeQuantize(torch.autograd.Function):

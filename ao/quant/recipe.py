@@ -59,7 +59,7 @@ class Recipe:
     """How to quantize a weight. A frozen value made of literals, and of other recipes."""
 
     observes: ClassVar[frozenset[str]] = frozenset()
-    """What it needs to know of the layer's input: names of `calibration.OBSERVERS`. Only `nn.Linear` layers have that."""
+    """What it needs to know of the layer's input: names of `statistics.OBSERVERS`. Only `nn.Linear` layers have that."""
     name: ClassVar[str]
     """What `algorithm=` calls it."""
 

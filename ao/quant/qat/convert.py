@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ...dtypes import Spec
-from ..configs import Config
+from ..configs import Config, FqnToConfig
 from ..jobs import Filter, Job, Slot, check_finite, plan
 from ..recipe import RoundToNearest
 from ..report import Report, Row, storage_bytes
@@ -87,7 +87,7 @@ def _jobs(model: nn.Module, filter_fn: Filter | None) -> Iterator[tuple[Job, lis
 
 def _compare(model: nn.Module, config: Config | Spec, jobs: list[tuple[Job, list[FakeQuantized]]]) -> None:
     names = {slot.module_fqn for job, _ in jobs for slot in job.slots}
-    rules = type(config).__name__ == "FqnToConfig"
+    rules = isinstance(config, FqnToConfig)
     wanted = {
         job.fqn: job.spec for job in plan(model, config, None if rules else lambda _, name: name in names, Report())
     }

@@ -47,7 +47,7 @@ def export(
     Weights of integers of 8 bits, and float8, with one scale per row, per tensor or per group along a row, become
     `DequantizeLinear` over their codes; integers of 4 bits with an integer zero point or none become one over INT4 or UINT4.
     Other formats stay packed and are taken apart by operators such as `BitShift` and `Gather`; those of up to 8,192 bytes the
-    exporter folds into dense weights, unless it is told `optimize=False`. int8 by int8 is `MatMulInteger`.
+    exporter folds into dense weights. int8 by int8 is `MatMulInteger`.
 
     Returns the program, whose `.model_proto` is the model. Raises ValueError for an older opset.
     """

@@ -31,6 +31,7 @@ from ao.quant import (
 )
 from ao.quant.candidates import SETS, candidates_on, label
 from ao.quant.choosing import preference
+from ao.quant.compiled import is_compiled
 from ao.quant.end_to_end import Comparison
 from ao.quant.microbenchmark import Product
 
@@ -259,7 +260,7 @@ def test_recording_runs_eagerly(times, how):
         assert compiled == 1 and compute_error(want(x), out) > 30
     assert "finalize_autoquant" not in inner.__dict__ and ("forward" in inner.__dict__) == (how == "forward")
     report = model.autoquant_report
-    assert sum(c.config is not None for c in report.choices) == 4
+    assert sum(c.config is not None for c in report.choices) == 4 and report.mode == "compiled"
     # The plan fits the plain model.
     plain = nn.Sequential(Net(), Net())
     plain.load_state_dict(state)
@@ -383,6 +384,48 @@ def test_the_model_is_intact_when_something_raises(times, monkeypatch):
     assert left_as_it_was(model)
 
 
+def test_a_model_is_measured_as_it_runs(monkeypatch, tmp_path):
+    """Eagerly where it is called eagerly, compiled where it is compiled; layers, whole model and kept timings alike."""
+    layers: list[bool] = []
+    wholes: list[bool] = []
+
+    def time_products(product, rows, variants, compiler, model_bytes):
+        def function() -> None: ...
+
+        layers.append(compiler.compile(function) is function)
+        assert compiler.is_eager == layers[-1]
+        return {name: 1.0 if name == "float32" else 0.5 for name in variants}
+
+    def compare(model, calls, devices, before, after):
+        wholes.append(not is_compiled(model))
+        return Comparison(1.4, 22.6, 0.01)
+
+    monkeypatch.setattr(microbenchmark, "time_products", time_products)
+    monkeypatch.setattr(end_to_end, "compare", compare)
+    x = torch.randn(4, K)
+    with torch.no_grad():
+        for make in (lambda m: m, lambda m: torch.compile(m, backend="eager"), in_place):
+            model = make(nn.Sequential(nn.Linear(K, K)))
+            eager = not is_compiled(model)
+            autoquant(model, x, [INT8], cache=tmp_path)
+            assert wholes.pop() == layers.pop() == eager and wholes == layers == []
+            report = model.autoquant_report
+            assert report.mode == ("eager" if eager else "compiled")
+            # It was slower, so the original weights are back.
+            assert len(report) == 0 and report.after_ms == 1.4 and "22.600 ms, before 1.400 ms" in report.notes[0]
+            assert set(specs(model).values()) == {None}
+        # A compiled function around the model counts, too.
+        model = autoquant(nn.Sequential(nn.Linear(K, K)), candidates=[INT8], cache=tmp_path)
+        torch.compile(lambda x: model(x), backend="eager")(x)
+        assert model.autoquant_report.mode == "compiled" and wholes.pop() is False
+    assert len(list(tmp_path.iterdir())) == 2  # eager, and compiled in the default mode
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
 def test_comparing_end_to_end_restores_the_model():
     """Buffers, random numbers and arguments are as before; the timings are of both sets of weights."""
     installed: list[nn.Parameter] = []
@@ -444,7 +487,7 @@ def test_real_run(tmp_path, monkeypatch, device):
     assert file.name.startswith("autoquant-") and len(json.loads(file.read_text())["seconds"]) == 2
     monkeypatch.setattr(microbenchmark, "time_products", None)  # whoever measures, fails
     monkeypatch.setattr(end_to_end, "compare", lambda *args: (args[-1](), Comparison(1.0, 1.0, 0.0))[1])
-    autoquant(again, x, [INT8], cache=tmp_path)
+    autoquant(torch.compile(again), x, [INT8], cache=tmp_path)
     assert [c.timings for c in again.autoquant_report.choices] == [c.timings for c in report.choices]
 
     report.save_plan(tmp_path / "plan.json")
@@ -499,7 +542,7 @@ def test_the_compiler_of_a_model():
             torch.compile(nn.Linear(K, K), backend="eager"),
         )
     ]
-    assert keys[0] == keys[1] == "{}" and keys[4] is None
+    assert keys[0] == "eager" and keys[1] == "{}" and keys[4] is None
     assert keys[2] == keys[3] and json.loads(keys[2])["max_autotune"] is True
 
 
@@ -658,7 +701,7 @@ layer              shape     M  calls  format           us   was   speed  SQNR d
 *                  64 x 32   4      1  Int8WeightOnly  0.2   1.0   4.00x     SQNR
                             16      2                  0.2   3.0  12.00x
 all linear layers                                      2.2  21.0   9.33x
-end to end: 2.000 ms before, 1.000 ms after, 2.00x
+end to end: 2.000 ms before, 1.000 ms after, 2.00x, eager
 skipped 1: 4: filter_fn leaves it out
 skipped 1: 3: no call reached it"""
     )

@@ -73,12 +73,12 @@ def test_failures_have_reasons_and_codes(tmp_path, capsys):
     ao.save({"w": torch.zeros(100)}, cut)
     cut.write_bytes(cut.read_bytes()[:-1])
     for path, reason in (
-        (tmp_path / "absent", "there is no file"),
         (broken, "is no safetensors file"),
         (cut, "is cut short"),
     ):
         assert main(["inspect", str(path)]) == 1
         assert reason in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "absent")]) == 2 and "there is no file" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path), "--match", "x"]) == 1
     with pytest.raises(SystemExit) as stop:
         main(["inspect"])

@@ -21,7 +21,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_snippets(tmp_path, monkeypatch):
-    for module in ("peft", "accelerate"):
+    for module in ("peft", "accelerate", "onnxscript"):
         pytest.importorskip(module, reason=f"the page uses {module}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

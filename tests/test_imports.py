@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ao").rglob("*.py"))
 
-PURE = {"bits", "blocks", "rounding", "layouts", "pieces"}
+PURE = {"bits", "blocks", "rounding", "layouts", "onnx_mode", "pieces"}
 MACHINERY = {"base", "ops", "sharding", "views"}
 CONSUMERS = {"checkpoint"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
-HOSTS = {"accelerate", "diffusers", "peft", "transformers", "vllm"}
+HOSTS = {"accelerate", "diffusers", "onnx_ir", "peft", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "ampere", "hopper", "cast", "operators"}
 # A dtype that is made of another one says so here.

@@ -77,6 +77,17 @@ def test_an_exported_program(tmp_path):
     programs(["int4"], tmp_path)
 
 
+@pytest.mark.parametrize("spec", [ao.NF4, ao.Intx(4, (1, 32))], ids=str)
+def test_an_embedding(spec):
+    """Rows are gathered packed, and decoded in the graph; of NF4 the scales are quantized, too."""
+    model = nn.Sequential(nn.Embedding(96, 64)).eval()
+    ao.quantize_(model, spec, lambda m, _: isinstance(m, nn.Embedding))
+    ids = torch.tensor([[3, 5, 3], [0, 95, 1]])
+    program = torch.export.export(model, (ids,), dynamic_shapes=BATCH)
+    more = ids.repeat(4, 1)
+    assert torch.equal(program.module()(more), model(more))
+
+
 @pytest.mark.slow
 def test_exported_programs(tmp_path):
     programs(list(FORMATS), tmp_path)

@@ -12,7 +12,7 @@ field tensors and `decode`. Each field carries a role, read once from the class 
 From the roles follows everything else, once, for every dtype: flatten and unflatten, pickle, device moves (this file),
 slices and views (views.py), cat and `copy_` (ops.py), FSDP2 and DTensor (sharding.py), safetensors (checkpoint.py).
 The property that holds throughout is `D(op(q)) == op(D(q))`, bit for bit, where D dequantizes. What has no low-bit form
-raises; nothing dequantizes silently except the matrix products, convolutions and embeddings of linear.py, which are
+raises; nothing dequantizes silently except the matrix products, convolutions and embeddings of ao.matmul, which are
 defined to.
 
 Numerics are written in float32 without exception, so that the compiled code, which keeps float32 between fused ops,
@@ -44,10 +44,10 @@ Shared = Annotated[Tensor, "shared"]
 Opaque = Annotated[Tensor, "opaque"]
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
-"""What a function of `torch` means for a QTensor; linear.py fills it."""
+"""What a function of `torch` means for a QTensor; ao.matmul fills it."""
 
 OPS: dict[Any, Callable[..., Any]] = {}
-"""What an ATen operator means for a QTensor; ops.py, sharding.py and linear.py fill it. Operators of other libraries are known
+"""What an ATen operator means for a QTensor; ops.py, sharding.py and ao.matmul fill it. Operators of other libraries are known
 by name: they are there once the library is."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -284,7 +284,8 @@ def _write(field: Tensor, piece: Tensor, box: Box, shape: torch.Size) -> None:
 
 def dense(field: Tensor) -> Tensor:
     """A field as a plain tensor: a nested QTensor is dequantized."""
-    return field.dequantize() if isinstance(field, QTensor) else field
+    # Not `dequantize`, which torch.export does not see through for what was computed in the graph.
+    return field.decode_scaled(field.dtype) if isinstance(field, QTensor) else field
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import onnx_mode
 from .pieces import is_eager
 
 CHUNK = 32
@@ -137,9 +138,14 @@ def _unpack_chunks(packed: Tensor, bits: int, chunk: int, shape: Sequence[int] |
         width = chunk * section // 8
         word = packed[..., start : start + width].unsqueeze(-2)  # (..., chunks, 1, width)
         shifts = torch.arange(0, 8, section, device=packed.device, dtype=torch.uint8).unsqueeze(-1)
-        part = (word >> shifts) & (2**section - 1)  # (..., chunks, 8 // section, width)
+        shifted = onnx_mode.shift(word, shifts) if onnx_mode.exporting() else word >> shifts
+        part = shifted & (2**section - 1)  # (..., chunks, 8 // section, width)
         part = part.reshape((*lead, size) if shape is None else tuple(shape))
-        codes = part if codes is None else codes | (part << offset)
+        if offset and onnx_mode.exporting():
+            part = onnx_mode.shift(part, torch.tensor(offset, dtype=torch.uint8, device=part.device), "LEFT")
+        elif offset:
+            part = part << offset
+        codes = part if codes is None else codes | part
         start += width
         offset += section
     assert codes is not None

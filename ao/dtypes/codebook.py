@@ -18,6 +18,7 @@ from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .intx import Intx
+from .onnx_mode import exporting
 from .pieces import is_eager
 from .rounding import reciprocal
 
@@ -142,6 +143,8 @@ class CodebookTensor(QTensor, spec=Codebook):
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
     """table[codes]. Codes are in bounds: a compiler need not check each of them."""
+    if exporting():
+        return table[codes.long()]
     return table[codes.int()] if is_eager(codes) else torch.ops.aten._unsafe_index(table, [codes.int()])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Spec
 from .blocks import amax_abs, in_blocks, to_blocks
+from .onnx_mode import exporting
 from .rounding import power_of_two_above, reciprocal
 
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -61,6 +62,8 @@ class Float8(Spec):
         q = (to_blocks(x, scale.shape) * in_blocks(reciprocal(scale) if inverse is None else inverse)).clamp_(
             -self.max, self.max
         )
+        if exporting():
+            return {"qdata": q.reshape(x.shape).to(self.dtype), "scale": scale}  # onnxruntime reshapes no float8
         return {"qdata": q.to(self.dtype).reshape(x.shape), "scale": scale}
 
 
@@ -77,5 +80,6 @@ class Float8Tensor(QTensor, spec=Float8):
     spec: Float8
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        values = to_blocks(self.qdata, self.scale.shape).float() * in_blocks(self.scale)
+        qdata = self.qdata.float() if exporting() else self.qdata  # onnxruntime reshapes no float8
+        values = to_blocks(qdata, self.scale.shape).float() * in_blocks(self.scale)
         return values.to(dtype).reshape(self.shape)

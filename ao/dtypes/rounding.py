@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .onnx_mode import exporting
 from .pieces import is_eager
 
 
@@ -23,6 +24,10 @@ def reciprocal(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and is_eager(x):
         # A few operators in place of fifty. 53 bits are enough for the second rounding to be that of the exact number.
         return x.double().reciprocal().float().masked_fill(x.abs() < tiny, 0.0)
+    if exporting():
+        return torch.where(
+            x.abs() < tiny, 0.0, torch.ones((), device=x.device) / x
+        )  # there a division is correctly rounded
     quotient = x.reciprocal()
     bits = x.view(torch.int32)
     m = (bits & 0x7FFFFF) | 0x800000
@@ -37,6 +42,8 @@ def reciprocal(x: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a * b in float32 less its last bit, for a sum to follow: no compiler can contract the two into one rounding."""
+    if exporting():
+        return a.float() * b.float()  # nothing contracts there
     bits = (a.float() * b.float()).view(torch.int32) & -2
     return bits.view(torch.float32)
 
@@ -70,6 +77,10 @@ def _mix(word: Tensor) -> Tensor:
 
 def power_of_two_above(x: Tensor) -> Tensor:
     """The smallest power of two that is no less than x (float32, not negative); 0, infinity and NaN stay."""
+    if exporting():
+        power = 2.0 ** x.log2().ceil()  # a logarithm may be off to either side of an integer
+        power = torch.where(power / 2 >= x, power / 2, torch.where(power < x, power * 2, power))
+        return torch.where((x > 0) & (x < torch.inf), power, x)
     bits = (x.view(torch.int32) + 0x7FFFFF) & 0x7F800000
     return torch.where(x.isfinite(), bits.view(torch.float32), x)
 
@@ -81,6 +92,8 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype == torch.float32:
         return x
+    if exporting():
+        return x.to(dtype)
     cut = {torch.bfloat16: 16, torch.float16: 13}[dtype]
     bits = x.view(torch.int32)
     bits = (bits + (2 ** (cut - 1) - 1) + ((bits >> cut) & 1)) & -(2**cut)

@@ -49,7 +49,7 @@ def layer_latencies(
     measures: list[Measure] = []
     notes: list[str] = []
     place = torch.empty(0, device=device).device
-    compiler = compiler_of(nn.Identity())
+    compiler = compiler_of(torch.compile(nn.Identity()))  # type: ignore[arg-type]
     for before, after in layers:
         n, k = before.shape
         for m in tokens:

@@ -37,15 +37,18 @@ def load_model(
 def read_texts(paths: Iterable[Path]) -> list[str]:
     """Documents: of a `.json` file a list of strings, of any other file its text.
 
-    Raises ValueError for a JSON file that holds something else.
+    Raises ValueError for a JSON file that holds something else, and for a file that is no text.
     """
     texts: list[str] = []
     for path in paths:
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+            found = json.loads(text) if path.suffix == ".json" else None
+        except ValueError as error:
+            raise ValueError(f"{path} is no {'JSON' if path.suffix == '.json' else 'UTF-8 text'}: {error}") from error
         if path.suffix != ".json":
             texts.append(text)
             continue
-        found = json.loads(text)
         if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
             raise ValueError(f"{path} must hold a JSON list of strings")
         texts += found

@@ -4,6 +4,7 @@
 `__torch_function__` (user code), `__torch_dispatch__` (inference mode, DTensor, exported graphs), and the backward of the
 one autograd.Function below. A product takes the first path in `PATHS` that accepts it:
 
+    onnx        in a graph that becomes an ONNX model: its standard operators
     words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
     int8pack    up to three tokens on a CPU, int8 weight: ATen's own product
     gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
@@ -19,7 +20,7 @@ one autograd.Function below. A product takes the first path in `PATHS` that acce
     pieces      on a CPU: decode the weight, a large one in row pieces, then a floating-point product
     dequantize  decode the weight, then a floating-point product; always accepts
 
-The paths themselves are in anywhere.py, cpu.py and gpu.py.
+The paths themselves are in anywhere.py, cpu.py, gpu.py and onnx.py.
 
 Autograd: the weight is kept packed and decoded again in backward, so that a frozen quantized weight costs a training run
 its packed bytes and no more. Activation quantization is straight-through.
@@ -37,7 +38,7 @@ from torch import Tensor
 from ..dtypes.base import FUNCTIONS, OPS, QTensor, as_bytes
 from ..dtypes.ops import gather
 from ..dtypes.pieces import is_eager
-from . import anywhere, cpu, gpu
+from . import anywhere, cpu, gpu, onnx
 from .shared_graph import inlined
 
 aten = torch.ops.aten
@@ -45,6 +46,7 @@ aten = torch.ops.aten
 Path = Callable[[Tensor, QTensor], Tensor]
 
 PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
+    ("onnx", onnx.accepts, onnx.product),
     ("words", cpu.words_accepts, cpu.words),
     ("int_mm", cpu.int_mm_accepts, cpu.int_mm),
     ("sums", cpu.sums_accepts, cpu.sums),
@@ -249,7 +251,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, w: QTensor, padding_idx: int) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.rows, ctx.padding_idx = w.shape[0], padding_idx
-        return gather(w, 0, ids).dequantize()
+        return gather(w, 0, ids).decode_scaled(w.dtype)  # not `dequantize`, which torch.export does not see through
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
@@ -272,9 +274,11 @@ def embedding(
         raise NotImplementedError(
             "embedding: max_norm, scale_grad_by_freq and sparse are not supported for a quantized table; leave them out"
         )
+    if onnx.decodes_table(w):
+        return F.embedding(ids, onnx.weight(w, w.dtype))
     if torch.is_grad_enabled() and w.requires_grad:
         return _Embedding.apply(ids, w, -1 if padding_idx is None else padding_idx)
-    return gather(w, 0, ids).dequantize()
+    return gather(w, 0, ids).decode_scaled(w.dtype)  # not `dequantize`, which torch.export does not see through
 
 
 def _convolution(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ from . import microbenchmark
 from .autoquant_report import AutoquantReport
 from .candidates import Candidates, candidates_on, check_candidates
 from .choosing import Notes, choose, install_checked, measure
-from .compiled import compiler_of, unwrapped
+from .compiled import compiled_caller, compiler_of, is_compiled, unwrapped
 from .configs import FqnToConfig
 from .plan import apply_plan, load_plan
 from .quantize import Filter, is_linear
@@ -46,8 +46,8 @@ def autoquant(
         model(x)                       # records, measures, chooses; minutes for a large model
         print(model.autoquant_report)  # a table
 
-    model: any module, compiled or not. Compile it before: then formats are measured in its mode, and the result is
-        compiled. One that is not compiled is measured under `torch.compile(model)`, which is how it should then run.
+    model: any module. Formats are measured as it runs: in the mode in which it is compiled, or eagerly where it is not, which
+        leaves less to gain. So compile it before, or call it by what `torch.compile` made of it while it records.
     example_input: call the model with it now: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
     candidates: the formats in question: configs, Specs, or names of sets: "default" (int8, weight-only and dynamic), "int4"
         (those and int4 weight-only), "float8", "all". Of a named set, what the device has no arithmetic for is left out.
@@ -58,15 +58,14 @@ def autoquant(
     error_on_unseen: raise for layers that never ran; False leaves them as they are.
     plan: choose nothing, and apply what was chosen before: a file of `report.save_plan(path)`, or a FqnToConfig.
     cache: keep timings in $AO_CACHE_DIR or ~/.cache/ao; a path keeps them there, False nowhere. They hold for one
-        device, version of torch, Triton and ao, number of threads and compile mode.
+        device, version of torch, Triton and ao, number of threads, and mode, eager or compiled.
     qtensor_class_list: another name of `candidates`. set_inductor_config: accepted and without effect.
 
     While it records, the model runs uncompiled and computes what it always did. Then every format is timed on every shape
-    (tokens, in, out) that ran, compiled, with weights that are cold in the cache, side by side with the unquantized
-    layer; the sum over shapes, times how often each ran, decides, and a format must win by 3 %. At last the whole model is
-    timed on the recorded calls against what was given. If it is slower, the least certain half of the choices is taken
-    back, again and again, to the original model if need be. The report has all numbers. Tied weights are chosen for
-    together and stay tied.
+    (tokens, in, out) that ran, with weights that are cold in the cache, side by side with the unquantized layer; the sum
+    over shapes, times how often each ran, decides, and a format must win by 3 %. At last the whole model is timed on the
+    recorded calls against what was given. If it is slower, the least certain half of the choices is taken back, again and
+    again, to the original model if need be. The report has all numbers. Tied weights are chosen for together and stay tied.
 
     Until then the original weights are kept beside the quantized ones, with up to 64 activations of each layer and the
     arguments of up to four calls.
@@ -144,8 +143,8 @@ class _Session:
         self.notes = Notes()
         self.calls: dict[frozenset[Any], Call] = {}
         self.signatures: set[tuple[Any, ...]] = set()
-        self.compiler = compiler_of(model)
-        self.cache = TimingCache(directory, self.compiler)
+        self.directory = directory
+        self.caller: nn.Module | None = None
         self._forwards: list[tuple[nn.Module, Any]] = []
 
     # Recording: the model's `forward`, and that of the wrapper which compiled it, are replaced for a while.
@@ -176,6 +175,7 @@ class _Session:
 
     def _record(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = None
+        self.caller = compiled_caller(unwrapped(self.model)) or self.caller
         signature = signature_of((args, kwargs))
         if signature not in self.signatures and len(self.calls) < CALLS and len(self.signatures) < 4 * CALLS:
             try:
@@ -218,14 +218,18 @@ class _Session:
                 for kind in {w.parameter.device.type for w in self.weights}:
                     modes.enter_context(torch.autocast(kind, torch.bfloat16, enabled=False))
                 seen = [w for w in self.weights if w.calls]
-                timings = measure(seen, self.candidates, self.compiler, self.cache, self.notes)
+                runs = self.model if self.caller is None or is_compiled(self.model) else self.caller
+                compiler = compiler_of(runs)
+                cache = TimingCache(self.directory, compiler)
+                timings = measure(seen, self.candidates, compiler, cache, self.notes)
                 found = choose(seen, self.candidates, timings, self.min_sqnr, self.notes)
-                report = install_checked(self.model, list(self.calls.values()), found, self.notes)
+                report = install_checked(runs, list(self.calls.values()), found, self.notes)
         except BaseException:
             self.notes = recorded
             self.start()
             raise
         report.skipped = {**self.skipped, **dict.fromkeys(unseen, "no call reached it")}
         report.notes = self.notes
+        report.mode = "eager" if compiler.is_eager else "compiled"
         unwrapped(self.model).__dict__["autoquant_report"] = report
         return report

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..dtypes import Spec
 from .configs import Config, FqnToConfig
@@ -62,8 +63,9 @@ class AutoquantReport:
     choices: one per weight.
     skipped: full name -> why, for linear layers that were not in question.
     notes: candidates that could not be used, and what else the user should know.
-    before_ms, after_ms: the compiled model end to end, per call, as it was given and as it is now; None where nothing was
-        quantized, so that nothing was measured.
+    before_ms, after_ms: the model end to end, per call, as it was given and as it is now; None where nothing was quantized,
+        so that nothing was measured.
+    mode: how layers and the model were timed, "compiled" or "eager": as the model runs.
     """
 
     choices: list[Choice] = field(default_factory=list)
@@ -71,6 +73,7 @@ class AutoquantReport:
     notes: list[str] = field(default_factory=list)
     before_ms: float | None = None
     after_ms: float | None = None
+    mode: Literal["compiled", "eager"] = "compiled"
 
     @property
     def plan(self) -> FqnToConfig:
@@ -102,7 +105,9 @@ class AutoquantReport:
         text = _table(lines, left=(0, 1, 4))
         if self.before_ms is not None and self.after_ms is not None:
             ratio = self.before_ms / self.after_ms
-            text.append(f"end to end: {self.before_ms:,.3f} ms before, {self.after_ms:,.3f} ms after, {ratio:.2f}x")
+            text.append(
+                f"end to end: {self.before_ms:,.3f} ms before, {self.after_ms:,.3f} ms after, {ratio:.2f}x, {self.mode}"
+            )
         reasons: dict[str, list[str]] = {}
         for name, why in self.skipped.items():
             reasons.setdefault(why, []).append(name)

@@ -1,8 +1,9 @@
-"""How a model is compiled: its wrapper taken off, and its settings, so that other code can be compiled alike."""
+"""Whether and how a model is compiled: its wrapper taken off, and its settings, so that other code can run alike."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,22 +26,26 @@ def is_compiled(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Compiler:
-    """Compiles a function as some model is compiled.
+    """Compiles a function as some model is compiled, or leaves it as it is.
 
     key: the settings as text, under which timings can be kept; None for a backend that cannot be described.
     compile: the function that compiles.
+    is_eager: whether it leaves functions as they are.
     """
 
     key: str | None
     compile: Callable[[Function], Function]
+    is_eager: bool = False
 
 
 def compiler_of(model: nn.Module) -> Compiler:
-    """The compiler of a model: the same mode and options without CUDA graphs, which whoever measures brings along; the
-    default mode for a model that is not compiled."""
+    """The compiler of a model: the same mode and options without CUDA graphs, which whoever measures brings along. Of a
+    model that is not compiled, one that leaves functions as they are."""
+    functions = _compiled_functions(model)
+    if not functions and model is unwrapped(model):
+        return Compiler("eager", lambda function: function, is_eager=True)
     import torch._inductor.config as inductor
 
-    functions = _compiled_functions(model)
     config = functions[0].get_compiler_config() if functions else {}  # type: ignore[attr-defined]
     if config is None and model is not unwrapped(model):
         return Compiler(None, model.dynamo_ctx)  # type: ignore[arg-type]  # a backend other than Inductor
@@ -51,6 +56,25 @@ def compiler_of(model: nn.Module) -> Compiler:
         return torch.compile(function, dynamic=False, options=options or None)
 
     return Compiler(json.dumps(options, sort_keys=True, default=str), compile)
+
+
+def compiled_caller(model: nn.Module) -> nn.Module | None:
+    """The model as compiled code that is calling it now has it: the wrapper of `torch.compile(model)`, or, where a function
+    around it is compiled, a new wrapper of the default mode. None where nothing compiled is among the callers."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    found = False
+    frame: Any = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, OptimizedModule) and unwrapped(owner) is model:
+            return owner
+        # What `torch.compile(function)` returns.
+        found |= (
+            frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == OptimizedModule.__module__
+        )
+        frame = frame.f_back
+    return torch.compile(model) if found else None  # type: ignore[return-value]
 
 
 def _compiled_functions(model: nn.Module) -> list[Function]:

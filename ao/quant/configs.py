@@ -119,9 +119,8 @@ class Config:
 
 _BASES = (Granularity, Layout, Recipe)
 
-VALUES: dict[str, type] = {
-    c.__name__: c for base in (Granularity, Layout) for c in (base, *base.__subclasses__(), *RECIPES)
-}
+VALUES: dict[str, type] = {c.__name__: c for base in (Granularity, Layout) for c in (base, *base.__subclasses__())}
+VALUES |= {c.__name__: c for c in RECIPES}
 """What a config of this library is made of, beside numbers and strings."""
 
 _ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .benchmark import interleave, noise, seconds
-from .compiled import is_compiled, unwrapped
+from .compiled import unwrapped
 from .progress import progress
 from .recording import Call
 
@@ -41,22 +41,20 @@ def compare(
     before: Callable[[], None],
     after: Callable[[], None],
 ) -> Comparison:
-    """Time the compiled model as `before()` leaves it and as `after()` leaves it. Leaves it as `after()` does.
+    """Time the model as `before()` leaves it and as `after()` leaves it. Leaves it as `after()` does.
 
-    A model that is compiled runs as it is; one that is not, as `torch.compile(model)`. Its buffers and the state of the
-    random number generators are put back.
+    It runs as it is, compiled or not. Its buffers and the state of the random number generators are put back.
     """
     import torch._dynamo.config as dynamo
 
-    run = model if is_compiled(model) else torch.compile(model)
     # Two sets of weights make two graphs where there would be one, and both must stay.
     limit = max(64, dynamo.recompile_limit)
     with dynamo.patch(recompile_limit=limit), _restored(unwrapped(model), devices):
         repeats = dict.fromkeys(calls, 1)
         warm_ups = [(install, call) for install in (before, after) for call in calls]
-        for install, call in progress(warm_ups, "autoquant: compile the whole model"):
+        for install, call in progress(warm_ups, "autoquant: warm up the whole model"):
             install()
-            once = [_timed(run, call, devices, 1) for _ in range(3)][-1]  # the first ones compile and capture
+            once = [_timed(model, call, devices, 1) for _ in range(3)][-1]  # the first ones compile and capture
             if call.plain:
                 repeats[call] = max(repeats[call], min(100, math.ceil(5e-3 / max(once, 1e-9))))
 
@@ -65,8 +63,8 @@ def compare(
                 install()
                 total = 0.0
                 for call in calls:
-                    _timed(run, call, devices, 1)
-                    total += call.count * _timed(run, call, devices, repeats[call])
+                    _timed(model, call, devices, 1)
+                    total += call.count * _timed(model, call, devices, repeats[call])
                 return 1e3 * total / sum(call.count for call in calls)
 
             return measure

@@ -1,9 +1,9 @@
-"""How long one linear layer takes in a compiled model, for several formats of its weight, measured side by side.
+"""How long one linear layer takes in a model, for several formats of its weight, measured side by side.
 
 A weight is rarely in the cache when a model comes to it. So each format gets as many copies of the weight as exceed the
 last-level cache (or as the whole model would have, if that is less), and they take turns. The copies of several formats
-are measured in interleaved rounds, of which the median counts. On a CUDA device a turn is the replay of a CUDA graph
-between two events, so that nothing of Python is measured.
+are measured in interleaved rounds, of which the median counts. On a CUDA device a turn of compiled code is the replay of a
+CUDA graph between two events, so that nothing of Python is measured. Eager code is timed with its Python, as a model pays it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _timer(product: Product, x: Tensor, weight: Tensor, compiler: Compiler, mode
             function(xs, weights[i : i + together], bias)
 
     turn()  # compiles
-    run = _graph_replay(turn, product.device) if product.device.type == "cuda" else _host_clock(turn, product.device)
+    replays = product.device.type == "cuda" and not compiler.is_eager
+    run = (_graph_replay if replays else _host_clock)(turn, product.device)
     once = run(1)
     repeats = max(1, min(1000, math.ceil(1e-3 / max(once, 1e-9))))  # a millisecond at least, for the clock's sake
     return lambda: run(repeats) / copies

@@ -60,7 +60,7 @@ class Recipe:
     elsewhere are written and read as all are, where its module has been imported."""
 
     observes: ClassVar[frozenset[str]] = frozenset()
-    """What it needs to know of the layer's input: names of `calibration.OBSERVERS`. Only `nn.Linear` layers have that."""
+    """What it needs to know of the layer's input: names of `statistics.OBSERVERS`. Only `nn.Linear` layers have that."""
     name: ClassVar[str]
     """What `algorithm=` calls it."""
 

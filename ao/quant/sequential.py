@@ -157,8 +157,14 @@ class _Runner:
     def visit(self, block: nn.Module, device: torch.device) -> list[Any]:
         """Hooks that have a block on the device for its run only."""
         home = next((p.device for p in block.parameters()), device)
-        there = block.register_forward_pre_hook(lambda module, _: module.to(device) and None)
-        return [there, block.register_forward_hook(lambda module, _, __: module.to(home) and None, always_call=True)]
+
+        def move(module: nn.Module, to: torch.device) -> None:
+            module.to(
+                to
+            )  # which returns the module, and what a hook returns would stand for the block's input or output
+
+        there = block.register_forward_pre_hook(lambda module, _: move(module, device))
+        return [there, block.register_forward_hook(lambda module, _, __: move(module, home), always_call=True)]
 
     def unit(self, unit: nn.Module, jobs: list[Job], finish: Finish) -> None:
         """Quantize the jobs of a block, or those of the whole model that are left."""

@@ -24,7 +24,7 @@ class TimingCache:
     """Seconds, or why there are none, by product and label of the weight.
 
     directory: where its file lies; None keeps nothing. The file's name stands for all that a timing depends on beside the
-    product: versions of torch, Triton and Python, the sources of `ao`, compiler settings and threads. A file that cannot
+    product: versions of torch, Triton and Python, the sources of `ao`, eager or compiled and how, and threads. A file that cannot
     be read counts as empty.
     """
 

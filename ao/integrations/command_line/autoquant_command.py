@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .arguments import before_the_work, check_device, check_model, check_writable, count
 from .progress import quiet_loading
 from .tables import print_json
 
@@ -22,18 +23,22 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a language model")
     parser.add_argument("--plan", type=Path, required=True, metavar="FILE.json", help="where to save the plan")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128], metavar="T", help="default: 1 128")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
+    parser.add_argument("--tokens", type=count, nargs="+", default=[1, 128], metavar="T", help="default: 1 128")
+    parser.add_argument("--batch", type=count, default=1, metavar="B", help="default: 1")
     parser.add_argument(
         "--candidates", default="default", choices=["default", "int4", "float8", "all"], help="which formats"
     )
     parser.add_argument("--min-sqnr", type=float, metavar="DB", help="the noise that a layer may have")
-    parser.add_argument("--threads", type=int, metavar="N", help="on a CPU; default: PyTorch's")
+    parser.add_argument("--threads", type=count, metavar="N", help="on a CPU; default: PyTorch's")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    with before_the_work():
+        check_model(args.model, language=True)
+        check_writable("--plan", args.plan)
+        check_device(args.device)
     import torch
 
     import ao
@@ -43,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     model: Any = load_model(args.model, device=args.device)
-    vocabulary = model.config.vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     compiled: Any = torch.compile(model)
     model = ao.autoquant(compiled, candidates=args.candidates, min_sqnr=args.min_sqnr, manual=True)
     with torch.no_grad():
@@ -52,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             model(ids, use_cache=False)
         ao.finalize_autoquant(model)
     report = model.autoquant_report
+    args.plan.parent.mkdir(parents=True, exist_ok=True)
     report.save_plan(args.plan)
     if args.json:
         formats = {name: choice.label for choice in report.choices for name in choice.names}

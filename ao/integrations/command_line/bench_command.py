@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .arguments import before_the_work, check_device, check_model, count
 from .format_names import config_of
 from .progress import quiet_loading
 from .tables import print_json, print_table
@@ -23,10 +24,10 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a language model, quantized or not")
     parser.add_argument("--configs", nargs="+", metavar="FORMAT", help="quantize in memory; default: as it is stored")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128], metavar="T", help="default: 1 128")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="default: 1")
-    parser.add_argument("--runs", type=int, default=20, metavar="N", help="of each; default: 20")
-    parser.add_argument("--threads", type=int, metavar="N", help="on a CPU; default: PyTorch's")
+    parser.add_argument("--tokens", type=count, nargs="+", default=[1, 128], metavar="T", help="default: 1 128")
+    parser.add_argument("--batch", type=count, default=1, metavar="B", help="default: 1")
+    parser.add_argument("--runs", type=count, default=20, metavar="N", help="of each; default: 20")
+    parser.add_argument("--threads", type=count, metavar="N", help="on a CPU; default: PyTorch's")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -34,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     names = args.configs or ["as stored"]
-    configs = {name: config_of(name) for name in names if name != "as stored"}
+    with before_the_work():
+        check_model(args.model, language=True)
+        configs = {name: config_of(name) for name in names if name != "as stored"}
+        device = check_device(args.device)
     import statistics
 
     import torch
@@ -48,14 +52,13 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     calls: dict[tuple[str, int], Any] = {}
     sizes: dict[str, int] = {}
-    device = torch.device(args.device)
     with torch.no_grad():
         for name in names:
             model = load_model(args.model, configs.get(name), device=device)
             sizes[name] = get_model_size_in_bytes(model)
             forward = model if args.eager else torch.compile(model)
             for tokens in args.tokens:
-                ids = torch.randint(model.config.vocab_size, (args.batch, tokens), device=device)
+                ids = torch.randint(model.config.get_text_config().vocab_size, (args.batch, tokens), device=device)
                 calls[name, tokens] = lambda forward=forward, ids=ids: forward(ids, use_cache=False)
                 for _ in range(2):
                     calls[name, tokens]()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .arguments import at_least, before_the_work, check_device, check_model, check_readable, count
 from .format_names import config_of
 from .progress import progress_bar, quiet_loading
 from .tables import print_json, print_table
@@ -25,19 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text, or a JSON list"
     )
     parser.add_argument("--configs", nargs="+", metavar="FORMAT", help="quantize in memory; default: as it is stored")
-    parser.add_argument("--window", type=int, default=512, metavar="T", help="tokens; default: 512")
-    parser.add_argument("--windows", type=int, metavar="N", help="at most so many; default: all")
+    parser.add_argument("--window", type=at_least(2), default=512, metavar="T", help="tokens; default: 512")
+    parser.add_argument("--windows", type=count, metavar="N", help="at most so many; default: all")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    configs = {name: config_of(name) for name in args.configs or ["as stored"] if name != "as stored"}
-    from ao import get_model_size_in_bytes
-    from ao.integrations.model_folder import load_model, perplexity, read_texts, token_windows
+    with before_the_work():
+        check_model(args.model, language=True)
+        check_readable("--text", args.text)
+        configs = {name: config_of(name) for name in args.configs or ["as stored"] if name != "as stored"}
+        check_device(args.device)
+        from ao import get_model_size_in_bytes
+        from ao.integrations.model_folder import load_model, perplexity, read_texts, token_windows
 
-    quiet_loading(args.json)
-    windows = token_windows(args.model, read_texts(args.text), args.window, args.windows)
+        quiet_loading(args.json)
+        windows = token_windows(args.model, read_texts(args.text), args.window, args.windows)
     tokens = sum(window.shape[1] - 1 for window in windows)
     rows: list[dict[str, Any]] = []
     for name in args.configs or ["as stored"]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import before_the_work
 from .safetensors_header import Stored, read_header, weight_files
 from .tables import print_json, print_table
 
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with before_the_work():
+        if not args.path.exists():
+            raise FileNotFoundError(f"there is no file or folder {args.path}")
     rows = [row for row in inspect(args.path) if args.match is None or fnmatch.fnmatchcase(row.name, args.match)]
     if not rows and args.match is not None:
         raise ValueError(f"no tensor of {args.path} matches {args.match!r}; leave out --match to see all names")

@@ -17,6 +17,7 @@ from . import (
     inspect_checkpoint,
     quantize_command,
 )
+from .arguments import WrongArguments
 
 COMMANDS: list[ModuleType] = [
     quantize_command,
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+    except WrongArguments as error:
+        sys.stderr.write(f"ao {args.command}: {error}\n")
+        return 2
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         sys.stderr.write(f"ao {args.command}: {error}\n")
         return 1

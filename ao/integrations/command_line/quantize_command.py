@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .arguments import at_least, before_the_work, check_device, check_model, check_readable, check_writable, count
 from .format_names import config_of
 from .progress import progress_bar, quiet_loading
 from .safetensors_header import read_header, weight_files
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, nargs="+", metavar="FILE", help="to calibrate on: plain text or a JSON list"
     )
     parser.add_argument("--samples", type=count, default=128, metavar="N", help="windows of --data; default: 128")
-    parser.add_argument("--window", type=count, default=512, metavar="T", help="tokens of a window; default: 512")
+    parser.add_argument("--window", type=at_least(2), default=512, metavar="T", help="tokens of a window; default: 512")
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="modules that stay as they are, instead of the head")
     parser.add_argument("--include-embedding", action="store_true", help="quantize embedding and head too")
     parser.add_argument("--in-memory", action="store_true", help="load the whole model, as recipes with data do")
@@ -60,31 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_of(args.config)
-    if config is None:
-        raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
-    if args.recipe is not None:
-        config = with_recipe(config, args.recipe)
-    calibrates = needs_data(config)
-    if calibrates and not args.data:
-        what = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config!r}"
-        raise ValueError(f"{what} needs texts to calibrate on; give --data FILE, plain text or a JSON list of strings")
-    if args.data and not calibrates:
-        raise ValueError(
-            "--data is for recipes that calibrate, such as --recipe gptq, and nothing here does; leave it out"
-        )
-    if args.report is not None and args.report.is_dir():
-        raise ValueError(f"--report {args.report} is a folder; give the name of a file")
-    if args.out.exists():
-        raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
+    with before_the_work():
+        config, calibrates = _checked(args)
+        from ao.integrations.model_folder import calibration_batches, load_model, perplexity, read_texts, token_windows
+
+        quiet_loading(args.json)
+        data = read_texts(args.data) if args.data else []
+        batches = calibration_batches(args.model, data, args.window, args.samples) if args.data else None
+        windows = token_windows(args.model, read_texts(args.text), args.window) if args.text else []
     from ao.integrations import html_report
     from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in_memory
     from ao.integrations.layer_latency import LargestLayers, layer_latencies
-    from ao.integrations.model_folder import calibration_batches, load_model, perplexity, read_texts, token_windows
-
-    quiet_loading(args.json)
-    batches = calibration_batches(args.model, read_texts(args.data), args.window, args.samples) if args.data else None
-    windows = token_windows(args.model, read_texts(args.text), args.window) if args.text else []
 
     def loss(folder: Path, what: str) -> float:
         model = load_model(folder, device=args.device)
@@ -147,6 +134,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
+    """The config, and whether it calibrates. Raises for arguments that do not go together or name what is not there."""
+    check_model(args.model)
+    check_readable("--data", args.data)
+    check_readable("--text", args.text)
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
+    check_writable("OUT_DIR", args.out)
+    check_writable("--report", args.report)
+    config = config_of(args.config)
+    if config is None:
+        raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
+    if args.recipe is not None:
+        config = with_recipe(config, args.recipe)
+    calibrates = needs_data(config)
+    if calibrates and not args.data:
+        what = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config!r}"
+        raise ValueError(f"{what} needs texts to calibrate on; give --data FILE, plain text or a JSON list of strings")
+    if args.data and not calibrates:
+        raise ValueError(
+            "--data is for recipes that calibrate, such as --recipe gptq, and nothing here does; leave it out"
+        )
+    check_device(args.device)
+    return config, calibrates
+
+
 def with_recipe(config: Any, recipe: str) -> Any:
     """The same config, or Spec, or rules, with a recipe by name. Raises ValueError for a name that is none."""
     from ao.quant import FqnToConfig, SpecConfig
@@ -190,18 +203,14 @@ def _facts(args: argparse.Namespace, batches: int, tokens: int) -> dict[str, str
     return facts
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def size(text: str) -> int:
     """Bytes of "2GB", "500MiB" or a number."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     digits = text.rstrip("KMGTBIkmgtbi ")
     try:
-        return max(int(float(digits) * units[text[len(digits) :].strip().upper()]), 1)
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"a size is like 2GB or 500MiB, got {text!r}") from None
+        found = int(float(digits) * units[text[len(digits) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        found = 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"a size is like 2GB or 500MiB, got {text!r}")
+    return found

@@ -94,7 +94,7 @@ def split_kernel(x_ptr, parts_ptr, step_ptr, K: tl.constexpr, BM: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["M"])
 def amax_kernel(x_ptr, top_ptr, M, K: tl.constexpr, B: tl.constexpr):
-    """The largest magnitude of the rows of x (M, K) that are the program's, as an integer (see `magnitude`)."""
+    """The largest magnitude of the rows of x (M, K) that are the program's, as an integer (see `_magnitude`)."""
     gdc_launch_dependents()
     k = tl.arange(0, B)
     top = tl.zeros((B,), tl.int32)

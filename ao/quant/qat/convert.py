@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ...dtypes import Spec
-from ..configs import Config
+from ..configs import Config, FqnToConfig
 from ..jobs import Filter, Job, Slot, check_finite, plan
 from ..recipe import RoundToNearest
 from ..report import Report, Row, storage_bytes
@@ -88,8 +88,7 @@ def _jobs(model: nn.Module, filter_fn: Filter | None) -> Iterator[tuple[Job, lis
 
 def _compare(model: nn.Module, config: Config | Spec, jobs: list[tuple[Job, list[FakeQuantized]]]) -> None:
     names = {slot.module_fqn for job, _ in jobs for slot in job.slots}
-    rules = type(config).__name__ == "FqnToConfig"
-    chosen = None if rules else lambda _, name: name in names
+    chosen = None if isinstance(config, FqnToConfig) else lambda _, name: name in names
     wanted = {job.fqn: job.spec for job in plan(model, config, chosen, Report(), default=linear_by_default)}
     for job, _ in jobs:
         if wanted.get(job.fqn, job.spec) != job.spec:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ao").rglob("*.py"))
 
-PURE = {"bits", "blocks", "chip", "floats", "rounding", "layouts", "pieces"}
+PURE = {"bits", "blocks", "chip", "floats", "rounding", "layouts", "pieces", "tracing"}
 MACHINERY = {"base", "ops", "shared_graph", "sharding", "views"}
 CONSUMERS = {"linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu", "products"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.

@@ -113,7 +113,8 @@ def _anew(t: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: QTensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        # Not the parameter itself, which modules could not move to another dtype or device as long as the graph is alive.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w.detach())
         with inlined():
             return _product(x, w)
 
@@ -184,7 +185,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, w: QTensor, padding_idx: int) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.rows, ctx.padding_idx = w.shape[0], padding_idx
-        return gather(w, 0, ids).dequantize()
+        return gather(w, 0, ids).decode_scaled(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
@@ -209,7 +210,7 @@ def embedding(
         )
     if torch.is_grad_enabled() and w.requires_grad:
         return _Embedding.apply(ids, w, -1 if padding_idx is None else padding_idx)
-    return gather(w, 0, ids).dequantize()
+    return gather(w, 0, ids).decode_scaled(w.dtype)
 
 
 def _convolution(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -14,6 +14,7 @@ from .chip import cuda_capability
 from .float8 import Float8, Float8Tensor
 from .intx import Intx, IntxTensor
 from .paths import compiling, int_mm_accepts, per_row, quantize_act, scaled_mm_accepts
+from .tracing import known
 
 _TRITON = find_spec("triton") is not None
 
@@ -57,7 +58,7 @@ def _weight(w: QTensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
 
 def gemv_accepts(x: Tensor, w: QTensor) -> bool:
     return (
-        x.shape[0] == 1
+        known(x.shape[0] == 1)
         and x.dtype in (torch.bfloat16, torch.float16)
         and (w.spec.act is None or per_row(w.spec.act, (Intx, Float8)))
         and _packed(x, w)
@@ -91,7 +92,7 @@ def fused_accepts(x: Tensor, w: QTensor) -> bool:
         return False
     if isinstance(w, IntxTensor) and w.zero_point is not None and w.zero_point.is_floating_point():
         return False  # q - z would not be exact in bfloat16
-    return 1 < x.shape[0] <= _most(x, w)
+    return known(x.shape[0] > 1) and known(x.shape[0] <= _most(x, w))
 
 
 def _most(x: Tensor, w: QTensor) -> int:
@@ -162,7 +163,7 @@ def _quantized_by_operator(x: Tensor, w: IntxTensor | Float8Tensor) -> bool:
 def sums_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.device.type == "cuda"
-        and x.shape[0] == 1
+        and known(x.shape[0] == 1)
         and compiling()
         and w.spec.act is None
         and (isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits in (4, 8)))

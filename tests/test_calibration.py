@@ -227,6 +227,21 @@ def test_static_misuse():
         act_scale(Intx(8, (-1, -1), symmetric=False), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("watched", ["the model", "what torch.compile returned"])
+def test_a_model_that_was_compiled_and_run_before(watched):
+    """Its graph is from before the hooks."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(4, 16)
+    compiled(x)
+    target = model if watched == "the model" else compiled
+    with calibrate(target, Int8StaticActivationInt8WeightConfig()) as seen:
+        compiled(x)
+    assert [s.calls for s in seen.values()] == [1, 1]
+    quantize_(target, Int8StaticActivationInt8WeightConfig())
+    assert compute_error(compiled(x), model(x)) > 60
+
+
 def test_compiled_layers_are_watched():
     model = nn.Sequential(nn.Linear(64, 64))
     model[0].compile(backend="eager")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cases import CASES, SHAPE, weight
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from ao.dtypes import NF4, Float8, Intx, QTensor
 from ao.quant import compute_error
@@ -74,6 +75,70 @@ def test_linear_with_inductor(case, device):
     assert compute_error(x.grad, grad) > 60
 
 
+CHOSEN = [c for c in CASES if c.spec in (Intx(8), Intx(4, (1, 32)), NF4) or not c.weight_only]
+chosen = pytest.mark.parametrize("case", CHOSEN, ids=str)
+
+
+class Longer(nn.Module):
+    """A layer on an input (batch, length, K) and on one that is longer: their rows are b * n and b * (n + 1)."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.layer = linear(case)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.layer(torch.cat([x[:, :1], x], 1))[:, 1:]
+
+
+def test_batch_and_length_may_change():
+    counter = CompileCounterWithBackend("inductor")
+    model = Longer(CHOSEN[0])
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for sizes in ((2, 9), (3, 17)):
+            x = weight((*sizes, K), 1)
+            assert compute_error(model(x), compiled(x)) > 60
+    assert counter.frame_count == 1
+
+
+@chosen
+def test_sizes_that_are_unknown(case):
+    """`mark_unbacked`: no condition on the number of tokens can be asked."""
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = linear(case)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for sizes in ((2, 9), (3, 17), (1, 1)):
+            x = weight((*sizes, K), 1)
+            for d in (0, 1):
+                torch._dynamo.decorators.mark_unbacked(x, d)
+            assert compute_error(layer(x), compiled(x)) > 100
+    assert counter.frame_count == 1
+
+
+@chosen
+def test_layers_of_torch_compiled_in_place(case):
+    """Dynamo passes over the frames of torch.nn; it then takes no function of ours for a program, either."""
+    model = nn.Sequential(linear(case), nn.GELU())
+    x = weight((4, K), 1)
+    expected = model(x)
+    model.compile(backend="eager")
+    counters.clear()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected) and torch.equal(model(x[:1]), model[1](model[0](x[:1])))
+    assert not counters["stats"]["unique_graphs"] and not counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@chosen
+def test_jit_trace(case):
+    layer = linear(case)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, weight((1, K), 1))
+        x = weight((7, K), 2)
+        assert compute_error(layer(x), traced(x)) > 60
+
+
 @every
 def test_equal_layers_share_a_graph(case):
     counter = CompileCounterWithBackend("aot_eager")
@@ -118,6 +183,29 @@ def test_export(case):
     exported = torch.export.export(linear(case), (weight((4, K), 1),))
     x = weight((4, K), 2)
     assert compute_error(linear_bias_like(exported, case)(x), exported.module()(x)) > 60
+
+
+class Selected(nn.Module):
+    """A layer of the tokens whose first number is positive."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.layer = linear(case)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x[(x[:, 0] > 0).nonzero()[:, 0]])
+
+
+@chosen
+def test_export_where_the_number_of_tokens_depends_on_data(case):
+    model = Selected(case).eval()
+    with torch.no_grad():
+        exported = torch.export.export(
+            model, (weight((8, K), 1),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        ).module()
+        for tokens in (3, 9):
+            x = weight((tokens, K), tokens)
+            assert compute_error(model(x), exported(x)) > 100
 
 
 def linear_bias_like(exported, case):

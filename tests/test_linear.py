@@ -299,3 +299,14 @@ def test_grouped_mm_compiles():
     with torch.no_grad():
         compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)(x, q, offs)
     assert compute_error(experts(x, q, offs), compiled) > 40
+
+
+@every
+def test_moved_while_an_output_is_alive(case):
+    """`module.half()` swaps parameters of a tensor subclass, which nothing else may hold: no graph does."""
+    model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K))
+    model[0].weight = nn.Parameter(case.spec.quantize(weight((N, K))), requires_grad=False)
+    x = weight((4, K), 1).requires_grad_()
+    out = model(x)
+    model.half()
+    assert {p.dtype for p in model.parameters()} == {torch.float16} and out.requires_grad

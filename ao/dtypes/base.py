@@ -32,11 +32,13 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .bits import CHUNK
 from .blocks import block_grid, expand
 from .pieces import Box, boxes, is_eager, part, piece_size
+from .tracing import passed_over, unrecorded
 
 Elements = Annotated[Tensor, "elements"]
 PerBlock = Annotated[Tensor, "per_block"]
@@ -464,13 +466,16 @@ class QTensor(torch.Tensor):
         return _rebuild, (type(self), self.spec, self.dtype, tuple(self.shape), fields, dtypes, flags)
 
     @classmethod
+    @passed_over
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FUNCTIONS:
             return FUNCTIONS[func](*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
+        attribute = is_tracing() and func.__name__ == "__get__"
+        with torch._C.DisableTorchFunctionSubclass(), unrecorded() if attribute else nullcontext():
             return func(*args, **(kwargs or {}))
 
     @classmethod
+    @passed_over
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

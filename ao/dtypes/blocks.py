@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from .pieces import is_eager
+from .tracing import known
 
 
 def block_grid(block: Sequence[int], shape: Sequence[int], who: object = "block") -> tuple[int, ...]:
@@ -57,7 +59,7 @@ def to_blocks(x: Tensor, grid: Sequence[int]) -> Tensor:
 
 def blocks_shape(grid: Sequence[int], shape: Sequence[int]) -> list[int]:
     """The shape of `to_blocks`."""
-    return [n for g, size in zip(grid, shape) for n in (g, size // max(g, 1))]
+    return [n for g, size in zip(grid, shape) for n in (g, 1 if known(g == size) else size // max(g, 1))]
 
 
 def in_blocks(qparam: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def expand(qparam: Tensor, shape: Sequence[int]) -> Tensor:
 
 def amin_amax(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The smallest and the largest element of each block."""
-    if x.numel() == 0:
+    if known(x.numel() == 0):
         return _zeros(x, grid), _zeros(x, grid)
     if _one_block(x, grid):
         lo, hi = torch.aminmax(x)
@@ -86,7 +88,7 @@ def amin_amax(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def amax_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
     """The largest magnitude of each block."""
-    if x.numel() == 0:
+    if known(x.numel() == 0):
         return _zeros(x, grid)
     if _one_block(x, grid):
         lo, hi = amin_amax(x, grid)
@@ -103,13 +105,13 @@ def _inside(blocks: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Reduce the dims that run inside a block, one after the other: a compiler gives one reduction over a whole tensor of
     unknown size to a single thread block."""
     for dim in reversed(range(1, blocks.dim(), 2)):
-        blocks = blocks.squeeze(dim) if blocks.shape[dim] == 1 else reduce(blocks, dim)
+        blocks = blocks.squeeze(dim) if known(blocks.shape[dim] == 1) else reduce(blocks, dim)
     return blocks
 
 
 def mean_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
     """The mean magnitude of each block, summed in float64, so that the order of the sum does not show."""
-    if x.numel() == 0:
+    if known(x.numel() == 0):
         return _zeros(x, grid)
     blocks = to_blocks(x, grid)
     wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -121,5 +123,6 @@ def _zeros(x: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def _one_block(x: Tensor, grid: Sequence[int]) -> bool:
-    """Whether to reduce all of `x` at once: eager code then reads it a single time and copies nothing."""
-    return is_eager(x) and all(g == 1 for g in grid)
+    """Whether to reduce all of `x` at once: eager code then reads it a single time and copies nothing. What torch.jit.trace
+    records is for any number of blocks."""
+    return is_eager(x) and not is_tracing() and all(g == 1 for g in grid)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from ..dtypes.base import QTensor, Spec, quantize_fields
 from ..dtypes.float8 import Float8, Float8Tensor
 from ..dtypes.int4_prepacked import Int4PrepackedTensor
 from ..dtypes.intx import Intx, IntxTensor
+from ..dtypes.tracing import known
 from .kernels.device import has_float8
 
 # Without integer dot products the sum of int8 x int8 is many times faster in float32, exact up to 2**24.
@@ -56,7 +58,7 @@ def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
         and act.bits == 8  # type: ignore[union-attr]
         and act.signed  # type: ignore[union-attr]
         and fits
-        and x.numel() > 0
+        and known(x.numel() > 0, True)
         and x.device.type in ("cpu", "cuda")
     )
 
@@ -69,9 +71,9 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
     q = act["qdata"]
     if "zero_point" in act:
         # One more row, of ones, so that the same product gives the column sums that the zero point multiplies.
-        q = torch.cat([q, torch.ones_like(q[:1])])
-    if x.device.type == "cuda" and q.shape[0] <= 16:
-        q = F.pad(q, (0, 0, 0, 32 - q.shape[0]))  # torch._int_mm on CUDA takes more than 16 rows
+        q = torch.cat([q, q.new_ones(1, q.shape[1])])
+    if x.device.type == "cuda" and not known(q.shape[0] > 16):  # torch._int_mm on CUDA takes more than 16 rows
+        q = F.pad(q, (0, 0, 0, 32 - q.shape[0] if known(q.shape[0] <= 16) else 17))
     if x.device.type == "cpu" and not _VNNI:
         total = q.float() @ w.qdata.float().t()  # (M, N), or one more row
     else:
@@ -92,7 +94,7 @@ def scaled_mm_accepts(x: Tensor, w: QTensor) -> bool:
         and w.shape[0] % 16 == 0
         and w.shape[1] % 16 == 0
         and "e4m3" in (w.spec.format, w.spec.act.format)  # type: ignore[attr-defined, union-attr]
-        and x.numel() > 0
+        and known(x.numel() > 0, True)
         and has_float8(x.device)
     )
 
@@ -115,7 +117,7 @@ def float8(x: Tensor, w: QTensor) -> Tensor:
 
 
 def int4pack_accepts(x: Tensor, w: QTensor) -> bool:
-    return isinstance(w, Int4PrepackedTensor) and w.spec.act is None and x.numel() > 0
+    return isinstance(w, Int4PrepackedTensor) and w.spec.act is None and known(x.numel() > 0, True)
 
 
 def int4pack(x: Tensor, w: QTensor) -> Tensor:
@@ -133,4 +135,7 @@ def quantized_act(x: Tensor, w: QTensor) -> Tensor:
     """x as the weight's Spec wants it: through quantization and back, where it quantizes activations."""
     if w.spec.act is None:
         return x
-    return w.spec.act.wrap(quantize_act(x, w), x.dtype, x.shape).decode(x.dtype)
+    fields = quantize_act(x, w)
+    if is_tracing():  # the shape of a QTensor would be a constant of the graph
+        return w.spec.act.round(x.float(), **{name: t for name, t in fields.items() if name != "qdata"}).to(x.dtype)
+    return w.spec.act.wrap(fields, x.dtype, x.shape).decode(x.dtype)

@@ -24,8 +24,9 @@ from ..dtypes.bits import CHUNK
 from ..dtypes.float8 import Float8Tensor
 from ..dtypes.int4_prepacked import Int4PrepackedTensor
 from ..dtypes.intx import IntxTensor
+from ..dtypes.tracing import known
 from . import anywhere, cpu_decode
-from .anywhere import compiling, quantize_act, scaled_by_row
+from .anywhere import compiling, quantize_act, quantized_act, scaled_by_row
 from .shared_graph import shared
 
 _VNNI = torch.cpu._is_vnni_supported()
@@ -51,7 +52,7 @@ def sums_accepts(x: Tensor, w: QTensor) -> bool:
         and isinstance(w, (IntxTensor, Float8Tensor))
         and cpu_decode.in_chunks(w)
         # Last, as this makes another graph: of one token, and for a large weight of a few.
-        and (x.shape[0] == 1 or (w.numel() >= _LARGE and 0 < x.shape[0] <= _FEW))
+        and (known(x.shape[0] == 1) or (w.numel() >= _LARGE and known(x.shape[0] > 0) and known(x.shape[0] <= _FEW)))
     )
 
 
@@ -115,7 +116,9 @@ def words_accepts(x: Tensor, w: QTensor) -> bool:
         and isinstance(w, (IntxTensor, Float8Tensor))
         and (cpu_decode.bits(w) < 8 or cpu_decode.AVX2)
         and cpu_decode.in_chunks(w)
-        and (x.shape[0] == 1 or (w.numel() >= _LARGE and 0 < x.shape[0] <= few))  # last, as in `sums`
+        and (
+            known(x.shape[0] == 1) or (w.numel() >= _LARGE and known(x.shape[0] > 0) and known(x.shape[0] <= few))
+        )  # last, as in `sums`
     )
 
 
@@ -171,7 +174,8 @@ def int8pack_accepts(x: Tensor, w: QTensor) -> bool:
         x.device.type == "cpu"
         and not (cpu_decode.AVX512 and compiling())
         and x.dtype == torch.bfloat16
-        and 0 < x.shape[0] < 4
+        and known(x.shape[0] > 0)
+        and known(x.shape[0] < 4)
         and isinstance(w, IntxTensor)
         and w.spec.act is None
         and w.qdata.dtype == torch.int8
@@ -194,7 +198,12 @@ def int8pack(x: Tensor, w: QTensor) -> Tensor:
 
 
 def int4pack_accepts(x: Tensor, w: QTensor) -> bool:
-    return isinstance(w, Int4PrepackedTensor) and w.spec.kernel == "cpu" and w.spec.act is None and x.numel() > 0
+    return (
+        isinstance(w, Int4PrepackedTensor)
+        and w.spec.kernel == "cpu"
+        and w.spec.act is None
+        and known(x.numel() > 0, True)
+    )
 
 
 def int4pack(x: Tensor, w: QTensor) -> Tensor:
@@ -214,7 +223,7 @@ def split_accepts(x: Tensor, w: QTensor) -> bool:
         and w.qdata.dtype == torch.int8
         and w.zero_point is None
         and scaled_by_row(w)
-        and x.numel() > 0
+        and known(x.numel() > 0, True)
     )
 
 
@@ -239,7 +248,7 @@ def split(x: Tensor, w: QTensor) -> Tensor:
 def _integer_product(x: Tensor, q: Tensor) -> Tensor:
     """q @ x.T in int32. x: (M, K) int8, q: (N, K) int8 -> (N, M)."""
     # A single column whose stride the compiler sets to 0, which it may, comes out wrong.
-    return torch._int_mm(q, _stored(x.t()) if x.shape[0] == 1 else x.t())
+    return torch._int_mm(q, _stored(x.t()) if known(x.shape[0] == 1) else x.t())
 
 
 def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
@@ -256,7 +265,7 @@ def int_mm(x: Tensor, w: QTensor) -> Tensor:
         q, tokens = act["qdata"], x.shape[0]
         if "zero_point" in act:
             # One more row, of ones, so that the same product gives the sums of the weight that the zero point multiplies.
-            q = torch.cat([q, torch.ones_like(q[:1])])
+            q = torch.cat([q, q.new_ones(1, q.shape[1])])
         total = _integer_product(q, w.qdata).t().float()  # (M, N), or one more row
         if "zero_point" in act:
             total = total[:tokens] - act["zero_point"].float() * total[tokens:]
@@ -348,9 +357,7 @@ def _in_order(w: cpu_decode.Packed, function: Callable[[Tensor], Tensor]) -> Ten
 
 def _activation(x: Tensor, w: QTensor) -> Tensor:
     """x in float32, through quantization and back where the weight's Spec wants it."""
-    if w.spec.act is None:
-        return x.float()
-    return w.spec.act.wrap(quantize_act(x, w), torch.float32, x.shape).decode(torch.float32)
+    return quantized_act(x.float(), w)
 
 
 def _stored(t: Tensor) -> Tensor:

@@ -173,7 +173,8 @@ def _anew(t: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: QTensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        # Not the parameter itself, which modules could not move to another dtype or device as long as the graph is alive.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w.detach())
         with inlined():
             return _product(x, w)
 

@@ -15,6 +15,7 @@ from ..dtypes.base import QTensor
 from ..dtypes.bits import CHUNK, packed_dim
 from ..dtypes.float8 import Float8, Float8Tensor
 from ..dtypes.intx import Intx, IntxTensor
+from ..dtypes.tracing import known
 from .anywhere import compiling, int_mm_accepts, per_row, quantize_act, quantized_act, scaled_mm_accepts
 from .kernels.device import cuda_capability
 
@@ -54,7 +55,7 @@ def _weight(w: QTensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
 
 def gemv_accepts(x: Tensor, w: QTensor) -> bool:
     return (
-        x.shape[0] == 1
+        known(x.shape[0] == 1)
         and x.dtype in (torch.bfloat16, torch.float16)
         and (w.spec.act is None or per_row(w.spec.act, (Intx, Float8)))
         and _packed(x, w)
@@ -115,7 +116,7 @@ def fused_accepts(x: Tensor, w: QTensor) -> bool:
         return False
     if isinstance(w, IntxTensor) and w.zero_point is not None and w.zero_point.is_floating_point():
         return False  # q - z would not be exact in bfloat16
-    return x.shape[0] > 1
+    return known(x.shape[0] > 1, otherwise=True)
 
 
 def fused(x: Tensor, w: QTensor) -> Tensor:
@@ -206,7 +207,7 @@ def _quantized_by_operator(x: Tensor, w: IntxTensor | Float8Tensor) -> bool:
 def sums_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         x.device.type == "cuda"
-        and x.shape[0] == 1
+        and known(x.shape[0] == 1)
         and compiling()
         and w.spec.act is None
         and (isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits in (4, 8)))

@@ -60,15 +60,22 @@ def shared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         inline = _invoke is None or context is None or _inline.get() or torch.is_grad_enabled()
         if inline or torch.compiler.is_exporting():
             return function(*args)
+        assert context is not None
+        from torch.fx.experimental.symbolic_shapes import free_symbols  # sympy: only where something is traced
+
         subgraphs = _subgraphs.setdefault(context, {})
-        key = (function, *(_form(a) for a in args))
-        subgraph = subgraphs.setdefault(key, _Subgraph(_of_operands(function, args)))
         operands = [t for a in args for t in _operands(a)]
+        symbols = free_symbols(operands)
+        key = (function, *symbols, *(_form(a) for a in args))
+        subgraph = subgraphs.setdefault(key, _Subgraph(_of_operands(function, args)))
         if get_proxy_mode() is None and subgraph.result is not None:
             # Nothing is recorded: the compiler asks what the result looks like, and does so several times for each call.
             shape, stride, dtype = subgraph.result
             return operands[0].new_empty_strided(shape, stride, dtype=dtype)
-        (out,) = _invoke(subgraph.function, *operands)
+        # A compiled subgraph knows of the symbols in shapes, such as of b * n rows, only those that it is given.
+        env: Any = context.fake_mode and context.fake_mode.shape_env
+        sizes = [env.create_symintnode(symbol, hint=None) for symbol in symbols]
+        (out,) = _invoke(subgraph.function, *operands, *sizes)
         subgraph.result = out.shape, out.stride(), out.dtype
         return out
 
@@ -86,9 +93,9 @@ def inlined() -> Iterator[None]:
 
 
 def _of_operands(function: Callable[..., Tensor], args: tuple[Any, ...]) -> Callable[..., tuple[Tensor]]:
-    """`function` of the plain tensors in `args`."""
+    """`function` of the plain tensors in `args`, and of symbols that need no place: they are in the shapes."""
 
-    def call(*operands: Tensor) -> tuple[Tensor]:
+    def call(*operands: Any) -> tuple[Tensor]:
         rest = iter(operands)
         with inlined():  # a subgraph holds no other
             return (function(*(_filled(a, rest) for a in args)),)

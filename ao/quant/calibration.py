@@ -12,14 +12,13 @@ blocks before it leave it (sequential.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..dtypes import Spec
-from .compiled import is_compiled
 from .configs import Config
 from .jobs import Filter, plan
 from .report import Report
@@ -34,6 +33,8 @@ def calibrate(
     observers: Iterable[str] | None = None,
 ) -> Iterator[Mapping[str, Statistics]]:
     """While the context is open, watch the inputs of the model's layers. `quantize_` then finds what was seen.
+
+    What `torch.compile` made runs eagerly in the context, so that nothing passes unseen.
 
     config: watch what this config needs, in the layers that it would quantize; None watches everything.
     filter_fn: `(module, fully qualified name) -> bool`, which layers to watch; by default those that `quantize_`
@@ -61,8 +62,8 @@ def calibrate(
     seen: dict[nn.Module, Statistics] = {}
     for module, needed in wanted.items():
         seen[module] = Statistics({name: OBSERVERS[name]() for name in OBSERVERS if name in needed})
-    compiled = is_compiled(model)
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), watching(seen):
+    # Compiled code of the model may be from before, without the hooks, and may be called from anywhere.
+    with torch.compiler.set_stance("force_eager"), watching(seen):
         names_of = {module: name for name, module in model.named_modules()}
         yield {names_of[module]: statistics for module, statistics in seen.items()}
     for module, statistics in seen.items():

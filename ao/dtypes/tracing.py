@@ -1,0 +1,43 @@
+"""Words to the compiler: which of our functions it takes for programs, and what it knows of a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def passed_over(function: _F) -> _F:
+    """`function`, which Dynamo looks into where a program that it traces calls it, and never takes for a program itself.
+
+    It passes over the layers of torch.nn when they are compiled in place, and would go on to compile the Python below them,
+    call by call: with a plain weight there is none, with a quantized one there are dozens of small functions.
+    """
+    strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)  # the function, and what it calls
+    set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """torch.jit.trace records nothing inside. It would keep a QTensor whose shape is asked for as a constant of the graph."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def known(condition: bool | torch.SymBool | torch.Tensor, otherwise: bool = False) -> bool:
+    """Whether a condition on shapes holds; `otherwise` where they depend on data, so that a graph cannot ask."""
+    if isinstance(condition, (bool, torch.Tensor)):  # torch.jit.trace takes the sizes of a shape for tensors
+        return bool(condition)
+    from torch.fx.experimental import symbolic_shapes  # sympy: only where something is traced
+
+    return symbolic_shapes.guard_or_true(condition) if otherwise else symbolic_shapes.guard_or_false(condition)

@@ -164,3 +164,28 @@ def test_no_second_derivative_in_low_precision():
     (first,) = torch.autograd.grad(loss(model, x), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="convert_from_low_precision_training"):
         first.square().sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
+@pytest.mark.parametrize("precision", ["int8-mixed", "quantized"])
+def test_compiled(precision):
+    """A compiled transform, and a transform of a compiled model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+    if precision == "quantized":
+        model[0].weight = nn.Parameter(Intx(8, act=Intx(8)).quantize(weight((D, D))), requires_grad=False)
+    else:
+        convert_to_precision(model, precision)
+    x = weight((16, D), 1)
+    expected = grad(lambda x: loss(model, x))(x)
+    assert expected.abs().max() > 0
+    check(torch.compile(grad(lambda x: loss(model, x)), backend="aot_eager")(x), expected)
+    compiled = torch.compile(model, backend="aot_eager")
+    check(grad(lambda x: loss(compiled, x))(x), expected)
+
+
+def test_forward_mode_inside_and_around_vmap():
+    quantized, plain = both(Intx(8))
+    x, t = weight((4, D), 1), weight((4, D), 2)
+    for f in (lambda m: jvp(vmap(m), (x,), (t,)), lambda m: vmap(lambda x, t: jvp(m, (x,), (t,)))(x, t)):
+        check(f(quantized), f(plain))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ao
+import ao.optim
 from ao.dtypes import QTensor
 from ao.quant import compute_error
 from ao.train import (
@@ -87,6 +88,23 @@ def test_optimizers_in_bfloat16(name):
     assert found.dtype == torch.bfloat16
     assert compute_error(expected, found) > 30
     assert not torch.equal(found, before)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ao.optim.__all__ if isinstance(getattr(ao.optim, n), type) and n[-1] in "8tnWD"]
+)
+def test_optimizers_of_ours(name):
+    model = net()
+    optimizer = getattr(ao.optim, name)(model.parameters(), lr=3e-3, compile=False)
+    x = torch.randn(32, 64)
+    losses = []
+    for _ in range(15):
+        loss = (model(x) - x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert isinstance(model[0].weight, QTensor) and losses[-1] < losses[0] * (0.999 if name.startswith("SGD") else 0.9)
 
 
 def test_small_updates_arrive_on_average():

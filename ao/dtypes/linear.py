@@ -148,8 +148,8 @@ class _Linear(torch.autograd.Function):
         """Samples are rows like others, but where they share the scale of a quantized activation."""
         x, act = x.movedim(in_dims[0], 0), w.spec.act
         if act is None or w.act_scale is not None or act.block == (1, -1):  # type: ignore[attr-defined]
-            return _Linear.apply(x, w), 0
-        return torch.stack([_Linear.apply(sample, w) for sample in x]), 0
+            return _differentiated(x, w), 0
+        return torch.stack([_differentiated(sample, w) for sample in x]), 0
 
 
 class _ForwardLinear(_Linear):
@@ -174,11 +174,9 @@ class _ForwardLinear(_Linear):
 
 def _differentiated(x: Tensor, w: QTensor) -> Tensor:
     """`_product`, under whatever computes derivatives."""
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _ForwardLinear.apply(x, w)
-    if (
-        torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    ) or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
         return _Linear.apply(x, w)
     return _product(x, w)
 

@@ -86,6 +86,12 @@ def low_precision_linear(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Reci
             f"linear: the float8 products of an input of {tokens} tokens with a weight of shape {tuple(w.shape)} need "
             "multiples of 16; choose such batches, leave the layer out with module_filter_fn, or use pad_inner_dim=True"
         )
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # Dynamo would differentiate the roundings, whose derivative is zero.
+        raise NotImplementedError(
+            "linear: torch.compile around a transform of torch.func has no derivative of a layer that trains in low precision; "
+            "compile the model inside of the transform, or leave torch.compile out"
+        )
     out, *_ = _Linear.apply(x, w, recipe, w.requires_grad and torch.is_grad_enabled())
     return out if bias is None else out + bias.to(out.dtype)
 

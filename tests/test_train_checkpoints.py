@@ -90,9 +90,10 @@ def test_optimizers_in_bfloat16(name):
     assert not torch.equal(found, before)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in ao.optim.__all__ if isinstance(getattr(ao.optim, n), type) and n[-1] in "8tnWD"]
-)
+OURS = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW", "AdamW4bit", "AdamW8bit", "AdamWFp8", "Lion8bit", "SGD8bit"]
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_optimizers_of_ours(name):
     model = net()
     optimizer = getattr(ao.optim, name)(model.parameters(), lr=3e-3, compile=False)

@@ -485,7 +485,8 @@ class QTensor(torch.Tensor):
         if handler is not None:
             with view_mode(func, args[0]):
                 out = handler(*args, **kwargs)
-            return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view else out
+            is_view = func.is_view and (isinstance(out, QTensor) or not isinstance(out, Tensor))
+            return return_and_correct_aliasing(func, args, kwargs, out) if is_view else out
         if func._can_decompose():
             return func.decompose(*args, **kwargs)
         if func.namespace == "aten" and func._schema.is_mutable:
@@ -493,6 +494,10 @@ class QTensor(torch.Tensor):
                 return _requantize_in_place(func, args, kwargs)
             if func.__name__.startswith("_foreach_"):
                 return _requantize_each_in_place(func, args, kwargs)
+            if func.__name__.startswith("_fused_"):
+                return _requantize_fused(func, args, kwargs)
+        if _is_penalty(func, args, kwargs):
+            return func(*torch.utils._pytree.tree_map_only(QTensor, lambda q: q.dequantize(), args), **kwargs)
         name = next(type(a).__name__ for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, QTensor))
         raise NotImplementedError(
             f"{func} has no low-bit form for {name}: call .dequantize() first and .quantize() the result, "
@@ -552,6 +557,38 @@ def _requantize_each_in_place(func: Any, args: Any, kwargs: Any) -> None:
     for target, values in zip(args[0], targets):
         if isinstance(target, QTensor):
             target.copy_(values)
+
+
+def _requantize_fused(func: Any, args: Any, kwargs: Any) -> None:
+    """`torch._fused_adamw_(targets, grads, states, ...)` and its like, of optimizers: the same in float32, target by target, so
+    that one of them at a time is decoded."""
+    targets = args[0]
+
+    def of(where: list[int]) -> list[Any]:
+        return [[a[i] for i in where] if isinstance(a, (list, tuple)) and a else a for a in args]
+
+    plain = [i for i, t in enumerate(targets) if not isinstance(t, QTensor)]
+    if plain:
+        func(*of(plain), **kwargs)
+    for i in (i for i in range(len(targets)) if i not in plain):
+        own = of([i])
+        wide = torch.utils._pytree.tree_map_only(Tensor, _in_float32, own)
+        func(*wide, **kwargs)
+        for tensors, values in zip(own, wide):
+            for t, new in zip(tensors, values):
+                if t is not new:
+                    t.copy_(new)
+
+
+def _is_penalty(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an optimizer adds weight decay to a gradient: `grad.add(weight, alpha=weight_decay)`, and that of lists."""
+    if func not in (torch.ops.aten.add.Tensor, torch.ops.aten._foreach_add.List) or kwargs.get("alpha", 1) == 1:
+        return False
+    return not any(isinstance(t, QTensor) for t in torch.utils._pytree.tree_leaves(args[0]))
+
+
+def _in_float32(t: Tensor) -> Tensor:
+    return t.decode_scaled() if isinstance(t, QTensor) else t.float()
 
 
 def _read_roles(cls: type[QTensor]) -> Iterator[tuple[str, str]]:

@@ -268,3 +268,9 @@ def equal(a: Tensor, b: Tensor) -> bool:
         return False
     same = a.shape == b.shape and a.dtype == b.dtype and _same_form(a, b)
     return same and all(torch.equal(as_bytes(t), as_bytes(b.fields()[name])) for name, t in a.fields().items())
+
+
+@implements(aten.linalg_vector_norm.default)
+def vector_norm(q: QTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Adafactor scales its steps by it."""
+    return aten.linalg_vector_norm.default(q.decode_scaled(), *args).to(kwargs.get("dtype") or q.dtype)

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dtypes.base import FUNCTIONS, OPS, QTensor, as_bytes
 from ..dtypes.ops import gather
@@ -170,17 +171,31 @@ def _anew(t: Tensor) -> Tensor:
     return (codes.neg().neg() if codes.is_floating_point() else ~(~codes)).view(t.dtype)
 
 
+def _unwrapped(w: Tensor) -> Any:
+    """The QTensor that torch.func wrapped, as it does with every tensor that a Function gets."""
+    while not isinstance(w, QTensor):
+        w = torch._C._functorch.get_unwrapped(w)
+    return w
+
+
 class _Linear(torch.autograd.Function):
+    """`_product`, and what torch.func asks of it."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: QTensor) -> Tensor:
-        # Not the parameter itself, which modules could not move to another dtype or device as long as the graph is alive.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w.detach())
+    def forward(x: Tensor, w: QTensor) -> Tensor:
         with inlined():
-            return _product(x, w)
+            return _product(x, w).detach()  # a view that was made here could not be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor], output: Tensor) -> None:
+        x, w = inputs
+        # Not the parameter itself, which modules could not move to another dtype or device as long as the graph is alive.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w.detach() if isinstance(w, QTensor) else w)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
+        w = _unwrapped(w)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ gpu.decoded(anew(w), grad.dtype)
@@ -188,6 +203,43 @@ class _Linear(torch.autograd.Function):
             rows = grad.reshape(-1, grad.shape[-1])  # (M, N)
             grad_w = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(w.dtype)
         return grad_x, grad_w
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, w: QTensor) -> tuple[Tensor, int]:
+        """Samples are rows like others, but where they share the scale of a quantized activation."""
+        x, act = x.movedim(in_dims[0], 0), w.spec.act
+        if act is None or w.act_scale is not None or act.block == (1, -1):  # type: ignore[attr-defined]
+            return _differentiated(x, w), 0
+        return torch.stack([_differentiated(sample, w) for sample in x]), 0
+
+
+class _ForwardLinear(_Linear):
+    """`_Linear` with a derivative in forward mode. Dynamo takes no Function that has one."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor], output: Tensor) -> None:
+        _Linear.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_x: Tensor | None, tangent_w: Tensor | None) -> Tensor:
+        x, w = ctx.saved_tensors
+        w = _unwrapped(w)
+        parts = []
+        if tangent_x is not None:
+            parts.append(tangent_x @ w.decode_scaled(tangent_x.dtype).t())
+        if tangent_w is not None:
+            parts.append(x @ tangent_w.to(x.dtype).t())
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _differentiated(x: Tensor, w: QTensor) -> Tensor:
+    """`_product`, under whatever computes derivatives."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _ForwardLinear.apply(x, w)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        return _Linear.apply(x, w)
+    return _product(x, w)
 
 
 def _check_fits(x: Tensor, w: QTensor) -> None:
@@ -206,17 +258,15 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(w, QTensor):
         assert isinstance(x, QTensor) or isinstance(bias, QTensor)
         return F.linear(_plain(x), w, _plain(bias))
-    if is_eager(x) and not torch._C._is_any_autocast_enabled() and not torch.is_grad_enabled():
+    plain = not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
+    if plain and is_eager(x):
         out = chosen(x, w)(x, w)  # nothing else to see to: the short way
         return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
     _check_fits(x, w)
     x = _plain(x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        out = _Linear.apply(x, w)
-    else:
-        out = _product(x, w)
+    out = _differentiated(x, w)
     return out if bias is None else out + bias.to(out.dtype)
 
 
@@ -249,15 +299,28 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, w: QTensor, padding_idx: int) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.rows, ctx.padding_idx = w.shape[0], padding_idx
-        return gather(w, 0, ids).decode_scaled(w.dtype)  # not `dequantize`, which torch.export does not see through
+    def forward(ids: Tensor, w: QTensor, padding_idx: int) -> Tensor:
+        # Not `dequantize`, which torch.export does not see through.
+        return gather(w, 0, ids).decode_scaled(w.dtype).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor, int], output: Tensor) -> None:
+        ids, w, ctx.padding_idx = inputs
+        ctx.rows = w.shape[0]
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
         (ids,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
         return None, aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.padding_idx, False), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None], ids: Tensor, w: QTensor, padding_idx: int
+    ) -> tuple[Tensor, int]:
+        return _Embedding.apply(ids.movedim(in_dims[0], 0), w, padding_idx), 0
 
 
 def embedding(
@@ -277,7 +340,7 @@ def embedding(
         )
     if onnx.decodes_table(w):
         return F.embedding(ids, onnx.weight(w, w.dtype))
-    if torch.is_grad_enabled() and w.requires_grad:
+    if (torch.is_grad_enabled() and w.requires_grad) or torch._C._are_functorch_transforms_active():
         return _Embedding.apply(ids, w, -1 if padding_idx is None else padding_idx)
     return gather(w, 0, ids).decode_scaled(w.dtype)  # not `dequantize`, which torch.export does not see through
 

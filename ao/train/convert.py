@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ao.dtypes import QTensor, Spec
 
@@ -16,6 +15,7 @@ from .gather import CastOnGather, unwrapped
 from .linear import LowPrecisionLinear
 from .placement import is_dtensor
 from .recipe import Recipe
+from .state_dict import as_it_is_in_state_dict, plain_in_state_dict, rounded_to_nearest
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -90,8 +90,10 @@ def convert_to_low_precision_training(
             layer.recipe = recipe  # type: ignore[assignment]
         if spec is not None:
             weight = layer.weight.detach()
-            new = _rounded_to_nearest(weight, spec) if recipe is None else CastOnGather(weight, spec)
+            new = rounded_to_nearest(weight, spec) if recipe is None else CastOnGather(weight, spec)
             layer.weight = nn.Parameter(new, requires_grad=layer.weight.requires_grad)
+            if recipe is None:
+                plain_in_state_dict(layer)
     return module
 
 
@@ -111,6 +113,7 @@ def convert_from_low_precision_training(module: nn.Module) -> nn.Module:
                     values = weight.detach().dequantize() if trained else plain.detach()
                     done[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
                 layer._parameters["weight"] = done[id(weight)]
+        as_it_is_in_state_dict(layer)
         if type(layer) is LowPrecisionLinear:
             del layer.recipe
             layer.__class__ = nn.Linear  # type: ignore[assignment]
@@ -187,9 +190,3 @@ def _check(
         spec.quantize(torch.empty(n, k, device="meta", dtype=weight.dtype))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def _rounded_to_nearest(weight: Tensor, spec: Spec) -> QTensor:
-    """A QTensor of `spec` whose first codes are the nearest ones, whatever the rounding of `spec`."""
-    q = dataclasses.replace(spec, rounding="nearest").quantize(weight)  # type: ignore[call-arg]
-    return spec.wrap(q.fields(), q.dtype, q.shape)

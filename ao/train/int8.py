@@ -55,7 +55,8 @@ class Int8WeightOnlyQuantizedTrainingConfig:
     group_size: None for one scale per row, else one per so many elements of it. It must divide in_features.
 
     Gradients have the dtype that the weight had. The optimizer must write a parameter by in-place ops, as `ao.optim` and
-    those of `torch.optim` without `foreach` and `fused` do.
+    those of `torch.optim` do, also with `foreach` and `fused`. The state dict of the model has the values of the weights, and
+    loading one rounds them to nearest; with `keep_vars=True`, and where they are sharded, it has the weights as they are.
     """
 
     group_size: int | None = None

@@ -87,7 +87,13 @@ def low_precision_linear(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Reci
             f"linear: the float8 products of an input of {tokens} tokens with a weight of shape {tuple(w.shape)} need "
             "multiples of 16; choose such batches, leave the layer out with module_filter_fn, or use pad_inner_dim=True"
         )
-    out = _Linear.apply(x, w, recipe)
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # Dynamo would differentiate the roundings, whose derivative is zero.
+        raise NotImplementedError(
+            "linear: torch.compile around a transform of torch.func has no derivative of a layer that trains in low precision; "
+            "compile the model inside of the transform, or leave torch.compile out"
+        )
+    out, *_ = _Linear.apply(x, w, recipe, w.requires_grad and torch.is_grad_enabled())
     return out if bias is None else out + bias.to(out.dtype)
 
 
@@ -101,43 +107,109 @@ def needs_padding(m: int, w: Tensor, recipe: Recipe) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
-        gemm, last = recipe.output, recipe.grad_weight
-        ctx.recipe, ctx.shape, ctx.dtypes = recipe, x.shape, (x.dtype, w.dtype)
-        x = x.reshape(-1, x.shape[-1])  # (M, K)
-        ctx.turned = ctx.needs_input_grad[1] and last.b == gemm.a and is_square(gemm.a)
-        if ctx.turned:
-            # One cast for both products of x: the second one is what stays, a byte per number.
-            a, turned = codes_both(x, gemm.a)  # type: ignore[arg-type]
-            ctx.save_for_backward(w, *_parts(turned))
-        else:
-            a = codes_of(x, gemm.a)
-            ctx.save_for_backward(w, x if ctx.needs_input_grad[1] else None)
-        out = _product(a, codes_of(w, gemm.b), gemm, recipe, x.dtype)  # (M, N)
-        return out.reshape(*ctx.shape[:-1], w.shape[0])
+    """The output, and what backward reads of x: x itself, its codes, or nothing.
+
+    None of them is a view that was made here, which could not be changed in place.
+    """
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        w, *x = ctx.saved_tensors
+    def forward(x: Tensor, w: Tensor, recipe: Recipe, trained: bool) -> tuple[Tensor, ...]:
+        gemm, lead = recipe.output, x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])  # (M, K)
+        kept: tuple[Tensor, ...] = ()
+        if trained and _keeps_codes(recipe):
+            # One cast for both products of x: the second one is what stays, a byte per number.
+            a, turned = codes_both(x, gemm.a)  # type: ignore[arg-type]
+            kept = tuple(t.detach() for t in _parts(turned))
+        else:
+            a = codes_of(x, gemm.a)
+        out = _product(a, codes_of(w, gemm.b), gemm, recipe, x.dtype)  # (M, N)
+        return out.reshape(*lead, w.shape[0]).detach(), *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Recipe, bool], output: tuple[Tensor, ...]) -> None:
+        x, w, ctx.recipe, trained = inputs
+        _, *kept = output
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, w.dtype)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(w, *(kept or ([x] if trained else [])))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *unused: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if g is None:
+            return None, None, None, None
+        w, *kept = ctx.saved_tensors
+        # A Function of its own where somebody could differentiate again, or map over samples.
+        gradients = _Gradients.apply if torch.is_grad_enabled() else _Gradients.forward
+        wanted = tuple(ctx.needs_input_grad[:2])
+        return *gradients(ctx.recipe, wanted, ctx.shape, ctx.dtypes, g, w, *kept), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Linear, info, in_dims, args)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of x and w, each if it is wanted, from that of the output. kept: x (..., K) or the codes of its transpose."""
+
+    @staticmethod
+    def forward(
+        recipe: Recipe, wanted: tuple[bool, bool], shape: torch.Size, dtypes: tuple[torch.dtype, torch.dtype],
+        g: Tensor, w: Tensor, *kept: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         g = g.reshape(-1, g.shape[-1])  # (M, N)
-        recipe: Recipe = ctx.recipe
         first, second = recipe.grad_input, recipe.grad_weight
         rows: Codes | Tensor = g
         columns: Codes | Tensor | None = None
-        if all(ctx.needs_input_grad[:2]) and first.a == second.a and is_square(first.a):
+        if all(wanted) and first.a == second.a and is_square(first.a):
             rows, columns = codes_both(g, first.a)  # type: ignore[arg-type]
-        elif ctx.needs_input_grad[0]:
+        elif wanted[0]:
             rows = codes_of(g, first.a)
         grad_x = grad_w = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _product(rows, codes_of_transposed(w, first.b), first, recipe, ctx.dtypes[0])  # (M, K)
-            grad_x = grad_x.reshape(ctx.shape)
-        if ctx.needs_input_grad[1]:
+        if wanted[0]:
+            grad_x = _product(rows, codes_of_transposed(w, first.b), first, recipe, dtypes[0])  # (M, K)
+            grad_x = grad_x.reshape(shape)
+        if wanted[1]:
             columns = codes_of_transposed(g, second.a) if columns is None else columns
-            b = (Codes(*x) if len(x) == 2 else x[0]) if ctx.turned else codes_of_transposed(x[0], second.b)
-            grad_w = _product(columns, b, second, recipe, ctx.dtypes[1])
-        return grad_x, grad_w, None
+            if _keeps_codes(recipe):
+                b = Codes(*kept) if len(kept) == 2 else kept[0]
+            else:
+                b = codes_of_transposed(kept[0].reshape(-1, shape[-1]), second.b)
+            grad_w = _product(columns, b, second, recipe, dtypes[1])
+        return grad_x, grad_w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            "linear: a layer that trains in low precision has no second derivative, since what its gradients multiply is "
+            "rounded; call convert_from_low_precision_training first, or leave the layer out with module_filter_fn"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Gradients, info, in_dims, args)
+
+
+def _one_by_one(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """`function` under vmap: each sample has scales of its own, as without vmap."""
+    samples = []
+    for i in range(info.batch_size):
+        dims = zip(args, in_dims)
+        samples.append(
+            function.apply(*(a if d is None or not isinstance(a, Tensor) else a.select(d, i) for a, d in dims))
+        )
+    stacked = tuple(None if each[0] is None else torch.stack(each) for each in zip(*samples))
+    return stacked, tuple(None if t is None else 0 for t in stacked)
+
+
+def _keeps_codes(recipe: Recipe) -> bool:
+    """Whether the codes of x serve both of its products."""
+    return recipe.grad_weight.b == recipe.output.a and is_square(recipe.output.a)
 
 
 def _parts(codes: Codes | Tensor) -> tuple[Tensor, ...]:

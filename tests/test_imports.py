@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ao").rglob("*.py"))
 
-PURE = {"bits", "blocks", "chip", "floats", "rounding", "layouts", "pieces"}
+PURE = {"bits", "blocks", "chip", "floats", "rounding", "layouts", "pieces", "running_layer"}
 MACHINERY = {"base", "ops", "shared_graph", "sharding", "views"}
-CONSUMERS = {"linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu", "products"}
+CONSUMERS = {"doors", "linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu", "products"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
 HOSTS = {"accelerate", "diffusers", "peft", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.

@@ -1,6 +1,6 @@
 """Number formats: what a quantized tensor is, and what can be done with one."""
 
-from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
+from . import doors as _doors  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import QTensor, Spec, dense, sources_digest, view_mode

@@ -1,8 +1,8 @@
 """The one place where a quantized weight meets an activation.
 
-`F.linear`, `matmul`, `mm`, `addmm`, `F.embedding` and the convolutions on a QTensor come here, from three doors:
-`__torch_function__` (user code), `__torch_dispatch__` (inference mode, DTensor, exported graphs), and the backward of the
-one autograd.Function below. A product takes the first path in `PATHS` that accepts it:
+Every product and every embedding comes here: what users call (`__torch_function__`, doors.py), what PyTorch calls itself
+(`__torch_dispatch__`: inference mode, DTensor, exported graphs), and the backward of the one autograd.Function of a product.
+A product takes the first path in `PATHS` that accepts it:
 
     words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
     int8pack    up to three tokens on a CPU, int8 weight: ATen's own product
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import paths, paths_cpu, paths_gpu
-from .base import FUNCTIONS, OPS, QTensor, as_bytes
+from .base import OPS, QTensor, as_bytes
 from .ops import gather
 from .pieces import is_eager
 from .shared_graph import inlined
@@ -132,19 +132,26 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` with a QTensor weight. x: (..., K), w: (N, K), bias: (N,) -> (..., N) in x's dtype.
 
-    Raises ValueError where K differs.
+    Autocast casts x to its dtype, as everywhere. Raises ValueError where K differs, TypeError for an input of integers.
     """
     if not isinstance(w, QTensor):
-        assert isinstance(x, QTensor) or isinstance(bias, QTensor)
         return F.linear(_plain(x), w, _plain(bias))
+    if w.dim() == 1:
+        return F.linear(_plain(x), decoded(w, x.dtype), bias)
     if w.dim() != 2 or x.dim() == 0 or x.shape[-1] != w.shape[-1]:
         raise ValueError(
             f"linear: the input of shape {tuple(x.shape)} does not fit the weight of shape {tuple(w.shape)}; "
             "the last dim of the input must be the weight's second"
         )
     x = _plain(x)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not x.is_floating_point():
+        raise TypeError(f"linear: the input must be floating point, got {x.dtype}; convert it first")
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        # Sums over codes are larger than float16 holds, and need more bits than bfloat16 has.
+        with torch.autocast(kind, enabled=False):
+            return linear(x, w, bias)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
         out = _Linear.apply(x, w)
     else:
@@ -156,11 +163,75 @@ def _plain(x: Any) -> Any:
     return x.dequantize() if isinstance(x, QTensor) else x
 
 
-def matmul(x: Tensor, w: Tensor) -> Tensor:
-    """`x @ w` with a QTensor on either side. A quantized (K, N) right side is the transpose of a linear's weight."""
-    if isinstance(w, QTensor) and w.dim() == 2 and not isinstance(x, QTensor) and x.dim() > 0:
-        return linear(x, w.t())
-    return torch.matmul(_plain(x), _plain(w))
+def is_trained(w: Tensor) -> bool:
+    """Whether a gradient of `w` is recorded."""
+    return torch.is_grad_enabled() and w.requires_grad
+
+
+def decoded(w: QTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers of `w` in a floating-point `dtype`, or in its own; a gradient passes to `w` as if they were its own."""
+    dtype = w.dtype if dtype is None or not dtype.is_floating_point else dtype
+    return _Decoded.apply(w, dtype) if is_trained(w) else w.decode_scaled(dtype)
+
+
+class _Decoded(torch.autograd.Function):
+    @staticmethod
+    def forward(w: QTensor, dtype: torch.dtype) -> Tensor:
+        return w.decode_scaled(dtype).detach()  # a view that was made here could not be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[QTensor, torch.dtype], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+class _Activation(torch.autograd.Function):
+    """What the weight's Spec makes of an activation, with a straight-through gradient. x: (..., K), w: (..., N, K)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: QTensor) -> Tensor:
+        pre_scale = None if w.pre_scale is None else w.pre_scale.float()
+        rows = x if pre_scale is None else (x.float() * pre_scale).to(x.dtype)
+        rows = paths.quantized_act(rows.reshape(-1, x.shape[-1]), w).view(rows.shape)
+        return rows if pre_scale is None else (rows.float() / pre_scale).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _activation(x: Tensor, w: QTensor) -> Tensor:
+    return x if w.spec.act is None else _Activation.apply(x, w)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` with a QTensor on either side, or on both.
+
+    A quantized (K, N) right side or (N, K) left side is the weight of a linear layer; one with more dims is decoded.
+    """
+    if isinstance(b, QTensor) and not isinstance(a, QTensor) and a.dim() > 0:
+        if b.dim() == 2:
+            return linear(a, b.t())
+        if b.dim() > 2:
+            return torch.matmul(_activation(a, b.mT), decoded(b, a.dtype))  # type: ignore[arg-type]
+    if isinstance(a, QTensor) and not isinstance(b, QTensor) and b.dim() > 0:
+        if a.dim() == 2:
+            return linear(b, a) if b.dim() == 1 else linear(b.mT, a).mT.contiguous()
+        if a.dim() > 2:
+            b = _activation(b, a) if b.dim() == 1 else _activation(b.mT, a).mT
+            return torch.matmul(decoded(a, b.dtype), b)
+    dtype = next((t.dtype for t in (a, b) if not isinstance(t, QTensor)), None)
+    a, b = (decoded(t, dtype) if isinstance(t, QTensor) else t for t in (a, b))
+    return torch.matmul(a, b)
 
 
 def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -171,7 +242,9 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) 
     the groups are not known, in a traced graph, all experts are decoded.
     """
     if offs is None or w.dim() != 3 or x.dim() != 2 or not is_eager(x) or any(v is not None for v in kwargs.values()):
-        return torch._grouped_mm(_plain(x), _plain(w), offs, **kwargs)
+        turned = w.mT
+        x = _activation(_plain(x), turned) if isinstance(turned, QTensor) else _plain(x)
+        return torch._grouped_mm(x, decoded(w, x.dtype) if isinstance(w, QTensor) else w, offs, **kwargs)
     ends = offs.tolist()
     groups = [(e, start, stop) for e, (start, stop) in enumerate(zip([0, *ends], ends)) if stop > start]
     rows = [matmul(x[start:stop], w[e]) for e, start, stop in groups]
@@ -201,46 +274,29 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.embedding` with a QTensor table: the packed rows are gathered first, then decoded."""
+    """`torch.nn.functional.embedding` with a QTensor table: the packed rows are gathered first, then decoded.
+
+    max_norm: rows with a larger norm are scaled to it. The table stays as it is, which PyTorch would write to.
+
+    Raises IndexError for a negative id, on a CPU, and ValueError for a padding_idx that is no row.
+    """
     assert isinstance(w, QTensor)
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        raise NotImplementedError(
-            "embedding: max_norm, scale_grad_by_freq and sparse are not supported for a quantized table; leave them out"
-        )
-    if torch.is_grad_enabled() and w.requires_grad:
-        return _Embedding.apply(ids, w, -1 if padding_idx is None else padding_idx)
-    return gather(w, 0, ids).dequantize()
-
-
-def _convolution(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def quantized(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert isinstance(w, QTensor)
-        if w.spec.act is not None:
-            raise NotImplementedError(
-                f"{conv.__name__}: {w.spec} quantizes activations, and only a linear layer does that"
-            )
-        return conv(x, w.decode_scaled(x.dtype), *args, **kwargs)
-
-    return quantized
-
-
-FUNCTIONS.update(
-    {
-        F.linear: linear,
-        torch.matmul: matmul,
-        torch.Tensor.matmul: matmul,
-        torch.Tensor.__matmul__: matmul,
-        torch.Tensor.__rmatmul__: lambda w, x: matmul(x, w),
-        torch.mm: matmul,
-        torch.Tensor.mm: matmul,
-        F.embedding: embedding,
-        F.grouped_mm: grouped_mm,
-        torch._grouped_mm: grouped_mm,
-        F.conv1d: _convolution(F.conv1d),
-        F.conv2d: _convolution(F.conv2d),
-        F.conv3d: _convolution(F.conv3d),
-    }
-)
+    rows = w.shape[0]
+    if padding_idx is not None and not -rows <= padding_idx < rows:
+        raise ValueError(f"embedding: padding_idx must be within the {rows} rows of the table, got {padding_idx}")
+    if is_eager(ids) and ids.device.type == "cpu" and ids.numel() and ids.min() < 0:
+        raise IndexError(f"embedding: the ids must be 0 to {rows - 1}, got {ids.min().item()}")
+    if is_trained(w) and (scale_grad_by_freq or sparse):
+        return F.embedding(ids, decoded(w), padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if is_trained(w):
+        out = _Embedding.apply(ids, w, -1 if padding_idx is None else padding_idx % rows)
+    else:
+        out = gather(w, 0, ids).dequantize()
+    if max_norm is not None:
+        out = out.clone()  # the gradient passes as if the table had had these rows
+        each = torch.arange(ids.numel(), device=ids.device)
+        torch.embedding_renorm_(out.detach().view(-1, w.shape[1]), each, max_norm, norm_type)
+    return out
 
 
 # The same at the level of ATen, below autograd.
@@ -250,7 +306,7 @@ def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
     if isinstance(w, QTensor) and not isinstance(x, QTensor):
         turned = w.t()
         if turned.is_contiguous():
-            return _product(x, turned)  # type: ignore[arg-type]
+            return linear(x, turned)
         # The other orientation is a backward, g @ w: no activation to quantize.
         return x @ anew(w).decode_scaled(x.dtype)
     return torch.mm(_plain(x), _plain(w))
@@ -268,17 +324,24 @@ def _aten_embedding(w: Tensor, ids: Tensor, padding_idx: int = -1, *unused: Any)
     return embedding(ids, w)
 
 
-def _aten_convolution(x: Tensor, w: Tensor, *args: Any) -> Tensor:
-    return aten.convolution.default(x, w.decode_scaled(x.dtype) if isinstance(w, QTensor) else w, *args)
+def _aten_reading(op: Any) -> Callable[..., Any]:
+    """`op` of decoded weights, in the dtype of the first argument that is not quantized."""
+
+    def handler(*args: Any) -> Any:
+        plain = next((t for t in args if isinstance(t, Tensor) and not isinstance(t, QTensor)), None)
+        dtype = None if plain is None else plain.dtype
+        return op(*(decoded(t, dtype) if isinstance(t, QTensor) else t for t in args))
+
+    return handler
 
 
 OPS.update(
     {
         aten.mm.default: _aten_mm,
         aten.addmm.default: _aten_addmm,
-        aten.bmm.default: lambda x, w: torch.bmm(_plain(x), _plain(w)),
         aten.linear.default: _aten_linear,
         aten.embedding.default: _aten_embedding,
-        aten.convolution.default: _aten_convolution,
     }
 )
+for _op in (aten.mv, aten.dot, aten.bmm, aten._trilinear, aten.convolution, aten.convolution_backward):
+    OPS[_op.default] = _aten_reading(_op.default)

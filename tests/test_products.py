@@ -150,11 +150,12 @@ def test_product_in_autocast(a, b):
     ids=str,
 )
 def test_training_in_autocast(config):
-    """Forward and backward, the latter inside of autocast too, eager and compiled: as of a layer in that dtype."""
+    """Forward and backward, the latter inside of autocast too: as of a layer in that dtype."""
     x = weight((32, 256), 1)
     for dtype in (torch.float16, torch.bfloat16):
         found = []
-        for way in ("cast", "eager", "compiled"):
+        graph = dtype == torch.float16 and config == Float8LinearConfig()  # one, as it takes long
+        for way in ("cast", "eager", *(["compiled"] if graph else [])):
             layer = nn.Linear(256, 256, bias=False)
             layer.weight.data.copy_(weight((256, 256)))
             layer = convert_to_low_precision_training(nn.Sequential(layer), config)

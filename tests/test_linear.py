@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from cases import CASES, SHAPE, weight
 from torch import nn
 
+import ao.matmul.linear as linear
 from ao.dtypes import NF4, Float8, Int4Prepacked, Intx, QTensor, linear_nf4, to_nf4
 from ao.matmul import path_name
 from ao.quant import compute_error
@@ -90,8 +91,34 @@ def test_embedding(case, device):
     dense = nn.Embedding(N, K, padding_idx=1, device=device, dtype=torch.bfloat16)
     dense(ids).sum().backward()
     assert torch.equal(table.weight.grad, dense.weight.grad)
-    with pytest.raises(NotImplementedError, match="max_norm"):
-        F.embedding(ids, q, max_norm=1.0)
+
+
+@pytest.mark.parametrize("spec", [Intx(8), Intx(4, (1, 32)), NF4], ids=str)
+def test_embedding_takes_all_keywords(spec):
+    """As of a table of the decoded numbers; a table that is read stays as it is."""
+    w = weight()
+    ids = torch.tensor([[1, 5, 5, 127], [0, 1, 64, 5]])
+    for options in (
+        {"max_norm": 12.0},
+        {"max_norm": 30.0, "norm_type": 1.0},
+        {"padding_idx": -3},
+        {"scale_grad_by_freq": True, "padding_idx": 5},
+        {"sparse": True, "max_norm": 12.0},
+    ):
+        tables = [spec.quantize(w).requires_grad_(), spec.quantize(w).dequantize().requires_grad_()]
+        found, expected = (F.embedding(input=ids, weight=t, **options) for t in tables)
+        assert compute_error(expected, found) > 100
+        for y in (found, expected):
+            y.backward(weight(tuple(y.shape), 3))
+        grads = [t.grad.to_dense() for t in tables]
+        assert tables[0].grad.is_sparse == tables[1].grad.is_sparse and compute_error(grads[1], grads[0]) > 100
+        assert torch.equal(tables[0], spec.quantize(w))
+        with torch.inference_mode():
+            assert torch.equal(F.embedding(ids, spec.quantize(w), **options), found)
+    with pytest.raises(IndexError, match="the ids must be 0 to 127, got -105"):
+        F.embedding(ids - 105, spec.quantize(w))
+    with pytest.raises(ValueError, match="padding_idx must be within the 128 rows of the table, got 128"):
+        F.embedding(ids, spec.quantize(w), padding_idx=128)
 
 
 CONVS = {
@@ -219,10 +246,33 @@ def test_static_activation():
     )  # it saturates, it does not adapt
 
 
-def test_autocast():
-    q = Intx(8).quantize(weight())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert F.linear(weight((2, K), 1), q).dtype == torch.bfloat16
+@every
+@DTYPES
+def test_autocast(case, dtype, device):
+    """As of a model in that dtype, also where float16 would not hold the sums over codes."""
+    if dtype == torch.float32:
+        pytest.skip("no dtype of autocast")
+    q = case.spec.quantize(weight()).to(device)
+    x = weight((20, K), 1).to(device)
+    with torch.no_grad(), torch.autocast(device, dtype=dtype):
+        y = F.linear(x, q)
+    assert y.dtype == dtype and torch.equal(y, F.linear(x.to(dtype), q))
+    assert F.linear(x.double(), q).dtype == torch.float64
+
+
+@pytest.mark.parametrize("spec", [Float8(act=Float8()), Float8(block=(-1, -1), act=Float8(block=(-1, -1)))], ids=str)
+def test_emulated_codes_in_autocast(spec, monkeypatch):
+    """The path of chips without float8, which multiplies the codes in float32; forward and backward."""
+    monkeypatch.setattr(linear, "PATHS", [p for p in linear.PATHS if p[0] == "float8"])
+    q, x = spec.quantize(weight((128, 4096))), weight((20, 4096), 1).requires_grad_()
+    expected = reference(x, q)
+    for run in (F.linear, torch.compile(F.linear, backend="aot_eager", fullgraph=True)):
+        x.grad = None
+        with torch.autocast("cpu", dtype=torch.float16):
+            y = run(x, q)
+            y.sum().backward()
+        assert y.dtype == torch.float16 and compute_error(expected, y) > 28
+        assert compute_error(q.dequantize().sum(0).expand_as(x), x.grad) > 40
 
 
 def test_experts():

@@ -122,6 +122,23 @@ TypeError: this IntxTensor dequantizes to a floating-point dtype, not to torch.i
 ValueError: linear: the input of shape (2, 100) does not fit the weight of shape (64, 256); the last dim of the input must be the weight's second""",
         )
 
+    def test_products(self) -> None:
+        q = Intx(8, act=Intx(8)).quantize(weight((64, 256)))
+        tries: list[Callable[[], object]] = [
+            lambda: Float8().quantize(torch.full((2, 2), 1e300, dtype=torch.float64)),
+            lambda: torch.einsum("mk,nk->mn", weight((2, 256)), q),
+            lambda: F.linear(torch.ones(2, 256, dtype=torch.int64), q),
+            lambda: torch.mm(weight((2, 256)), q.t(), out=torch.empty(2, 64, dtype=torch.float16)),
+        ]
+        self.assertExpectedInline(
+            "\n".join(message(t) for t in tries),
+            """\
+ValueError: Float8(format='e4m3').quantize computes in float32, and the data has numbers up to 1e+300, which are beyond its range; scale them down first
+NotImplementedError: einsum: Intx(bits=8, act=Intx(bits=8)) quantizes activations, which only a linear layer and products of two matrices do; use a format that quantizes weights alone, or do not quantize this layer
+TypeError: linear: the input must be floating point, got torch.int64; convert it first
+RuntimeError: out is torch.float16, and the result torch.float32; give an out of that dtype""",
+        )
+
     def test_models(self) -> None:
         model = nn.ModuleDict({"gate": nn.Linear(100, 64), "up": nn.Linear(64, 64)})
         tries: list[Callable[[], object]] = [

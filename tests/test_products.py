@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import weight
+from torch import nn
 
 from ao.dtypes import NF4, Float8, Intx, reciprocal
 from ao.matmul import (
@@ -18,6 +19,12 @@ from ao.matmul import (
     scaled_product,
 )
 from ao.quant import compute_error
+from ao.train import (
+    Float8LinearConfig,
+    bitnet_training,
+    convert_to_low_precision_training,
+    int8_mixed_precision_training,
+)
 
 ROW, WHOLE = Float8(), Float8(block=(-1, -1))
 PARTS, SQUARES = Float8(block=(1, 128), power_of_two=True), Float8(block=(128, 128), power_of_two=True)
@@ -116,3 +123,44 @@ def test_compiled_on_a_gpu():
     x, w = weight((256, 512)).cuda().bfloat16(), weight((128, 512), 1).cuda().bfloat16()
     for expected, found in zip(product(x, w), torch.compile(product, fullgraph=True)(x, w)):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("a, b", PAIRS, ids=str)
+def test_product_in_autocast(a, b):
+    """Bit for bit as without: sums over codes are larger than float16 holds, and need more bits than bfloat16 has."""
+    x, w = codes_of(weight((64, 4096), dtype=torch.float16), a), codes_of(weight((128, 4096), 1), b)
+    expected = scaled_product(x, w, torch.float16, emulate=True)
+    assert expected.isfinite().all()
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(scaled_product(x, w, torch.float16, emulate=True), expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Float8LinearConfig(),
+        Float8LinearConfig.from_recipe_name("rowwise"),
+        int8_mixed_precision_training(),
+        bitnet_training(),
+    ],
+    ids=str,
+)
+def test_training_in_autocast(config):
+    """Forward and backward, the latter inside of autocast too: as of a layer in that dtype."""
+    x = weight((32, 256), 1)
+    for dtype in (torch.float16, torch.bfloat16):
+        found = []
+        graph = dtype == torch.float16 and config == Float8LinearConfig()  # one, as it takes long
+        for way in ("cast", "eager", *(["compiled"] if graph else [])):
+            layer = nn.Linear(256, 256, bias=False)
+            layer.weight.data.copy_(weight((256, 256)))
+            layer = convert_to_low_precision_training(nn.Sequential(layer), config)
+            z = x.clone().requires_grad_()
+            run = torch.compile(layer, backend="aot_eager", fullgraph=True) if way == "compiled" else layer
+            with torch.autocast("cpu", dtype, enabled=way != "cast"):
+                y = run(z) if way != "cast" else layer.to(dtype)(z.to(dtype))
+                y.sum().backward()
+            found.append([t.float() for t in (y.detach(), z.grad, layer[0].weight.grad)])
+        for expected, *others in zip(*found):
+            assert expected.isfinite().all() and all(compute_error(expected, t) > 40 for t in others)

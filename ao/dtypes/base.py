@@ -12,8 +12,8 @@ field tensors and `decode`. Each field carries a role, read once from the class 
 From the roles follows everything else, once, for every dtype: flatten and unflatten, pickle, device moves (this file),
 slices and views (views.py), cat and `copy_` (ops.py), FSDP2 and DTensor (sharding.py), safetensors (checkpoint.py).
 The property that holds throughout is `D(op(q)) == op(D(q))`, bit for bit, where D dequantizes. What has no low-bit form
-raises; nothing dequantizes silently except the matrix products, convolutions and embeddings of ao.matmul, which are
-defined to.
+raises; nothing dequantizes silently except the matrix products, convolutions, embeddings and recurrent layers of ao.matmul,
+which are defined to.
 
 Numerics are written in float32 without exception, so that the compiled code, which keeps float32 between fused ops,
 computes the same bits as eager code.
@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from .bits import CHUNK
 from .blocks import block_grid, expand
 from .pieces import Box, boxes, is_eager, part, piece_size
+from .running_layer import running_layer
 from .tracing import passed_over, unrecorded
 
 Elements = Annotated[Tensor, "elements"]
@@ -113,19 +114,25 @@ class Spec:
         act_scale: Tensor | None = None,
         **qparams: Tensor,
     ) -> QTensor:
-        """Quantize a float32, bfloat16 or float16 tensor of any shape that the blocks divide.
+        """Quantize a floating-point tensor of any shape that the blocks divide.
 
         x: the data; the QTensor dequantizes to its dtype.
         pre_scale: (1, K) per-input-channel multiplier of the activation; `x / pre_scale` is stored.
         act_scale: the scale of a static activation.
         qparams: qparams found by another algorithm (`scale=`, `zero_point=`) in place of `choose_qparams`.
 
-        Raises TypeError for data that is not floating point, ValueError where a block does not divide its dim.
+        Raises TypeError for data that is not floating point, ValueError where a block does not divide its dim, or where a
+        float64 number is beyond the range of float32.
         """
         if isinstance(x, QTensor):
             raise TypeError(f"{self}.quantize: the tensor is quantized already ({x.spec}); call .dequantize() first")
         if x.dtype not in _FLOATS:
             raise TypeError(f"{self}.quantize takes a floating-point tensor, got {x.dtype}; convert it first")
+        if x.dtype == torch.float64 and is_eager(x) and (x.isfinite() & ~x.float().isfinite()).any():
+            raise ValueError(
+                f"{self}.quantize computes in float32, and the data has numbers up to {x.abs().max().item():.3g}, which are "
+                "beyond its range; scale them down first"
+            )
         fields = quantize_fields(self, x.detach(), self.grid(x.shape), pre_scale, qparams)
         return self.wrap(fields, x.dtype, x.shape, pre_scale=pre_scale, act_scale=act_scale)
 
@@ -499,9 +506,15 @@ class QTensor(torch.Tensor):
         if _is_penalty(func, args, kwargs):
             return func(*torch.utils._pytree.tree_map_only(QTensor, lambda q: q.dequantize(), args), **kwargs)
         name = next(type(a).__name__ for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, QTensor))
+        layer = running_layer(lambda t: isinstance(t, QTensor))
         raise NotImplementedError(
             f"{func} has no low-bit form for {name}: call .dequantize() first and .quantize() the result, "
             "or use an in-place op, which quantizes anew"
+            + (
+                f"; the layer {layer} computes with its weight otherwise than by a product: do not quantize it"
+                if layer
+                else ""
+            )
         )
 
 

@@ -1,8 +1,9 @@
-"""How a quantized matrix multiplies: every product with one comes to `doors`, which picks the fastest path of the device."""
+"""How a quantized matrix multiplies: doors.py takes every call, linear.py picks the fastest path of the device."""
 
-from .doors import path_name
+from . import doors as _doors  # noqa: F401  gives F.linear and its kin their meaning
 from .kernels.device import has_float8
 from .layers import adopt, set_parameter
+from .linear import path_name
 from .product import Codes, cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 
 __all__ = [

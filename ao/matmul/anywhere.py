@@ -1,6 +1,6 @@
 """The products of an activation and a quantized weight that run on any device.
 
-A path takes x: (M, K) and w: (N, K), and returns (M, N) in x's dtype. Beside each stands what it accepts; `doors.py` has
+A path takes x: (M, K) and w: (N, K), and returns (M, N) in x's dtype. Beside each stands what it accepts; `linear.py` has
 the order in which they are asked.
 """
 

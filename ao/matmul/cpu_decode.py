@@ -125,7 +125,7 @@ def pairs(first: Tensor, second: Tensor, exact: bool = False) -> Tensor:
 
 def interleaved(x: Tensor) -> Tensor:
     """The elements of each chunk in the order in which `pairs` of its halves stores them. x: (M, K) bfloat16."""
-    halves = x.view(x.shape[0], -1, 2, 16).float()
+    halves = x.contiguous().view(x.shape[0], -1, 2, 16).float()
     return pairs(halves[:, :, 0], halves[:, :, 1], exact=True).view(x.shape[0], -1).view(torch.bfloat16)
 
 

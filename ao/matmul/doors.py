@@ -1,29 +1,11 @@
-"""The one place where a quantized weight meets an activation.
+"""The functions of PyTorch that multiply by a weight, in whatever spelling, for a weight that is quantized.
 
-`F.linear`, `matmul`, `mm`, `addmm`, `F.embedding` and the convolutions on a QTensor come here, from three doors:
-`__torch_function__` (user code), `__torch_dispatch__` (inference mode, DTensor, exported graphs), and the backward of the
-one autograd.Function below. A product takes the first path in `PATHS` that accepts it:
+There are two kinds. A product of two matrices (`mm`, `matmul`, `addmm`, ...) is found by the names of its operands and goes to
+`linear` and `matmul`. Any other function that is defined to read a weight (`einsum`, convolutions, recurrent layers) gets the
+decoded weight, in the dtype of the first floating-point argument that is not quantized, and is otherwise PyTorch's own.
 
-    onnx        in a graph that becomes an ONNX model: its standard operators
-    words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
-    int8pack    up to three tokens on a CPU, int8 weight: ATen's own product
-    gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
-    fused       2 to 64 tokens on a GPU (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way
-                to the tensor cores, or feed them 8 bits
-    sums        one token on a GPU, compiled: sums over each group, then over the groups; nothing dense is stored
-    scaled_product  8-bit activation x 8-bit weight on a GPU: int_mm or scaled_mm with the scales in the same kernel
-    int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
-    scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
-    float8      the same product in float32, where the chip has no float8
-    int4pack    ATen's int4 product, for weights in its own layout
-    decode      on a GPU: decode the weight by one kernel, then a floating-point product
-    pieces      on a CPU: decode the weight, a large one in row pieces, then a floating-point product
-    dequantize  decode the weight, then a floating-point product; always accepts
-
-The paths themselves are in anywhere.py, cpu.py, gpu.py and onnx.py.
-
-Autograd: the weight is kept packed and decoded again in backward, so that a frozen quantized weight costs a training run
-its packed bytes and no more. Activation quantization is straight-through.
+Both take what PyTorch's signature takes, by position or by keyword, and `out=`. A call that names other arguments than a
+product is known to have goes the second way, so that PyTorch itself answers.
 """
 
 from __future__ import annotations
@@ -34,398 +16,245 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..dtypes.base import FUNCTIONS, OPS, QTensor, as_bytes
-from ..dtypes.ops import gather
-from ..dtypes.pieces import is_eager
-from . import anywhere, cpu, gpu, onnx
-from .shared_graph import inlined
+from ..dtypes.base import FUNCTIONS, QTensor
+from .linear import decoded, embedding, grouped_mm, is_trained, linear, matmul
 
-aten = torch.ops.aten
-
-Path = Callable[[Tensor, QTensor], Tensor]
-
-PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
-    ("onnx", onnx.accepts, onnx.product),
-    ("words", cpu.words_accepts, cpu.words),
-    ("int_mm", cpu.int_mm_accepts, cpu.int_mm),
-    ("sums", cpu.sums_accepts, cpu.sums),
-    ("int8pack", cpu.int8pack_accepts, cpu.int8pack),
-    ("split", cpu.split_accepts, cpu.split),
-    ("gemv", gpu.gemv_accepts, gpu.gemv),
-    ("fused", gpu.fused_accepts, gpu.fused),
-    ("sums", gpu.sums_accepts, gpu.sums),
-    ("scaled_product", gpu.scaled_product_accepts, gpu.scaled_product),
-    ("int_mm", anywhere.int_mm_accepts, anywhere.int_mm),
-    ("scaled_mm", anywhere.scaled_mm_accepts, anywhere.scaled_mm),
-    ("int4pack", cpu.int4pack_accepts, cpu.int4pack),
-    ("int4pack", anywhere.int4pack_accepts, anywhere.int4pack),
-    ("decode", gpu.decode_accepts, gpu.decode),
-    ("pieces", cpu.pieces_accepts, cpu.pieces),
-    ("float8", anywhere.float8_accepts, anywhere.float8),
-    ("dequantize", lambda x, w: True, anywhere.dequantize),
-]
-"""Each path with its name and what it accepts, in the order in which they are asked. x: (M, K), w: (N, K)."""
+Door = Callable[..., Any]
 
 
-_OPERATORS = {"gemv", "fused", "scaled_product", "decode"}
-"""Those that call operators of ours: an exported program runs where nobody defines them."""
+def reading(function: Door) -> Door:
+    """`function` of the numbers that its quantized arguments stand for.
 
-_BY_TOKENS = {"words", "int8pack", "sums"}
-"""Those that are for a few tokens only: an exported program has one graph for any number."""
-
-
-def path_name(x: Tensor, w: QTensor) -> str:
-    """The name of the path that `F.linear(x, w)` takes. x: (..., K), w: (N, K)."""
-    return _path(x.reshape(-1, x.shape[-1]), w)[0]
-
-
-def _path(x: Tensor, w: QTensor) -> tuple[str, Path]:
-    """The first path that accepts. x: (M, K), w: (N, K)."""
-    out = set()
-    if torch.compiler.is_exporting():
-        out = _OPERATORS | (_BY_TOKENS if isinstance(x.shape[0], torch.SymInt) else set())
-    return next((name, path) for name, accepts, path in PATHS if name not in out and accepts(x, w))
-
-
-def _product(x: Tensor, w: QTensor) -> Tensor:
-    """x: (..., K), w: (N, K) -> (..., N)."""
-    if is_eager(x):
-        return chosen(x, w)(x, w)
-    if w.pre_scale is not None:
-        x = _scaled(x, w)
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    _, path = _path(rows, w)
-    return path(rows, w).reshape(*x.shape[:-1], w.shape[0])
-
-
-def _scaled(x: Tensor, w: QTensor) -> Tensor:
-    assert w.pre_scale is not None
-    return (x.float() * w.pre_scale.float()).to(x.dtype)
-
-
-_CHOICES: dict[tuple[Any, ...], dict[tuple[int, int, torch.dtype], Path]] = {}
-
-
-def chosen(x: Tensor, w: QTensor) -> Path:
-    """The product of x (..., K) with w (N, K) in eager mode, decided once for weights of one form and a class of M.
-
-    The choice is kept in the weight itself, so that asking again takes a microsecond. Raises ValueError where K differs.
+    Raises NotImplementedError for a weight whose Spec quantizes activations, which only products of two matrices do.
     """
-    shape = x.shape
-    k = shape[-1] if shape else 0
-    tokens = x.numel() // k if k else 0
-    key = k, tokens if tokens <= 16 else 1 << (tokens - 1).bit_length(), x.dtype
-    choices = w.__dict__.get("choices")
-    if choices is None:
-        choices = w.choices = _CHOICES.setdefault(_form(w), {})  # type: ignore[attr-defined]
-    choice = choices.get(key)
-    if choice is None:
-        _check_fits(x, w)
-        choice = choices[key] = _choose(x.reshape(-1, k), w)
-    return choice
+
+    def door(*args: Any, **kwargs: Any) -> Any:
+        out = kwargs.pop("out", None)
+        leaves = tree_leaves((args, kwargs))
+        for q in leaves:
+            if isinstance(q, QTensor) and q.spec.act is not None:
+                raise NotImplementedError(
+                    f"{function.__name__}: {q.spec} quantizes activations, which only a linear layer and products of two "
+                    "matrices do; use a format that quantizes weights alone, or do not quantize this layer"
+                )
+        dtype = next((t.dtype for t in leaves if _is_plain_float(t)), None)
+        args, kwargs = tree_map_only(QTensor, lambda q: decoded(q, dtype), (args, kwargs))
+        if out is None:
+            return function(*args, **kwargs)
+        if isinstance(out, QTensor):
+            return _into(out, function(*args, **kwargs))
+        return function(*args, **kwargs, out=out)
+
+    return door
 
 
-def _form(w: QTensor) -> tuple[Any, ...]:
-    """What a choice depends on."""
-    fields = ((name, t.shape, t.stride(), t.dtype) for name, t in w.fields().items())
-    return type(w), w.spec, w.shape, w.device, *fields
+def _is_plain_float(t: Any) -> bool:
+    return isinstance(t, Tensor) and not isinstance(t, QTensor) and t.is_floating_point()
 
 
-_LAUNCHES = {"gemv": gpu.gemv_launch, "fused": gpu.fused_launch}
-"""Of the paths that have a shorter way in eager mode: what makes it, for a form of the weight."""
+def _bound(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+    """The arguments of `names`, by position or by keyword; None where the call has others."""
+    rest = names[len(args) :]
+    if len(args) > len(names) or kwargs.keys() != set(rest):
+        return None
+    return [*args, *(kwargs[name] for name in rest)]
 
 
-def _choose(x: Tensor, w: QTensor) -> Path:
-    """x: (M, K), w: (N, K) -> a function of x (..., K) and any weight of this form."""
-    if w.pre_scale is not None:
-        plain = _choose(x, w.like(w.shape, w.dtype, {n: t for n, t in w.fields().items() if n != "pre_scale"}))
-        return lambda x, w: plain(_scaled(x, w), w)
-    name, path = _path(x, w)
-    launch = _LAUNCHES[name](x, w) if name in _LAUNCHES else None
-    if launch is not None:
-        return launch
-
-    def run(x: Tensor, w: QTensor) -> Tensor:
-        if x.dim() == 2:
-            return path(x, w)
-        return path(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
-
-    return run
+def _fits(a: Tensor, b: Tensor, ranks: tuple[int, int] | None) -> bool:
+    """Whether the product of `a` and `b` is one that `matmul` knows, of these ranks if they are given."""
+    return (ranks is None or (a.dim(), b.dim()) == ranks) and a.layout == b.layout == torch.strided
 
 
-def anew(w: QTensor) -> QTensor:
-    """`w`, and in a graph that is traced one that a compiler takes for another tensor than in forward.
+def _product(function: Door, names: tuple[str, str], ranks: tuple[int, int] | None = None) -> Door:
+    """`function`, a product of two operands of these names, and of these ranks unless it takes any."""
 
-    It merges two decodings of one weight, and then keeps the dense weight from forward to backward. It does not know that the
-    complement of a complement is the number itself, and computes that in the same kernel.
-    """
-    return w.map(_anew) if anywhere.compiling() else w
+    def door(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
+        given = _bound(names, args, kwargs)
+        if given is None or not _fits(given[0], given[1], ranks):
+            return reading(function)(*args, **kwargs, out=out)
+        return _into(out, matmul(given[0], given[1]))
 
-
-def _anew(t: Tensor) -> Tensor:
-    if isinstance(t, QTensor):
-        return t.map(_anew)
-    codes = as_bytes(t)
-    return (codes.neg().neg() if codes.is_floating_point() else ~(~codes)).view(t.dtype)
+    return door
 
 
-def _unwrapped(w: Tensor) -> Any:
-    """The QTensor that torch.func wrapped, as it does with every tensor that a Function gets."""
-    while not isinstance(w, QTensor):
-        w = torch._C._functorch.get_unwrapped(w)
-    return w
+def _sum(function: Door, names: tuple[str, str, str], ranks: tuple[int, int]) -> Door:
+    """`function`: beta * input + alpha * (a @ b), where an input that is multiplied by zero is not read."""
+
+    def door(*args: Any, beta: Any = 1, alpha: Any = 1, out: Tensor | None = None, **kwargs: Any) -> Any:
+        given = _bound(names, args, kwargs)
+        if given is None or not _fits(given[1], given[2], ranks):
+            return reading(function)(*args, **kwargs, beta=beta, alpha=alpha, out=out)
+        total, a, b = given
+        y = matmul(a, b)
+        if alpha != 1:
+            y = y * alpha
+        if beta != 0:
+            total = (total.dequantize() if isinstance(total, QTensor) else total).to(y.dtype).expand(y.shape)
+            y = y + (total if beta == 1 else total * beta)
+        return _into(out, y)
+
+    return door
 
 
-class _Linear(torch.autograd.Function):
-    """`_product`, and what torch.func asks of it."""
+def _in_place(function: Door, door: Door) -> Door:
+    """`function`, which writes into its first argument what `door` gives."""
 
-    @staticmethod
-    def forward(x: Tensor, w: QTensor) -> Tensor:
-        with inlined():
-            return _product(x, w).detach()  # a view that was made here could not be changed in place
+    def written(target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(target, QTensor):
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(target, *args, **kwargs)  # which quantizes anew
+        return target.copy_(door(target, *args, **kwargs))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor], output: Tensor) -> None:
-        x, w = inputs
-        # Not the parameter itself, which modules could not move to another dtype or device as long as the graph is alive.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w.detach() if isinstance(w, QTensor) else w)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, w = ctx.saved_tensors
-        w = _unwrapped(w)
-        grad_x = grad_w = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ gpu.decoded(anew(w), grad.dtype)
-        if ctx.needs_input_grad[1]:
-            rows = grad.reshape(-1, grad.shape[-1])  # (M, N)
-            grad_w = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(w.dtype)
-        return grad_x, grad_w
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, w: QTensor) -> tuple[Tensor, int]:
-        """Samples are rows like others, but where they share the scale of a quantized activation."""
-        x, act = x.movedim(in_dims[0], 0), w.spec.act
-        if act is None or w.act_scale is not None or act.block == (1, -1):  # type: ignore[attr-defined]
-            return _differentiated(x, w), 0
-        return torch.stack([_differentiated(sample, w) for sample in x]), 0
+    return written
 
 
-class _ForwardLinear(_Linear):
-    """`_Linear` with a derivative in forward mode. Dynamo takes no Function that has one."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor], output: Tensor) -> None:
-        _Linear.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent_x: Tensor | None, tangent_w: Tensor | None) -> Tensor:
-        x, w = ctx.saved_tensors
-        w = _unwrapped(w)
-        parts = []
-        if tangent_x is not None:
-            parts.append(tangent_x @ w.decode_scaled(tangent_x.dtype).t())
-        if tangent_w is not None:
-            parts.append(x @ tangent_w.to(x.dtype).t())
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+def _into(out: Tensor | None, y: Tensor) -> Tensor:
+    """`y`, in the memory of `out` if that is given, by PyTorch's rules."""
+    if out is None:
+        return y
+    if out.dtype != y.dtype:
+        raise RuntimeError(f"out is {out.dtype}, and the result {y.dtype}; give an out of that dtype")
+    if not isinstance(out, QTensor):
+        return torch.mul(y, 1, out=out)
+    if out.shape != y.shape:
+        raise RuntimeError(f"out has shape {tuple(out.shape)}, and the result {tuple(y.shape)}")
+    return out.copy_(y)
 
 
-def _differentiated(x: Tensor, w: QTensor) -> Tensor:
-    """`_product`, under whatever computes derivatives."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _ForwardLinear.apply(x, w)
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        return _Linear.apply(x, w)
-    return _product(x, w)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    return _into(out, linear(input, weight, bias))
 
 
-def _check_fits(x: Tensor, w: QTensor) -> None:
-    if w.dim() != 2 or x.dim() == 0 or x.shape[-1] != w.shape[-1]:
-        raise ValueError(
-            f"linear: the input of shape {tuple(x.shape)} does not fit the weight of shape {tuple(w.shape)}; "
-            "the last dim of the input must be the weight's second"
-        )
+def _rmatmul(self: Tensor, other: Tensor) -> Tensor:
+    return matmul(other, self)
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` with a QTensor weight. x: (..., K), w: (N, K), bias: (N,) -> (..., N) in x's dtype.
+def _inner(function: Door) -> Door:
+    def door(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
+        given = _bound(("input", "other"), args, kwargs)
+        if given is None or not _fits(given[0], given[1], None) or not 1 <= given[1].dim() <= 2:
+            return reading(function)(*args, **kwargs, out=out)
+        a, b = given
+        return _into(out, matmul(a, b.t()))
 
-    Raises ValueError where K differs.
-    """
-    if not isinstance(w, QTensor):
-        assert isinstance(x, QTensor) or isinstance(bias, QTensor)
-        return F.linear(_plain(x), w, _plain(bias))
-    plain = not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
-    if plain and is_eager(x):
-        out = chosen(x, w)(x, w)  # nothing else to see to: the short way
-        return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
-    _check_fits(x, w)
-    x = _plain(x)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    out = _differentiated(x, w)
-    return out if bias is None else out + bias.to(out.dtype)
+    return door
 
 
-def _plain(x: Any) -> Any:
-    return x.dequantize() if isinstance(x, QTensor) else x
-
-
-def matmul(x: Tensor, w: Tensor) -> Tensor:
-    """`x @ w` with a QTensor on either side. A quantized (K, N) right side is the transpose of a linear's weight."""
-    if isinstance(w, QTensor) and w.dim() == 2 and not isinstance(x, QTensor) and x.dim() > 0:
-        return linear(x, w.t())
-    return torch.matmul(_plain(x), _plain(w))
-
-
-def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """`torch.nn.functional.grouped_mm` with quantized experts: rows [offs[e - 1], offs[e]) of `x` times `w[e]`.
-
-    x: (M, K), sorted by expert. w: (E, K, N), the transpose of the experts' weights. offs: (E,) int32, where each expert's
-    rows end; rows after the last are zero. -> (M, N). Each expert that has rows multiplies as a linear layer does; where
-    the groups are not known, in a traced graph, all experts are decoded.
-    """
-    if offs is None or w.dim() != 3 or x.dim() != 2 or not is_eager(x) or any(v is not None for v in kwargs.values()):
-        return torch._grouped_mm(_plain(x), _plain(w), offs, **kwargs)
-    ends = offs.tolist()
-    groups = [(e, start, stop) for e, (start, stop) in enumerate(zip([0, *ends], ends)) if stop > start]
-    rows = [matmul(x[start:stop], w[e]) for e, start, stop in groups]
-    rows.append(x.new_zeros(x.shape[0] - (ends[-1] if ends else 0), w.shape[-1]))
-    return torch.cat(rows)
-
-
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ids: Tensor, w: QTensor, padding_idx: int) -> Tensor:
-        # Not `dequantize`, which torch.export does not see through.
-        return gather(w, 0, ids).decode_scaled(w.dtype).detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor, int], output: Tensor) -> None:
-        ids, w, ctx.padding_idx = inputs
-        ctx.rows = w.shape[0]
-        ctx.save_for_backward(ids)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
-        (ids,) = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return None, None, None
-        return None, aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.padding_idx, False), None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int, None, None], ids: Tensor, w: QTensor, padding_idx: int
-    ) -> tuple[Tensor, int]:
-        return _Embedding.apply(ids.movedim(in_dims[0], 0), w, padding_idx), 0
-
-
-def embedding(
-    ids: Tensor,
-    w: Tensor,
-    padding_idx: int | None = None,
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
+    mode: str = "mean",
     sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.embedding` with a QTensor table: the packed rows are gathered first, then decoded."""
-    assert isinstance(w, QTensor)
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        raise NotImplementedError(
-            "embedding: max_norm, scale_grad_by_freq and sparse are not supported for a quantized table; leave them out"
-        )
-    if onnx.decodes_table(w):
-        return F.embedding(ids, onnx.weight(w, w.dtype))
-    if (torch.is_grad_enabled() and w.requires_grad) or torch._C._are_functorch_transforms_active():
-        return _Embedding.apply(ids, w, -1 if padding_idx is None else padding_idx)
-    return gather(w, 0, ids).decode_scaled(w.dtype)  # not `dequantize`, which torch.export does not see through
+    """`torch.nn.functional.embedding_bag`: the rows in the bags are gathered and decoded, the others stay packed."""
+    bags: dict[str, Any] = {
+        "mode": mode,
+        "per_sample_weights": per_sample_weights,
+        "include_last_offset": include_last_offset,
+    }
+    if not isinstance(weight, QTensor) or input.is_nested or (is_trained(weight) and (scale_grad_by_freq or sparse)):
+        norms = {"max_norm": max_norm, "norm_type": norm_type, "scale_grad_by_freq": scale_grad_by_freq}
+        return reading(F.embedding_bag)(input, weight, offsets, **norms, **bags, sparse=sparse, padding_idx=padding_idx)
+    rows = embedding(input.reshape(-1), weight, max_norm=max_norm, norm_type=norm_type)
+    n = rows.shape[0]
+    ids = torch.arange(n, dtype=input.dtype, device=input.device).view(input.shape)
+    if padding_idx is not None:
+        # All places that do not count share one row.
+        rows, ids = F.pad(rows, (0, 0, 0, 1)), torch.where(input == padding_idx % weight.shape[0], n, ids)
+        padding_idx = n
+    return F.embedding_bag(ids, rows, offsets, **bags, padding_idx=padding_idx)
 
 
-def _convolution(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def quantized(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert isinstance(w, QTensor)
-        if w.spec.act is not None:
-            raise NotImplementedError(
-                f"{conv.__name__}: {w.spec} quantizes activations, and only a linear layer does that"
-            )
-        return conv(x, w.decode_scaled(x.dtype), *args, **kwargs)
+_MATRICES: dict[str, tuple[tuple[str, str], tuple[int, int] | None]] = {
+    "matmul": (("input", "other"), None),
+    "mm": (("input", "mat2"), (2, 2)),
+    "bmm": (("input", "mat2"), (3, 3)),
+    "mv": (("input", "vec"), (2, 1)),
+}
 
-    return quantized
+_SUMS: dict[str, tuple[tuple[str, str, str], tuple[int, int]]] = {
+    "addmm": (("input", "mat1", "mat2"), (2, 2)),
+    "addmv": (("input", "mat", "vec"), (2, 1)),
+    "baddbmm": (("input", "batch1", "batch2"), (3, 3)),
+}
+
+_READING: list[Door] = [
+    torch.einsum,
+    torch.tensordot,
+    torch.chain_matmul,
+    torch.linalg.multi_dot,
+    torch.linalg.vecdot,
+    torch.dot,
+    torch.Tensor.dot,
+    torch.vdot,
+    torch.Tensor.vdot,
+    torch.addbmm,
+    torch.Tensor.addbmm,
+    torch.bilinear,
+    torch.sparse.mm,
+    torch.sparse.addmm,
+    torch.smm,
+    torch.Tensor.smm,
+    torch.hspmm,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    torch.conv_tbc,
+    torch.convolution,
+    F.scaled_dot_product_attention,
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+    torch.lstm_cell,
+    torch.gru_cell,
+    torch.rnn_tanh_cell,
+    torch.rnn_relu_cell,
+]
 
 
+def _fill() -> None:
+    for name, (operands, ranks) in _MATRICES.items():
+        for function in (getattr(torch, name), getattr(torch.Tensor, name)):
+            FUNCTIONS[function] = _product(function, operands, ranks)
+    FUNCTIONS[torch.linalg.matmul] = _product(torch.linalg.matmul, ("input", "other"))
+    for name, (terms, ranks) in _SUMS.items():
+        for function in (getattr(torch, name), getattr(torch.Tensor, name)):
+            FUNCTIONS[function] = _sum(function, terms, ranks)
+        function = getattr(torch.Tensor, f"{name}_")
+        FUNCTIONS[function] = _in_place(function, FUNCTIONS[getattr(torch.Tensor, name)])
+    for function in (torch.inner, torch.Tensor.inner):
+        FUNCTIONS[function] = _inner(function)
+    for function in _READING:
+        FUNCTIONS[function] = reading(function)
+    FUNCTIONS[torch.Tensor.addbmm_] = _in_place(torch.Tensor.addbmm_, FUNCTIONS[torch.Tensor.addbmm])
+
+
+_fill()
 FUNCTIONS.update(
     {
-        F.linear: linear,
-        torch.matmul: matmul,
-        torch.Tensor.matmul: matmul,
-        torch.Tensor.__matmul__: matmul,
-        torch.Tensor.__rmatmul__: lambda w, x: matmul(x, w),
-        torch.mm: matmul,
-        torch.Tensor.mm: matmul,
-        F.embedding: embedding,
+        torch.dequantize: decoded,
+        torch.Tensor.dequantize: decoded,
+        F.linear: _linear,
+        torch.Tensor.__matmul__: FUNCTIONS[torch.Tensor.matmul],
+        torch.Tensor.__rmatmul__: _rmatmul,
         F.grouped_mm: grouped_mm,
         torch._grouped_mm: grouped_mm,
-        F.conv1d: _convolution(F.conv1d),
-        F.conv2d: _convolution(F.conv2d),
-        F.conv3d: _convolution(F.conv3d),
+        F.embedding: embedding,
+        F.embedding_bag: _embedding_bag,
+        # Recurrent weights in one piece of memory, for a library that would read them there: ours are decoded first.
+        torch._cudnn_rnn_flatten_weight: lambda *args, **kwargs: None,
     }
 )
-
-
-# The same at the level of ATen, below autograd.
-
-
-def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
-    if isinstance(w, QTensor) and not isinstance(x, QTensor):
-        turned = w.t()
-        if turned.is_contiguous():
-            return _product(x, turned)  # type: ignore[arg-type]
-        # The other orientation is a backward, g @ w: no activation to quantize.
-        return x @ gpu.decoded(anew(w), x.dtype)
-    return torch.mm(_plain(x), _plain(w))
-
-
-def _aten_addmm(bias: Tensor, x: Tensor, w: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _aten_mm(x, w) * alpha + _plain(bias) * beta
-
-
-def _aten_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(x, w, bias)
-
-
-def _aten_embedding(w: Tensor, ids: Tensor, padding_idx: int = -1, *unused: Any) -> Tensor:
-    return embedding(ids, w)
-
-
-def _aten_convolution(x: Tensor, w: Tensor, *args: Any) -> Tensor:
-    return aten.convolution.default(x, w.decode_scaled(x.dtype) if isinstance(w, QTensor) else w, *args)
-
-
-OPS.update(
-    {
-        aten.mm.default: _aten_mm,
-        aten.addmm.default: _aten_addmm,
-        aten.bmm.default: lambda x, w: torch.bmm(_plain(x), _plain(w)),
-        aten.linear.default: _aten_linear,
-        aten.embedding.default: _aten_embedding,
-        aten.convolution.default: _aten_convolution,
-    }
-)
-
-
-def _experts_of_transformers(name: str) -> Callable[..., Any]:
-    """The product of experts that transformers defines itself, for what PyTorch's `grouped_mm` does not compile (float32):
-    the experts are decoded first. x: (M, K), w: (E, K, N)."""
-
-    def handler(x: Tensor, w: Tensor, *args: Any) -> Any:
-        return getattr(torch.ops.transformers, name)(x, _plain(w), *args)
-
-    return handler
-
-
-for _name in ("grouped_mm_fallback", "grouped_mm_fallback_backward"):
-    OPS[f"transformers::{_name}"] = _experts_of_transformers(_name)

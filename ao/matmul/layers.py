@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes.base import QTensor, sources_digest
-from .doors import linear
+from .linear import linear
 
 # The form of a weight: how to make it of plain tensors.
 

@@ -163,6 +163,11 @@ def scaled_product(
     The codes are multiplied if both are float8 or both int8 and every row or the whole matrix has one scale (float8 also:
     blocks of 1 x 128 or 128 x 128, not the latter on both sides); all else is decoded first.
     """
+    kind = (a.values if isinstance(a, Codes) else a).device.type
+    if torch.is_autocast_enabled(kind):
+        # Sums over codes are larger than float16 holds, and need more bits than bfloat16 has.
+        with torch.autocast(kind, enabled=False):
+            return scaled_product(a, b, dtype, fast_accum=fast_accum, emulate=emulate)
     if isinstance(a, Codes) and isinstance(b, Codes):
         if a.values.dtype == b.values.dtype == torch.int8:
             if a.by_row and b.by_row:

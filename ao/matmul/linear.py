@@ -1,0 +1,496 @@
+"""The one place where a quantized weight meets an activation.
+
+Every product and every embedding comes here: what users call (`__torch_function__`, doors.py), what PyTorch calls itself
+(`__torch_dispatch__`: inference mode, DTensor, exported graphs), and the backward of the one autograd.Function of a product.
+A product takes the first path in `PATHS` that accepts it:
+
+    onnx        in a graph that becomes an ONNX model: its standard operators
+    words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
+    int8pack    up to three tokens on a CPU, int8 weight: ATen's own product
+    gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
+    fused       2 to 64 tokens on a GPU (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way
+                to the tensor cores, or feed them 8 bits
+    sums        one token on a GPU, compiled: sums over each group, then over the groups; nothing dense is stored
+    scaled_product  8-bit activation x 8-bit weight on a GPU: int_mm or scaled_mm with the scales in the same kernel
+    int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
+    scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
+    float8      the same product in float32, where the chip has no float8
+    int4pack    ATen's int4 product, for weights in its own layout
+    decode      on a GPU: decode the weight by one kernel, then a floating-point product
+    pieces      on a CPU: decode the weight, a large one in row pieces, then a floating-point product
+    dequantize  decode the weight, then a floating-point product; always accepts
+
+The paths themselves are in anywhere.py, cpu.py, gpu.py and onnx.py.
+
+Autograd: the weight is kept packed and decoded again in backward, so that a frozen quantized weight costs a training run
+its packed bytes and no more. Activation quantization is straight-through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..dtypes.base import OPS, QTensor, as_bytes
+from ..dtypes.ops import gather
+from ..dtypes.pieces import is_eager
+from . import anywhere, cpu, gpu, onnx
+from .shared_graph import inlined
+
+aten = torch.ops.aten
+
+Path = Callable[[Tensor, QTensor], Tensor]
+
+PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
+    ("onnx", onnx.accepts, onnx.product),
+    ("words", cpu.words_accepts, cpu.words),
+    ("int_mm", cpu.int_mm_accepts, cpu.int_mm),
+    ("sums", cpu.sums_accepts, cpu.sums),
+    ("int8pack", cpu.int8pack_accepts, cpu.int8pack),
+    ("split", cpu.split_accepts, cpu.split),
+    ("gemv", gpu.gemv_accepts, gpu.gemv),
+    ("fused", gpu.fused_accepts, gpu.fused),
+    ("sums", gpu.sums_accepts, gpu.sums),
+    ("scaled_product", gpu.scaled_product_accepts, gpu.scaled_product),
+    ("int_mm", anywhere.int_mm_accepts, anywhere.int_mm),
+    ("scaled_mm", anywhere.scaled_mm_accepts, anywhere.scaled_mm),
+    ("int4pack", cpu.int4pack_accepts, cpu.int4pack),
+    ("int4pack", anywhere.int4pack_accepts, anywhere.int4pack),
+    ("decode", gpu.decode_accepts, gpu.decode),
+    ("pieces", cpu.pieces_accepts, cpu.pieces),
+    ("float8", anywhere.float8_accepts, anywhere.float8),
+    ("dequantize", lambda x, w: True, anywhere.dequantize),
+]
+"""Each path with its name and what it accepts, in the order in which they are asked. x: (M, K), w: (N, K)."""
+
+
+_OPERATORS = {"gemv", "fused", "scaled_product", "decode"}
+"""Those that call operators of ours: an exported program runs where nobody defines them."""
+
+_BY_TOKENS = {"words", "int8pack", "sums"}
+"""Those that are for a few tokens only: an exported program has one graph for any number."""
+
+
+def path_name(x: Tensor, w: QTensor) -> str:
+    """The name of the path that `F.linear(x, w)` takes. x: (..., K), w: (N, K)."""
+    return _path(x.reshape(-1, x.shape[-1]), w)[0]
+
+
+def _path(x: Tensor, w: QTensor) -> tuple[str, Path]:
+    """The first path that accepts. x: (M, K), w: (N, K)."""
+    out = set()
+    if torch.compiler.is_exporting():
+        out = _OPERATORS | (_BY_TOKENS if isinstance(x.shape[0], torch.SymInt) else set())
+    return next((name, path) for name, accepts, path in PATHS if name not in out and accepts(x, w))
+
+
+def _product(x: Tensor, w: QTensor) -> Tensor:
+    """x: (..., K), w: (N, K) -> (..., N)."""
+    if is_eager(x):
+        return chosen(x, w)(x, w)
+    if w.pre_scale is not None:
+        x = _scaled(x, w)
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    _, path = _path(rows, w)
+    return path(rows, w).reshape(*x.shape[:-1], w.shape[0])
+
+
+def _scaled(x: Tensor, w: QTensor) -> Tensor:
+    assert w.pre_scale is not None
+    return (x.float() * w.pre_scale.float()).to(x.dtype)
+
+
+_CHOICES: dict[tuple[Any, ...], dict[tuple[int, int, torch.dtype], Path]] = {}
+
+
+def chosen(x: Tensor, w: QTensor) -> Path:
+    """The product of x (..., K) with w (N, K) in eager mode, decided once for weights of one form and a class of M.
+
+    The choice is kept in the weight itself, so that asking again takes a microsecond. Raises ValueError where K differs.
+    """
+    shape = x.shape
+    k = shape[-1] if shape else 0
+    tokens = x.numel() // k if k else 0
+    key = k, tokens if tokens <= 16 else 1 << (tokens - 1).bit_length(), x.dtype
+    choices = w.__dict__.get("choices")
+    if choices is None:
+        choices = w.choices = _CHOICES.setdefault(_form(w), {})  # type: ignore[attr-defined]
+    choice = choices.get(key)
+    if choice is None:
+        _check_fits(x, w)
+        choice = choices[key] = _choose(x.reshape(-1, k), w)
+    return choice
+
+
+def _form(w: QTensor) -> tuple[Any, ...]:
+    """What a choice depends on."""
+    fields = ((name, t.shape, t.stride(), t.dtype) for name, t in w.fields().items())
+    return type(w), w.spec, w.shape, w.device, *fields
+
+
+_LAUNCHES = {"gemv": gpu.gemv_launch, "fused": gpu.fused_launch}
+"""Of the paths that have a shorter way in eager mode: what makes it, for a form of the weight."""
+
+
+def _choose(x: Tensor, w: QTensor) -> Path:
+    """x: (M, K), w: (N, K) -> a function of x (..., K) and any weight of this form."""
+    if w.pre_scale is not None:
+        plain = _choose(x, w.like(w.shape, w.dtype, {n: t for n, t in w.fields().items() if n != "pre_scale"}))
+        return lambda x, w: plain(_scaled(x, w), w)
+    if w.dim() == 1:
+        return lambda x, w: F.linear(x, decoded(w, x.dtype))
+    name, path = _path(x, w)
+    launch = _LAUNCHES[name](x, w) if name in _LAUNCHES else None
+    if launch is not None:
+        return launch
+
+    def run(x: Tensor, w: QTensor) -> Tensor:
+        if x.dim() == 2:
+            return path(x, w)
+        return path(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
+
+    return run
+
+
+def anew(w: QTensor) -> QTensor:
+    """`w`, and in a graph that is traced one that a compiler takes for another tensor than in forward.
+
+    It merges two decodings of one weight, and then keeps the dense weight from forward to backward. It does not know that the
+    complement of a complement is the number itself, and computes that in the same kernel.
+    """
+    return w.map(_anew) if anywhere.compiling() else w
+
+
+def _anew(t: Tensor) -> Tensor:
+    if isinstance(t, QTensor):
+        return t.map(_anew)
+    codes = as_bytes(t)
+    return (codes.neg().neg() if codes.is_floating_point() else ~(~codes)).view(t.dtype)
+
+
+def _unwrapped(w: Tensor) -> Any:
+    """The QTensor that torch.func wrapped, as it does with every tensor that a Function gets."""
+    while not isinstance(w, QTensor):
+        w = torch._C._functorch.get_unwrapped(w)
+    return w
+
+
+class _Linear(torch.autograd.Function):
+    """`_product`, and what torch.func asks of it."""
+
+    @staticmethod
+    def forward(x: Tensor, w: QTensor) -> Tensor:
+        with inlined():
+            return _product(x, w).detach()  # a view that was made here could not be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor], output: Tensor) -> None:
+        x, w = inputs
+        # Not the parameter itself, which modules could not move to another dtype or device as long as the graph is alive.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w.detach() if isinstance(w, QTensor) else w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        w = _unwrapped(w)
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ gpu.decoded(anew(w), grad.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = grad.reshape(-1, grad.shape[-1])  # (M, N)
+            grad_w = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(w.dtype)
+        return grad_x, grad_w
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, w: QTensor) -> tuple[Tensor, int]:
+        """Samples are rows like others, but where they share the scale of a quantized activation."""
+        x, act = x.movedim(in_dims[0], 0), w.spec.act
+        if act is None or w.act_scale is not None or act.block == (1, -1):  # type: ignore[attr-defined]
+            return _differentiated(x, w), 0
+        return torch.stack([_differentiated(sample, w) for sample in x]), 0
+
+
+class _ForwardLinear(_Linear):
+    """`_Linear` with a derivative in forward mode. Dynamo takes no Function that has one."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor], output: Tensor) -> None:
+        _Linear.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_x: Tensor | None, tangent_w: Tensor | None) -> Tensor:
+        x, w = ctx.saved_tensors
+        w = _unwrapped(w)
+        parts = []
+        if tangent_x is not None:
+            parts.append(tangent_x @ w.decode_scaled(tangent_x.dtype).t())
+        if tangent_w is not None:
+            parts.append(x @ tangent_w.to(x.dtype).t())
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _differentiated(x: Tensor, w: QTensor) -> Tensor:
+    """`_product`, under whatever computes derivatives."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _ForwardLinear.apply(x, w)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        return _Linear.apply(x, w)
+    return _product(x, w)
+
+
+def _check_fits(x: Tensor, w: QTensor) -> None:
+    if w.dim() not in (1, 2) or x.dim() == 0 or x.shape[-1] != w.shape[-1]:
+        raise ValueError(
+            f"linear: the input of shape {tuple(x.shape)} does not fit the weight of shape {tuple(w.shape)}; "
+            "the last dim of the input must be the weight's second"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"linear: the input must be floating point, got {x.dtype}; convert it first")
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` with a QTensor weight. x: (..., K), w: (N, K), bias: (N,) -> (..., N) in x's dtype.
+
+    Autocast casts x to its dtype, as everywhere. Raises ValueError where K differs, TypeError for an input of integers.
+    """
+    if not isinstance(w, QTensor):
+        return F.linear(_plain(x), w, _plain(bias))
+    plain = not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
+    if plain and is_eager(x):
+        out = chosen(x, w)(x, w)  # nothing else to see to: the short way
+        return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
+    x = _plain(x)
+    _check_fits(x, w)
+    if w.dim() == 1:
+        return F.linear(x, decoded(w, x.dtype), bias)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        # Sums over codes are larger than float16 holds, and need more bits than bfloat16 has.
+        with torch.autocast(kind, enabled=False):
+            return linear(x, w, bias)
+    out = _differentiated(x, w)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _plain(x: Any) -> Any:
+    return x.dequantize() if isinstance(x, QTensor) else x
+
+
+def is_trained(w: Tensor) -> bool:
+    """Whether a gradient of `w` is recorded."""
+    return torch.is_grad_enabled() and w.requires_grad
+
+
+def decoded(w: QTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers of `w` in a floating-point `dtype`, or in its own; a gradient passes to `w` as if they were its own."""
+    dtype = w.dtype if dtype is None or not dtype.is_floating_point else dtype
+    return _Decoded.apply(w, dtype) if is_trained(w) else w.decode_scaled(dtype)
+
+
+class _Decoded(torch.autograd.Function):
+    @staticmethod
+    def forward(w: QTensor, dtype: torch.dtype) -> Tensor:
+        return w.decode_scaled(dtype).detach()  # a view that was made here could not be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[QTensor, torch.dtype], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+class _Activation(torch.autograd.Function):
+    """What the weight's Spec makes of an activation, with a straight-through gradient. x: (..., K), w: (..., N, K)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: QTensor) -> Tensor:
+        pre_scale = None if w.pre_scale is None else w.pre_scale.float()
+        rows = x if pre_scale is None else (x.float() * pre_scale).to(x.dtype)
+        rows = anywhere.quantized_act(rows.reshape(-1, x.shape[-1]), w).view(rows.shape)
+        return rows if pre_scale is None else (rows.float() / pre_scale).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _activation(x: Tensor, w: QTensor) -> Tensor:
+    return x if w.spec.act is None else _Activation.apply(x, w)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` with a QTensor on either side, or on both.
+
+    A quantized (K, N) right side or (N, K) left side is the weight of a linear layer; one with more dims is decoded.
+    """
+    if isinstance(b, QTensor) and not isinstance(a, QTensor) and a.dim() > 0:
+        if b.dim() == 2:
+            return linear(a, b.t())
+        if b.dim() > 2:
+            return torch.matmul(_activation(a, b.mT), decoded(b, a.dtype))  # type: ignore[arg-type]
+    if isinstance(a, QTensor) and not isinstance(b, QTensor) and b.dim() > 0:
+        if a.dim() == 2:
+            return linear(b, a) if b.dim() == 1 else linear(b.mT, a).mT.contiguous()
+        if a.dim() > 2:
+            b = _activation(b, a) if b.dim() == 1 else _activation(b.mT, a).mT
+            return torch.matmul(decoded(a, b.dtype), b)
+    dtype = next((t.dtype for t in (a, b) if not isinstance(t, QTensor)), None)
+    a, b = (decoded(t, dtype) if isinstance(t, QTensor) else t for t in (a, b))
+    return torch.matmul(a, b)
+
+
+def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """`torch.nn.functional.grouped_mm` with quantized experts: rows [offs[e - 1], offs[e]) of `x` times `w[e]`.
+
+    x: (M, K), sorted by expert. w: (E, K, N), the transpose of the experts' weights. offs: (E,) int32, where each expert's
+    rows end; rows after the last are zero. -> (M, N). Each expert that has rows multiplies as a linear layer does; where
+    the groups are not known, in a traced graph, all experts are decoded.
+    """
+    if offs is None or w.dim() != 3 or x.dim() != 2 or not is_eager(x) or any(v is not None for v in kwargs.values()):
+        turned = w.mT
+        x = _activation(_plain(x), turned) if isinstance(turned, QTensor) else _plain(x)
+        return torch._grouped_mm(x, decoded(w, x.dtype) if isinstance(w, QTensor) else w, offs, **kwargs)
+    ends = offs.tolist()
+    groups = [(e, start, stop) for e, (start, stop) in enumerate(zip([0, *ends], ends)) if stop > start]
+    rows = [matmul(x[start:stop], w[e]) for e, start, stop in groups]
+    rows.append(x.new_zeros(x.shape[0] - (ends[-1] if ends else 0), w.shape[-1]))
+    return torch.cat(rows)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ids: Tensor, w: QTensor, padding_idx: int) -> Tensor:
+        # Not `dequantize`, which torch.export does not see through.
+        return gather(w, 0, ids).decode_scaled(w.dtype).detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QTensor, int], output: Tensor) -> None:
+        ids, w, ctx.padding_idx = inputs
+        ctx.rows = w.shape[0]
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+        (ids,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
+        return None, aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.padding_idx, False), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None], ids: Tensor, w: QTensor, padding_idx: int
+    ) -> tuple[Tensor, int]:
+        return _Embedding.apply(ids.movedim(in_dims[0], 0), w, padding_idx), 0
+
+
+def embedding(
+    ids: Tensor,
+    w: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.embedding` with a QTensor table: the packed rows are gathered first, then decoded.
+
+    max_norm: rows with a larger norm are scaled to it. The table stays as it is, which PyTorch would write to.
+
+    Raises IndexError for a negative id, on a CPU, and ValueError for a padding_idx that is no row.
+    """
+    assert isinstance(w, QTensor)
+    rows = w.shape[0]
+    if padding_idx is not None and not -rows <= padding_idx < rows:
+        raise ValueError(f"embedding: padding_idx must be within the {rows} rows of the table, got {padding_idx}")
+    if is_eager(ids) and ids.device.type == "cpu" and ids.numel() and ids.min() < 0:
+        raise IndexError(f"embedding: the ids must be 0 to {rows - 1}, got {ids.min().item()}")
+    if onnx.decodes_table(w):
+        return F.embedding(ids, onnx.weight(w, w.dtype), padding_idx, max_norm, norm_type)
+    if is_trained(w) and (scale_grad_by_freq or sparse):
+        return F.embedding(ids, decoded(w), padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if is_trained(w) or torch._C._are_functorch_transforms_active():
+        out = _Embedding.apply(ids, w, -1 if padding_idx is None else padding_idx % rows)
+    else:
+        out = gather(w, 0, ids).decode_scaled(w.dtype)  # not `dequantize`, which torch.export does not see through
+    if max_norm is not None:
+        out = out.clone()  # the gradient passes as if the table had had these rows
+        each = torch.arange(ids.numel(), device=ids.device)
+        torch.embedding_renorm_(out.detach().view(-1, w.shape[1]), each, max_norm, norm_type)
+    return out
+
+
+# The same at the level of ATen, below autograd.
+
+
+def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
+    if isinstance(w, QTensor) and not isinstance(x, QTensor):
+        turned = w.t()
+        if turned.is_contiguous():
+            return linear(x, turned)
+        # The other orientation is a backward, g @ w: no activation to quantize.
+        return x @ gpu.decoded(anew(w), x.dtype)
+    return torch.mm(_plain(x), _plain(w))
+
+
+def _aten_addmm(bias: Tensor, x: Tensor, w: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _aten_mm(x, w) * alpha + _plain(bias) * beta
+
+
+def _aten_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, w, bias)
+
+
+def _aten_embedding(w: Tensor, ids: Tensor, padding_idx: int = -1, *unused: Any) -> Tensor:
+    return embedding(ids, w)
+
+
+def _aten_reading(op: Any) -> Callable[..., Any]:
+    """`op` of decoded weights, in the dtype of the first argument that is not quantized."""
+
+    def handler(*args: Any) -> Any:
+        plain = next((t for t in args if isinstance(t, Tensor) and not isinstance(t, QTensor)), None)
+        dtype = None if plain is None else plain.dtype
+        return op(*(decoded(t, dtype) if isinstance(t, QTensor) else t for t in args))
+
+    return handler
+
+
+OPS.update(
+    {
+        aten.mm.default: _aten_mm,
+        aten.addmm.default: _aten_addmm,
+        aten.linear.default: _aten_linear,
+        aten.embedding.default: _aten_embedding,
+    }
+)
+for _op in (aten.mv, aten.dot, aten.bmm, aten._trilinear, aten.convolution, aten.convolution_backward):
+    OPS[_op.default] = _aten_reading(_op.default)
+
+
+def _experts_of_transformers(name: str) -> Callable[..., Any]:
+    """The product of experts that transformers defines itself, for what PyTorch's `grouped_mm` does not compile (float32):
+    the experts are decoded first. x: (M, K), w: (E, K, N)."""
+
+    def handler(x: Tensor, w: Tensor, *args: Any) -> Any:
+        return getattr(torch.ops.transformers, name)(x, _plain(w), *args)
+
+    return handler
+
+
+for _name in ("grouped_mm_fallback", "grouped_mm_fallback_backward"):
+    OPS[f"transformers::{_name}"] = _experts_of_transformers(_name)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ao").rglob("*.py"))
 
 PURE = {"bits", "blocks", "chip", "floats", "rounding", "layouts", "pieces"}
-MACHINERY = {"base", "ops", "shared_graph", "sharding", "views"}
+MACHINERY = {"base", "lattice", "ops", "shared_graph", "sharding", "views"}
 CONSUMERS = {"linear", "checkpoint", "lanes", "paths", "paths_cpu", "paths_gpu", "products"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
 HOSTS = {"accelerate", "diffusers", "peft", "transformers", "vllm"}

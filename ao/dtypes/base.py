@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .bits import CHUNK
 from .blocks import block_grid, expand
+from .lattice import lattice
 from .pieces import Box, boxes, is_eager, part, piece_size
 
 Elements = Annotated[Tensor, "elements"]
@@ -63,6 +64,12 @@ class Spec:
 
     registry: ClassVar[dict[str, type[Spec]]] = {}
     tensor_type: ClassVar[type[QTensor]]
+
+    if TYPE_CHECKING:  # A field here would come before those of a subclass.
+
+        @property
+        def block(self) -> tuple[int, ...]:
+            """The elements that share a qparam, per dim, -1 for the whole dim: a field of each subclass."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,7 +101,13 @@ class Spec:
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the qparams for data of `shape`. Raises ValueError when the blocks do not fit."""
-        return block_grid(self.block, shape, who=str(self))  # type: ignore[attr-defined]
+        return block_grid(self.block, shape, who=self)
+
+    def grid_of(self, q: QTensor) -> tuple[int, ...]:
+        """The shape of the qparams of `q`. Those of a view may belong to smaller blocks than `block` says."""
+        roles = ((q.roles[name], name, t) for name, t in q.fields().items())
+        own = (tuple(t.shape) for role, name, t in roles if role == "per_block" and name != "pre_scale")
+        return next(own, None) or self.grid(q.shape)
 
     def wrap(
         self, fields: Mapping[str, Tensor | None], dtype: torch.dtype, shape: torch.Size | Sequence[int], **common: Any
@@ -249,20 +262,14 @@ def _unit(form: QTensor, given: Mapping[str, Tensor] | None = None) -> list[int]
 
     given: qparams that are known, so that a block which spans a dim may be cut.
     """
-    unit = [1] * form.dim()
-    for name, t in form.fields().items():
-        role = form.roles[name]
-        if role == "shared" or (role == "per_block" and given):
-            continue
-        inner = _unit(t) if isinstance(t, QTensor) else [1] * form.dim()
-        for d, (n, f) in enumerate(zip(form.shape, t.shape)):
-            if role == "elements" and f != n:
-                # Packed. A cut of a later dim would make another dim of the piece the one to pack.
-                unit[d:] = [math.lcm(unit[d], form.unit), *form.shape[d + 1 :]]
-                break
-            unit[d] = math.lcm(unit[d], n // f * inner[d])
+    places = [lattice(form, d) for d in range(form.dim())]
+    unit = [p.chunk if given else p.whole for p in places]
     for t in (given or {}).values():
         unit = [math.lcm(u, n // f) if f > 1 else u for u, n, f in zip(unit, form.shape, t.shape)]
+    for d, p in enumerate(places):
+        if p.chunk > 1:
+            # A cut of a later dim would make another dim of the piece the one to pack.
+            return [*unit[: d + 1], *form.shape[d + 1 :]]
     return unit
 
 
@@ -478,8 +485,8 @@ class QTensor(torch.Tensor):
         if func._can_decompose():
             return func.decompose(*args, **kwargs)
         if func.namespace == "aten" and func._schema.is_mutable:
-            if isinstance(args[0], QTensor):
-                return _requantize_in_place(func, args, kwargs)
+            if isinstance(args[0], QTensor) and func._schema.arguments[0].is_write:
+                return requantize_in_place(func, args, kwargs)
             if func.__name__.startswith("_foreach_"):
                 return _requantize_each_in_place(func, args, kwargs)
         name = next(type(a).__name__ for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, QTensor))
@@ -523,7 +530,7 @@ def _rebuild(
 torch.serialization.add_safe_globals([_rebuild])
 
 
-def _requantize_in_place(func: Any, args: Any, kwargs: Any) -> QTensor:
+def requantize_in_place(func: Any, args: Any, kwargs: Any) -> QTensor:
     """`q.add_(x)` and its like: the op on the dequantized values, in float32, then `copy_`.
 
     As in any dtype, a change that is small beside the steps between numbers vanishes in rounding.

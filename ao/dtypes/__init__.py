@@ -3,8 +3,9 @@
 from . import linear as _linear  # noqa: F401  gives F.linear and its kin their meaning
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import QTensor, Spec, dense, sources_digest, view_mode
-from .blocks import expand, in_blocks, to_blocks
+from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, dense, sources_digest, view_mode
+from .bits import pack, pack_dim, packed_dim, unpack
+from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
 from .checkpoint import load, save
 from .chip import has_float8
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
@@ -26,6 +27,7 @@ __all__ = [
     "CodebookTensor",
     "Codes",
     "DynamicTree",
+    "Elements",
     "Flat",
     "FlatTensor",
     "Float8",
@@ -40,11 +42,17 @@ __all__ = [
     "Mapped",
     "MappedTensor",
     "NF4Tensor",
+    "Opaque",
+    "PerBlock",
     "PlainLayout",
     "PositiveSteps",
     "QTensor",
+    "Shared",
     "Spec",
     "TensorCoreTiledLayout",
+    "amax_abs",
+    "amin_amax",
+    "blocks_shape",
     "cast_whole",
     "codes_both",
     "codes_of",
@@ -57,6 +65,9 @@ __all__ = [
     "linear_nf4",
     "load",
     "nf4_spec",
+    "pack",
+    "pack_dim",
+    "packed_dim",
     "path_name",
     "reciprocal",
     "save",
@@ -64,5 +75,6 @@ __all__ = [
     "sources_digest",
     "to_blocks",
     "to_nf4",
+    "unpack",
     "view_mode",
 ]

@@ -10,10 +10,14 @@ field tensors and `decode`. Each field carries a role, read once from the class 
 - `Opaque`: a device's private layout. It can be copied and moved, but no op can touch one of its dims.
 
 From the roles follows everything else, once, for every dtype: flatten and unflatten, pickle, device moves (this file),
-slices and views (views.py), cat and `copy_` (ops.py), FSDP2 and DTensor (sharding.py), safetensors (checkpoint.py).
-The property that holds throughout is `D(op(q)) == op(D(q))`, bit for bit, where D dequantizes. What has no low-bit form
-raises; nothing dequantizes silently except the matrix products, convolutions and embeddings of linear.py, which are
-defined to.
+where a tensor can be cut and written (lattice.py), slices and views (views.py), cat, `copy_` and reading (ops.py), FSDP2 and
+DTensor (sharding.py), safetensors (checkpoint.py). The property that holds throughout is `D(op(q)) == op(D(q))`, bit for bit,
+where D dequantizes.
+
+Three kinds of ops read the decoded values: the matrix products, convolutions and embeddings of linear.py; reductions,
+comparisons and predicates (`READS` of ops.py), which give plain tensors that say something about the numbers; and ops in
+place, which quantize what has changed anew and leave a block whose values stay as it is. All other arithmetic would give a
+weight that is no longer quantized, and raises.
 
 Numerics are written in float32 without exception, so that the compiled code, which keeps float32 between fused ops,
 computes the same bits as eager code.
@@ -38,11 +42,19 @@ from .bits import CHUNK
 from .blocks import block_grid, expand
 from .lattice import lattice
 from .pieces import Box, boxes, is_eager, part, piece_size
+from .rounding import round_to
 
 Elements = Annotated[Tensor, "elements"]
+"""A field of the numbers: as long as the data along every dim, or packed along one by `pack`."""
+
 PerBlock = Annotated[Tensor, "per_block"]
+"""A field of qparams, one per block, of the rank of the data. It may be a QTensor itself."""
+
 Shared = Annotated[Tensor, "shared"]
+"""A field that is the same for all elements: a table, the scale of a static activation."""
+
 Opaque = Annotated[Tensor, "opaque"]
+"""A field in a device's private layout, which can be copied and moved, and not cut."""
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """What a function of `torch` means for a QTensor; linear.py fills it."""
@@ -94,8 +106,11 @@ class Spec:
         return self.wrap(self.encode(x, **qparams), torch.float32, x.shape).decode()
 
     def stored(self, *args: Any, **qparams: Any) -> dict[str, Tensor]:
-        """Qparams (float32) as a QTensor stores them: rounded to their dtype, to integers, or quantized themselves."""
-        return qparams
+        """Qparams (float32) as a QTensor stores them: as `choose_qparams` gives them, in its dtype, rounded to integers
+        within their range, or quantized themselves."""
+        grid = tuple(next(iter(qparams.values())).shape)
+        kinds = self.choose_qparams(torch.empty(grid, device="meta"), grid)
+        return {name: _stored(t.float(), kinds.get(name, t)) for name, t in qparams.items()}
 
     # What follows.
 
@@ -291,6 +306,18 @@ def _write(field: Tensor, piece: Tensor, box: Box, shape: torch.Size) -> None:
 def dense(field: Tensor) -> Tensor:
     """A field as a plain tensor: a nested QTensor is dequantized."""
     return field.dequantize() if isinstance(field, QTensor) else field
+
+
+def _stored(t: Tensor, kind: Tensor) -> Tensor:
+    """`t` (float32) as a tensor like `kind`."""
+    if isinstance(kind, QTensor):
+        return kind.spec.quantize(t)
+    if kind.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return round_to(t, kind.dtype)
+    if not kind.is_floating_point():
+        ends = torch.iinfo(kind.dtype)
+        t = t.round().clamp(ends.min, ends.max)
+    return t.to(kind.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):

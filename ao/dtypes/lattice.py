@@ -74,7 +74,9 @@ def lattice(q: QTensor, dim: int) -> Lattice:
         each = size // f if f else 1  # elements to one entry of the field
         if role == "elements" and f != size:
             chunk = math.lcm(chunk, q.unit)
-        elif each > 1 and not (name == "pre_scale" and f == 1):  # A multiplier is not chosen anew when a view is written.
+        elif each > 1 and not (
+            name == "pre_scale" and f == 1
+        ):  # A multiplier is not chosen anew when a view is written.
             blocks.append(each)
         if hasattr(t, "roles"):  # A QTensor; base.py asks this file, which so cannot import it.
             inner = lattice(t, dim)  # type: ignore[arg-type]

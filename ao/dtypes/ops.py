@@ -14,7 +14,8 @@ from .bits import pack_dim, packed_along
 from .blocks import block_of, expand, to_blocks
 from .lattice import lattice
 from .pieces import boxes, is_eager, part, piece_size
-from .views import implements, map_ranked, refuse, resized, slice_, transpose
+from .rounding import by_way_of
+from .views import implements, map_ranked, refuse, resized, slice_, transpose, view
 
 aten = torch.ops.aten
 
@@ -148,6 +149,8 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         raise NotImplementedError(
             f"this {type(target).__name__} in a device-specific layout cannot be written in place"
         )
+    if 0 in target.shape:
+        return target
     kept = _unchanged(target, values)
     if kept is not None and kept.device.type == "cpu" and is_eager(kept):
         if kept.all():
@@ -170,15 +173,7 @@ def _unchanged(q: QTensor, values: Tensor) -> Tensor | None:
     places = [lattice(q, d) for d in range(q.dim())]
     unit = [p.size if p.size % p.whole else p.whole for p in places]
     grid = [n // max(u, 1) for n, u in zip(q.shape, unit)]
-    if not is_eager(values) or 0 in q.shape:
-        return _same(q, values, grid)
-    if values.device.type == "cpu" and grid[-1:] == [1] and places[-1].cut < q.shape[-1]:
-        # A look at the first numbers of each row tells that all have changed, as they do in a step of training.
-        first = places[-1].cut * math.ceil(32 / places[-1].cut)
-        few = slice_(q, -1, 0, first)
-        if not _same(few, values[..., : few.shape[-1]], grid).any():
-            return None
-    if values.numel() <= piece_size(values):
+    if not is_eager(values) or values.numel() <= piece_size(values):
         return _same(q, values, grid)
     found = torch.empty(grid, dtype=torch.bool, device=values.device)
     for box in boxes(q.shape, unit, piece_size(values)):
@@ -192,11 +187,24 @@ def _unchanged(q: QTensor, values: Tensor) -> Tensor | None:
 
 def _same(q: QTensor, values: Tensor, grid: Sequence[int]) -> Tensor:
     """Whether all of a block, in `grid`, is `values` (float32), as `q` holds it or as `q.dequantize()` gives it."""
+    few = max(lattice(q, -1).chunk, 32) if q.dim() else 0
+    if (
+        is_eager(values)
+        and values.device.type == "cpu"
+        and few
+        and q.stride(-1) == 1
+        and q.shape[-1] >= 2 * few * grid[-1]
+    ):
+        # A look at the first numbers of each block tells that all have changed, as they do in a step of training.
+        shape = [*q.shape[:-1], grid[-1], q.shape[-1] // grid[-1]]
+        first = slice_(view(q, shape), -1, 0, few)
+        found = _same(first, values.reshape(shape)[..., :few], [*grid, 1]).squeeze(-1)
+        if not found.any():
+            return found
     now = q.decode_scaled()
     same = _equal(now, values)
     if q.dtype in (torch.bfloat16, torch.float16):
-        # By way of int16: a compiler drops a cast to 16 bits and back.
-        same = same | _equal(now.to(q.dtype).view(torch.int16).view(q.dtype).float(), values)
+        same = same | _equal(by_way_of(now, q.dtype), values)
     same = to_blocks(same, grid)
     for dim in reversed(range(1, same.dim(), 2)):
         same = same.all(dim)
@@ -454,9 +462,9 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 READS = {
     "reductions": "sum nansum mean nanmean prod amax amin aminmax max min argmax argmin norm linalg_vector_norm var std "
-    "var_mean std_mean any all median nanmedian logsumexp count_nonzero",
-    "order": "sort topk kthvalue mode histc histogram nonzero",
-    "comparisons": "eq ne lt le gt ge isclose",
+    "var_mean std_mean any all median nanmedian logsumexp count_nonzero trace dist",
+    "order": "sort topk kthvalue mode histc histogram nonzero _unique2 unique_dim unique_consecutive",
+    "comparisons": "eq ne lt le gt ge isin",
     "predicates": "isnan isinf isposinf isneginf signbit logical_not logical_and logical_or logical_xor",
     "one number": "_local_scalar_dense",
     "magnitudes": "abs",  # The half of `abs().max()`, of isfinite and of a histogram; as a weight it has no use.
@@ -477,3 +485,7 @@ for _name in " ".join(READS.values()).split():
     for _overload in _packet.overloads():
         _op = getattr(_packet, _overload)
         OPS[_op] = _read(_op)
+
+# These PyTorch makes of a difference before an operator is asked for.
+for _function in (torch.isclose, torch.Tensor.isclose, torch.allclose, torch.Tensor.allclose):
+    FUNCTIONS[_function] = _read(_function)

@@ -345,7 +345,7 @@ def test_a_fixed_point_in_a_compiled_graph():
     values[5] *= 2
     torch.compile(lambda: q.copy_(values), fullgraph=True)()
     assert same_bits(q[:5], before[:5]) and same_bits(q[6:], before[6:])
-    assert same_bits(q, before.copy_(values)) and not torch.equal(q[5].dequantize(), before[4].dequantize())
+    assert same_bits(q, before.copy_(values))
 
 
 READS = {
@@ -435,7 +435,7 @@ def test_contiguous(case):
 def test_channels_last():
     q = Intx(8, (1, -1, -1, -1)).quantize(weight((8, 16, 3, 3)))
     made = q.to(memory_format=torch.channels_last)
-    assert torch.equal(made.dequantize(), q.dequantize())
+    assert torch.equal(made.dequantize(), q.dequantize()) and made.is_contiguous(memory_format=torch.channels_last)
     assert q.contiguous(memory_format=torch.channels_last).is_contiguous(memory_format=torch.channels_last)
 
 

@@ -141,7 +141,7 @@ compiled = torch.compile(by_index_copy, backend="aot_eager", fullgraph=True)
     ("spec", "write"),
     [
         *((s, w) for s in (Intx(8), Intx(4, (1, 32)), Float8(), NF4) for w in (at_a_position, by_index_copy, by_slice)),
-        (NF4, compiled),
+        (Intx(8), compiled),
     ],
 )
 def test_a_cache_is_written_at_a_position(spec, write):
@@ -160,6 +160,16 @@ def test_positions_with_a_multiplier():
     expected = Intx(8).quantize(x, pre_scale=q.pre_scale).dequantize()
     q[torch.tensor([7, 3])] = x
     assert torch.equal(q.dequantize()[[7, 3]], expected)
+
+
+def test_a_source_that_does_not_fit():
+    q = Intx(8).quantize(weight())
+    before = q.clone()
+    with pytest.raises(IndexError, match="take a source of shape"):
+        q.index_copy_(0, torch.tensor([1, 2]), torch.ones(1, 256))
+    with pytest.raises(IndexError, match="out of bounds"):
+        q[torch.tensor([500])] = 0.0
+    assert torch.equal(q, before)
 
 
 def test_several_indices_quantize_anew():

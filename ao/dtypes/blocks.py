@@ -23,7 +23,16 @@ def block_grid(block: Sequence[int], shape: Sequence[int], who: object = "block"
     dims, with one block per index of the dims before them, except that an all -1 block is the whole tensor; a 1-D tensor
     takes the last entry. Raises ValueError when a dim is no multiple of its block.
     """
-    block = block_of(block, shape, who)
+    block = tuple(block)
+    rank = len(shape)
+    if all(b == -1 for b in block):
+        block = (-1,) * rank
+    elif len(block) < rank:
+        block = (1,) * (rank - len(block)) + block
+    elif len(block) > rank:
+        if rank == 0 or any(b != 1 for b in block[: len(block) - rank]):
+            raise ValueError(f"{who}: block={block} has more dims than the data's shape {tuple(shape)}")
+        block = block[len(block) - rank :]
     grid = []
     for dim, (b, size) in enumerate(zip(block, shape)):
         if b == -1:
@@ -41,14 +50,10 @@ def block_grid(block: Sequence[int], shape: Sequence[int], who: object = "block"
     return tuple(grid)
 
 
-def block_of(block: Sequence[int], shape: Sequence[int], who: object = "block") -> tuple[int, ...]:
-    """`block` with one entry for each dim of `shape`, as `block_grid` says."""
-    if all(b == -1 for b in block):
-        return (-1,) * len(shape)
-    extra = len(block) - len(shape)
-    if extra > 0 and (len(shape) == 0 or any(b != 1 for b in block[:extra])):
-        raise ValueError(f"{who}: block={tuple(block)} has more dims than the data's shape {tuple(shape)}")
-    return (1,) * -extra + tuple(block)[max(extra, 0) :]
+def spans(block: Sequence[int], rank: int, dim: int) -> bool:
+    """Whether a block, as `block_grid` reads it, is as long as dim `dim` of data of `rank` dims, however long that is."""
+    entry = dim - rank + len(block)
+    return all(b == -1 for b in block) or (entry >= 0 and block[entry] == -1)
 
 
 def to_blocks(x: Tensor, grid: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import FUNCTIONS, OPS, QTensor, as_bytes, dense, quantize_fields, requantize_in_place
 from .bits import pack_dim, packed_along
-from .blocks import block_of, expand, to_blocks
+from .blocks import expand, spans, to_blocks
 from .lattice import lattice
 from .pieces import boxes, is_eager, part, piece_size
 from .rounding import by_way_of
@@ -44,9 +44,10 @@ def to_copy(q: QTensor, *, dtype: torch.dtype | None = None, device: Any = None,
     dtype = dtype or q.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"this {type(q).__name__} dequantizes to a floating-point dtype, not to {dtype}")
-    kwargs = {k: v for k, v in kwargs.items() if k in ("non_blocking", "pin_memory")}
-    moved = {name: aten._to_copy(t, device=device, **kwargs) for name, t in q.fields().items()}
-    return q.like(q.shape, dtype, moved)
+    own = {k: v for k, v in kwargs.items() if k in ("non_blocking", "pin_memory")}
+    moved = q.like(q.shape, dtype, {name: aten._to_copy(t, device=device, **own) for name, t in q.fields().items()})
+    memory_format = kwargs.get("memory_format") or torch.preserve_format
+    return moved if memory_format == torch.preserve_format else clone(moved, memory_format=memory_format)
 
 
 @implements(aten._pin_memory.default)
@@ -93,14 +94,13 @@ def _new(allocate: Callable[..., Tensor], q: QTensor, size: Sequence[int], dtype
     for d, new in enumerate(size):
         if not lattice(q, d).can_be(new):
             raise refuse(q, d, 0, new)
-    block = block_of(q.spec.block, size)
 
     def sized(role: str, t: Tensor) -> Tensor:
         sizes = []
         for d, (new, n, f) in enumerate(zip(size, q.shape, t.shape)):
             if role == "per_block" and f == 1:
                 # Of a dim of one element the shapes do not say whether the block spans it.
-                sizes.append(1 if n != 1 or block[d] == -1 else max(new // block[d], 1))
+                sizes.append(1 if n != 1 or spans(q.spec.block, q.dim(), d) else new)
             else:
                 sizes.append(new * f // max(n, 1))
         if isinstance(t, QTensor):
@@ -241,7 +241,13 @@ def index_copy_(target: Tensor, dim: int, index: Tensor, source: Tensor) -> Tens
             f"cannot write at single positions of dim {d} of this {type(target).__name__} of shape {tuple(target.shape)}: "
             f"{target.spec} quantizes them together with others; write along another dim, or to whole blocks with copy_"
         )
-    rows = _new(torch.empty, target, resized(target.shape, d, index.numel()), target.dtype, target.device)
+    size = resized(target.shape, d, index.numel())
+    if list(values.shape) != size:
+        raise IndexError(
+            f"index_copy_: {index.numel()} positions of dim {d} of shape {tuple(target.shape)} take a source of shape "
+            f"{tuple(size)}, got {tuple(values.shape)}"
+        )
+    rows = _new(torch.empty, target, size, target.dtype, target.device)
     assert isinstance(rows, QTensor)
     if target.pre_scale is not None:
         own = target.pre_scale
@@ -328,7 +334,9 @@ def untyped_storage(q: QTensor) -> torch.UntypedStorage:
 
     Its `data_ptr()` raises, so that nothing takes packed codes for numbers of the tensor's dtype.
     """
-    first = next(iter(q.fields().values()))
+    first: Tensor = q
+    while isinstance(first, QTensor):
+        first = next(iter(first.fields().values()))
     with torch._C.DisableTorchFunctionSubclass():
         if not is_eager(first):
             return torch.Tensor.untyped_storage(q)  # What compilers compare to find out about aliases.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import OPS, QTensor, as_bytes
-from .blocks import block_of
+from .blocks import spans
 from .lattice import opaque
 from .views import alias, implements
 
@@ -29,7 +29,7 @@ def _travels(q: QTensor, name: str, apart: bool = False) -> bool:
         raise opaque(q, name)
     if role != "per_block" or name == "pre_scale":
         return role == "elements"
-    return apart or block_of(q.spec.block, q.shape)[0] != -1
+    return apart or not spans(q.spec.block, q.dim(), 0)
 
 
 def _staying(q: QTensor) -> Iterator[str]:
@@ -72,12 +72,12 @@ def fsdp_pre_all_gather(
             f"FSDP: dim 0 of this {type(self).__name__} of shape {tuple(outer_size)} does not divide over {world} ranks; "
             "choose another number of ranks, or leave this module out of fully_shard"
         )
-    spans = list(_staying(self))
+    staying = list(_staying(self))
     own = [] if module is None else [(p, getattr(p, "_local_tensor", p)) for p in module.parameters(recurse=False)]
     trained = any(p.requires_grad and isinstance(q, QTensor) and q.spec == self.spec for p, q in own)
-    if spans and trained:
+    if staying and trained:
         raise ValueError(
-            f"FSDP: the {spans[0]} of this trained {type(self).__name__} ({self.spec}) spans dim 0, and each rank would choose "
+            f"FSDP: the {staying[0]} of this trained {type(self).__name__} ({self.spec}) spans dim 0, and each rank would choose "
             "its own; train a weight with blocks inside of rows, such as block=(1, -1)"
         )
     return tuple(_leaves(self)), world

@@ -1,4 +1,4 @@
-"""The ATen operators that copy, write, join, gather or compare a QTensor, written once over the roles of its fields."""
+"""The ATen operators that copy, write, join, gather, compare or read a QTensor, written once over the roles of its fields."""
 
 from __future__ import annotations
 

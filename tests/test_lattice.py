@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, QTensor, Spec
+from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, QTensor, Spec, pieces
 from ao.dtypes.lattice import Lattice, lattice
 
 SCALES = {"signed": False, "symmetric": False, "zero_point": "float"}
@@ -87,6 +87,20 @@ def test_a_view_is_right_or_refused_and_a_write_stays_inside(data):
     except ValueError as error:
         assert "shares the scales" in str(error) or "no dim of shape" in str(error)
     assert torch.equal(q.dequantize()[~inside], before[~inside])
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+def test_pieces_cut_no_block(spec, monkeypatch):
+    """Large data is quantized, and written, in pieces, with the same result."""
+    w = weight(dtype=torch.bfloat16)
+    qparams = spec.choose_qparams(w.float(), spec.grid(SHAPE))
+    q, changed = spec.quantize(w), w.clone()
+    changed[3, 5] += 1
+    written = q.clone().copy_(changed)
+    for size in (4096, 10000):
+        monkeypatch.setitem(pieces.ELEMENTS, "cpu", size)
+        assert torch.equal(spec.quantize(w), q) and torch.equal(spec.quantize(w, **qparams), q)
+        assert torch.equal(q.clone().copy_(changed), written)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)

@@ -3,8 +3,9 @@
 from . import coalesced as _coalesced  # noqa: F401  gives DDP its first broadcast
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import QTensor, Spec, blank, dense, sources_digest, view_mode
-from .blocks import expand, in_blocks, to_blocks
+from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
+from .bits import pack, pack_dim, packed_dim, unpack
+from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
 from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
@@ -22,6 +23,7 @@ __all__ = [
     "Codebook",
     "CodebookTensor",
     "DynamicTree",
+    "Elements",
     "Flat",
     "FlatTensor",
     "Float8",
@@ -36,22 +38,32 @@ __all__ = [
     "Mapped",
     "MappedTensor",
     "NF4Tensor",
+    "Opaque",
+    "PerBlock",
     "PlainLayout",
     "PositiveSteps",
     "QTensor",
+    "Shared",
     "Spec",
     "TensorCoreTiledLayout",
+    "amax_abs",
+    "amin_amax",
     "blank",
+    "blocks_shape",
     "dense",
     "expand",
     "in_blocks",
     "linear_nf4",
     "load",
     "nf4_spec",
+    "pack",
+    "pack_dim",
+    "packed_dim",
     "reciprocal",
     "save",
     "sources_digest",
     "to_blocks",
     "to_nf4",
+    "unpack",
     "view_mode",
 ]

@@ -10,10 +10,14 @@ field tensors and `decode`. Each field carries a role, read once from the class 
 - `Opaque`: a device's private layout. It can be copied and moved, but no op can touch one of its dims.
 
 From the roles follows everything else, once, for every dtype: flatten and unflatten, pickle, device moves (this file),
-slices and views (views.py), cat and `copy_` (ops.py), FSDP2 and DTensor (sharding.py), safetensors (checkpoint.py).
-The property that holds throughout is `D(op(q)) == op(D(q))`, bit for bit, where D dequantizes. What has no low-bit form
-raises; nothing dequantizes silently except the matrix products, convolutions, embeddings and recurrent layers of ao.matmul,
-which are defined to.
+where a tensor can be cut and written (lattice.py), slices and views (views.py), cat, `copy_` and reading (ops.py), FSDP2 and
+DTensor (sharding.py), safetensors (checkpoint.py). The property that holds throughout is `D(op(q)) == op(D(q))`, bit for bit,
+where D dequantizes.
+
+Three kinds of ops read the decoded values: the matrix products, convolutions, embeddings and recurrent layers of ao.matmul;
+reductions, comparisons and predicates (`READS` of ops.py), which give plain tensors that say something about the numbers; and
+ops in place, which quantize what has changed anew and leave a block whose values stay as it is. All other arithmetic would
+give a weight that is no longer quantized, and raises.
 
 Numerics are written in float32 without exception, so that the compiled code, which keeps float32 between fused ops,
 computes the same bits as eager code.
@@ -28,7 +32,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -37,14 +41,23 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .bits import CHUNK
 from .blocks import block_grid, expand
+from .lattice import lattice
 from .pieces import Box, boxes, is_eager, part, piece_size
+from .rounding import round_to
 from .running_layer import running_layer
 from .tracing import passed_over, unrecorded
 
 Elements = Annotated[Tensor, "elements"]
+"""A field of the numbers: as long as the data along every dim, or packed along one by `pack`."""
+
 PerBlock = Annotated[Tensor, "per_block"]
+"""A field of qparams, one per block, of the rank of the data. It may be a QTensor itself."""
+
 Shared = Annotated[Tensor, "shared"]
+"""A field that is the same for all elements: a table, the scale of a static activation."""
+
 Opaque = Annotated[Tensor, "opaque"]
+"""A field in a device's private layout, which can be copied and moved, and not cut."""
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """What a function of `torch` means for a QTensor; ao.matmul fills it."""
@@ -67,6 +80,12 @@ class Spec:
 
     registry: ClassVar[dict[str, type[Spec]]] = {}
     tensor_type: ClassVar[type[QTensor]]
+
+    if TYPE_CHECKING:  # A field here would come before those of a subclass.
+
+        @property
+        def block(self) -> tuple[int, ...]:
+            """The elements that share a qparam, per dim, -1 for the whole dim: a field of each subclass."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,14 +110,23 @@ class Spec:
         return self.wrap(self.encode(x, **qparams), torch.float32, x.shape).decode()
 
     def stored(self, *args: Any, **qparams: Any) -> dict[str, Tensor]:
-        """Qparams (float32) as a QTensor stores them: rounded to their dtype, to integers, or quantized themselves."""
-        return qparams
+        """Qparams (float32) as a QTensor stores them: as `choose_qparams` gives them, in its dtype, rounded to integers
+        within their range, or quantized themselves."""
+        grid = tuple(next(iter(qparams.values())).shape)
+        kinds = self.choose_qparams(torch.empty(grid, device="meta"), grid)
+        return {name: _stored(t.float(), kinds.get(name, t)) for name, t in qparams.items()}
 
     # What follows.
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the qparams for data of `shape`. Raises ValueError when the blocks do not fit."""
-        return block_grid(self.block, shape, who=self)  # type: ignore[attr-defined]
+        return block_grid(self.block, shape, who=self)
+
+    def grid_of(self, q: QTensor) -> tuple[int, ...]:
+        """The shape of the qparams of `q`. Those of a view may belong to smaller blocks than `block` says."""
+        roles = ((q.roles[name], name, t) for name, t in q.fields().items())
+        own = (tuple(t.shape) for role, name, t in roles if role == "per_block" and name != "pre_scale")
+        return next(own, None) or self.grid(q.shape)
 
     def wrap(
         self, fields: Mapping[str, Tensor | None], dtype: torch.dtype, shape: torch.Size | Sequence[int], **common: Any
@@ -259,20 +287,14 @@ def _unit(form: QTensor, given: Mapping[str, Tensor] | None = None) -> list[int]
 
     given: qparams that are known, so that a block which spans a dim may be cut.
     """
-    unit = [1] * form.dim()
-    for name, t in form.fields().items():
-        role = form.roles[name]
-        if role == "shared" or (role == "per_block" and given):
-            continue
-        inner = _unit(t) if isinstance(t, QTensor) else [1] * form.dim()
-        for d, (n, f) in enumerate(zip(form.shape, t.shape)):
-            if role == "elements" and f != n:
-                # Packed. A cut of a later dim would make another dim of the piece the one to pack.
-                unit[d:] = [math.lcm(unit[d], form.unit), *form.shape[d + 1 :]]
-                break
-            unit[d] = math.lcm(unit[d], n // f * inner[d])
+    places = [lattice(form, d) for d in range(form.dim())]
+    unit = [p.chunk if given else p.whole for p in places]
     for t in (given or {}).values():
         unit = [math.lcm(u, n // f) if f > 1 else u for u, n, f in zip(unit, form.shape, t.shape)]
+    for d, p in enumerate(places):
+        if p.chunk > 1:
+            # A cut of a later dim would make another dim of the piece the one to pack.
+            return [*unit[: d + 1], *form.shape[d + 1 :]]
     return unit
 
 
@@ -295,6 +317,18 @@ def dense(field: Tensor) -> Tensor:
     """A field as a plain tensor: a nested QTensor is dequantized."""
     # Not `dequantize`, which torch.export does not see through for what was computed in the graph.
     return field.decode_scaled(field.dtype) if isinstance(field, QTensor) else field
+
+
+def _stored(t: Tensor, kind: Tensor) -> Tensor:
+    """`t` (float32) as a tensor like `kind`."""
+    if isinstance(kind, QTensor):
+        return kind.spec.quantize(t)
+    if kind.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return round_to(t, kind.dtype)
+    if not kind.is_floating_point():
+        ends = torch.iinfo(kind.dtype)
+        t = t.round().clamp(ends.min, ends.max)
+    return t.to(kind.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -497,8 +531,8 @@ class QTensor(torch.Tensor):
         if func._can_decompose():
             return func.decompose(*args, **kwargs)
         if func.namespace == "aten" and func._schema.is_mutable:
-            if isinstance(args[0], QTensor):
-                return _requantize_in_place(func, args, kwargs)
+            if isinstance(args[0], QTensor) and func._schema.arguments[0].is_write:
+                return requantize_in_place(func, args, kwargs)
             if func.__name__.startswith("_foreach_"):
                 return _requantize_each_in_place(func, args, kwargs)
             if func.__name__.startswith("_fused_"):
@@ -552,7 +586,7 @@ def _rebuild(
 torch.serialization.add_safe_globals([_rebuild])
 
 
-def _requantize_in_place(func: Any, args: Any, kwargs: Any) -> QTensor:
+def requantize_in_place(func: Any, args: Any, kwargs: Any) -> QTensor:
     """`q.add_(x)` and its like: the op on the dequantized values, in float32, then `copy_`.
 
     As in any dtype, a change that is small beside the steps between numbers vanishes in rounding.

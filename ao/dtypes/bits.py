@@ -54,6 +54,15 @@ def packed_dim(packed_shape: Sequence[int], shape: Sequence[int]) -> int:
     return next((d for d in reversed(range(len(shape))) if packed_shape[d] != shape[d]), len(shape) - 1)
 
 
+def packed_along(packed: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """`packed`, whose codes are of `shape`, packed along another dim."""
+    now = packed_dim(packed.shape, shape)
+    if now == dim or packed.shape[now] == shape[now]:
+        return packed
+    bits = 8 * packed.shape[now] // shape[now]
+    return pack(unpack(packed, bits, now), bits, dim)
+
+
 def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     """Pack unsigned codes along `dim`.
 

@@ -52,6 +52,12 @@ def block_grid(block: Sequence[int], shape: Sequence[int], who: object = "block"
     return tuple(grid)
 
 
+def spans(block: Sequence[int], rank: int, dim: int) -> bool:
+    """Whether a block, as `block_grid` reads it, is as long as dim `dim` of data of `rank` dims, however long that is."""
+    entry = dim - rank + len(block)
+    return all(b == -1 for b in block) or (entry >= 0 and block[entry] == -1)
+
+
 def to_blocks(x: Tensor, grid: Sequence[int]) -> Tensor:
     """View (s0, s1, ...) as (g0, s0 / g0, g1, s1 / g1, ...): the odd dims run inside a block."""
     return x.reshape(blocks_shape(grid, x.shape))

@@ -31,14 +31,19 @@ class Flat(Spec):
     inner: Spec
 
     def __post_init__(self) -> None:
-        block: tuple[int, ...] = getattr(self.inner, "block", ())
+        block = self.inner.block
         if len(block) != 2 or block[0] != 1 or block[1] < 1:
             raise ValueError(f"Flat: inner must have block=(1, n), got {self.inner}")
 
     @property
+    def block(self) -> tuple[int, ...]:
+        """None along any dim: blocks run through the rows."""
+        return ()
+
+    @property
     def block_size(self) -> int:
         """Elements that share a scale."""
-        return self.inner.block[-1]  # type: ignore[attr-defined]
+        return self.inner.block[-1]
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """(number of blocks,)."""

@@ -1,4 +1,4 @@
-"""The ATen operators that copy, write, join, gather or compare a QTensor, written once over the roles of its fields."""
+"""The ATen operators that copy, write, join, gather, compare or read a QTensor, written once over the roles of its fields."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import FUNCTIONS, OPS, QTensor, as_bytes, dense, quantize_fields
-from .bits import pack_dim
-from .blocks import expand
-from .views import cannot_cut, implements, map_ranked, resized, transpose
+from .base import FUNCTIONS, OPS, QTensor, as_bytes, dense, quantize_fields, requantize_in_place
+from .bits import pack_dim, packed_along
+from .blocks import expand, spans, to_blocks
+from .lattice import lattice
+from .pieces import boxes, is_eager, part, piece_size
+from .rounding import by_way_of
+from .views import implements, map_ranked, refuse, resized, slice_, transpose, view
 
 aten = torch.ops.aten
 
@@ -24,7 +27,16 @@ def dequantize(q: QTensor) -> Tensor:
 
 @implements(aten.clone.default)
 def clone(q: QTensor, *, memory_format: Any = None) -> QTensor:
-    return q.map(torch.clone)
+    """With memory_format=torch.contiguous_format, codes are packed along the dim that quantizing would choose."""
+    if memory_format in (None, torch.preserve_format):
+        return q.map(torch.clone)
+    d = _packed(q)
+    fields = {}
+    for name, t in q.fields().items():
+        if q.roles[name] == "elements" and memory_format == torch.contiguous_format and d is not None:
+            t = packed_along(t, q.shape, pack_dim(q.shape, 1))
+        fields[name] = torch.clone(t, memory_format=memory_format if t.dim() == q.dim() else torch.preserve_format)
+    return q.like(q.shape, q.dtype, fields)
 
 
 @implements(aten._to_copy.default)
@@ -32,9 +44,10 @@ def to_copy(q: QTensor, *, dtype: torch.dtype | None = None, device: Any = None,
     dtype = dtype or q.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"this {type(q).__name__} dequantizes to a floating-point dtype, not to {dtype}")
-    kwargs = {k: v for k, v in kwargs.items() if k in ("non_blocking", "pin_memory")}
-    moved = {name: aten._to_copy(t, device=device, **kwargs) for name, t in q.fields().items()}
-    return q.like(q.shape, dtype, moved)
+    own = {k: v for k, v in kwargs.items() if k in ("non_blocking", "pin_memory")}
+    moved = q.like(q.shape, dtype, {name: aten._to_copy(t, device=device, **own) for name, t in q.fields().items()})
+    memory_format = kwargs.get("memory_format") or torch.preserve_format
+    return moved if memory_format == torch.preserve_format else clone(moved, memory_format=memory_format)
 
 
 @implements(aten._pin_memory.default)
@@ -78,12 +91,18 @@ def _new(allocate: Callable[..., Tensor], q: QTensor, size: Sequence[int], dtype
     if len(size) != q.dim():
         return allocate(list(size), dtype=dtype or q.dtype, device=device or q.device)
 
+    for d, new in enumerate(size):
+        if not lattice(q, d).can_be(new):
+            raise refuse(q, d, 0, new)
+
     def sized(role: str, t: Tensor) -> Tensor:
         sizes = []
         for d, (new, n, f) in enumerate(zip(size, q.shape, t.shape)):
-            if (new * f) % max(n, 1) and f != 1:
-                raise cannot_cut(q, d, 0, new, f"blocked or packed, {n} elements to {f}", n // math.gcd(n, f))
-            sizes.append(1 if f == 1 and role == "per_block" else new * f // max(n, 1))
+            if role == "per_block" and f == 1:
+                # Of a dim of one element the shapes do not say whether the block spans it.
+                sizes.append(1 if n != 1 or spans(q.spec.block, q.dim(), d) else new)
+            else:
+                sizes.append(new * f // max(n, 1))
         if isinstance(t, QTensor):
             return _new(allocate, t, sizes, t.dtype, device)
         return allocate(sizes, dtype=t.dtype, device=device or t.device)
@@ -108,17 +127,17 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, QTensor):
         assert isinstance(source, QTensor)
         return target.copy_(source.decode_scaled(), non_blocking)
+    if not target.whole:
+        raise ValueError(
+            f"this {type(target).__name__} of shape {tuple(target.shape)} is a view that shares the scales of its blocks with "
+            "elements outside of it, so it cannot be quantized anew in place; write to the whole tensor, or .clone() the view"
+        )
     if isinstance(source, QTensor):
         if _same_form(target, source):
             for name, t in target.fields().items():
                 t.copy_(source.fields()[name], non_blocking)
             return target
         source = source.decode_scaled()
-    if not target.whole:
-        raise ValueError(
-            f"this {type(target).__name__} of shape {tuple(target.shape)} is a view that shares the scales of its blocks with "
-            "elements outside of it, so it cannot be quantized anew in place; write to the whole tensor, or .clone() the view"
-        )
     values = source.to(target.device, torch.float32, non_blocking=non_blocking).expand(target.shape)
     d = _packed(target)
     if d is not None and d != pack_dim(target.shape, 1):
@@ -130,11 +149,141 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         raise NotImplementedError(
             f"this {type(target).__name__} in a device-specific layout cannot be written in place"
         )
-    made = quantize_fields(target.spec, values, fields["scale"].shape, target.pre_scale)
+    if 0 in target.shape:
+        return target
+    kept = _unchanged(target, values)
+    if kept is not None and kept.device.type == "cpu" and is_eager(kept):
+        if kept.all():
+            return target
+        kept = kept if kept.any() else None
+    made = quantize_fields(target.spec, values, target.spec.grid_of(target), target.pre_scale)
     for name, new in made.items():
         if new is not None:
-            fields[name].copy_(new)
+            _put_blocks(fields[name], new, kept)
     return target
+
+
+def _unchanged(q: QTensor, values: Tensor) -> Tensor | None:
+    """Which blocks of `q` hold `values` (float32) already: bool, one entry for each part that can be written by itself.
+    None: no block does.
+
+    Quantizing is no fixed point: of the numbers that come out of a block, the formula may choose another scale. So what is
+    written back unchanged, `q.copy_(q.dequantize())` or `q.mul_(1)`, must leave the block as it is.
+    """
+    places = [lattice(q, d) for d in range(q.dim())]
+    unit = [p.size if p.size % p.whole else p.whole for p in places]
+    grid = [n // max(u, 1) for n, u in zip(q.shape, unit)]
+    if not is_eager(values) or values.numel() <= piece_size(values):
+        return _same(q, values, grid)
+    found = torch.empty(grid, dtype=torch.bool, device=values.device)
+    for box in boxes(q.shape, unit, piece_size(values)):
+        piece = q
+        for d, (start, stop) in enumerate(box):
+            piece = slice_(piece, d, start, stop) if stop - start < q.shape[d] else piece
+        mine = part(found, box, q.shape)
+        mine.copy_(_same(piece, part(values, box, q.shape), mine.shape))
+    return found
+
+
+def _same(q: QTensor, values: Tensor, grid: Sequence[int]) -> Tensor:
+    """Whether all of a block, in `grid`, is `values` (float32), as `q` holds it or as `q.dequantize()` gives it."""
+    few = max(lattice(q, -1).chunk, 32) if q.dim() else 0
+    if (
+        is_eager(values)
+        and values.device.type == "cpu"
+        and few
+        and q.stride(-1) == 1
+        and q.shape[-1] >= 2 * few * grid[-1]
+    ):
+        # A look at the first numbers of each block tells that all have changed, as they do in a step of training.
+        shape = [*q.shape[:-1], grid[-1], q.shape[-1] // grid[-1]]
+        first = slice_(view(q, shape), -1, 0, few)
+        found = _same(first, values.reshape(shape)[..., :few], [*grid, 1]).squeeze(-1)
+        if not found.any():
+            return found
+    now = q.decode_scaled()
+    same = _equal(now, values)
+    if q.dtype in (torch.bfloat16, torch.float16):
+        same = same | _equal(by_way_of(now, q.dtype), values)
+    same = to_blocks(same, grid)
+    for dim in reversed(range(1, same.dim(), 2)):
+        same = same.all(dim)
+    return same
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    """a == b of float32; a NaN equals itself."""
+    return (a == b) | (a.view(torch.int32) == b.view(torch.int32))
+
+
+def _put_blocks(field: Tensor, new: Tensor, kept: Tensor | None) -> None:
+    """Write `new` to a field, except the blocks that are kept."""
+    if kept is None:
+        field.copy_(new)
+    elif isinstance(field, QTensor) and isinstance(new, QTensor):
+        for name, t in field.fields().items():
+            if field.roles[name] != "shared":
+                _put_blocks(t, new.fields()[name], kept)
+    elif field.dim() == kept.dim():
+        old, new = as_bytes(field), as_bytes(dense(new).to(field.dtype))
+        old.copy_(torch.where(expand(kept, field.shape), old, new))
+
+
+@implements(aten.index_copy_.default)
+def index_copy_(target: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """`source` at the given positions of dim `dim`: it alone is quantized. Raises ValueError where that would cut a block."""
+    values = source.decode_scaled() if isinstance(source, QTensor) else source
+    if not isinstance(target, QTensor):
+        return target.index_copy_(dim, index, values.to(target.dtype))
+    d = dim % target.dim()
+    if not target.whole or lattice(target, d).whole != 1:
+        raise ValueError(
+            f"cannot write at single positions of dim {d} of this {type(target).__name__} of shape {tuple(target.shape)}: "
+            f"{target.spec} quantizes them together with others; write along another dim, or to whole blocks with copy_"
+        )
+    size = resized(target.shape, d, index.numel())
+    if list(values.shape) != size:
+        raise IndexError(
+            f"index_copy_: {index.numel()} positions of dim {d} of shape {tuple(target.shape)} take a source of shape "
+            f"{tuple(size)}, got {tuple(values.shape)}"
+        )
+    rows = _new(torch.empty, target, size, target.dtype, target.device)
+    assert isinstance(rows, QTensor)
+    if target.pre_scale is not None:
+        own = target.pre_scale
+        rows.pre_scale = own if own.shape[d] == 1 else own.index_select(d, index)
+    copy_(rows, values)
+    for name, t in target.fields().items():
+        if name != "pre_scale" and target.roles[name] != "shared":
+            _put_at(t, d, index.reshape(-1), rows.fields()[name])
+    return target
+
+
+def _put_at(field: Tensor, d: int, index: Tensor, new: Tensor) -> None:
+    if isinstance(field, QTensor) and isinstance(new, QTensor):
+        for name, t in field.fields().items():
+            if field.roles[name] != "shared":
+                _put_at(t, d, index, new.fields()[name])
+    else:
+        as_bytes(field).index_copy_(d, index, as_bytes(new))
+
+
+@implements(aten.index_put_.default)
+def index_put_(target: Tensor, indices: Sequence[Tensor | None], source: Tensor, accumulate: bool = False) -> Tensor:
+    """`target[..., index] = source`. With one index as `index_copy_`; with several, all of the target is quantized anew."""
+    if not isinstance(target, QTensor):
+        assert isinstance(source, QTensor)
+        return target.index_put_(tuple(indices), source.decode_scaled(target.dtype), accumulate)
+    used = [(d, i) for d, i in enumerate(indices) if i is not None]
+    is_mask = used[0][1].dtype in (torch.bool, torch.uint8)
+    if len(used) != 1 or accumulate or (is_mask and used[0][1].dim() != 1):
+        return requantize_in_place(aten.index_put_.default, (target, indices, source, accumulate), {})
+    d, i = used[0]
+    i = i.nonzero().squeeze(-1) if is_mask else torch.where(i < 0, i + target.shape[d], i)
+    values = source.decode_scaled() if isinstance(source, QTensor) else source
+    lead, trail = target.shape[:d], target.shape[d + 1 :]
+    values = values.expand([*lead, *i.shape, *trail]).reshape([*lead, i.numel(), *trail])
+    return index_copy_(target, d, i.reshape(-1), values)
 
 
 def set_data(target: Tensor, source: Tensor) -> None:
@@ -161,9 +310,58 @@ def set_data(target: Tensor, source: Tensor) -> None:
 
 _data: Any = torch.Tensor.data
 
-FUNCTIONS[_data.__set__] = set_data
-# What tells accelerate which parameters are tied.
-FUNCTIONS[torch.Tensor.data_ptr] = lambda q: next(iter(q.fields().values())).data_ptr()
+
+# What asks for memory: the fields have some, the QTensor around them has none.
+
+
+def share_memory_(q: QTensor) -> QTensor:
+    """`torch.Tensor.share_memory_`: each field moves to shared memory."""
+    for t in q.fields().values():
+        t.share_memory_()
+    return q
+
+
+def is_shared(q: QTensor) -> bool:
+    """`torch.Tensor.is_shared`: whether each field is in shared memory."""
+    return all(t.is_shared() for t in q.fields().values())
+
+
+def element_size(q: QTensor) -> float:
+    """`torch.Tensor.element_size`: packed bytes per element, a fraction, so that it times `q.numel()` is what q takes."""
+    return q.nbytes_packed / q.numel() if q.numel() else q.dtype.itemsize
+
+
+def untyped_storage(q: QTensor) -> torch.UntypedStorage:
+    """`torch.Tensor.untyped_storage`: a storage without memory, whose `nbytes()` are the packed bytes.
+
+    Its `data_ptr()` raises, so that nothing takes packed codes for numbers of the tensor's dtype.
+    """
+    first: Tensor = q
+    while isinstance(first, QTensor):
+        first = next(iter(first.fields().values()))
+    with torch._C.DisableTorchFunctionSubclass():
+        if not is_eager(first):
+            return torch.Tensor.untyped_storage(q)  # What compilers compare to find out about aliases.
+        shown = torch.Tensor._make_wrapper_subclass(QTensor, (q.nbytes_packed,), dtype=torch.uint8, device=q.device)
+        return torch.Tensor.untyped_storage(shown)
+
+
+_nbytes: Any = torch.Tensor.nbytes
+_itemsize: Any = torch.Tensor.itemsize
+
+FUNCTIONS.update(
+    {
+        _data.__set__: set_data,
+        # What tells accelerate which parameters are tied.
+        torch.Tensor.data_ptr: lambda q: next(iter(q.fields().values())).data_ptr(),
+        torch.Tensor.share_memory_: share_memory_,
+        torch.Tensor.is_shared: is_shared,
+        torch.Tensor.element_size: element_size,
+        torch.Tensor.untyped_storage: untyped_storage,
+        _itemsize.__get__: element_size,
+        _nbytes.__get__: lambda q: q.nbytes_packed,
+    }
+)
 
 
 def _packed(q: QTensor) -> int | None:
@@ -206,9 +404,9 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> QTensor:
             fields[name] = t
             continue
         if role == "elements":
-            packed = [p for p in parts[:-1] if p.fields()[name].shape[d] != p.shape[d] and p.shape[d] % p.unit]
-            if packed:
-                raise cannot_cut(packed[0], d, 0, packed[0].shape[d], f"packed in chunks of {first.unit}", first.unit)
+            packed = next((p for p in parts[:-1] if p.shape[d] % lattice(p, d).chunk), None)
+            if packed is not None:
+                raise refuse(packed, d, 0, packed.shape[d])
         else:
             pieces = _common_tiles(parts, pieces, d)
         fields[name] = torch.cat(pieces, d)
@@ -250,7 +448,7 @@ def gather(q: QTensor, d: int, index: Tensor) -> QTensor:
     def gathered(role: str, t: Tensor) -> Tensor:
         f = t.shape[d]
         if role == "elements" and f != n:
-            raise cannot_cut(q, d, 0, n, f"packed in chunks of {q.unit}", q.unit)
+            raise refuse(q, d, 0, n)
         if f == 1 and role == "per_block":
             return t.reshape([*t.shape[:d], *([1] * index.dim()), *t.shape[d + 1 :]])
         where = index if f == n else index // (n // f)
@@ -263,14 +461,41 @@ def gather(q: QTensor, d: int, index: Tensor) -> QTensor:
 
 @implements(aten.equal.default)
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Same Spec, same dtype, same fields."""
+    """Of two QTensors: same Spec, same dtype, same fields. Of one and a plain tensor: the same values."""
     if not (isinstance(a, QTensor) and isinstance(b, QTensor)):
-        return False
+        return torch.equal(*(t.dequantize() if isinstance(t, QTensor) else t for t in (a, b)))
     same = a.shape == b.shape and a.dtype == b.dtype and _same_form(a, b)
     return same and all(torch.equal(as_bytes(t), as_bytes(b.fields()[name])) for name, t in a.fields().items())
 
 
-@implements(aten.linalg_vector_norm.default)
-def vector_norm(q: QTensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Adafactor scales its steps by it."""
-    return aten.linalg_vector_norm.default(q.decode_scaled(), *args).to(kwargs.get("dtype") or q.dtype)
+# Reading: what says something about the numbers, and gives no tensor that a layer could take for its weight.
+
+READS = {
+    "reductions": "sum nansum mean nanmean prod amax amin aminmax max min argmax argmin norm linalg_vector_norm var std "
+    "var_mean std_mean any all median nanmedian logsumexp count_nonzero trace dist",
+    "order": "sort topk kthvalue mode histc histogram nonzero _unique2 unique_dim unique_consecutive",
+    "comparisons": "eq ne lt le gt ge isin",
+    "predicates": "isnan isinf isposinf isneginf signbit logical_not logical_and logical_or logical_xor",
+    "one number": "_local_scalar_dense",
+    "magnitudes": "abs",  # The half of `abs().max()`, of isfinite and of a histogram; as a weight it has no use.
+}
+"""ATen operators that read decoded values and give plain tensors. All else that is out of place raises."""
+
+
+def _read(op: Any) -> Callable[..., Any]:
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = torch.utils._pytree.tree_map_only(QTensor, lambda q: q.dequantize(), (args, kwargs))
+        return op(*args, **kwargs)
+
+    return handler
+
+
+for _name in " ".join(READS.values()).split():
+    _packet = getattr(aten, _name)
+    for _overload in _packet.overloads():
+        _op = getattr(_packet, _overload)
+        OPS[_op] = _read(_op)
+
+# These PyTorch makes of a difference before an operator is asked for.
+for _function in (torch.isclose, torch.Tensor.isclose, torch.allclose, torch.Tensor.allclose):
+    FUNCTIONS[_function] = _read(_function)

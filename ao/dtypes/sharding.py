@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .base import OPS, QTensor, as_bytes
+from .blocks import spans
+from .lattice import opaque
 from .views import alias, implements
 
 aten = torch.ops.aten
@@ -24,15 +26,19 @@ def _travels(q: QTensor, name: str, apart: bool = False) -> bool:
     """apart: whether the shards may have been quantized apart from each other."""
     role = type(q).roles[name]
     if role == "opaque":
-        raise NotImplementedError(
-            f"{type(q).__name__}.{name} is in a device-specific layout that cannot be sharded; use the default layout"
-        )
+        raise opaque(q, name)
     if role != "per_block" or name == "pre_scale":
         return role == "elements"
-    if apart:
-        return True
-    block: tuple[int, ...] = getattr(q.spec, "block", ())
-    return not (all(b == -1 for b in block) or (len(block) == q.dim() and block[0] == -1))
+    return apart or not spans(q.spec.block, q.dim(), 0)
+
+
+def _staying(q: QTensor) -> Iterator[str]:
+    """The qparams, also those of a field that travels, that belong to the rows of all ranks."""
+    for name, t in q.fields().items():
+        if q.roles[name] == "per_block" and name != "pre_scale" and not _travels(q, name):
+            yield name
+        elif isinstance(t, QTensor):
+            yield from (f"{name}.{inner}" for inner in _staying(t))
 
 
 def _leaves(q: QTensor, apart: bool = False) -> Iterator[Tensor]:
@@ -66,13 +72,12 @@ def fsdp_pre_all_gather(
             f"FSDP: dim 0 of this {type(self).__name__} of shape {tuple(outer_size)} does not divide over {world} ranks; "
             "choose another number of ranks, or leave this module out of fully_shard"
         )
-    spans = [n for n, role in type(self).roles.items() if role == "per_block" and n in self.fields()]
-    spans = [n for n in spans if n != "pre_scale" and not _travels(self, n)]
+    staying = list(_staying(self))
     own = [] if module is None else [(p, getattr(p, "_local_tensor", p)) for p in module.parameters(recurse=False)]
     trained = any(p.requires_grad and isinstance(q, QTensor) and q.spec == self.spec for p, q in own)
-    if spans and trained:
+    if staying and trained:
         raise ValueError(
-            f"FSDP: the {spans[0]} of this trained {type(self).__name__} ({self.spec}) spans dim 0, and each rank would choose "
+            f"FSDP: the {staying[0]} of this trained {type(self).__name__} ({self.spec}) spans dim 0, and each rank would choose "
             "its own; train a weight with blocks inside of rows, such as block=(1, -1)"
         )
     return tuple(_leaves(self)), world

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .base import OPS, QTensor, dense
 from .blocks import expand
+from .lattice import lattice, opaque
 
 aten = torch.ops.aten
 
@@ -41,49 +42,28 @@ def map_ranked(
     for name, t in q.fields().items():
         role = type(q).roles[name]
         if role == "opaque":
-            raise NotImplementedError(
-                f"{type(q).__name__}.{name} is in a device-specific layout that cannot be cut or reordered; "
-                "do this before quantizing, or quantize with the default layout"
-            )
+            raise opaque(q, name)
         fields[name] = aten.alias(t) if role == "shared" else fn(role, t)
     return q.like(shape, q.dtype, fields, q.whole if whole is None else whole)
 
 
-def _keeps_blocks(q: QTensor, d: int, start: int, stop: int) -> bool:
-    """Whether [start, stop) of dim `d` takes blocks whole or not at all."""
-    for name, t in q.fields().items():
-        if type(q).roles[name] == "per_block" and name != "pre_scale":
-            tile = q.shape[d] // max(t.shape[d], 1)
-            if tile > 1 and (start % tile or stop % tile):
-                return False
-    return q.whole
-
-
-def _cut(q: QTensor, role: str, t: Tensor, d: int, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of dim `d` of one field."""
-    n, f = q.shape[d], t.shape[d]
-    if f == n:
-        return aten.slice(t, d, start, stop)
-    if role == "elements":
-        unit = q.unit
-        if start % unit == 0 and (stop % unit == 0 or stop == n):
-            return aten.slice(t, d, start * f // n, stop * f // n)
-        raise cannot_cut(q, d, start, stop, f"packed in chunks of {unit}", unit)
-    tile = n // f
-    if f == 1:
-        return aten.slice(t, d, 0, 1)
-    if start % tile == 0 and stop % tile == 0:
-        return aten.slice(t, d, start // tile, stop // tile)
-    if start < stop and start // tile == (stop - 1) // tile:
-        return aten.slice(t, d, start // tile, start // tile + 1)
-    raise cannot_cut(q, d, start, stop, f"quantized in blocks of {tile}", tile)
-
-
-def cannot_cut(q: QTensor, d: int, start: int, stop: int, why: str, unit: int) -> ValueError:
+def refuse(q: QTensor, d: int, start: int, stop: int) -> ValueError:
+    """The error for a range that `q` cannot be cut to."""
+    places = lattice(q, d)
+    packed = places.chunk > 1 and (start % places.chunk or stop % places.chunk or places.can_cut(start, stop))
+    why, unit = ("packed in chunks", places.chunk) if packed else ("quantized in blocks", places.cut)
     return ValueError(
-        f"cannot take [{start}:{stop}) of dim {d} of this {type(q).__name__} of shape {tuple(q.shape)}: the dim is {why}; "
-        f"cut at multiples of {unit}, or call .dequantize() first"
+        f"cannot take [{start}:{stop}) of dim {d} of this {type(q).__name__} of shape {tuple(q.shape)}: the dim is "
+        f"{why} of {unit}; cut at multiples of {places.cut}, or call .dequantize() first"
     )
+
+
+def _cut(role: str, t: Tensor, d: int, n: int, start: int, stop: int) -> Tensor:
+    """The part of one field that belongs to elements [start, stop) of dim `d`, which has `n` of them."""
+    f = t.shape[d]
+    if f == 1 and role == "per_block":
+        return aten.alias(t) if n != 1 else aten.slice(t, d, start, stop)
+    return aten.slice(t, d, start * f // max(n, 1), -(-stop * f // max(n, 1)))
 
 
 def _index(size: int, i: int | None, default: int) -> int:
@@ -112,22 +92,31 @@ def slice_(q: QTensor, dim: int = 0, start: int | None = None, end: int | None =
     n = q.shape[d]
     lo = _index(n, start, 0)
     hi = max(_index(n, end, n), lo)
+    places = lattice(q, d)
+    if not (places.can_cut(lo, hi) if step == 1 else places.can_step(step)):
+        raise refuse(q, d, lo, hi) if step == 1 else _cannot_step(q, d, step)
     if step == 1:
-        whole = _keeps_blocks(q, d, lo, hi)
-        return map_ranked(q, resized(q.shape, d, hi - lo), lambda role, t: _cut(q, role, t, d, lo, hi), whole)
+        whole = q.whole and places.can_write(lo, hi)
+        return map_ranked(q, resized(q.shape, d, hi - lo), lambda role, t: _cut(role, t, d, n, lo, hi), whole)
 
     def stepped(role: str, t: Tensor) -> Tensor:
-        if t.shape[d] == n:
-            return aten.slice(t, d, lo, hi, step)
-        tile = n // max(t.shape[d], 1)
+        each = n // max(t.shape[d], 1)
         if role == "per_block" and t.shape[d] == 1:
             return aten.alias(t)
-        if role == "per_block" and step % tile == 0:
-            return aten.slice(t, d, lo // tile, -(-hi // tile), step // tile)
-        raise cannot_cut(q, d, lo, hi, f"blocked, and the step is {step}", n)
+        return aten.slice(t, d, lo // each, -(-hi // each), step // each)
 
-    whole = _keeps_blocks(q, d, lo, lo + 1)
-    return map_ranked(q, resized(q.shape, d, -(-(hi - lo) // step)), stepped, whole)
+    return map_ranked(
+        q, resized(q.shape, d, -(-(hi - lo) // step)), stepped, q.whole and all(b == 1 for b in places.blocks)
+    )
+
+
+def _cannot_step(q: QTensor, d: int, step: int) -> ValueError:
+    places = lattice(q, d)
+    why = f"packed in chunks of {places.chunk}" if places.chunk > 1 else f"quantized in blocks of {places.cut}"
+    return ValueError(
+        f"cannot take every {step}-th element of dim {d} of this {type(q).__name__} of shape {tuple(q.shape)}: the dim is "
+        f"{why}; call .dequantize() first"
+    )
 
 
 @implements(aten.select.int)
@@ -137,14 +126,12 @@ def select(q: QTensor, dim: int, index: int) -> QTensor:
     if not -n <= index < n:
         raise IndexError(f"index {index} is out of range for dim {d} of size {n}")
     i = index % n
-
-    def one(role: str, t: Tensor) -> Tensor:
-        f = t.shape[d]
-        if role == "elements" and f != n:
-            raise cannot_cut(q, d, i, i + 1, f"packed in chunks of {q.unit}", q.unit)
-        return aten.select(t, d, i * f // n)
-
-    return map_ranked(q, [s for k, s in enumerate(q.shape) if k != d], one, _keeps_blocks(q, d, i, i + 1))
+    places = lattice(q, d)
+    if places.chunk > 1 or not places.can_cut(i, i + 1):
+        raise refuse(q, d, i, i + 1)
+    shape = [s for k, s in enumerate(q.shape) if k != d]
+    whole = q.whole and places.can_write(i, i + 1)
+    return map_ranked(q, shape, lambda role, t: aten.select(t, d, i * t.shape[d] // n), whole)
 
 
 @implements(aten.split_with_sizes.default)
@@ -234,7 +221,7 @@ def view(q: QTensor, size: Sequence[int]) -> QTensor:
             f if d in [old[-1] for old, _ in groups if len(old)] else n
             for d, (n, f) in enumerate(zip(q.shape, t.shape))
         ]
-        made = aten.view(expand(dense(t), rows), sizes(role, rows))
+        made = aten.view(expand(dense(t), rows).contiguous(), sizes(role, rows))
         whole = False
         return made
 

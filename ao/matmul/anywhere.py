@@ -38,7 +38,7 @@ def quantize_act(x: Tensor, w: QTensor) -> dict[str, Tensor]:
 
 def per_row(spec: Spec | None, kind: type[Spec] | tuple[type[Spec], ...]) -> bool:
     """Whether an activation Spec scales whole rows or the whole tensor."""
-    return isinstance(spec, kind) and spec.block in ((1, -1), (-1, -1))  # type: ignore[attr-defined]
+    return isinstance(spec, kind) and spec.block in ((1, -1), (-1, -1))
 
 
 def scaled_by_row(w: IntxTensor | Float8Tensor) -> bool:

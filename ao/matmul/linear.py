@@ -210,7 +210,7 @@ class _Linear(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, w: QTensor) -> tuple[Tensor, int]:
         """Samples are rows like others, but where they share the scale of a quantized activation."""
         x, act = x.movedim(in_dims[0], 0), w.spec.act
-        if act is None or w.act_scale is not None or act.block == (1, -1):  # type: ignore[attr-defined]
+        if act is None or w.act_scale is not None or act.block == (1, -1):
             return _differentiated(x, w), 0
         return torch.stack([_differentiated(sample, w) for sample in x]), 0
 

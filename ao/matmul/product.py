@@ -89,7 +89,7 @@ def codes_of_transposed(x: Tensor, spec: Spec | None = None) -> Codes | Tensor:
 
 def codes_both(x: Tensor, spec: Spec) -> tuple[Codes | Tensor, Codes | Tensor]:
     """`codes_of(x, spec)` and `codes_of_transposed(x, spec)`, for a Spec that `is_square`, from one cast."""
-    if isinstance(x, QTensor) or not (_casts(x, spec) and getattr(spec, "block", None) == (-1, -1)):
+    if isinstance(x, QTensor) or not (_casts(x, spec) and spec.block == (-1, -1)):
         codes = codes_of(x, spec)
         return codes, _turned(codes)
     from .kernels import cast
@@ -113,7 +113,7 @@ def cast_whole(x: Tensor, spec: Spec, scale: Tensor, inverse: Tensor) -> QTensor
 
 def is_square(spec: Spec | None) -> bool:
     """Whether quantizing by `spec` and transposing commute."""
-    block: tuple[int, ...] = getattr(spec, "block", (0, 1))
+    block = () if spec is None else spec.block
     return len(block) == 2 and block[0] == block[1] and getattr(spec, "rounding", "nearest") == "nearest"
 
 

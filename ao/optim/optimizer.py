@@ -357,7 +357,7 @@ def _rows(
     written: gets (parameter, new values) where the rows are a copy, since the parameter is quantized or not contiguous.
     """
     spec = next((spec for spec in specs if spec is not None), None)
-    width = None if spec is None else spec.block[-1]  # type: ignore[attr-defined]
+    width = None if spec is None else spec.block[-1]
     values = mine.detach()
     if isinstance(values, QTensor):
         values = values.to(torch.float32).dequantize()

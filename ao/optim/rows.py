@@ -52,7 +52,7 @@ class Rows:
 
 def row(spec: Spec, device: torch.device) -> QTensor:
     """One row of zeros."""
-    return spec.quantize(torch.zeros(1, spec.block[-1], device=device))  # type: ignore[attr-defined]
+    return spec.quantize(torch.zeros(1, spec.block[-1], device=device))
 
 
 @functools.cache

@@ -381,8 +381,8 @@ def _quantizes_input(owners: list[nn.Module], config: Config) -> bool:
 
 def _fit(spec: Spec, owner: nn.Module, rank: int) -> Spec:
     """A convolution's kernel dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over its weight."""
-    block = getattr(spec, "block", None)
-    if isinstance(owner, nn.modules.conv._ConvNd) and block is not None and len(block) == 2:
+    block = spec.block
+    if isinstance(owner, nn.modules.conv._ConvNd) and len(block) == 2:
         return replace(spec, block=(*block, *([-1] * (rank - 2))))  # type: ignore[call-arg]
     return spec
 

@@ -151,7 +151,7 @@ def unwrapped(weight: Any) -> Any:
 
 
 def _is_whole(spec: Spec) -> bool:
-    return getattr(spec, "block", None) == (-1, -1)
+    return spec.block == (-1, -1)
 
 
 def precompute_float8_dynamic_scale_for_fsdp(module: nn.Module) -> None:

@@ -66,7 +66,7 @@ class Recipe:
             kind = (
                 spec.format if isinstance(spec, Float8) else f"int{spec.bits}" if isinstance(spec, Intx) else str(spec)
             )
-            size: tuple[int, ...] = getattr(spec, "block", ())
+            size = spec.block
             return f"{kind}/{_BLOCKS.get(size, 'x'.join(map(str, size)))}"
 
         gemms = (("out", self.output), ("grad_input", self.grad_input), ("grad_weight", self.grad_weight))

@@ -116,12 +116,29 @@ class Intx(Spec):
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         scale = (hi - lo) * (1 / steps)
         if self.zero_point == "float":
-            # Nearly equal numbers far from 0 would need a zero point beyond what float32 resolves.
-            scale = round_to(torch.maximum(scale, torch.maximum(lo.abs(), hi.abs()) * 2**-20), dtype)
-            return {"scale": scale, "zero_point": round_to(self.qmin - product(lo, reciprocal(scale)), dtype)}
+            return self._fraction(lo, hi, scale, dtype)
         scale = round_to(scale, dtype)
         zero_point = (self.qmin - (lo * reciprocal(scale)).round()).clamp(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
+
+    def _fraction(self, lo: Tensor, hi: Tensor, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The scale, rounded up so that both ends stay within reach, and no finer than its dtype can place a zero point for
+        numbers far from 0; and the zero point.
+
+        Numbers that are one but for such a step become one number, (q - zero_point) * scale with q = 1 or -1 and a zero point
+        near 0, where it has all of its bits.
+        """
+        eps = torch.finfo(dtype).eps
+        finest = max(min(eps, 2**-8), 2**-20)  # of the largest number: 8 bits of a block around 0 are coarser
+        least = torch.maximum(lo.abs(), hi.abs()) * finest
+        middle = lo + (hi - lo) * 0.5
+        one = hi - lo <= least
+        exact = torch.where(one, middle.abs(), torch.maximum(scale, least))
+        scale = round_to(exact, dtype)
+        scale = torch.where(scale.float() < exact, round_to(exact * (1 + eps / 2), dtype), scale)
+        code = torch.where(one, middle.sign().clamp(self.qmin, self.qmax), float(self.qmin))
+        shift = product(torch.where(one, middle, lo), reciprocal(scale))
+        return {"scale": scale, "zero_point": round_to(code - shift, dtype)}
 
     def stored(self, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
         """The scale in its dtype. An integer zero point is rounded, and one of the codes, so that 0 is exact."""

@@ -8,7 +8,7 @@ float32 scale and an integer zero point, `bits + 32 / block` without a zero poin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
-from .rounding import product, reciprocal, round_to, stochastic_round
+from .rounding import narrow, product, reciprocal, round_to, stochastic_round
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +43,8 @@ class Intx(Spec):
         hi = max(x) need not include 0.
     narrow: leave out the lowest code, so that the range is symmetric, [-127, 127] for 8 bits, and scale = m / qmax; 2 bits
         are then BitNet's ternary numbers -1, 0 and 1 times mean|x|.
-    scale_dtype: "float32", "bfloat16" or "float16", also of a float zero point.
+    scale_dtype: "float32", "bfloat16" or "float16", also of a float zero point. bfloat16 has the range of float32; `quantize_`
+        refuses a weight whose scales float16 does not hold.
     rounding: "nearest", half to even, or "stochastic", up or down so that the mean is kept (rounding.py): for weights that
         are trained, whose updates are smaller than a step.
 
@@ -111,6 +112,17 @@ class Intx(Spec):
                 scale = torch.maximum(scale, lo * (1 / self.qmin))
         return {"scale": round_to(scale, dtype)}
 
+    def check_range(self, x: Tensor) -> None:
+        """Raise ValueError where scales are stored in float16 and one of `x` is beyond it, or the largest all but 0 in it."""
+        if self.scale_dtype == "float16":
+            wide = replace(self, scale_dtype="float32")
+            largest = float(wide.choose_qparams(x.float(), self.grid(x.shape))["scale"].max()) if x.numel() else 0.0
+            if largest > torch.finfo(torch.float16).max or 0 < largest < 2.0**-20:
+                raise ValueError(
+                    f"{self}: the largest scale would be {largest:.3g}, and float16 holds 1e-6 to 65504; use "
+                    "scale_dtype='bfloat16' or 'float32'"
+                )
+
     def _asymmetric(self, lo: Tensor, hi: Tensor, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
         if self.zero_point == "int":
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
@@ -133,12 +145,16 @@ class Intx(Spec):
         least = torch.maximum(lo.abs(), hi.abs()) * finest
         middle = lo + (hi - lo) * 0.5
         one = hi - lo <= least
-        exact = torch.where(one, middle.abs(), torch.maximum(scale, least))
-        scale = round_to(exact, dtype)
-        scale = torch.where(scale.float() < exact, round_to(exact * (1 + eps / 2), dtype), scale)
+        wide = torch.where(one, middle.abs(), torch.maximum(scale, least))
+        scale = round_to(wide, dtype)
+        scale = torch.where(scale.float() < wide, round_to(wide * (1 + eps / 2), dtype), scale)
         code = torch.where(one, middle.sign().clamp(self.qmin, self.qmax), float(self.qmin))
-        shift = product(torch.where(one, middle, lo), reciprocal(scale))
-        return {"scale": scale, "zero_point": round_to(code - shift, dtype)}
+        inverse = reciprocal(scale)
+        zero = code - product(torch.where(one, middle, lo), inverse)
+        # An integer, so that 0 is exact, where that costs neither end more than an eighth of a step (of bfloat16).
+        whole = (self.qmax - product(hi, inverse) + 16 * eps).floor()
+        exact = (whole >= zero - 16 * eps) & (whole >= self.qmin) & (whole <= self.qmax) & ~one
+        return {"scale": scale, "zero_point": round_to(torch.where(exact, whole, zero), dtype)}
 
     def stored(self, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
         """The scale in its dtype. An integer zero point is rounded, and one of the codes, so that 0 is exact."""
@@ -234,4 +250,4 @@ class IntxTensor(QTensor, spec=Intx):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = self.codes(blocks_shape(self.scale.shape, self.shape)).float()
-        return self.spec._values(codes, self.scale, self.zero_point).to(dtype).reshape(self.shape)
+        return narrow(self.spec._values(codes, self.scale, self.zero_point), dtype).reshape(self.shape)

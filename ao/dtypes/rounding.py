@@ -85,3 +85,10 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     bits = x.view(torch.int32)
     bits = (bits + (2 ** (cut - 1) - 1) + ((bits >> cut) & 1)) & -(2**cut)
     return bits.view(torch.float32).to(dtype)
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` (float32) as `dtype`. Half a step more than the largest number of float16 is that number, not infinity."""
+    if dtype == torch.float16:
+        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return x.to(dtype)

@@ -49,7 +49,9 @@ class BiasCorrection(Recipe):
         if not seen.calls:
             return self.rounding.quantize(weight, spec, seen).noted("its bias is not corrected: no data came to it")
         if not seen.observers["channels"].amax.any():
-            return self.rounding.quantize(weight, spec, seen).noted("its bias is not corrected: all that came to it is zero")
+            return self.rounding.quantize(weight, spec, seen).noted(
+                "its bias is not corrected: all that came to it is zero"
+            )
         mean = seen.observers["channels"].mean
         # Taken before the recipe, which may write over the target's sum.
         expected = weight.float() @ mean if seen.target is None else seen.target.mean

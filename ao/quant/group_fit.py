@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dtypes import Spec, dense
+from ..dtypes import Spec
 
 
 def fit_group(
@@ -38,10 +38,6 @@ def fit_group(
     unit = values * spread(inverse)  # q - zero_point
     candidates: list[dict[str, Tensor]] = []
 
-    def kept_as(best: Tensor) -> Tensor:
-        """A scale as it will be stored."""
-        return dense(spec.stored(scale=best * size)["scale"]).float() / size
-
     def scaled(zero_point: Tensor | None, unit: Tensor) -> dict[str, Tensor]:
         """The best scale for given units."""
         best = total(unit * b) / total((unit @ square) * unit)
@@ -61,7 +57,7 @@ def fit_group(
         fine = (determinant > 1e-6 * uu * ones) & best.isfinite() & (best > 0)
         best = torch.where(fine, best, scale)
         if zero.is_floating_point():
-            best = kept_as(best)
+            best = spec.stored(scale=best * size, zero_point=zero)["scale"].float() / size
         # The best offset for that scale.
         shift = torch.where(fine, (b1 - u1 * best) / ones / best, 0.0)
         if zero.is_floating_point():

@@ -183,7 +183,7 @@ def fit(spec: Spec, weight: Tensor, values: Tensor, qparams: Qparams, size: Tens
         return {"scale": _ratio(mean(unit * weight), mean(unit * unit), scale / size) * size}
     n, su, sw = mean(torch.ones_like(unit)), mean(unit), mean(weight)
     slope = _ratio(n * mean(unit * weight) - su * sw, n * mean(unit * unit) - su * su, scale / size)
-    slope = dense(spec.stored(scale=slope * size)["scale"]).float()
+    slope = dense(spec.stored(**{**qparams, "scale": slope * size})["scale"]).float()
     shift = (su - sw * size * _inverse(slope)) / n.clamp(min=1e-30)  # u at which the line crosses w = 0
     return {"scale": slope, "zero_point": qparams["zero_point"].float() + shift}
 

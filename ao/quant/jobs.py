@@ -94,6 +94,7 @@ class Planned:
         """Quantize a weight, where that needs no data. Raises ValueError for NaN and infinite values, without a name."""
         if not is_finite(weight):
             raise ValueError("the weight has NaN or infinite values, which no format here can hold")
+        self.spec.check_range(weight)
         scale = (
             None if self.act_scale is None else torch.tensor(self.act_scale, dtype=torch.float32, device=weight.device)
         )
@@ -262,6 +263,11 @@ def check(job: Job) -> None:
             "FromIntXQuantizationAwareTrainingConfig() first"
         )
     check_finite(p, job.fqn)
+    if not p.is_meta:
+        try:
+            job.spec.check_range(p.detach())
+        except ValueError as error:
+            raise ValueError(f"{job.fqn}: {error}") from None
 
 
 def check_finite(p: Tensor, fqn: str) -> None:

@@ -177,7 +177,9 @@ def _rise(model: nn.Module, batches: list[Batch], loss_fn: Loss) -> Callable[[],
     before = losses()
     for i, loss in enumerate(before):
         if not math.isfinite(loss):
-            raise ValueError(f"sensitivity: the loss of batch {i} is {loss}, which nothing can be compared with; leave it out")
+            raise ValueError(
+                f"sensitivity: the loss of batch {i} is {loss}, which nothing can be compared with; leave it out"
+            )
     return lambda: _or_infinity(sum(after - loss for after, loss in zip(losses(), before)) / len(batches))
 
 

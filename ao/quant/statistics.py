@@ -77,8 +77,8 @@ def check_finite_inputs(x: Tensor, layer: str, batch: str) -> None:
     """Raise ValueError for NaN and infinite values among the inputs of a layer. batch: which one, as the user knows it."""
     if not is_finite(x):
         raise ValueError(
-            f"{layer}: {batch} gives this layer NaN or infinite inputs, of which no calibration can learn; leave it out, or "
-            "find out where they come from"
+            f"{layer}: {batch} gives this layer NaN or infinite inputs, which say nothing of its range or error; leave it "
+            "out, or find out where they come from"
         )
 
 

@@ -1,8 +1,8 @@
 """Layers that are trained with the rounding that they will have: `FakeQuantizedLinear`, `FakeQuantizedEmbedding`.
 
 They are `nn.Linear` and `nn.Embedding` with another forward, made of the layer itself: its parameters, its hooks and its
-place in the model stay. What they compute is, operation for operation, what the quantized layer will compute from its
-dequantized weight.
+place in the model stay. With quantized inputs they run the product of the quantized layer; otherwise they compute, operation
+for operation, what the quantized layer will compute from its dequantized weight.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ class _Product(torch.autograd.Function):
 
 
 class FakeQuantizedLinear(FakeQuantized, nn.Linear):
-    """y = fake_quantize(x) @ fake_quantize(W).T + bias. Straight-through gradients."""
+    """y = fake_quantize(x) @ fake_quantize(W).T + bias, summed over the codes if x is quantized. Straight-through gradients."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: (..., in) -> (..., out), as the converted layer will compute it."""
+        """input: (..., in) -> (..., out), as the converted layer will compute it; without quantized inputs, as it will where it
+        decodes its weight."""
         act, kind = self.spec.act, input.device.type
         if act is None or not self.enabled:
             out = F.linear(input, self.fake_quantized_weight())

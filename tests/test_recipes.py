@@ -245,16 +245,30 @@ def quantized(config, data=None):
 
 def test_language_model():
     """Better and better: what each recipe is for, on a model as a whole."""
-    cal, test = batches(8), batches(16, seed=2)
-    config = {name: UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=name) for name in ("rtn", "hqq", "awq", "gptq")}
+    cal, test = batches(8), batches(4, seed=2)
+    config = {name: UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=name) for name in ("rtn", "hqq", "gptq")}
     config["plain"] = UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=PLAIN)
     kl = {}
     for name, each in config.items():
         model, report = quantized(each, cal)
         assert len(report) == 14 and report.notes == []
         kl[name] = divergence(model, lm(), test)
-    assert kl["hqq"] < 0.9 * kl["rtn"] and kl["awq"] < kl["rtn"]
+    assert kl["hqq"] < 0.9 * kl["rtn"]
     assert kl["gptq"] < 0.7 * kl["plain"] < 0.5 * kl["rtn"]
+
+
+def test_awq_on_language_models():
+    """Over several models: on a single one the luck of rounding is as large as what AWQ wins back."""
+    kl = dict.fromkeys(("rtn", "awq"), 0.0)
+    for blocks in (1, 2, 3):
+        reference = lm(blocks)
+        for name in kl:
+            model = copy.deepcopy(reference)
+            config = UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=name)
+            report = quantize_(model, config, but_head, calibration_data=batches(4))
+            assert len(report) == 7 * blocks and report.notes == []
+            kl[name] += divergence(model, reference, batches(4, seed=2))
+    assert kl["awq"] < 0.95 * kl["rtn"]
 
 
 def test_forms_of_batches():

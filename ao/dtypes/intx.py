@@ -134,27 +134,23 @@ class Intx(Spec):
         return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
 
     def _fraction(self, lo: Tensor, hi: Tensor, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The scale, rounded up so that both ends stay within reach, and no finer than its dtype can place a zero point for
-        numbers far from 0; and the zero point.
+        """The scale, no finer than its dtype can place a zero point for numbers far from 0, and the zero point.
 
         Numbers that are one but for such a step become one number, (q - zero_point) * scale with q = 1 or -1 and a zero point
-        near 0, where it has all of its bits.
+        near 0, where it has all of its bits. Where an end is 0 but for such a step, as beside an outlier, it becomes 0.
         """
-        eps = torch.finfo(dtype).eps
-        finest = max(min(eps, 2**-8), 2**-20)  # of the largest number: 8 bits of a block around 0 are coarser
+        finest = max(
+            min(torch.finfo(dtype).eps, 2**-8), 2**-20
+        )  # of the largest number: 8 bits of a block around 0 are coarser
         least = torch.maximum(lo.abs(), hi.abs()) * finest
         middle = lo + (hi - lo) * 0.5
         one = hi - lo <= least
-        wide = torch.where(one, middle.abs(), torch.maximum(scale, least))
-        scale = round_to(wide, dtype)
-        scale = torch.where(scale.float() < wide, round_to(wide * (1 + eps / 2), dtype), scale)
+        scale = round_to(torch.where(one, middle.abs(), torch.maximum(scale, least)), dtype)
         code = torch.where(one, middle.sign().clamp(self.qmin, self.qmax), float(self.qmin))
-        inverse = reciprocal(scale)
-        zero = code - product(torch.where(one, middle, lo), inverse)
-        # An integer, so that 0 is exact, where that costs neither end more than an eighth of a step (of bfloat16).
-        whole = (self.qmax - product(hi, inverse) + 16 * eps).floor()
-        exact = (whole >= zero - 16 * eps) & (whole >= self.qmin) & (whole <= self.qmax) & ~one
-        return {"scale": scale, "zero_point": round_to(torch.where(exact, whole, zero), dtype)}
+        zero = code - product(torch.where(one, middle, lo), reciprocal(scale))
+        zero = torch.where(~one & (lo.abs() <= least), float(self.qmin), zero)
+        zero = torch.where(~one & (hi.abs() <= least), float(self.qmax), zero)
+        return {"scale": scale, "zero_point": round_to(zero, dtype)}
 
     def stored(self, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
         """The scale in its dtype. An integer zero point is rounded, and one of the codes, so that 0 is exact."""

@@ -20,6 +20,7 @@ from ao.quant import (
     calibrate,
     compute_error,
     quantize_,
+    sensitivity,
 )
 from ao.quant.observers import Channels, Hessian, Histogram, MinMax, MovingAverage
 from ao.quant.statistics import ATTRIBUTE, OBSERVERS, Statistics, act_scale
@@ -250,3 +251,72 @@ def test_compiled_layers_are_watched():
         model(torch.ones(2, 64))
     assert seen["0"].observers["minmax"].amax() == 1
     assert ao.Statistics is Statistics
+
+
+ALL_THAT_LOOK = [
+    Int8StaticActivationInt8WeightConfig(),
+    Int8StaticActivationInt8WeightConfig(range_method="moving_average"),
+    Int8StaticActivationInt8WeightConfig(range_method="mse"),
+    Float8StaticActivationFloat8WeightConfig(range_method="percentile"),
+    Int8DynamicActivationInt8WeightConfig(algorithm="smoothquant"),
+    *(Int4WeightOnlyConfig(group_size=32, algorithm=name) for name in ("awq", "gptq", "bias_correction", "awq+gptq")),
+]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("config", ALL_THAT_LOOK, ids=lambda c: repr(c)[:80])
+def test_data_that_is_not_finite_is_refused(config, bad):
+    torch.manual_seed(0)
+    data = [torch.randn(8, 64) for _ in range(3)]
+    data[1][2, 3] = bad
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 32))
+    before = dict(model.named_parameters())
+    with pytest.raises(
+        ValueError, match="0.weight: batch 1 of the calibration data gives this layer NaN or infinite inputs"
+    ):
+        quantize_(model, config, calibration_data=data)
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
+    with (
+        pytest.raises(ValueError, match=r"0: its call number 2 under calibrate\(\) gives this layer NaN"),
+        calibrate(model, config),
+    ):
+        for x in data:
+            model(x)
+    assert not any(ATTRIBUTE in m.__dict__ or m._forward_pre_hooks for m in model.modules())
+    quantize_(model, config, calibration_data=[data[0], data[2]])
+    assert model(data[0]).isfinite().all()
+
+
+def test_a_layer_in_the_middle_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 32)).half()
+    with torch.no_grad():
+        model[0].weight.fill_(60000)
+    with pytest.raises(ValueError, match="1.weight: batch 0"):
+        quantize_(model, Int4WeightOnlyConfig(32, algorithm="awq"), calibration_data=[torch.ones(8, 64).half()])
+
+
+@pytest.mark.parametrize("config", ALL_THAT_LOOK, ids=lambda c: repr(c)[:80])
+def test_nothing_but_zeros(config):
+    """A static scale cannot be found, and is refused; an algorithm does without data, and says so."""
+    model, data = nn.Sequential(nn.Linear(64, 64)), [torch.zeros(8, 64)]
+    if config.act_range() is not None:
+        with pytest.raises(ValueError, match="0.weight: .* nothing but zeros came to this layer"):
+            quantize_(model, config, calibration_data=data)
+        with calibrate(model, config):
+            model(data[0])
+        with pytest.raises(ValueError, match="0.weight: .* nothing but zeros came to this layer"):
+            quantize_(model, config)
+        return
+    x = torch.randn(8, 64)
+    expected = model(x)
+    report = quantize_(model, config, calibration_data=data)
+    assert report.notes and all("zero" in note for note in report.notes)
+    assert compute_error(expected, model(x)) > 18
+
+
+def test_sensitivity_refuses_what_is_not_finite():
+    model, data = nn.Sequential(nn.Linear(64, 64)), [torch.randn(2, 64), torch.full((2, 64), torch.inf)]
+    with pytest.raises(ValueError, match="output for batch 1 has NaN or infinite values"):
+        sensitivity(model, data)
+    with pytest.raises(ValueError, match="the loss of batch 0 is nan"):
+        sensitivity(model, data, loss_fn=lambda model, batch: torch.tensor(torch.nan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -71,6 +72,7 @@ def error(values: torch.Tensor, x: torch.Tensor) -> float:
 SPECS = [case.spec for case in CASES if case.spec.act is None and case.spec != Intx(6, (32, 32))] + [
     Intx(2, (1, 32), signed=False),
     Intx(2, (1, 32), zero_point="float", scale_dtype="float16"),
+    Intx(3, (1, 32), zero_point="float", scale_dtype="bfloat16"),
     Intx(3, (16, 32)),
 ]
 
@@ -247,15 +249,29 @@ def quantized(config, data=None):
 def test_language_model():
     """Better and better: what each recipe is for, on a model as a whole."""
     cal, test = batches(8), batches(4, seed=2)
-    config = {name: UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=name) for name in ("rtn", "hqq", "awq", "gptq")}
+    config = {name: UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=name) for name in ("rtn", "hqq", "gptq")}
     config["plain"] = UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=PLAIN)
     kl = {}
     for name, each in config.items():
         model, report = quantized(each, cal)
         assert len(report) == 14 and report.notes == []
         kl[name] = divergence(model, lm(), test)
-    assert kl["hqq"] < 0.9 * kl["rtn"] and kl["awq"] < kl["rtn"]
+    assert kl["hqq"] < 0.9 * kl["rtn"]
     assert kl["gptq"] < 0.7 * kl["plain"] < 0.5 * kl["rtn"]
+
+
+def test_awq_on_language_models():
+    """Over several models: on a single one the luck of rounding is as large as what AWQ wins back."""
+    kl = dict.fromkeys(("rtn", "awq"), 0.0)
+    for blocks in (1, 2, 3):
+        reference = lm(blocks)
+        for name in kl:
+            model = copy.deepcopy(reference)
+            config = UIntXWeightOnlyConfig(torch.uint3, 32, algorithm=name)
+            report = quantize_(model, config, but_head, calibration_data=batches(4))
+            assert len(report) == 7 * blocks and report.notes == []
+            kl[name] += divergence(model, reference, batches(4, seed=2))
+    assert kl["awq"] < 0.95 * kl["rtn"]
 
 
 def test_forms_of_batches():
@@ -433,13 +449,131 @@ def test_zero_points_of_recipes():
     for config in (Int4WeightOnlyConfig, lambda size, **k: UIntXWeightOnlyConfig(torch.uint4, size, **k)):
         usual, found = config(32).weight((64, 64)), config(32, algorithm="hqq").weight((64, 64))
         assert (usual.zero_point, usual.scale_dtype) == ("int", "float32")
-        assert (found.zero_point, found.scale_dtype) == ("float", "float16")
+        assert (found.zero_point, found.scale_dtype) == ("float", "bfloat16")
         assert found.quantize(weight()).nbytes_packed < usual.quantize(weight()).nbytes_packed
         asked = config(32, algorithm="hqq", zero_point_domain=ZeroPointDomain.INT).weight((64, 64))
         assert (asked.zero_point, asked.scale_dtype) == ("int", "float32")
     signed = IntxWeightOnlyConfig(torch.int3, PerGroup(32), MappingType.ASYMMETRIC, algorithm="gptq").weight((64, 64))
-    assert signed == Intx(3, (1, 32), zero_point="float", scale_dtype="float16")
+    assert signed == Intx(3, (1, 32), zero_point="float", scale_dtype="bfloat16")
     assert Int8DynamicActivationInt4WeightConfig(algorithm="gptq").weight((64, 64)) == Intx(4, (1, 32), symmetric=True)
+
+
+def groups_of_one_number() -> torch.Tensor:
+    """Groups of 32 that are one number, or one but for little."""
+    w = 0.05 * weight()
+    for row, (value, spread) in enumerate(
+        [(0.5, 0), (-0.3, 0), (0.7, 1e-6), (-0.2, 1e-5), (0.5, 1e-4), (1.0, 1e-3), (-1.0, 1e-2), (3e4, 0)]
+    ):
+        w[row, :32] = value * (1 + spread * weight()[row, :32])
+    return w
+
+
+UNUSUAL = {
+    "groups of one number": groups_of_one_number(),
+    "ones": torch.ones(N, K),
+    "one number": torch.full((N, K), -0.3),
+    "zeros": torch.zeros(N, K),
+    "a group of zeros": weight().index_fill(1, torch.arange(32), 0.0),
+    "an outlier of 1e6": weight().index_put((torch.tensor(2), torch.tensor(2)), torch.tensor(1e6)),
+    "an outlier of -1e30": weight().index_put((torch.tensor(2), torch.tensor(2)), torch.tensor(-1e30)),
+    **{f"{size:g}": weight() * size for size in (1e-30, 1e-20, 1e-7, 1e6, 1e30)},
+    "rows from 1e-30 to 1e30": weight() * torch.logspace(-30, 30, N)[:, None],
+}
+
+
+def decibels(values: torch.Tensor, error: torch.Tensor) -> float:
+    return math.inf if not error.any() else 20 * math.log10(float(values.norm() / error.norm()))
+
+
+def unusual(name: str, dtype: torch.dtype, config, algorithm: str) -> tuple[float, float]:
+    """Quantize an unusual weight. The decibels by which weight and output are kept."""
+    w, x = UNUSUAL[name].to(dtype), data(128).to(dtype)
+    model = nn.Sequential(nn.Linear(K, N, bias=False, dtype=dtype))
+    model[0].weight = nn.Parameter(w.clone())
+    quantize_(model, config(algorithm), calibration_data=[x[:64], x[64:]])
+    found, bias = model[0].weight.dequantize().double(), model[0].bias
+    assert found.isfinite().all() and (bias is None or bias.isfinite().all())
+    exact = x.double() @ w.double().t()
+    lost = x.double() @ (found - w.double()).t() + (0 if bias is None else bias.double())
+    return decibels(w.double(), found - w.double()), decibels(exact, lost)
+
+
+def kinds(bits: int):
+    unsigned, signed = getattr(torch, f"uint{bits}"), getattr(torch, f"int{bits}")
+    return [
+        lambda a: UIntXWeightOnlyConfig(unsigned, 32, algorithm=a),
+        lambda a: IntxWeightOnlyConfig(signed, PerGroup(32), MappingType.ASYMMETRIC, algorithm=a),
+        lambda a: IntxWeightOnlyConfig(signed, PerGroup(32), algorithm=a),
+    ]
+
+
+def check_unusual(name: str, dtype: torch.dtype, config) -> None:
+    """Every algorithm is finite, and as good as round-to-nearest, up to what a scale of 8 significant bits can tell."""
+    weights, outputs = unusual(name, dtype, config, "rtn")
+    assert unusual(name, dtype, config, "hqq")[0] > min(weights - 1, 42)
+    for algorithm in ("gptq", "awq", "awq+gptq", "bias_correction"):
+        assert unusual(name, dtype, config, algorithm)[1] > min(outputs - 1, 42), algorithm
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_weights(name):
+    check_unusual(name, torch.float32, kinds(4)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_weights_of_every_kind(name, bits, dtype):
+    if UNUSUAL[name].to(dtype).isfinite().all() and UNUSUAL[name].to(dtype).any():
+        for config in kinds(bits):
+            check_unusual(name, dtype, config)
+
+
+@pytest.mark.parametrize("algorithm", ["hqq", "gptq", "awq", "bias_correction"])
+@pytest.mark.parametrize("value, spread", [(0.5, 0.0), (1.0, 0.0), (0.5, 1e-6), (0.5, 1e-5), (0.5, 1e-4), (-0.75, 0.0)])
+def test_a_group_of_one_number(algorithm, value, spread):
+    w = 0.1 * weight()
+    w[3, :32] = value + spread * weight()[3, :32]
+    model = nn.Sequential(nn.Linear(K, N, bias=False))
+    model[0].weight = nn.Parameter(w)
+    quantize_(model, Int4WeightOnlyConfig(32, algorithm=algorithm), calibration_data=[data(64)])
+    assert model[0].weight.dequantize()[3, :32].mean() == pytest.approx(value, rel=4e-3)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e30])
+def test_smoothquant_of_unusual_weights(size):
+    """The scales adapt to the size of the weight, and to that of the input."""
+    x = torch.randn(256, K)
+    x[:, 3] *= 60
+    results = []
+    for w, inputs in ((weight(), x), (weight() * size, x), (weight(), x * 1e-12)):
+        model = nn.Sequential(nn.Linear(K, N, bias=False))
+        model[0].weight = nn.Parameter(w.clone())
+        quantize_(model, Int8DynamicActivationInt8WeightConfig(algorithm="smoothquant"), calibration_data=[inputs])
+        exact = inputs.double() @ w.double().t()
+        results.append(decibels(exact, model(inputs).double() - exact))
+    assert max(results) - min(results) < 1.5 and min(results) > 35
+
+
+def test_float16_scales_that_do_not_fit_are_refused():
+    config = IntxWeightOnlyConfig(torch.int4, PerGroup(32), scale_dtype=torch.float16)
+    for size in (1e-8, 1e6):
+        model = nn.Sequential(nn.Linear(K, N), nn.Linear(K, N))
+        model[1].weight.data *= size * 10
+        before = dict(model.named_parameters())
+        with pytest.raises(ValueError, match="1.weight: .*float16 holds 1e-6 to 65504; use scale_dtype='bfloat16'"):
+            quantize_(model, config)
+        assert all(p is before[name] for name, p in model.named_parameters())
+    quantize_(nn.Sequential(nn.Linear(K, N)), config)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "hqq", "awq"])
+def test_the_largest_numbers_of_float16(algorithm):
+    model = nn.Sequential(nn.Linear(K, N, bias=False, dtype=torch.float16))
+    model[0].weight = nn.Parameter((weight() * 2e4).clamp(-65504, 65504).half())
+    quantize_(model, Int4WeightOnlyConfig(32, algorithm=algorithm), calibration_data=[data(32).half()])
+    assert model[0].weight.dequantize().isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from .bits import CHUNK
 from .blocks import block_grid, expand
 from .lattice import lattice
 from .pieces import Box, boxes, is_eager, part, piece_size
-from .rounding import round_to
+from .rounding import narrow, round_to
 from .running_layer import running_layer
 from .tracing import passed_over, unrecorded
 
@@ -116,6 +116,9 @@ class Spec:
         kinds = self.choose_qparams(torch.empty(grid, device="meta"), grid)
         return {name: _stored(t.float(), kinds.get(name, t)) for name, t in qparams.items()}
 
+    def check_range(self, x: Tensor) -> None:
+        """Raise ValueError for finite data `x` that is too large or too small for the qparams of this dtype."""
+
     # What follows.
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
@@ -148,6 +151,10 @@ class Spec:
         pre_scale: (1, K) per-input-channel multiplier of the activation; `x / pre_scale` is stored.
         act_scale: the scale of a static activation.
         qparams: qparams found by another algorithm (`scale=`, `zero_point=`) in place of `choose_qparams`.
+
+        Looks at no number but those of float64, so that it can be traced and never waits for a device: a block with a NaN or an infinity in it has
+        NaN or infinities afterwards, and scales that their dtype does not hold become infinite or 0. `quantize_` looks, and
+        refuses such weights.
 
         Raises TypeError for data that is not floating point, ValueError where a block does not divide its dim, or where a
         float64 number is beyond the range of float32.
@@ -335,7 +342,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: Spec) -> Tensor:
         wide = x.detach().float()
-        return spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))).to(x.dtype)
+        return narrow(spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -426,7 +433,7 @@ class QTensor(torch.Tensor):
         """The values, computed in float32 and given as `dtype`."""
         if self.pre_scale is None:
             return self.decode(dtype)
-        return (self.decode() * expand(self.pre_scale.float(), self.shape)).to(dtype)
+        return narrow(self.decode() * expand(self.pre_scale.float(), self.shape), dtype)
 
     def fields(self) -> dict[str, Tensor]:
         """The field tensors that are there, by name."""

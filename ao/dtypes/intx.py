@@ -8,7 +8,7 @@ float32 scale and an integer zero point, `bits + 32 / block` without a zero poin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
-from .rounding import product, reciprocal, round_to, stochastic_round
+from .rounding import narrow, product, reciprocal, round_to, stochastic_round
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +43,8 @@ class Intx(Spec):
         hi = max(x) need not include 0.
     narrow: leave out the lowest code, so that the range is symmetric, [-127, 127] for 8 bits, and scale = m / qmax; 2 bits
         are then BitNet's ternary numbers -1, 0 and 1 times mean|x|.
-    scale_dtype: "float32", "bfloat16" or "float16", also of a float zero point.
+    scale_dtype: "float32", "bfloat16" or "float16", also of a float zero point. bfloat16 has the range of float32; `quantize_`
+        refuses a weight whose scales float16 does not hold.
     rounding: "nearest", half to even, or "stochastic", up or down so that the mean is kept (rounding.py): for weights that
         are trained, whose updates are smaller than a step.
 
@@ -111,17 +112,45 @@ class Intx(Spec):
                 scale = torch.maximum(scale, lo * (1 / self.qmin))
         return {"scale": round_to(scale, dtype)}
 
+    def check_range(self, x: Tensor) -> None:
+        """Raise ValueError where scales are stored in float16 and one of `x` is beyond it, or the largest all but 0 in it."""
+        if self.scale_dtype == "float16":
+            wide = replace(self, scale_dtype="float32")
+            largest = float(wide.choose_qparams(x.float(), self.grid(x.shape))["scale"].max()) if x.numel() else 0.0
+            if largest > torch.finfo(torch.float16).max or 0 < largest < 2.0**-20:
+                raise ValueError(
+                    f"{self}: the largest scale would be {largest:.3g}, and float16 holds 1e-6 to 65504; use "
+                    "scale_dtype='bfloat16' or 'float32'"
+                )
+
     def _asymmetric(self, lo: Tensor, hi: Tensor, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
         if self.zero_point == "int":
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         scale = (hi - lo) * (1 / steps)
         if self.zero_point == "float":
-            # Nearly equal numbers far from 0 would need a zero point beyond what float32 resolves.
-            scale = round_to(torch.maximum(scale, torch.maximum(lo.abs(), hi.abs()) * 2**-20), dtype)
-            return {"scale": scale, "zero_point": round_to(self.qmin - product(lo, reciprocal(scale)), dtype)}
+            return self._fraction(lo, hi, scale, dtype)
         scale = round_to(scale, dtype)
         zero_point = (self.qmin - (lo * reciprocal(scale)).round()).clamp(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
+
+    def _fraction(self, lo: Tensor, hi: Tensor, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The scale, no finer than its dtype can place a zero point for numbers far from 0, and the zero point.
+
+        Numbers that are one but for such a step become one number, (q - zero_point) * scale with q = 1 or -1 and a zero point
+        near 0, where it has all of its bits. Where an end is 0 but for such a step, as beside an outlier, it becomes 0.
+        """
+        finest = max(
+            min(torch.finfo(dtype).eps, 2**-8), 2**-20
+        )  # of the largest number: 8 bits of a block around 0 are coarser
+        least = torch.maximum(lo.abs(), hi.abs()) * finest
+        middle = lo + (hi - lo) * 0.5
+        one = hi - lo <= least
+        scale = round_to(torch.where(one, middle.abs(), torch.maximum(scale, least)), dtype)
+        code = torch.where(one, middle.sign().clamp(self.qmin, self.qmax), float(self.qmin))
+        zero = code - product(torch.where(one, middle, lo), reciprocal(scale))
+        zero = torch.where(~one & (lo.abs() <= least), float(self.qmin), zero)
+        zero = torch.where(~one & (hi.abs() <= least), float(self.qmax), zero)
+        return {"scale": scale, "zero_point": round_to(zero, dtype)}
 
     def stored(self, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
         """The scale in its dtype. An integer zero point is rounded, and one of the codes, so that 0 is exact."""
@@ -217,4 +246,4 @@ class IntxTensor(QTensor, spec=Intx):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = self.codes(blocks_shape(self.scale.shape, self.shape)).float()
-        return self.spec._values(codes, self.scale, self.zero_point).to(dtype).reshape(self.shape)
+        return narrow(self.spec._values(codes, self.scale, self.zero_point), dtype).reshape(self.shape)

@@ -103,3 +103,10 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
 def by_way_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` (float32) cast to bfloat16 or float16 and back. A compiler drops two casts; it cannot drop two complements."""
     return (~(~x.to(dtype).view(torch.int16))).view(dtype).float()
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` (float32) as `dtype`. Half a step more than the largest number of float16 is that number, not infinity."""
+    if dtype == torch.float16:
+        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return x.to(dtype)

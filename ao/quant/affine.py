@@ -71,7 +71,8 @@ def choose_qparams_affine(
     target_dtype: of the codes; its range unless quant_min and quant_max are given.
     eps: the least scale; by default the smallest normal number of the input's dtype.
     scale_dtype: by default the input's.
-    preserve_zero: the range includes 0. False needs a zero point that is a fraction.
+    preserve_zero: the range includes 0. False needs a zero point that is a fraction, and takes a scale of at least
+        max(|lo|, |hi|) * eps(scale_dtype), so that the zero point of nearly equal numbers far from 0 stays finite.
     zero_point_domain: INT; or FLOAT for zero points in scale_dtype that keep their fraction.
 
     With lo, hi the ends of a block (0 among them) and n = quant_max - quant_min:
@@ -101,6 +102,10 @@ def choose_qparams_affine(
         scale, zero = torch.maximum(lo * (1 / lo_code) if lo_code else -lo, hi * (1 / max(hi_code, 1))), middle
     else:
         scale = ((hi - lo) * (1 / (hi_code - lo_code))).clamp(min=least)
+        if not preserve_zero:
+            scale = torch.maximum(
+                scale, torch.maximum(lo.abs(), hi.abs()) * torch.finfo(scale_dtype or input.dtype).eps
+            )
         zero = lo_code - lo / scale
         zero = zero if floating else zero.round().clamp(lo_code, hi_code)
     scale = scale.clamp(min=least).to(scale_dtype or input.dtype)

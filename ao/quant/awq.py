@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import Spec
-from .hqq import check_scaled
+from .hqq import check_scaled, magnitude
 from .observers import Channels, Hessian
 from .recipe import Recipe, Rounded, RoundToNearest, scaled_statistics
 from .statistics import Statistics
@@ -64,6 +64,8 @@ class AWQ(Recipe):
         assert seen is not None
         if not seen.calls:
             return self.rounding.quantize(weight, spec, seen).noted("not scaled: no data came to it")
+        if not seen.observers["channels"].amax.any():
+            return self.rounding.quantize(weight, spec, seen).noted("not scaled: all that came to it is zero")
         weight = weight.float()
         scale = self.scale(weight, spec, seen.observers["channels"], seen.observers["hessian"])
         if scale is None:
@@ -76,12 +78,15 @@ class AWQ(Recipe):
         h = hessian.matrix()
         grid = spec.grid(weight.shape)
         best, least = None, torch.inf
-        size = channels.mean_abs.clamp(min=1e-8)
+        size = channels.mean_abs
+        size = size.clamp(min=float(size.max()) * 1e-8)
+        unit = 1 / magnitude(weight, (1, 1))  # so that squares stay within the range of float32
         for step in range(self.steps):
             s = size ** (step / self.steps)
             s = s / (s.max() * s.min()).sqrt()
             scaled = weight * s
             error = spec.round(scaled, **spec.choose_qparams(scaled, grid)) / s - weight
+            error *= unit
             loss = float(((error @ h) * error).sum())
             if loss < least:
                 best, least = (s if step else None), loss

@@ -48,6 +48,10 @@ class BiasCorrection(Recipe):
         assert seen is not None
         if not seen.calls:
             return self.rounding.quantize(weight, spec, seen).noted("its bias is not corrected: no data came to it")
+        if not seen.observers["channels"].amax.any():
+            return self.rounding.quantize(weight, spec, seen).noted(
+                "its bias is not corrected: all that came to it is zero"
+            )
         mean = seen.observers["channels"].mean
         # Taken before the recipe, which may write over the target's sum.
         expected = weight.float() @ mean if seen.target is None else seen.target.mean

@@ -22,7 +22,7 @@ from ..dtypes import Spec
 from .configs import Config
 from .jobs import Filter, plan
 from .report import Report
-from .statistics import ATTRIBUTE, OBSERVERS, Statistics, first_tensor
+from .statistics import ATTRIBUTE, OBSERVERS, Statistics, check_finite_inputs, first_tensor
 
 
 @contextmanager
@@ -46,7 +46,8 @@ def calibrate(
     4 * K**2 bytes for a layer of K inputs. The numbers stay with the model until it is quantized or calibrated anew; they
     are not part of its `state_dict`.
 
-    Raises ValueError for an unknown observer.
+    Raises ValueError for an unknown observer and, from the model's call, for a layer whose inputs are not finite; then
+    nothing that was seen is kept.
     """
     unknown = sorted(set(observers or ()) - OBSERVERS.keys())
     if unknown:
@@ -62,9 +63,9 @@ def calibrate(
     seen: dict[nn.Module, Statistics] = {}
     for module, needed in wanted.items():
         seen[module] = Statistics({name: OBSERVERS[name]() for name in OBSERVERS if name in needed})
+    names_of = {module: name for name, module in model.named_modules()}
     # Compiled code of the model may be from before, without the hooks, and may be called from anywhere.
-    with torch.compiler.set_stance("force_eager"), watching(seen):
-        names_of = {module: name for name, module in model.named_modules()}
+    with torch.compiler.set_stance("force_eager"), watching(seen, names_of):
         yield {names_of[module]: statistics for module, statistics in seen.items()}
     for module, statistics in seen.items():
         if statistics.calls:
@@ -72,13 +73,15 @@ def calibrate(
 
 
 @contextmanager
-def watching(seen: Mapping[nn.Module, Statistics]) -> Iterator[None]:
+def watching(seen: Mapping[nn.Module, Statistics], names: Mapping[nn.Module, str]) -> Iterator[None]:
     """Give each layer's input to its statistics, as long as the context is open."""
 
     def watch(statistics: Statistics) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             with torch.no_grad():
-                statistics.observe(first_tensor(args, kwargs).detach())
+                x = first_tensor(args, kwargs).detach()
+                check_finite_inputs(x, names[module], f"its call number {statistics.calls + 1} under calibrate()")
+                statistics.observe(x)
 
         return hook
 

@@ -23,6 +23,7 @@ from .progress import progress
 from .quantize import quantize_
 from .recording import Call, Weight
 from .report import compute_error, storage_bytes
+from .statistics import check_finite_inputs
 from .timing_cache import TimingCache, product_key
 
 Timings = dict[Product, dict[str, float | str]]
@@ -87,7 +88,13 @@ def choose(
     min_sqnr: float | None,
     notes: Notes,
 ) -> list[tuple[Weight, Choice, nn.Parameter | None]]:
-    """The choice for each weight, and the parameter to put there, or None."""
+    """The choice for each weight, and the parameter to put there, or None.
+
+    Raises ValueError for recorded activations that are not finite where `min_sqnr` asks for what they become.
+    """
+    for w in weights if min_sqnr is not None else ():
+        if w.sample is not None:
+            check_finite_inputs(w.sample, w.names[0], "min_sqnr: a call that autoquant recorded")
     found: list[tuple[Weight, Choice, nn.Parameter | None]] = []
     low: Counter[str] = Counter()
     for w in progress(weights, "autoquant: quantize"):

@@ -214,11 +214,12 @@ def _zero_point(config: Config, domain: ZeroPointDomain) -> dict[str, Any]:
     """The fields of `Intx` that say what an asymmetric weight's zero point is.
 
     Where nothing was asked for, round-to-nearest takes an integer, and recipes, whose point is accuracy, a fraction; that one
-    and the scale in 16 bits each take less memory than a float32 scale and an integer.
+    and the scale in 16 bits each take less memory than a float32 scale and an integer. They are bfloat16, which has the range
+    of float32: weights of 1e-20 or 1e30 keep their scales.
     """
     if domain is ZeroPointDomain.INT or (domain is ZeroPointDomain.NONE and config.recipe() == RoundToNearest()):
         return {"zero_point": "int"}
-    return {"zero_point": "float", "scale_dtype": "float32" if domain is ZeroPointDomain.FLOAT else "float16"}
+    return {"zero_point": "float", "scale_dtype": "float32" if domain is ZeroPointDomain.FLOAT else "bfloat16"}
 
 
 def _pair(config: Config, granularity: Any) -> tuple[Granularity, Granularity]:
@@ -355,7 +356,7 @@ class IntxWeightOnlyConfig(Config):
     weight_dtype: torch.int1 to torch.int8.
     granularity: PerAxis(0) or PerRow() (a scale per row), PerGroup(g), PerTensor(), PerBlock(...).
     mapping_type: of the weight.
-    scale_dtype: torch.float32, torch.bfloat16 or torch.float16; None for float32, but float16 beside a zero point that an
+    scale_dtype: torch.float32, torch.bfloat16 or torch.float16; None for float32, but bfloat16 beside a zero point that an
         algorithm finds.
     zero_point_domain: of an asymmetric weight: INT, FLOAT, or NONE for an integer, and a fraction with an algorithm.
     """

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..dtypes import Spec, dense
 from .factor import Factored
 from .group_fit import fit_group
-from .hqq import Qparams, check_scaled, search
+from .hqq import Qparams, check_scaled, magnitude, search
 from .observers import Hessian
 from .recipe import Recipe, Rounded
 from .statistics import Statistics
@@ -200,6 +200,7 @@ class _Solver:
         fitted = {name: dense(t).clone() for name, t in qparams.items()}
         fitted = {name: t.float() if t.is_floating_point() else t for name, t in fitted.items()}
         group = torch.tensor(self.group, device=q.device)
+        size = magnitude(q, (1, 1))[0, 0]
         for i in range(fitted["scale"].shape[1]):
             columns = (group == i).nonzero()[:, 0]
             h = self.h.rows(columns)  # (group, K)
@@ -207,7 +208,7 @@ class _Solver:
             values = q[:, columns]
             b = values @ square + left[:, columns]  # what the group should be, times its H
             now = {name: t[:, i : i + 1] for name, t in fitted.items()}  # (rows of the grid, 1)
-            made, now = fit_group(self.spec, values, square, b, now)
+            made, now = fit_group(self.spec, values, square, b, now, size)
             left -= (made - values) @ h
             q[:, columns] = made
             for name, t in now.items():

@@ -14,13 +14,16 @@ from ..dtypes import Spec
 
 
 def fit_group(
-    spec: Spec, values: Tensor, square: Tensor, b: Tensor, now: dict[str, Tensor]
+    spec: Spec, values: Tensor, square: Tensor, b: Tensor, now: dict[str, Tensor], size: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The best of a few qparams for one group of columns: new values and qparams, no worse than those given.
 
     values: (n, group), those of the codes under the qparams now. square: (group, group), H. b: (n, group).
     now: scale and perhaps zero_point, (rows, 1) each, where n / rows rows of values share them; floats in float32.
+    size: a power of two of about the largest value; beside it, sums of squares stay within the range of float32.
     """
+    heaviest = square.diagonal().amax()
+    square, b = square / heaviest, b / heaviest / size
     n, rows_of = values.shape[0], now["scale"].shape[0]
 
     def total(x: Tensor) -> Tensor:  # (n, group) -> (rows_of, 1)
@@ -29,8 +32,8 @@ def fit_group(
     def spread(x: Tensor) -> Tensor:  # (rows_of, 1) -> (n, 1)
         return x.repeat_interleave(n // rows_of, 0)
 
-    scale = now["scale"].float()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    inverse = torch.where(now["scale"] == 0, 0.0, 1 / now["scale"].float())
+    scale = now["scale"].float() / size
     zero = now.get("zero_point")
     unit = values * spread(inverse)  # q - zero_point
     candidates: list[dict[str, Tensor]] = []
@@ -53,9 +56,12 @@ def fit_group(
         best = (ub * ones - u1 * b1) / determinant
         fine = (determinant > 1e-6 * uu * ones) & best.isfinite() & (best > 0)
         best = torch.where(fine, best, scale)
+        if zero.is_floating_point():
+            best = spec.stored(scale=best * size, zero_point=zero)["scale"].float() / size
+        # The best offset for that scale.
         shift = torch.where(fine, (b1 - u1 * best) / ones / best, 0.0)
         if zero.is_floating_point():
-            candidates.append({"scale": best, "zero_point": zero + shift})
+            candidates.append(spec.stored(scale=best, zero_point=zero + shift) | {"scale": best})
         else:
             for move in (shift.floor(), shift.floor() + 1, torch.zeros_like(shift)):
                 moved = spec.stored(scale=best, zero_point=zero + move)["zero_point"]
@@ -64,13 +70,14 @@ def fit_group(
     def error(x: Tensor) -> Tensor:
         return total((x @ square) * x - 2 * x * b)
 
-    made, kept, least = values, now, error(values)
+    made, kept, least = values, now, error(values / size)
     for tried in candidates:
         moved = unit if zero is None else unit + spread(zero.float() - tried["zero_point"].float())
         x = moved * spread(tried["scale"])
         e = error(x)
         better = e < least
         least = torch.where(better, e, least)
-        made = torch.where(spread(better), x, made)
-        kept = {name: torch.where(better, tried[name].to(t.dtype), t) for name, t in kept.items()}
+        made = torch.where(spread(better), x * size, made)
+        found = {**tried, "scale": tried["scale"] * size}
+        kept = {name: torch.where(better, found[name].to(t.dtype), t) for name, t in kept.items()}
     return made, kept

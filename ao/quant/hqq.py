@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..dtypes import Spec, dense, in_blocks, to_blocks
+from ..dtypes import Spec, dense, expand, in_blocks, to_blocks
 from .recipe import Recipe, Rounded
 from .statistics import Statistics
 
@@ -74,6 +74,23 @@ def block_sum(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     return blocks.sum(tuple(range(1, blocks.dim(), 2)))
 
 
+def magnitude(weight: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """About the largest magnitude of each block, a power of two, of shape `grid`; 1 for a block of zeros.
+
+    Errors are taken relative to it: powers and sums of them then stay within the range of float32, whatever the weight's, and
+    nothing is rounded.
+    """
+    blocks = to_blocks(weight, grid)
+    largest = torch.frexp(blocks.abs().amax(tuple(range(1, blocks.dim(), 2))))
+    size = torch.ldexp(torch.ones_like(largest.mantissa), largest.exponent.clamp(-126, 126))
+    return torch.where(largest.mantissa == 0, 1.0, size)
+
+
+def _total(error: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """The sum over each block, with infinity for qparams that make no number of it."""
+    return block_sum(error, grid).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+
 def search(
     weight: Tensor,
     spec: Spec,
@@ -95,13 +112,14 @@ def search(
     best = torch.full(grid, torch.inf, device=weight.device)
     qparams = {name: dense(t).clone() for name, t in spec.choose_qparams(weight, grid).items()}
     low, high = torch.ones_like(best), torch.ones_like(best)
+    unit = expand(1 / magnitude(weight, grid), weight.shape)
 
     def attempt(below: Tensor, above: Tensor) -> None:
         nonlocal best, low, high
         cut = blocks.clamp(lo * in_blocks(below), hi * in_blocks(above)).reshape(weight.shape)
         tried = {name: dense(t) for name, t in spec.choose_qparams(cut, grid).items()}
-        error = (spec.round(weight, **tried) - weight).abs().pow_(p)
-        total = block_sum(error if importance is None else error * importance, grid)
+        error = (spec.round(weight, **tried) - weight).mul_(unit).abs_().pow_(p)
+        total = _total(error if importance is None else error * importance, grid)
         better = total < best
         best = torch.where(better, total, best)
         low, high = torch.where(better, below, low), torch.where(better, above, high)
@@ -123,13 +141,15 @@ def search(
 def refine(weight: Tensor, spec: Spec, qparams: Qparams, p: float = 2.0, steps: int = 10) -> Qparams:
     """Round under the qparams and fit the qparams to the codes, in turns; the best of each block. weight: float32."""
     grid = spec.grid(weight.shape)
+    size = magnitude(weight, grid)
+    unit = expand(1 / size, weight.shape)
     best: Tensor | None = None
     kept = {name: dense(t).clone() for name, t in qparams.items()}
     tried = dict(kept)
     for step in range(steps + 1):
         values = spec.round(weight, **tried)
-        error = (values - weight).abs()
-        total = block_sum(error**p, grid)
+        error = (values - weight).mul_(unit).abs_()
+        total = _total(error**p, grid)
         if best is None:
             best = total
         else:
@@ -138,28 +158,33 @@ def refine(weight: Tensor, spec: Spec, qparams: Qparams, p: float = 2.0, steps: 
             kept = {name: torch.where(better, tried[name], t) for name, t in kept.items()}
         if step < steps:
             share = None if p == 2 else error.clamp(min=1e-12) ** (p - 2)
-            fitted = spec.stored(**fit(weight, values, tried, grid, share))
+            fitted = spec.stored(**fit(spec, weight, values, tried, size, share))
             tried = {name: dense(t) for name, t in fitted.items()}
     return spec.stored(**kept)
 
 
-def fit(weight: Tensor, values: Tensor, qparams: Qparams, grid: tuple[int, ...], share: Tensor | None) -> Qparams:
+def fit(spec: Spec, weight: Tensor, values: Tensor, qparams: Qparams, size: Tensor, share: Tensor | None) -> Qparams:
     """Scale and zero point of least squares for the codes of `values`, by blocks, weighted by `share` (None for 1).
 
     With unit u = values / scale = q - zero_point: scale alone is <u, w> / <u, u>. With a zero point, the slope of w over u
-    is the scale, and the line's crossing of w = 0 moves the zero point.
+    is the scale, and the line's crossing of w = 0 moves the zero point; it is that for the scale as it will be stored.
+
+    size: `magnitude` of the weight.
     """
+    grid = tuple(size.shape)
     scale = qparams["scale"].float()
     unit = (to_blocks(values, grid) * in_blocks(_inverse(scale))).reshape(weight.shape)
+    weight = weight * expand(1 / size, weight.shape)
 
     def mean(x: Tensor) -> Tensor:
         return block_sum(x if share is None else x * share, grid)
 
     if "zero_point" not in qparams:
-        return {"scale": _ratio(mean(unit * weight), mean(unit * unit), scale)}
+        return {"scale": _ratio(mean(unit * weight), mean(unit * unit), scale / size) * size}
     n, su, sw = mean(torch.ones_like(unit)), mean(unit), mean(weight)
-    slope = _ratio(n * mean(unit * weight) - su * sw, n * mean(unit * unit) - su * su, scale)
-    shift = (su - sw * _inverse(slope)) / n.clamp(min=1e-30)  # u at which the line crosses w = 0
+    slope = _ratio(n * mean(unit * weight) - su * sw, n * mean(unit * unit) - su * su, scale / size)
+    slope = dense(spec.stored(**{**qparams, "scale": slope * size})["scale"]).float()
+    shift = (su - sw * size * _inverse(slope)) / n.clamp(min=1e-30)  # u at which the line crosses w = 0
     return {"scale": slope, "zero_point": qparams["zero_point"].float() + shift}
 
 

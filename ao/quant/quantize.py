@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..dtypes import QTensor, Spec
 from ..matmul import set_parameter
 from .configs import Config
-from .jobs import Filter, Job, check, is_linear, plan, require_statistics, seen_by
+from .jobs import Filter, Job, check, is_linear, plan, require_statistics, seen_by, static_scale
 from .progress import progress
 from .recipe import RoundToNearest, assemble
 from .report import Report, Row, storage_bytes
 from .sequential import Batch, quantize_in_sequence, restored_on_error
-from .statistics import ATTRIBUTE, Statistics, act_scale
+from .statistics import ATTRIBUTE, Statistics
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 
@@ -52,9 +52,10 @@ def quantize_(
 
     Every layer is checked before the first one changes, and a call which raises leaves the model as it was. Raises
     ValueError for a shape that the format does not take (with the parameter's name and the fix), for a weight that is
-    quantized already, for a rule that matches nothing, for a layer that needs calibration and had none, and for one that a
-    filter or a rule asks for and that cannot compute with a quantized weight (weight normalization, pruning, standardized
-    convolutions), and TypeError for what is not a config.
+    quantized already or not finite, for a rule that matches nothing, for a layer that needs calibration and had none, or
+    nothing but zeros where a static scale is asked for, for calibration data that gives a layer NaN or infinite inputs (with the
+    batch), and for a layer that a filter or a rule asks for and that cannot compute with a quantized weight (weight
+    normalization, pruning, standardized convolutions); and TypeError for what is not a config.
     """
     batches = None if calibration_data is None else _batches(calibration_data)
     if isinstance(config, Config):
@@ -107,11 +108,11 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
     if job.act_scale is not None:
         known = torch.tensor(job.act_scale, dtype=torch.float32, device=data.device)
     if isinstance(job.recipe, RoundToNearest):
-        scale = _act_scale(job, seen, None) if known is None else known
+        scale = static_scale(job, seen) if known is None else known
         new = job.spec.quantize(data, act_scale=scale)
     else:
         found = job.recipe.quantize(data, job.spec, seen)
-        scale = _act_scale(job, seen, found.pre_scale) if known is None else known
+        scale = static_scale(job, seen, found.pre_scale) if known is None else known
         new = assemble(found, job.spec, data.dtype, scale)
         report.notes.extend(f"{job.fqn}: {note}" for note in found.notes)
         if found.bias is not None:
@@ -119,21 +120,6 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
     job.install(nn.Parameter(new, requires_grad=False))
     size = storage_bytes(old), storage_bytes(job.parameter)
     return Row(job.fqn, tuple(old.shape), repr(job.spec), *size, job.recipe.label)
-
-
-def _act_scale(job: Job, seen: Statistics | None, pre_scale: Tensor | None) -> Tensor | None:
-    """The scale of a static activation, as it is after `pre_scale`."""
-    if job.act_range is None:
-        return None
-    assert seen is not None and job.spec.act is not None
-    if not seen.calls:
-        raise ValueError(
-            f"{job.fqn}: a static activation needs calibration, and no data came to this layer; give it data, or leave it "
-            "out with filter_fn"
-        )
-    if pre_scale is None:
-        return act_scale(job.spec.act, seen.amax(job.act_range, job.spec.act)).to(job.parameter.device)
-    return act_scale(job.spec.act, (seen.observers["channels"].amax * pre_scale[0].abs()).amax())
 
 
 def _add_to_bias(job: Job, bias: Tensor) -> None:

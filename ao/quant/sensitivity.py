@@ -10,6 +10,7 @@ of layers are taken to add up, which they nearly do while they are small.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from .progress import progress
 from .quantize import quantize_job
 from .report import Report, storage_bytes
 from .sequential import Batch, call
+from .statistics import is_finite
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> the loss, a scalar."""
@@ -129,8 +131,8 @@ def sensitivity(
     loss_fn: (model, batch) -> loss, whose rise is measured; by default KL(original || quantized) of the model's output,
         taken as logits over its last dim, per row, which needs no labels.
 
-    Runs the model once per layer, candidate and batch. Raises ValueError for no layers, no data, and a candidate that a layer
-    does not take.
+    Runs the model once per layer, candidate and batch. Raises ValueError for no layers, no data, a batch for which the model
+    gives outputs or a loss that are not finite, and a candidate that a layer does not take.
     """
     batches = list(data)
     configs = tuple(SpecConfig(c) if isinstance(c, Spec) else c for c in candidates)
@@ -169,15 +171,28 @@ def _effect(candidate: int, job: Job, measure: Callable[[], float]) -> Effect:
 
 
 def _rise(model: nn.Module, batches: list[Batch], loss_fn: Loss) -> Callable[[], float]:
-    def mean() -> float:
-        return sum(float(loss_fn(model, batch)) for batch in batches) / len(batches)
+    def losses() -> list[float]:
+        return [float(loss_fn(model, batch)) for batch in batches]
 
-    before = mean()
-    return lambda: mean() - before
+    before = losses()
+    for i, loss in enumerate(before):
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"sensitivity: the loss of batch {i} is {loss}, which nothing can be compared with; leave it out"
+            )
+    return lambda: _or_infinity(sum(after - loss for after, loss in zip(losses(), before)) / len(batches))
 
 
 def _divergence(model: nn.Module, batches: list[Batch]) -> Callable[[], float]:
-    references = [F.log_softmax(_logits(call(model, batch)).float(), -1) for batch in batches]
+    references = []
+    for i, batch in enumerate(batches):
+        logits = _logits(call(model, batch)).float()
+        if not is_finite(logits):
+            raise ValueError(
+                f"sensitivity: the model's output for batch {i} has NaN or infinite values, which nothing can be compared with; "
+                "leave it out, or find out where they come from"
+            )
+        references.append(F.log_softmax(logits, -1))
 
     def mean() -> float:
         total, rows = 0.0, 0
@@ -185,9 +200,14 @@ def _divergence(model: nn.Module, batches: list[Batch]) -> Callable[[], float]:
             log_p = F.log_softmax(_logits(call(model, batch)).float(), -1)
             total += float(F.kl_div(log_p, reference, reduction="sum", log_target=True))
             rows += reference.numel() // reference.shape[-1]
-        return total / rows
+        return _or_infinity(total / rows)
 
     return mean
+
+
+def _or_infinity(loss: float) -> float:
+    """Infinity for NaN: a layer that cannot be quantized so is the last to be chosen."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def _logits(output: Any) -> Tensor:

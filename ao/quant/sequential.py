@@ -26,7 +26,7 @@ from .compiled import is_compiled, unwrapped
 from .jobs import Job
 from .observers import Target
 from .progress import progress
-from .statistics import OBSERVERS, Statistics, first_tensor
+from .statistics import OBSERVERS, Statistics, check_finite_inputs, first_tensor
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """One call of the model: its only argument, its arguments, or its keyword arguments."""
@@ -69,7 +69,8 @@ def quantize_in_sequence(
 
     device: where the blocks are moved before they run; None leaves them where they are.
 
-    Raises what the model raises on the first batch before anything has changed.
+    Raises what the model raises on the first batch before anything has changed, and ValueError for a batch that gives a layer
+    inputs that are not finite.
     """
     wants_original = any(job.recipe.wants_target for job in jobs)
     with _Runner(unwrapped(model), batches, device, wants_original) as runner:
@@ -226,6 +227,8 @@ class _Runner:
             before, _ = self.inputs(unit, batch, "original", shows) if targets else ({}, 0)
             now, tokens = self.inputs(unit, batch, "now", shows)
             for owner, part in group.parts:
+                for x in (*before.get(owner, []), *now.get(owner, [])):
+                    check_finite_inputs(x, part[0].fqn, f"batch {batch} of the calibration data")
                 for x in now.get(owner, []):
                     shared[owner].observe(x)
                 aligned = _aligned(before.get(owner, []), now.get(owner, []), tokens)

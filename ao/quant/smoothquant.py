@@ -4,7 +4,8 @@ For formats that quantize activations (arXiv:2211.10438, equation 4): channels o
 
     s_k = max|x_k|**alpha / max|w_k|**(1 - alpha)
 
-and the weight's columns multiplied by as much. Cost: as of AWQ, a `pre_scale` per input channel.
+and the weight's columns multiplied by as much. All s_k share a power of two, with which sqrt(min s * max s) is near 1, so that
+neither side leaves the range of its dtype. Cost: as of AWQ, a `pre_scale` per input channel.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..dtypes import Spec
+from .hqq import magnitude
 from .observers import Channels
 from .recipe import Recipe, Rounded, RoundToNearest, scaled_statistics
 from .statistics import Statistics
@@ -70,7 +72,12 @@ class SmoothQuant(Recipe):
         weight = weight.float()
         channels: Channels = seen.observers["channels"]
         assert channels.amax is not None
-        x, w = channels.amax.clamp(min=1e-5), weight.abs().amax(0).clamp(min=1e-5)
-        scale = (x**self.alpha / w ** (1 - self.alpha)).clamp(min=1e-5)
+        x, w = channels.amax, weight.abs().amax(0)
+        if not (x > 0).any() or not (w > 0).any():
+            what = "its weight" if (x > 0).any() else "all that came to it"
+            return self.rounding.quantize(weight, spec, seen).noted(f"not smoothed: {what} is zero")
+        x, w = x.clamp(min=float(x.max()) * 1e-5), w.clamp(min=float(w.max()) * 1e-5)
+        scale = x**self.alpha / w ** (1 - self.alpha)
+        scale = scale / magnitude((scale.max() * scale.min()).sqrt()[None, None], (1, 1))[0, 0]
         found = self.rounding.quantize(weight * scale, spec, scaled_statistics(seen, 1 / scale))
         return found.scaled(1 / scale)

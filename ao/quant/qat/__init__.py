@@ -5,7 +5,10 @@
     quantize_(model, QATConfig(Int4WeightOnlyConfig(group_size=32), step="convert"))
 
 A prepared layer rounds its weight, and its input if the config says so, each time it runs, and passes gradients straight
-through (arXiv:1308.3432). What it computes is what the converted layer computes from its dequantized weight, bit for bit.
+through (arXiv:1308.3432). The weight that is stored is the rounded one, bit for bit. Where the input is quantized, a prepared
+layer runs the very product of the converted layer, on the codes, in any dtype. Where it is not, it multiplies by the rounded
+weight in the model's dtype: what the converted layer computes wherever it decodes its weight, and up to the rounding of
+that product where a path reads the codes (`ao.path_name`).
 """
 
 from .config import (

@@ -1,8 +1,8 @@
 """Layers that are trained with the rounding that they will have: `FakeQuantizedLinear`, `FakeQuantizedEmbedding`.
 
 They are `nn.Linear` and `nn.Embedding` with another forward, made of the layer itself: its parameters, its hooks and its
-place in the model stay. What they compute is, operation for operation, what the quantized layer will compute from its
-dequantized weight.
+place in the model stay. With quantized inputs they run the product of the quantized layer; otherwise they compute, operation
+for operation, what the quantized layer will compute from its dequantized weight.
 """
 
 from __future__ import annotations
@@ -76,20 +76,49 @@ class FakeQuantized(nn.Module):
 OWN_PARAMETERS = ("weight_scale", "weight_zero_point", "act_scale", "lora_a", "lora_b")
 
 
+class _Product(torch.autograd.Function):
+    """The product that the quantized layer computes, with the gradients of the product of the rounded numbers.
+
+    rounded: (..., K), what `input` is rounded to. weight: (N, K), what `quantized` dequantizes to.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rounded: Tensor, weight: Tensor, input: Tensor, quantized: QTensor) -> Tensor:
+        ctx.save_for_backward(rounded, weight)
+        return F.linear(input, quantized)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rounded, weight = ctx.saved_tensors
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight.to(grad.dtype)).to(rounded.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = rounded.reshape(-1, rounded.shape[-1])  # (M, K)
+            grad_w = (grad.reshape(-1, grad.shape[-1]).t() @ rows.to(grad.dtype)).to(weight.dtype)
+        return grad_x, grad_w, None, None
+
+
 class FakeQuantizedLinear(FakeQuantized, nn.Linear):
-    """y = fake_quantize(x) @ fake_quantize(W).T + bias. Straight-through gradients."""
+    """y = fake_quantize(x) @ fake_quantize(W).T + bias, summed over the codes if x is quantized. Straight-through gradients."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: (..., in) -> (..., out), as the converted layer will compute it."""
-        act = self.spec.act
-        if act is not None and self.enabled:
+        """input: (..., in) -> (..., out), as the converted layer will compute it; without quantized inputs, as it will where it
+        decodes its weight."""
+        act, kind = self.spec.act, input.device.type
+        if act is None or not self.enabled:
+            out = F.linear(input, self.fake_quantized_weight())
+        else:
+            if torch.is_autocast_enabled(kind):
+                input = input.to(torch.get_autocast_dtype(kind))
             if self.act_scale is None:
-                input = act.fake_quantize(input)
+                rounded = act.fake_quantize(input)
             else:
-                scale = self.act_scale.reshape([1] * input.dim())
-                input = learned_fake_quantize(input, act, scale)
+                rounded = learned_fake_quantize(input, act, self.act_scale.reshape([1] * input.dim()))
+            # The numbers that 16-bit codes times scales are rounded to are not those that the quantized layer multiplies, which
+            # are the codes.
+            out = _Product.apply(rounded, self.fake_quantized_weight(), input.detach(), self.quantized())
         # The bias apart, as the quantized layer adds it.
-        out = F.linear(input, self.fake_quantized_weight())
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ...dtypes import Spec, dense
 from ..configs import Config
-from ..jobs import Filter, Job, Slot, by_default, check, plan, require_statistics, seen_by
+from ..jobs import Filter, Job, Slot, by_default, check, plan, require_statistics, seen_by, static_scale
 from ..recipe import Rounded
 from ..report import Report, Row, storage_bytes
 from ..sequential import Batch, quantize_in_sequence, restored_on_error
-from ..statistics import Statistics, act_scale
+from ..statistics import Statistics
 from .layers import PREPARED, FakeQuantized
 
 
@@ -61,10 +61,7 @@ def prepare(
 
     def finish(job: Job, seen: Statistics | None) -> None:
         original = job.parameter
-        scale = None
-        if job.act_range is not None:
-            assert seen is not None and job.spec.act is not None
-            scale = act_scale(job.spec.act, seen.amax(job.act_range, job.spec.act))
+        scale = static_scale(job, seen)
         if not range_learning:
             starts[job.fqn] = _Start(None, {}, scale)
             return

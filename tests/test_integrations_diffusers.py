@@ -9,7 +9,7 @@ import torch
 
 import ao
 
-diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'ao[diffusers]'")
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'ao-lowbit[diffusers]'")
 
 from ao.integrations.diffusers import AoConfig  # noqa: E402
 

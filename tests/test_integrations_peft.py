@@ -13,7 +13,7 @@ from torch import nn
 import ao
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
-peft = pytest.importorskip("peft", reason="needs peft: pip install 'ao[peft]'")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'ao-lowbit[peft]'")
 
 import hf_models  # noqa: E402
 from hf_models import FORMATS, IDS  # noqa: E402

@@ -504,5 +504,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as e:
-        raise ImportError("saving and loading checkpoints needs safetensors: pip install 'ao[hf]'") from e
+        raise ImportError("saving and loading checkpoints needs safetensors: pip install 'ao-lowbit[hf]'") from e
     return safetensors

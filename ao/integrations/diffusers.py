@@ -31,7 +31,7 @@ from ..quant.report import Report, storage_bytes
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
 from .config_names import AUTOQUANT
 from .mapped_memory import MappedFiles
-from .transformers import AoConfig, refuse_disk, rules_of
+from .transformers import AoConfig, is_saved_quantized, refuse_disk, rules_of
 from .transformers_layers import plan_for
 from .transformers_loading import Plan, Quantize, Stored
 
@@ -180,7 +180,7 @@ _get_memory_footprint = ModelMixin.get_memory_footprint
 @functools.wraps(_save_pretrained)
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     """As in diffusers, for what the parameters are now: quantized in place, or plain again."""
-    quantized = any(isinstance(p, QTensor) for p in self.parameters())
+    quantized = is_saved_quantized(self)
     quantizer = getattr(self, "hf_quantizer", None)
     if quantized and quantizer is None:
         config = AoConfig(rules_of(self))

@@ -312,6 +312,13 @@ def unmark_if_plain(model: Any) -> None:
         quantizer.remove_quantization_config(model)
 
 
+def is_saved_quantized(model: nn.Module) -> bool:
+    """Whether its state dict has quantized tensors. Low-precision training has parameters that are plain there."""
+    if not any(isinstance(p, QTensor) for p in model.parameters()):
+        return False
+    return any(isinstance(t, QTensor) for t in model.state_dict(keep_vars=True).values())
+
+
 _save_pretrained = PreTrainedModel.save_pretrained
 _get_memory_footprint = PreTrainedModel.get_memory_footprint
 
@@ -320,7 +327,7 @@ _get_memory_footprint = PreTrainedModel.get_memory_footprint
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     """As in transformers, for what the parameters are now: quantized in place, or plain again."""
     unmark_if_plain(self)
-    if getattr(self, "hf_quantizer", None) is not None or not any(isinstance(p, QTensor) for p in self.parameters()):
+    if getattr(self, "hf_quantizer", None) is not None or not is_saved_quantized(self):
         return _save_pretrained(self, *args, **kwargs)
     before = {key: self.__dict__[key] for key in ("_weight_conversions", "is_quantized") if key in self.__dict__}
     mark_quantized(self)

@@ -41,6 +41,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..dtypes import QTensor
+from ..matmul import set_parameter
 from ..quant import dequantize_
 from .redirect import redirect
 from .transformers import unmark_if_plain
@@ -57,7 +58,7 @@ class _Merging:
         weight = layer.weight
         if isinstance(weight, QTensor):
             self.__dict__["quantized_weight"] = weight  # not as a parameter, of which a state dict would tell
-            layer.weight = nn.Parameter(weight.detach().dequantize(), requires_grad=False)
+            set_parameter(layer, "weight", nn.Parameter(weight.detach().dequantize(), requires_grad=False))
         try:
             super().merge(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -79,7 +80,8 @@ class _Merging:
         quantized = self.__dict__.pop("quantized_weight", None)
         if quantized is not None:
             layer = self.get_base_layer()  # type: ignore[attr-defined]
-            layer.weight = nn.Parameter(quantized.detach().to(layer.weight.device), requires_grad=False)
+            restored = nn.Parameter(quantized.detach().to(layer.weight.device), requires_grad=False)
+            set_parameter(layer, "weight", restored)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(protocol)
@@ -202,17 +204,17 @@ def _decoded(layer: Any) -> Iterator[None]:
         yield
         return
     quantized = layer.weight
-    layer.weight = nn.Parameter(quantized.detach().dequantize(), requires_grad=False)
+    set_parameter(layer, "weight", nn.Parameter(quantized.detach().dequantize(), requires_grad=False))
     try:
         yield
         values = layer.weight.detach()
     finally:
-        layer.weight = quantized
+        set_parameter(layer, "weight", quantized)
     with torch.no_grad():
         if not torch.equal(values, quantized.detach().dequantize()):
             changed = quantized.detach().clone()
             changed.copy_(values)
-            layer.weight = nn.Parameter(changed, requires_grad=False)
+            set_parameter(layer, "weight", nn.Parameter(changed, requires_grad=False))
 
 
 def _over_decoded(method: Callable[..., Any]) -> Callable[..., Any]:

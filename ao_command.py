@@ -14,7 +14,11 @@ def main() -> int:
     """Run `ao` and return the exit code."""
     name = "ao_command_line"
     package = PathFinder.find_spec("ao", sys.path) or importlib.util.find_spec("ao")
-    assert package is not None and package.origin is not None
+    if package is None or package.origin is None or "ao-lowbit" not in Path(package.origin).read_text(encoding="utf-8"):
+        raise SystemExit(
+            "ao: ao/__init__.py is missing, or that of another package called 'ao'. Run `pip uninstall -y ao ao-lowbit`, then "
+            "install ao-lowbit again (`pip install .` in its clone)"
+        )
     folder = Path(package.origin).parent / "integrations" / "command_line"
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]

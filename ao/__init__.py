@@ -1,8 +1,11 @@
 """Low-precision PyTorch: quantize, train and shrink models, in plain PyTorch and Triton, with nothing to build."""
 
+__distribution__ = "ao-lowbit"  # on the package index, where `ao` is another package
+
 import importlib
 from typing import Any
 
+from . import installation as _installation  # noqa: F401  raises if another package called `ao` is mixed with this one
 from .dtypes import NF4, Codebook, Float8, Intx, QTensor, Spec, load, save
 from .inductor_config import recommended_inductor_config_setter
 from .matmul import path_name

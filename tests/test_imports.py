@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ PURE = {"bits", "blocks", "rounding", "layouts", "onnx_mode", "pieces", "running
 MACHINERY = {"base", "coalesced", "lattice", "ops", "sharding", "views"}
 CONSUMERS = {"checkpoint"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
-HOSTS = {"accelerate", "diffusers", "onnx_ir", "peft", "transformers", "vllm"}
+HOSTS = {"accelerate", "diffusers", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "ampere", "hopper", "cast", "operators"}
 # A dtype that is made of another one says so here.
@@ -70,6 +71,8 @@ def test_layers(path):
             wanted = (parts[0] == "triton" and name in KERNELS) or (parts[0] in HOSTS and folder == "integrations")
             assert parts[0] in {"torch", *sys.stdlib_module_names} or wanted or (optional and not top), where
             continue
+        if module == "ao.installation":
+            continue
         if path.parent.name == "command_line":
             assert not top or parts[1:3] == ["integrations", "command_line"], f"{where}: torch would come along"
             continue
@@ -106,6 +109,42 @@ def test_import_is_quiet_and_light():
         "print(sorted(heavy & new))"
     )
     assert out == "[]"
+
+
+@pytest.mark.parametrize(
+    ("init", "dist_info", "module", "error"),
+    [
+        (
+            "def __getattr__(name): raise AttributeError(name)",
+            None,
+            "ao.dtypes",
+            "ao/__init__.py is not that of ao-lowbit",
+        ),
+        (None, None, "ao.integrations.peft", "ao/__init__.py is not that of ao-lowbit"),
+        ("ours", "ao-1.0.2.dist-info", "ao", "has another package called 'ao', ao-1.0.2.dist-info"),
+        ("ours", "ao_lowbit-0.1.0.dist-info", "ao.installation", ""),
+    ],
+)
+def test_another_package_called_ao(init, dist_info, module, error, tmp_path):
+    """pip puts both into one folder: the other's ao/__init__.py in place of ours, or ours over it, or none after uninstalling."""
+    shutil.copy(ROOT / "ao_command.py", tmp_path)
+    (tmp_path / "ao").mkdir()
+    for path in (ROOT / "ao").iterdir():
+        if path.name != "__init__.py":
+            (tmp_path / "ao" / path.name).symlink_to(path)
+    if init is not None:
+        text = (ROOT / "ao" / "__init__.py").read_text() if init == "ours" else init
+        (tmp_path / "ao" / "__init__.py").write_text(text)
+    if dist_info is not None:
+        (tmp_path / dist_info).mkdir()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    python = [sys.executable, "-I", "-c"]
+    result = subprocess.run([*python, f"{code}import {module}"], capture_output=True, text=True)
+    assert error in result.stderr and ("pip uninstall -y ao ao-lowbit" in result.stderr) == bool(error), result.stderr
+    result = subprocess.run([*python, f"{code}sys.argv[1:] = ['--help']; import ao_command; sys.exit(ao_command.main())"],
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == (0 if init == "ours" else 1), result.stderr
+    assert ("pip uninstall -y ao ao-lowbit" in result.stderr) == (init != "ours") and "Traceback" not in result.stderr
 
 
 def test_import_leaves_global_settings_alone():

@@ -11,7 +11,7 @@ from ao.quant.qat import QATConfig
 from ao.train import Float8LinearConfig, LowPrecisionLinear, convert_to_float8_training
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
-accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'ao[hf]'")
+accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'ao-lowbit[hf]'")
 
 import hf_models  # noqa: E402
 from hf_models import FORMATS, IDS  # noqa: E402
@@ -162,7 +162,7 @@ def test_trainer_on_a_float8_model(recipe, tmp_path):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft, of transformers
 def test_trainer_and_adapters(folder, tmp_path):
     """QLoRA: adapters over a model of 4 bits. Without adapters, the Trainer refuses."""
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'ao[peft]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'ao-lowbit[peft]'")
     model = load(folder, "nf4")
     args = arguments(tmp_path, max_steps=3, learning_rate=1e-2)
     examples = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8

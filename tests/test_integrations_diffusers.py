@@ -9,7 +9,7 @@ import torch
 
 import ao
 
-diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'ao[diffusers]'")
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'ao-lowbit[diffusers]'")
 
 from ao.integrations.diffusers import AoConfig  # noqa: E402
 
@@ -112,3 +112,24 @@ def test_a_pipeline(config, tmp_path):
     out = images(pipeline)
     pipeline.save_pretrained(tmp_path / "saved")
     assert torch.equal(images(diffusers.DDPMPipeline.from_pretrained(tmp_path / "saved")), out)
+
+
+@pytest.mark.parametrize("build", [unet, transformer])
+@torch.no_grad()
+def test_saving_what_was_quantized_in_place(build, tmp_path):
+    model, inputs = build()
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    model.save_pretrained(tmp_path / "saved")
+    assert getattr(model, "hf_quantizer", None) is None and "quantization_config" not in model.config
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**inputs).sample, model(**inputs).sample)
+    assert {n: p.spec for n, p in again.named_parameters() if isinstance(p, ao.QTensor)} == {
+        n: p.spec for n, p in model.named_parameters() if isinstance(p, ao.QTensor)
+    }
+    assert again.get_memory_footprint() == ao.get_model_size_in_bytes(again)
+    # Plain again, by either way, it is saved as a plain model.
+    for each in (again.dequantize(), ao.quant.dequantize_(type(model).from_pretrained(tmp_path / "saved"))):
+        each.save_pretrained(tmp_path / "plain")
+        assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+        loaded = type(model).from_pretrained(tmp_path / "plain")
+        assert not any(isinstance(p, ao.QTensor) for p in loaded.parameters())

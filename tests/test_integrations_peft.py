@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +13,12 @@ from torch import nn
 import ao
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
-peft = pytest.importorskip("peft", reason="needs peft: pip install 'ao[peft]'")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'ao-lowbit[peft]'")
 
 import hf_models  # noqa: E402
 from hf_models import FORMATS, IDS  # noqa: E402
 
+from ao.integrations.folder_quantizer import quantize_folder  # noqa: E402
 from ao.integrations.peft import QuantizedEmbedding, QuantizedLinear  # noqa: E402
 from ao.integrations.transformers import AoConfig  # noqa: E402
 
@@ -186,3 +191,155 @@ def test_adapters_on_experts(tmp_path):
     with pytest.raises(NotImplementedError, match="which is quantized, .* leave it out when quantizing"):
         peft.get_peft_model(mixtral(), config)
     trained(peft.get_peft_model(mixtral(modules_to_not_convert=["experts", "lm_head"]), config))
+
+
+# Every method of PEFT.
+
+TARGETS = ["up_proj", "down_proj"]
+
+
+def lora(**kwargs):
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, **kwargs)
+
+
+METHODS = {
+    "pissa": lambda: lora(init_lora_weights="pissa"),
+    "pissa_niter_4": lambda: lora(init_lora_weights="pissa_niter_4"),
+    "olora": lambda: lora(init_lora_weights="olora"),
+    "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
+    "eva": lambda: lora(init_lora_weights="eva"),
+    "rslora": lambda: lora(use_rslora=True),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["up_proj"]),
+    "loha": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS),
+    "lokr": lambda: peft.LoKrConfig(r=4, target_modules=TARGETS),
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=TARGETS, use_cayley_neumann=False),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=TARGETS),
+    "hra": lambda: peft.HRAConfig(r=4, target_modules=TARGETS),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=50, target_modules=TARGETS),
+    "vblora": lambda: peft.VBLoRAConfig(r=4, target_modules=TARGETS, vector_length=16, num_vectors=16),
+    "shira": lambda: peft.ShiraConfig(r=4, target_modules=TARGETS),
+    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 2, 90], target_modules=["embed_tokens"]),
+    "lora and tokens": lambda: lora(trainable_token_indices=[1, 2, 90]),
+    "modules_to_save": lambda: lora(modules_to_save=["lm_head", "embed_tokens"]),
+    "the head": lambda: peft.LoraConfig(r=4, target_modules=["lm_head", "up_proj"]),
+}
+RANDOM = {"fourierft", "vblora"}  # do not begin as nothing
+SLOW = {"pissa_niter_4", "orthogonal", "rslora", "lokr", "boft", "fourierft", "vblora"}  # much like another one
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in METHODS])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, about its methods
+def test_methods(method, untied, tmp_path):
+    """Begin as nothing, train, are saved, loaded, copied, merged and unmerged, over a weight that stays what it is."""
+    embedding = method in ("tokens", "lora and tokens", "modules_to_save", "the head")
+    base = load(untied, "nf4", include_embedding=embedding)
+    plain, count = logits(base), sum(isinstance(p, ao.QTensor) for p in base.parameters())
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, METHODS[method]())
+    takes = (
+        method.startswith("pissa") or method == "olora"
+    )  # its part out of the weight, and the rest is quantized again
+    floor = -9 if method in RANDOM else 25 if takes else 90
+    assert ao.compute_error(plain, logits(model)) > floor
+    assert sum(isinstance(p, ao.QTensor) for n, p in model.named_parameters() if "modules_to_save" not in n) == count
+    frozen = {n: p.clone() for n, p in model.named_parameters() if isinstance(p, ao.QTensor)}
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted = logits(model.eval())
+    assert ao.compute_error(plain, adapted) < 70
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert torch.equal(logits(copy.deepcopy(model)), adapted)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), adapted)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = peft.PeftModel.from_pretrained(load(untied, "nf4", include_embedding=embedding), tmp_path)
+    assert torch.equal(logits(again), adapted)
+    model.merge_adapter()
+    assert ao.compute_error(adapted, logits(model)) > 90
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), adapted)
+    merged = model.merge_and_unload()
+    assert ao.compute_error(adapted, logits(merged)) > 90
+    left = sum(isinstance(p, ao.QTensor) for p in merged.parameters())
+    assert 0 < left < count and merged.is_quantized
+
+
+@pytest.mark.parametrize("form", ["int8", "int3", "nf4"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_is_taken_out_of_a_weight(form, init, folder):
+    """W is D(q) + scaling * B A, where q is what is left of W, in the same format."""
+    base = load(folder, form)
+    before = base.model.layers[0].mlp.up_proj.weight
+    model = peft.get_peft_model(base, lora(init_lora_weights=init))
+    after, values = layer(model).base_layer.weight, before.dequantize()
+    assert after.spec == before.spec and after.dtype == before.dtype and not after.requires_grad
+    assert not torch.equal(after, before)
+    delta = layer(model).get_delta_weight("default").detach()
+    assert ao.compute_error(before.spec.quantize(values - delta).dequantize(), after.dequantize()) > 50
+    if init == "pissa":
+        u, s, v = torch.linalg.svd(values)
+        assert ao.compute_error(u[:, :4] * s[:4] @ v[:4], delta) > 80
+
+
+def test_loftq(folder):
+    """The best approximation to what quantizing lost, in the rank of the adapter, over any format."""
+    original = transformers.LlamaForCausalLM.from_pretrained(folder).float()
+    expected = original.model.layers[0].mlp.up_proj.weight
+    model = peft.get_peft_model(load(folder, "nf4"), lora())
+    peft.replace_lora_weights_loftq(model, folder / "model.safetensors")
+    values = layer(model).base_layer.weight.dequantize()
+    u, s, v = torch.linalg.svd(expected - values)
+    assert torch.allclose(layer(model).get_delta_weight("default"), u[:, :4] * s[:4] @ v[:4], atol=1e-5)
+    assert ao.compute_error(expected, layer(model)(torch.eye(64)).T) > ao.compute_error(expected, values) + 0.3
+    before = layer(model).lora_A["default"].weight.clone()
+    with torch.no_grad():
+        before = layer(model).lora_A["default"].weight.fill_(0.5).clone()
+    peft.replace_lora_weights_loftq(model, str(folder), callback=lambda model, name: False)
+    assert torch.equal(layer(model).lora_A["default"].weight, before)
+
+
+def test_merged_models_are_plain(folder, tmp_path):
+    """What is saved after merging does not say that it is quantized, and can be quantized anew in every way."""
+    model = peft.get_peft_model(load(folder, "nf4"), peft.LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        layer(model).lora_B["default"].weight.normal_(std=0.05)
+    adapted = logits(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert model.base_model.model.is_quantized
+    merged = model.merge_and_unload()
+    assert not merged.is_quantized and not hasattr(merged.config, "quantization_config")
+    merged.save_pretrained(tmp_path / "merged")
+    assert merged.half().dtype == torch.float16
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()).get("quantization_config") is None
+    assert ao.compute_error(adapted, logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged"))) > 90
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", quantization_config=AoConfig(ao.Intx(8)))
+    assert layer_weight(again).spec == ao.Intx(8) and ao.compute_error(adapted, logits(again)) > 25
+    quantize_folder(tmp_path / "merged", tmp_path / "int8", ao.Intx(8))
+    assert layer_weight(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "int8")).spec == ao.Intx(8)
+
+
+def test_models_that_are_merged_in_part(folder, tmp_path):
+    model = peft.get_peft_model(load(folder, "nf4"), lora(init_lora_weights=False))
+    adapted = logits(model)
+    merged = model.merge_and_unload()
+    assert merged.is_quantized and type(layer_weight(merged)) is nn.Parameter
+    merged.save_pretrained(tmp_path / "merged")
+    saved = json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]
+    assert {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"} < set(saved["modules_to_not_convert"])
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert ao.compute_error(adapted, logits(again)) > 90 and torch.equal(logits(again), logits(merged))
+    assert type(layer_weight(again)) is nn.Parameter and isinstance(
+        again.model.layers[0].mlp.gate_proj.weight, ao.QTensor
+    )
+    unloaded = peft.get_peft_model(load(folder, "nf4"), peft.LoraConfig(r=4, target_modules="all-linear")).unload()
+    assert unloaded.is_quantized and isinstance(layer_weight(unloaded), ao.QTensor)
+
+
+def layer_weight(model):
+    return model.model.layers[0].mlp.up_proj.weight

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 import ao
+from ao.dtypes.base import dense
 from ao.dtypes.checkpoint import flatten
 from ao.quant import candidates, end_to_end, microbenchmark
 from ao.quant.qat import QATConfig
@@ -152,7 +154,7 @@ def test_the_real_minilm(tmp_path):
 # Without the import.
 
 
-def test_without_the_import_it_fails_loudly(saved):
+def test_without_the_import_it_fails_loudly(saved, tmp_path):
     result = python(
         f"""
 import transformers
@@ -161,9 +163,26 @@ for folder in {[str(saved[name, "int8"][0]) for name in ("llama", "mixtral")]}:
         transformers.AutoModelForCausalLM.from_pretrained(folder)
     except RuntimeError as error:
         print(error)
+
+import accelerate, ao, hf_models, safetensors.torch
+model = hf_models.llama()
+ao.quantize_(model, ao.Int8WeightOnlyConfig())
+for save in (
+    lambda: model.save_pretrained({str(tmp_path / "saved")!r}),
+    lambda: safetensors.torch.save_file(model.state_dict(), {str(tmp_path / "model.safetensors")!r}),
+    lambda: safetensors.torch.save_model(model, {str(tmp_path / "model.safetensors")!r}),
+    lambda: safetensors.torch.save(model.state_dict()),
+    lambda: accelerate.Accelerator().save_model(model, {str(tmp_path / "accelerate")!r}),
+):
+    try:
+        save()
+    except RuntimeError as error:
+        print(error)
 """
     )
     assert result.stdout.count("You set `ignore_mismatched_sizes` to `False`") == 2, result.stderr
+    assert result.stdout.count("To save it: ao.save(model, path); or, before save_pretrained") == 5, result.stdout
+    assert not list(tmp_path.glob("**/*.safetensors"))
     assert "MISMATCH" in result.stderr and "Unknown quantization type, got ao" in result.stderr
 
 
@@ -378,6 +397,58 @@ def test_dequantize(saved):
     assert not specs(model)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_dequantize_after_anything(name, folders, saved, tmp_path):
+    """Each weight keeps the dtype that it decodes to, and the model is one as any other."""
+    model = load(name, folders[name], quantization_config=AoConfig(FORMATS["int8"]))
+    model.save_pretrained(tmp_path / "int8")  # writes the dtype into the config as a string
+    out = hf_models.output(name, model)
+    model.dequantize()
+    assert not specs(model) and model.dtype == torch.bfloat16 and model.half().dtype == torch.float16
+    model = load(name, tmp_path / "int8")
+    model.to(torch.float32)
+    model.model.norm.weight = nn.Parameter(model.model.norm.weight.double())
+    before = dict(model.named_parameters())
+    for key, p in load(name, tmp_path / "int8").to(torch.float32).dequantize().named_parameters():
+        assert key == "model.norm.weight" or (p.dtype == torch.float32 and torch.equal(p, dense(before[key]))), key
+    assert model.dequantize().model.norm.weight.dtype == torch.float64
+    assert not hasattr(model.config, "quantization_config") and not model.is_quantized
+    model.model.norm.float()
+    model.save_pretrained(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text()).get("quantization_config") is None
+    with safe_open(tmp_path / "plain" / "model.safetensors", "pt") as file, \
+            safe_open(folders[name] / "model.safetensors", "pt") as first:  # fmt: skip
+        assert set(file.keys()) == set(first.keys())  # for tools that know the names of the first checkpoint
+    again = load(name, tmp_path / "plain", quantization_config=AoConfig(FORMATS["int8"]))
+    assert ao.compute_error(out.float(), hf_models.output(name, again).float()) > 30
+
+
+def test_dequantize_to_a_dtype(saved):
+    def model():
+        return load("llama", saved["llama", "int4"][0])
+
+    assert {p.dtype for p in model().dequantize(dtype="float32").parameters()} == {torch.float32}
+    assert {p.dtype for p in model().dequantize(torch.float16).parameters()} == {torch.float16}
+    for wrong in ("bfloat17", torch.int8):
+        m = model()
+        with pytest.raises(ValueError, match="dtype must be a floating-point dtype"):
+            m.dequantize(wrong)
+        assert specs(m)
+    m = model()
+    m.resize_token_embeddings(100, mean_resizing=False)
+    assert m.dequantize().lm_head.weight.shape[0] == 100
+
+
+def test_memory_footprint(saved, folders):
+    model = load("llama", saved["llama", "int4"][0])
+    assert model.get_memory_footprint() == ao.get_model_size_in_bytes(model)
+    plain = load("llama", folders["llama"])
+    buffers = sum(b.nbytes for b in plain.buffers())
+    parameters = sum(p.nbytes for p in plain.parameters())
+    assert plain.get_memory_footprint() == parameters + buffers
+    assert plain.get_memory_footprint(return_buffers=False) == parameters
+
+
 # The config.
 
 
@@ -458,6 +529,29 @@ def test_a_model_quantized_in_place(folders, tmp_path):
     # The saved config says the same again.
     again = load("mixtral", folders["mixtral"], quantization_config=AoConfig(saved.quant_type))
     assert specs(again) == specs(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_saving_what_was_quantized_in_place(name, folders, tmp_path):
+    """The same files as after `mark_quantized`, and the model goes on as it was."""
+    model = load(name, folders[name])
+    ao.quantize_(model, FORMATS["nf4"], lambda module, fqn: fqn.endswith("_proj"))
+    conversions = model._weight_conversions
+    model.save_pretrained(tmp_path / "unmarked")
+    assert not getattr(model, "is_quantized", False) and not hasattr(model, "hf_quantizer")
+    assert not hasattr(model.config, "quantization_config") and model._weight_conversions is conversions
+    mark_quantized(model).save_pretrained(tmp_path / "marked")
+    for file in ("config.json", "model.safetensors"):
+        first, second = ((tmp_path / folder / file).read_bytes() for folder in ("marked", "unmarked"))
+        assert sorted(first) == sorted(second), file  # safetensors may order the keys of its header otherwise
+    again = load(name, tmp_path / "unmarked")
+    assert specs(again) == specs(model) != {} and again.is_quantized
+    assert torch.equal(hf_models.output(name, again), hf_models.output(name, model))
+    # Dequantized by hand, it is saved as a plain model.
+    for each in (model, again):
+        ao.quant.dequantize_(each).save_pretrained(tmp_path / "plain")
+        assert json.loads((tmp_path / "plain" / "config.json").read_text()).get("quantization_config") is None
+        assert not specs(load(name, tmp_path / "plain"))
 
 
 def test_autoquant(folders, tmp_path, monkeypatch):

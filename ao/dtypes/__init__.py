@@ -1,5 +1,6 @@
 """Number formats: what a quantized tensor is, and what can be done with one."""
 
+from .. import installation as _installation  # noqa: F401  raises if ao/__init__.py is another package's
 from . import coalesced as _coalesced  # noqa: F401  gives DDP its first broadcast
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives

@@ -152,9 +152,9 @@ class Spec:
         act_scale: the scale of a static activation.
         qparams: qparams found by another algorithm (`scale=`, `zero_point=`) in place of `choose_qparams`.
 
-        Looks at no number but those of float64, so that it can be traced and never waits for a device: a block with a NaN or an infinity in it has
-        NaN or infinities afterwards, and scales that their dtype does not hold become infinite or 0. `quantize_` looks, and
-        refuses such weights.
+        Looks at no number but those of float64, so that it can be traced and never waits for a device: a block with a NaN or an
+        infinity in it has NaN or infinities afterwards, and scales that their dtype does not hold become infinite or 0.
+        `quantize_` looks, and refuses such weights.
 
         Raises TypeError for data that is not floating point, ValueError where a block does not divide its dim, or where a
         float64 number is beyond the range of float32.

@@ -27,7 +27,8 @@ Files. A path that ends in `.safetensors` is one file. Any other path is a folde
 <bytes>}, "weight_map": {<stored name>: <file>, ...}}. Shards are called `model-00001-of-00003.safetensors`, or
 `model-2-00001-of-00003.safetensors`, `model-3-...` where the folder has such files already. The fields of a QTensor and
 the names of a tied tensor stay in one shard, whose header describes its own tensors only: each shard is a whole file.
-Folders that another writer has cut elsewhere, with one header for all shards, are read too.
+Folders that another writer has cut elsewhere, with one header for all shards, are read too, and so are those whose index
+lists the tensors rather than their fields, and whose shards of plain tensors alone have no header.
 
 A folder is read by this rule, which is transformers' too: `model.safetensors` if there is one, else what the index
 lists; other files do not count. `save` writes into no file that exists: each is made in a folder of its own beside it,
@@ -54,7 +55,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QTensor, Spec
+from .base import FUNCTIONS, QTensor, Spec
 
 VERSION = 1
 SINGLE = "model.safetensors"
@@ -163,6 +164,17 @@ def unflatten(
     Raises ValueError for fields that do not fit the entry or one another.
     """
     return _tensor(name, entry, get, set() if checked is None else checked)
+
+
+def apart(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain tensors as `safetensors.torch.save_file` takes them: contiguous, on the CPU, each in memory of its own."""
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, t in leaves.items():
+        t = t.resolve_conj().resolve_neg().cpu().contiguous()
+        tensors[name] = t.clone() if t.untyped_storage().data_ptr() in storages else t
+        storages.add(t.untyped_storage().data_ptr())
+    return tensors
 
 
 # From a state dict to files.
@@ -310,13 +322,7 @@ def _metadata(entries: Mapping[str, Any]) -> dict[str, str]:
 
 def _write(path: Path, part: Part) -> None:
     entries, leaves = part
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, t in leaves.items():
-        t = t.resolve_conj().resolve_neg().cpu().contiguous()
-        # save_file refuses tensors that overlap.
-        tensors[name] = t.clone() if t.untyped_storage().data_ptr() in storages else t
-        storages.add(t.untyped_storage().data_ptr())
+    tensors = apart(leaves)
     save_file = _safetensors().torch.save_file
     try:
         _replace(path, lambda file: save_file(tensors, file, metadata=_metadata(entries)))
@@ -367,6 +373,7 @@ def _read(files: Mapping[Path, set[str] | None], device: torch.device, mmap: boo
         owners: dict[str, Any] = {}
         entries: dict[Path, dict[str, Any]] = {}
         names: dict[Path, set[str]] = {}
+        handles: dict[Path, Any] = {}
         for path, listed in files.items():
             with _reading(path):
                 if not path.exists():
@@ -374,10 +381,20 @@ def _read(files: Mapping[Path, set[str] | None], device: torch.device, mmap: boo
                         f"ao.load: there is no {path}; "
                         + ("copy it too" if listed else "give a path that ao.save wrote")
                     )
-                file = opened.enter_context(safe_open(path, framework="pt"))
-                entries[path] = read_header(file.metadata() or {})
-                names[path] = set(file.keys())
-                if listed is not None and listed != names[path]:
+                handles[path] = opened.enter_context(safe_open(path, framework="pt"))
+        any_header = any("ao" in (file.metadata() or {}) for file in handles.values())
+        for path, listed in files.items():
+            with _reading(path):
+                file = handles[path]
+                names[path], header = set(file.keys()), file.metadata() or {}
+                fields = any(name.rpartition(".")[0] in names[path] for name in names[path])  # beside their guards
+                if "ao" in header or not any_header or fields:
+                    entries[path] = read_header(header)
+                else:
+                    entries[path] = dict.fromkeys(names[path])
+                # Other writers list tensors, not their fields; in a file, each has its guard under its own name.
+                tensors_only = {n for n, e in entries[path].items() if e is None or "same_as" not in e}
+                if listed is not None and listed != names[path] and listed != tensors_only:
                     raise ValueError(
                         f"{INDEX} and this file differ in {sorted(listed ^ names[path])}; copy or save all files again"
                     )
@@ -471,9 +488,21 @@ def _fits(q: QTensor) -> bool:
     return "opaque" in roles.values() or q.map(lambda t: t.to("meta")).decode_scaled().shape == q.shape
 
 
+def _no_storage(q: Tensor) -> Any:
+    """What writers of files ask, to find tensors that are tied, before they would write memory that is not there."""
+    raise RuntimeError(
+        f"a {type(q).__name__} has several tensors for fields and no storage of its own. To save it: ao.save(model, path); or, "
+        "before save_pretrained, save_file or save_model of transformers, diffusers, accelerate or safetensors, import "
+        "ao.integrations.transformers (.diffusers, .safetensors), which teaches them how"
+    )
+
+
+FUNCTIONS[Tensor.storage] = _no_storage
+
+
 def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as e:
-        raise ImportError("saving and loading checkpoints needs safetensors: pip install 'ao[hf]'") from e
+        raise ImportError("saving and loading checkpoints needs safetensors: pip install 'ao-lowbit[hf]'") from e
     return safetensors

@@ -12,11 +12,14 @@ too. diffusers has no function to register a quantizer; its mappings are where o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
@@ -24,10 +27,11 @@ from torch import Tensor, nn
 from ..dtypes import QTensor
 from ..dtypes.checkpoint import flatten, stored_names, unflatten
 from ..quant import dequantize_
-from ..quant.report import Report
+from ..quant.report import Report, storage_bytes
+from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
 from .config_names import AUTOQUANT
 from .mapped_memory import MappedFiles
-from .transformers import AoConfig, refuse_disk
+from .transformers import AoConfig, is_saved_quantized, refuse_disk, rules_of
 from .transformers_layers import plan_for
 from .transformers_loading import Plan, Quantize, Stored
 
@@ -152,8 +156,11 @@ class AoDiffusersQuantizer(DiffusersQuantizer):
             made = Quantize(self.plan, self.report, MappedFiles(())).quantize(param_name, value)
         model.get_submodule(module)._parameters[leaf] = made
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
-        return dequantize_(model)
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        """Plain weights in place of the quantized ones, in place. Returns the model."""
+        dequantize_(model)
+        _forget(model)
+        return model
 
     # Saving.
 
@@ -168,5 +175,42 @@ class AoDiffusersQuantizer(DiffusersQuantizer):
         return flatten(state_dict)
 
 
+_save_pretrained = ModelMixin.save_pretrained
+_get_memory_footprint = ModelMixin.get_memory_footprint
+
+
+@functools.wraps(_save_pretrained)
+def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As in diffusers, for what the parameters are now: quantized in place, or plain again."""
+    quantized = is_saved_quantized(self)
+    quantizer = getattr(self, "hf_quantizer", None)
+    if quantized and quantizer is None:
+        config = AoConfig(rules_of(self))
+        self.hf_quantizer = AoDiffusersQuantizer(config, pre_quantized=True)
+        self.register_to_config(quantization_config=config)
+        try:
+            return _save_pretrained(self, *args, **kwargs)
+        finally:
+            _forget(self)
+    if not quantized and isinstance(quantizer, AoDiffusersQuantizer):
+        _forget(self)
+    return _save_pretrained(self, *args, **kwargs)
+
+
+def _forget(model: Any) -> None:
+    """Tell a model that it is not quantized."""
+    del model.hf_quantizer
+    model.is_quantized = False
+    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+
+
+@functools.wraps(_get_memory_footprint)
+def get_memory_footprint(self: Any, return_buffers: bool = True) -> int:
+    """As in diffusers, in the bytes that quantized parameters take."""
+    return sum(storage_bytes(t) for t in (*self.parameters(), *(self.buffers() if return_buffers else ())))
+
+
+ModelMixin.save_pretrained = save_pretrained
+ModelMixin.get_memory_footprint = get_memory_footprint
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING["ao"] = AoConfig
 auto.AUTO_QUANTIZER_MAPPING["ao"] = AoDiffusersQuantizer

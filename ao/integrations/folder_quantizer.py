@@ -5,6 +5,7 @@ recipes that run the model, in memory. The source is only read, and the target i
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -225,11 +226,30 @@ class _Shards:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)|.*\.index\.json")
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|npz|ot|gguf|onnx|onnx_data|onnx\.data|tflite|mlmodel|nemo)|.*\.index\.json"
+    r"|openvino_.*\.xml"
+)
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Everything of a model folder that is neither weights nor config.json: tokenizer, code, licence."""
+    """Everything of a model folder that is not the model's weights or its config.json: tokenizer, code, licence, sub-folders.
+
+    Weights are told by their names, in any format. A sub-folder that has some is another form of the model (`onnx`,
+    `openvino`, `original`), and left out whole; but what `modules.json` of sentence-transformers lists is part of the model
+    (`2_Dense`), and copied whole. Hidden folders are left out. Links are followed.
+    """
+    parts: set[str] = set()
+    if (source / "modules.json").is_file():
+        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        parts = {Path(module["path"]).parts[0] for module in listed if module["path"]}
     for path in source.iterdir():
-        if path.is_file() and path.name != "config.json" and not _WEIGHTS.fullmatch(path.name):
+        if path.is_dir():
+            if not path.name.startswith(".") and (path.name in parts or not _has_weights(path)):
+                shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
+        elif path.name != "config.json" and not _WEIGHTS.fullmatch(path.name):
             shutil.copyfile(path, target / path.name)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(_WEIGHTS.fullmatch(name) for _, _, names in os.walk(folder) for name in names)

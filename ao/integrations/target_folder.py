@@ -29,8 +29,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
-        for path in part.iterdir():
-            _flush(path)
+        for path in part.rglob("*"):
+            if path.is_dir():
+                _flush_folder(path)
+            else:
+                _flush(path)
         _flush_folder(part)
         os.rename(part, target)
         _flush_folder(parent)

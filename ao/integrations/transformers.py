@@ -13,11 +13,14 @@ transformers has no way to find a quantizer by itself, so the import comes first
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 from collections import Counter
 from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -30,7 +33,8 @@ from ..dtypes.checkpoint import flatten
 from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.jobs import by_default, slots_of
-from ..quant.report import Report
+from ..quant.report import Report, storage_bytes
+from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
 from .config_names import AUTOQUANT, read_quant_type
 from .mapped_memory import MappedFiles
 from .transformers_layers import embedding_names, plan_for
@@ -95,13 +99,13 @@ class AoConfig(QuantizationConfigMixin):
 
     @property
     def get_apply_tensor_subclass(self) -> Any:
-        """A function that returns the config. PEFT asks for it when it puts adapters on a model, and so learns of `ao`."""
-        from . import peft  # noqa: F401
-
-        return lambda: self.quant_type
+        """A function that returns the config. PEFT asks for it when it puts adapters on a model."""
+        _teach_peft()
+        return functools.partial(getattr, self, "quant_type")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that `from_dict` reads."""
+        _teach_peft()
         return {
             "quant_method": "ao",
             "quant_type": self.quant_type if isinstance(self.quant_type, str) else config_to_dict(self.quant_type),
@@ -109,6 +113,12 @@ class AoConfig(QuantizationConfigMixin):
             "modules_to_not_convert": self.modules_to_not_convert,
             "include_embedding": self.include_embedding,
         }
+
+
+def _teach_peft() -> None:
+    """Import our module of PEFT, if PEFT is there: it reads the config of a model before it puts adapters on it."""
+    if "peft" in sys.modules:
+        from . import peft  # noqa: F401
 
 
 @register_quantizer("ao")
@@ -221,9 +231,23 @@ class AoHfQuantizer(HfQuantizer):
 
             autoquant(model, **{"manual": True, "filter_fn": chosen, **self.quantization_config.quant_type_kwargs})
 
-    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Plain weights in place of the quantized ones, in place. Returns the model, which is one as any other afterwards.
+
+        dtype: for the whole model, also by name ("bfloat16"). By default each weight has the dtype that it decodes to, and
+        the others keep theirs.
+        """
+        wanted = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+            raise ValueError(f"dequantize: dtype must be a floating-point dtype, such as torch.bfloat16, got {dtype!r}")
         dequantize_(model)
-        return model.to(dtype) if dtype is not None else model
+        self.remove_quantization_config(model)
+        return model if wanted is None else model.to(wanted)
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Tell a model that it is not quantized. It is then saved under the names of its first checkpoint again."""
+        super().remove_quantization_config(model)
+        model.__dict__.pop("_weight_conversions", None)
 
     # Saving.
 
@@ -271,11 +295,9 @@ def mark_quantized(model: Any, config: AoConfig | None = None) -> Any:
         raise ValueError(
             f"mark_quantized: {quantizer.quantization_config.quant_method} has quantized this model already"
         )
-    parameters = model.named_parameters(remove_duplicate=False)
-    found = {name: p.spec for name, p in parameters if isinstance(p, QTensor)}
-    if not found:
+    if not any(isinstance(p, QTensor) for p in model.parameters()):
         raise ValueError(f"mark_quantized: {type(model).__name__} has no quantized parameter; call ao.quantize_ first")
-    config = config or AoConfig(_rules_of(model, found))
+    config = config or AoConfig(rules_of(model))
     model.hf_quantizer = AoHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = model.hf_quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, config.quant_method
@@ -283,7 +305,56 @@ def mark_quantized(model: Any, config: AoConfig | None = None) -> Any:
     return model
 
 
-def _rules_of(model: nn.Module, found: dict[str, Spec]) -> FqnToConfig:
+def unmark_if_plain(model: Any) -> None:
+    """Tell a model that no parameter of it is quantized any more, if so: adapters were merged, or it was dequantized."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, AoHfQuantizer) or any(isinstance(p, QTensor) for p in model.parameters()):
+        return
+    if quantizer.quantization_config.quant_type != AUTOQUANT or hasattr(model, "autoquant_report"):
+        quantizer.remove_quantization_config(model)
+
+
+def is_saved_quantized(model: nn.Module) -> bool:
+    """Whether its state dict has quantized tensors. Low-precision training has parameters that are plain there."""
+    if not any(isinstance(p, QTensor) for p in model.parameters()):
+        return False
+    return any(isinstance(t, QTensor) for t in model.state_dict(keep_vars=True).values())
+
+
+_save_pretrained = PreTrainedModel.save_pretrained
+_get_memory_footprint = PreTrainedModel.get_memory_footprint
+
+
+@functools.wraps(_save_pretrained)
+def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As in transformers, for what the parameters are now: quantized in place, or plain again."""
+    unmark_if_plain(self)
+    if getattr(self, "hf_quantizer", None) is not None or not is_saved_quantized(self):
+        return _save_pretrained(self, *args, **kwargs)
+    before = {key: self.__dict__[key] for key in ("_weight_conversions", "is_quantized") if key in self.__dict__}
+    mark_quantized(self)
+    try:
+        return _save_pretrained(self, *args, **kwargs)
+    finally:
+        self.hf_quantizer.remove_quantization_config(self)
+        self.__dict__.update(before)
+
+
+@functools.wraps(_get_memory_footprint)
+def get_memory_footprint(self: Any, return_buffers: bool = True) -> int:
+    """As in transformers, in the bytes that quantized parameters take."""
+    tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+    return sum(storage_bytes(t) for t in tensors)
+
+
+PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+PreTrainedModel.get_memory_footprint = get_memory_footprint  # type: ignore[method-assign]
+
+
+def rules_of(model: nn.Module) -> FqnToConfig:
+    """Rules that would give a model the formats that its parameters have. For those who read a config without the files."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    found = {name: p.spec for name, p in parameters if isinstance(p, QTensor)}
     table: dict[str, Any] = dict(found)
     layers = [slot.fqn for slot in slots_of(model) if not by_default(slot)]
     if layers:

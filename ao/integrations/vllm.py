@@ -1,4 +1,4 @@
-"""vLLM: a plugin that serves checkpoints of ours. `pip install` of `ao` is all: vLLM finds it by its entry point.
+"""vLLM: a plugin that serves checkpoints of ours. Installing `ao-lowbit` beside it is all: vLLM finds it by its entry point.
 
     vllm serve model-int4
 

@@ -217,8 +217,8 @@ def test_the_command(source, tmp_path, capsys):
     assert len(printed["layers"]) == 14 and "lm_head.weight" in printed["skipped"]
     assert printed["bytes_after"] == (out / "model.safetensors").stat().st_size
     assert "layers.1.mlp.up_proj" in page.read_text()
-    assert main(words) == 1 and "exists already" in capsys.readouterr().err
-    assert main(["quantize", str(source), str(tmp_path / "x"), "--config", "bf16"]) == 1
+    assert main(words) == 2 and "exists already" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(tmp_path / "x"), "--config", "bf16"]) == 2
     assert main(["inspect", str(out), "--summary"]) == 0 and "uint8" not in capsys.readouterr().out
 
 
@@ -256,7 +256,7 @@ def test_eval(language_model, capsys):
     assert [row["tokens"] for row in rows] == [84] * 3 and rows[0]["perplexity"] != rows[2]["perplexity"]
     assert rows[0]["bytes"] > rows[1]["bytes"] > rows[2]["bytes"]
     (language_model / "broken.json").write_text('{"not": "a list"}')
-    assert main(["eval", str(language_model), "--text", str(language_model / "broken.json")]) == 1
+    assert main(["eval", str(language_model), "--text", str(language_model / "broken.json")]) == 2
     assert "must hold a JSON list" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import sys
+import weakref
 from collections import Counter
 
 import pytest
@@ -135,3 +136,26 @@ def test_the_way_to_the_product_is_short():
             layer(x)
             found = entered(lambda layer=layer, x=x: layer(x))
         assert (len(found), len({file for file, _ in found})) <= (functions, files), sorted(found)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_moved_while_something_refers_to_the_weight(name):
+    """PyTorch exchanges a tensor subclass for another, which a weak reference forbids; fields can always be exchanged."""
+    made = model(CONFIGS[name])
+    x = torch.randn(3, 64, requires_grad=True)
+    before, out = [layer.weight for layer in made if isinstance(layer, nn.Linear)], made(x)
+    references = [weakref.ref(w) for w in before]
+    torch.export.export(made, (x,))
+    made.half()
+    assert all(made[i].weight is reference() for i, reference in zip((0, 2), references))
+    assert {p.dtype for p in made.parameters()} == {torch.float16}
+    assert made(x.half()).dtype == torch.float16 and out.grad_fn is not None
+    made.to("meta")
+    assert all(p.is_meta for p in made.parameters()) and made[0].weight.qdata.is_meta
+
+
+def test_tied_layers_move_together():
+    first, second = model(CONFIGS["int8"])[0], nn.Linear(64, 128)
+    second.weight = first.weight
+    pair = nn.ModuleList([first, second]).to("meta")
+    assert pair[0].weight is pair[1].weight and pair[0].weight.qdata.is_meta

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ao
 from ao.dtypes import Codebook, Float8, Intx, QTensor
+from ao.matmul import layer_class
 from ao.quant import (
     GPTQ,
     Float8DynamicActivationFloat8WeightConfig,
@@ -123,7 +124,11 @@ def test_converted_is_what_was_trained(config, learning, dtype, device):
     expected, weight = model(x), model[0].fake_quantized_weight()
     report = quantize_(model, QATConfig(config, step="convert"))
     assert len(report) == 2 and report.bytes_after < report.bytes_before
-    assert type(model[0]) is nn.Linear and isinstance(model[0].weight, QTensor) and not model[0].weight.requires_grad
+    assert (
+        layer_class(model[0]) is nn.Linear
+        and isinstance(model[0].weight, QTensor)
+        and not model[0].weight.requires_grad
+    )
     assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert torch.equal(model[0].weight.dequantize(), weight)
     same_product(model, x, expected)

@@ -2,7 +2,7 @@
 
 from . import doors as _doors  # noqa: F401  gives F.linear and its kin their meaning
 from .kernels.device import has_float8
-from .layers import adopt, set_parameter
+from .layers import adopt, layer_class, set_parameter
 from .linear import path_name
 from .product import Codes, cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 
@@ -15,6 +15,7 @@ __all__ = [
     "codes_of_transposed",
     "has_float8",
     "is_square",
+    "layer_class",
     "path_name",
     "scaled_product",
     "set_parameter",

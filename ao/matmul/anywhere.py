@@ -15,6 +15,7 @@ from ..dtypes.base import QTensor, Spec, quantize_fields
 from ..dtypes.float8 import Float8, Float8Tensor
 from ..dtypes.int4_prepacked import Int4PrepackedTensor
 from ..dtypes.intx import Intx, IntxTensor
+from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
 from .kernels.device import has_float8
 
@@ -136,6 +137,6 @@ def quantized_act(x: Tensor, w: QTensor) -> Tensor:
     if w.spec.act is None:
         return x
     fields = quantize_act(x, w)
-    if is_tracing():  # the shape of a QTensor would be a constant of the graph
+    if is_tracing() or not is_eager(x):  # a QTensor made in a graph has a shape that the graph does not know
         return w.spec.act.round(x.float(), **{name: t for name, t in fields.items() if name != "qdata"}).to(x.dtype)
     return w.spec.act.wrap(fields, x.dtype, x.shape).decode(x.dtype)

@@ -81,6 +81,32 @@ class _Quantized:
     # What torch.compiler.assume_constant_result does, which imports the compiler.
     _weight_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to()`, `.half()` and their like. nn.Module would exchange a tensor subclass for another, which PyTorch refuses where
+        anything refers to the parameter weakly, such as an exported program; its fields can always be exchanged."""
+        weight = self._parameters.get("weight")
+        if not isinstance(weight, QTensor):
+            return super()._apply(fn, recurse)  # type: ignore[misc]
+        with torch.no_grad():
+            moved = fn(weight)
+            grad = None if weight.grad is None else fn(weight.grad)
+            same = torch._has_compatible_shallow_copy_type(weight, moved)
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[misc]
+        finally:
+            self._parameters["weight"] = weight
+        if same:
+            weight.data = moved
+        else:  # Another kind of device. Tied layers go on sharing the parameter, unless something refers to it weakly.
+            other = nn.Parameter(moved, weight.requires_grad)
+            try:
+                torch.utils.swap_tensors(weight, other)
+            except RuntimeError:
+                weight = self._parameters["weight"] = other
+        weight.grad = grad
+        return self
+
     own_class: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -92,17 +118,18 @@ class _QuantizedLinear(_Quantized):
     weight: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        # Not is_exporting(), which Dynamo takes for True before torch 2.13.
-        if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
-            form = self._weight_form()
-            if form is not None:
-                fields = []
-                for path in form[0]:
-                    t: Any = self.weight
-                    for name in path:
-                        t = getattr(t, name)
-                    fields.append(t)
-                return torch.ops.ao.linear(input, fields, self.bias, form[1])
+        if torch.compiler.is_compiling():
+            # Not is_exporting(), which Dynamo takes for True before torch 2.13.
+            form = None if torch.compiler._is_exporting_flag else self._weight_form()
+            if form is None:
+                return super().forward(input)  # type: ignore[misc]
+            fields = []
+            for path in form[0]:
+                t: Any = self.weight
+                for name in path:
+                    t = getattr(t, name)
+                fields.append(t)
+            return torch.ops.ao.linear(input, fields, self.bias, form[1])
         parameters = self._parameters
         weight = parameters.get("weight")
         if not isinstance(weight, QTensor):
@@ -128,6 +155,12 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     return made
 
 
+def layer_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer, whether its weight is quantized or not: `nn.Linear` of a quantized linear layer."""
+    cls = type(module)
+    return vars(cls).get("own_class", cls)
+
+
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     """Put `parameter` in its place in `module`, and give the module the class that goes with it."""
     module._parameters[name] = parameter
@@ -140,5 +173,5 @@ def adopt(module: nn.Module) -> None:
     if isinstance(getattr(module, "weight", None), QTensor):
         if not isinstance(module, _Quantized):
             module.__class__ = _class_of(cls) or cls  # type: ignore[arg-type]
-    elif "own_class" in vars(cls):
-        module.__class__ = vars(cls)["own_class"]
+    else:
+        module.__class__ = layer_class(module)

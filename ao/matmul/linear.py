@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
 
 from ..dtypes.base import OPS, QTensor, as_bytes
 from ..dtypes.ops import gather
@@ -91,7 +92,7 @@ def _path(x: Tensor, w: QTensor) -> tuple[str, Path]:
 
 def _product(x: Tensor, w: QTensor) -> Tensor:
     """x: (..., K), w: (N, K) -> (..., N)."""
-    if is_eager(x):
+    if is_eager(x) and not is_tracing():
         return chosen(x, w)(x, w)
     if w.pre_scale is not None:
         x = _scaled(x, w)
@@ -262,7 +263,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(w, QTensor):
         return F.linear(_plain(x), w, _plain(bias))
     plain = not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
-    if plain and is_eager(x):
+    if plain and is_eager(x) and not is_tracing():
         out = chosen(x, w)(x, w)  # nothing else to see to: the short way
         return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
     x = _plain(x)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ao.dtypes import QTensor, Spec
+from ao.matmul import layer_class
 
 from .float8_config import Float8LinearConfig
 from .gather import CastOnGather, unwrapped
@@ -148,7 +149,7 @@ def auto_module_filter(recipe: str = "tensorwise", exclude: Sequence[str] = ()) 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Layers that compute `F.linear` and nothing else; a subclass may do more."""
     for name, layer in module.named_modules():
-        if type(layer) in (nn.Linear, LowPrecisionLinear) or type(layer).__name__ == "FSDPLinear":
+        if layer_class(layer) in (nn.Linear, LowPrecisionLinear) or type(layer).__name__ == "FSDPLinear":
             yield name, layer
 
 
@@ -167,7 +168,7 @@ def _check(
     weight = layer.weight
     if type(layer) is LowPrecisionLinear:
         raise ValueError(f"{name} trains in low precision already; call convert_from_low_precision_training first")
-    if type(layer) is not nn.Linear:
+    if layer_class(layer) is not nn.Linear:
         raise ValueError(f"{name} is a {type(layer).__name__}; convert the model before fully_shard")
     if isinstance(weight, QTensor) or (is_dtensor(weight) and isinstance(weight._local_tensor, QTensor)):  # type: ignore[attr-defined]
         raise ValueError(f"{name}: the weight is quantized already; call ao.dequantize_ first, or leave it out")

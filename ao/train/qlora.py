@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ao.dtypes import NF4, QTensor, Spec
+from ao.matmul import adopt, layer_class
 
 from .placement import is_dtensor
 
@@ -83,7 +84,7 @@ def convert_to_qlora(
     layers = [
         (name, layer)
         for name, layer in module.named_modules()
-        if type(layer) is nn.Linear and (module_filter_fn is None or module_filter_fn(layer, name))
+        if layer_class(layer) is nn.Linear and (module_filter_fn is None or module_filter_fn(layer, name))
     ]
     if not layers:
         raise ValueError("convert_to_qlora: no layer to convert; module_filter_fn takes none, or there is no nn.Linear")
@@ -139,4 +140,5 @@ def merge_qlora(module: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Mo
         for name in ("lora_A", "lora_B", "alpha", "dropout"):
             delattr(layer, name)
         layer.__class__ = nn.Linear  # type: ignore[assignment]
+        adopt(layer)
     return module

@@ -195,15 +195,6 @@ def test_several_indices_quantize_anew():
     assert torch.equal(q.dequantize()[4:], expected[4:])
 
 
-def test_a_view_of_one_form_is_not_written_either():
-    """Fields of one form could be copied as they are, with the scales that others share."""
-    q, other = NF4.quantize(weight()), NF4.quantize(20 * weight(seed=1))
-    before = q.dequantize()
-    with pytest.raises(ValueError, match="shares the scales"):
-        q[:, :128].copy_(other[:, :128])
-    assert torch.equal(q.dequantize(), before)
-
-
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_a_shard_that_is_trained(spec):
     """Two ranks quantize their shards anew: the gathered weight has the values of both, or is refused."""

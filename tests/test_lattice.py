@@ -230,3 +230,12 @@ def test_a_private_layout_has_no_lattice():
     for call in (lambda: lattice(q, 0), lambda: q[:16], lambda: q.index_copy_(0, torch.tensor([0]), weight((1, 256)))):
         with pytest.raises(NotImplementedError, match="device-specific layout"):
             call()
+
+
+def test_a_view_of_one_form_is_not_written_either():
+    """Fields of one form could be copied as they are, with the scales that others share."""
+    q, other = NF4.quantize(weight()), NF4.quantize(20 * weight(seed=1))
+    before = q.dequantize()
+    with pytest.raises(ValueError, match="shares the scales"):
+        q[:, :128].copy_(other[:, :128])
+    assert torch.equal(q.dequantize(), before)

@@ -127,9 +127,9 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, QTensor):
         assert isinstance(source, QTensor)
         return target.copy_(source.decode_scaled(), non_blocking)
-    # A part of a tensor with the same blocks goes into that of another: sharded checkpoints are put together so, shard by
-    # shard, and the shards agree on the scales that they share.
-    if not target.whole and not (isinstance(source, QTensor) and _same_form(target, source)):
+    # A whole tensor with the same blocks goes into a part of another: sharded checkpoints are put together so, shard by shard,
+    # and the shards agree on the scales that they share.
+    if not target.whole and not (isinstance(source, QTensor) and source.whole and _same_form(target, source)):
         raise ValueError(
             f"this {type(target).__name__} of shape {tuple(target.shape)} is a view that shares the scales of its blocks with "
             "elements outside of it, so it cannot be quantized anew in place; write to the whole tensor, or .clone() the view"

@@ -239,3 +239,11 @@ def test_a_view_of_one_form_is_not_written_either():
     with pytest.raises(ValueError, match="shares the scales"):
         q[:, :128].copy_(other[:, :128])
     assert torch.equal(q.dequantize(), before)
+
+
+@pytest.mark.parametrize("spec", [Intx(8), Intx(4, (1, 64)), Intx(2, (1, 32), symmetric=True)], ids=str)
+def test_beyond_the_largest_number_of_float16(spec):
+    """Values that dequantize to the largest number stay as they are when they are written back."""
+    q = spec.quantize(torch.full((4, 64), 65504.0, dtype=torch.float16))
+    before = q.clone()
+    assert torch.equal(q.copy_(q.dequantize()), before)

@@ -102,7 +102,7 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def by_way_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` (float32) cast to bfloat16 or float16 and back. A compiler drops two casts; it cannot drop two complements."""
-    return (~(~x.to(dtype).view(torch.int16))).view(dtype).float()
+    return (~(~narrow(x, dtype).view(torch.int16))).view(dtype).float()
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 
 from ao import compute_error
 from ao.dtypes import NF4, Float8, Intx
+from ao.matmul import cpu, path_name
 
 SPECS = [Intx(4, (1, 128), signed=False), Intx(8), Intx(3, (1, 32)), Float8()]
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -81,3 +82,31 @@ def test_no_int8pack_above_three_tokens():
     with torch.no_grad():
         _, codes = run_and_get_code(linear, weight((9, 256), 1, torch.bfloat16), q)
     assert "_weight_int8pack_mm" not in "".join(codes)
+
+
+@pytest.mark.parametrize(
+    "spec", [Intx(4, (1, 32)), Intx(4, (1, 64), symmetric=True), Intx(4, (1, 64), zero_point="float")], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_in_the_layout_of_aten(spec, dtype, monkeypatch):
+    """Made at the first eager call, made anew when the weight is written, and not beyond what they may take."""
+    x, q = weight((3, 128), 1).to(dtype), spec.quantize(weight((32, 128)))
+    with torch.no_grad():
+        assert path_name(x, q) == "kept"
+        assert compute_error(x.float() @ q.dequantize().t(), F.linear(x, q).float()) > (
+            80 if dtype == torch.float32 else 44
+        )
+        copy = q.cpu_copy
+        F.linear(x, q)
+        assert q.cpu_copy is copy
+        q[:16].mul_(2)
+        assert compute_error(x.float() @ q.dequantize().t(), F.linear(x, q).float()) > (
+            80 if dtype == torch.float32 else 44
+        )
+        assert q.cpu_copy is not copy
+        before = cpu._Copy.total
+        del q.cpu_copy, copy
+        assert cpu._Copy.total < before
+        monkeypatch.setattr(cpu, "KEPT_BYTES", 0)
+        F.linear(x, q)
+        assert "cpu_copy" not in q.__dict__

@@ -18,12 +18,14 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from ..dtypes.base import QTensor
-from ..dtypes.bits import CHUNK
+from ..dtypes.bits import CHUNK, packed_dim
 from ..dtypes.float8 import Float8Tensor
 from ..dtypes.int4_prepacked import Int4PrepackedTensor
 from ..dtypes.intx import IntxTensor
+from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
 from . import anywhere, cpu_decode
 from .anywhere import compiling, quantize_act, quantized_act, scaled_by_row
@@ -211,6 +213,75 @@ def int4pack(x: Tensor, w: QTensor) -> Tensor:
     assert isinstance(w, Int4PrepackedTensor)
     scale_and_zero = _stored(w.scale_and_zero.to(x.dtype))
     return torch._weight_int4pack_mm_for_cpu(_stored(x), w.qdata, w.spec.block[1], scale_and_zero)
+
+
+KEPT_BYTES = 2**33
+"""What the copies that `kept` makes may take in all. Beyond, a weight is decoded at every call."""
+
+_GROUPS = (32, 64, 128, 256)
+
+
+class _Copy:
+    """A 4-bit weight once more, in the layout of ATen's product. It is counted as long as it lives, beside its weight."""
+
+    total = 0
+
+    def __init__(self, w: IntxTensor) -> None:
+        self.form = self.form_of(w)
+        zero = (8 - w.spec._offset) if w.zero_point is None else 8 - w.spec._offset - w.zero_point.float()
+        scale = w.scale.float()
+        self.codes = torch._convert_weight_to_int4pack_for_cpu(w.codes().int() + w.spec._offset, 1)
+        self.scale_and_zero = torch.stack([scale.t(), (scale * zero).t()], -1).contiguous()  # (K / group, N, 2)
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
+        _Copy.total += self.codes.nbytes
+
+    def __del__(self) -> None:
+        if hasattr(self, "codes"):
+            _Copy.total -= self.codes.nbytes
+
+    @staticmethod
+    def form_of(w: QTensor) -> list[int]:
+        """What changes when something is written to the weight or to a field, or when the fields are exchanged."""
+        fields = w.fields().values()
+        return [w._version, *(t._version for t in fields), *(t.data_ptr() for t in fields)]
+
+
+def kept_accepts(x: Tensor, w: QTensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and is_eager(x)
+        and not is_tracing()
+        and 0 < x.shape[0] <= 64
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and isinstance(w, IntxTensor)
+        and w.spec.bits == 4
+        and w.spec.act is None
+        and w.shape[0] % 16 == 0
+        and packed_dim(w.qdata.shape, w.shape) == 1
+        and w.scale.shape[0] == w.shape[0]
+        and w.shape[1] in [group * w.scale.shape[1] for group in _GROUPS]
+    )
+
+
+def kept(x: Tensor, w: QTensor) -> Tensor:
+    """ATen's int4 product, in eager mode, on a copy of the weight in its own layout: made at the first call, kept beside the
+    weight, and never stored. Without it, dozens of operators would decode the weight at every call.
+
+    Of the dtype of x are scale and zero, which loses as much as casting the weight to it.
+    """
+    assert isinstance(w, IntxTensor)
+    if w.is_inference() or w.qdata.is_inference():  # nothing would tell of a change
+        return pieces(x, w)
+    copy: _Copy | None = w.__dict__.get("cpu_copy")
+    if copy is None or copy.form != _Copy.form_of(w):
+        if _Copy.total + w.numel() // 2 > KEPT_BYTES:
+            return pieces(x, w)
+        copy = w.cpu_copy = _Copy(w)  # type: ignore[attr-defined]
+    scale_and_zero = copy.by_dtype.get(x.dtype)
+    if scale_and_zero is None:
+        scale_and_zero = copy.by_dtype[x.dtype] = copy.scale_and_zero.to(x.dtype)
+    group = w.shape[1] // w.scale.shape[1]
+    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), copy.codes, group, scale_and_zero)
 
 
 def split_accepts(x: Tensor, w: QTensor) -> bool:

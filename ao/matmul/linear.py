@@ -7,6 +7,7 @@ A product takes the first path in `PATHS` that accepts it:
     onnx        in a graph that becomes an ONNX model: its standard operators
     words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
     int8pack    up to three tokens on a CPU, int8 weight: ATen's own product
+    kept        up to 64 tokens on a CPU in eager mode, 4 bits in groups: ATen's own product, on a copy that is kept
     gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
     fused       2 to 64 tokens on a GPU (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way
                 to the tensor cores, or feed them 8 bits
@@ -53,6 +54,7 @@ PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
     ("int_mm", cpu.int_mm_accepts, cpu.int_mm),
     ("sums", cpu.sums_accepts, cpu.sums),
     ("int8pack", cpu.int8pack_accepts, cpu.int8pack),
+    ("kept", cpu.kept_accepts, cpu.kept),
     ("split", cpu.split_accepts, cpu.split),
     ("gemv", gpu.gemv_accepts, gpu.gemv),
     ("fused", gpu.fused_accepts, gpu.fused),

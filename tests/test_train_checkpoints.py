@@ -241,3 +241,24 @@ def test_trainer_on_two_processes(tmp_path):
             assert torch.equal(first[name], second[name]), name
             if not torch.equal(start[name], expected[name]):
                 assert compute_error(expected[name], first[name]) > 20, name
+
+
+def test_the_integration_leaves_plain_state_dicts_plain(tmp_path):
+    """Trained int8 weights are plain in a state dict, and so in what `save_pretrained` writes."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    transformers = pytest.importorskip("transformers")
+    import ao.integrations.transformers
+
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    ao.train.convert_to_low_precision_training(model, ao.train.int8_weight_only_quantized_training())
+    model.save_pretrained(tmp_path)
+    stored = safetensors.load_file(tmp_path / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].shape == (64, 32)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()

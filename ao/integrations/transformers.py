@@ -318,7 +318,7 @@ def is_saved_quantized(model: nn.Module) -> bool:
     """Whether its state dict has quantized tensors. Low-precision training has parameters that are plain there."""
     if not any(isinstance(p, QTensor) for p in model.parameters()):
         return False
-    return any(isinstance(t, QTensor) for t in model.state_dict(keep_vars=True).values())
+    return any(isinstance(t, QTensor) for t in model.state_dict().values())
 
 
 _save_pretrained = PreTrainedModel.save_pretrained

@@ -18,6 +18,7 @@ torchao:float8-dynamic, quanto:int4, quanto:int8. Each format runs in a process 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import statistics
@@ -36,8 +37,6 @@ import torch
 from bench_linear import reason
 from tables import markdown
 from torch import nn
-
-from ao.integrations.transformers import AoConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -109,6 +108,8 @@ def config_of(name: str) -> Any:
     """The quantization_config of a format; None for bf16. Raises ImportError where another library is missing."""
     library, _, kind = name.rpartition(":")
     if not library:
+        from ao.integrations.transformers import AoConfig
+
         config = formats.config_of(name)
         return None if config is None else AoConfig(config)
     import transformers
@@ -273,7 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{mode}; in parentheses: times bf16's\n\n{table(rows, mode)}")
     if args.json is not None:
         facts = measure.facts(torch.device(args.device))
-        args.json.write_text(json.dumps({**facts, "rows": rows, "errors": errors}, indent=1) + "\n")
+        facts["transformers"] = importlib.metadata.version("transformers")
+        args.json.write_text(json.dumps({"runs": [facts], "rows": rows, "errors": errors}, indent=1) + "\n")
     return 0
 
 

@@ -4,8 +4,8 @@
     .venv/bin/python scripts/performance.py --check  exit with an error if that would change anything
 
 scripts/bench_linear.py writes docs/measured/linear-cuda.json and linear-cpu.json, and linear-h200.json for a second card;
-scripts/generate.py generate-cuda.json and generate-cpu.json. What was not measured is said to be missing; the text between the
-tables is left alone.
+scripts/generate.py generate-cuda.json and generate-cpu.json; scripts/bench_generate_hf.py generate-hf-cpu.json. What was not
+measured is said to be missing; the text between the tables is left alone.
 """
 
 from __future__ import annotations
@@ -405,6 +405,20 @@ def generate(data: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def generate_hf(data: Mapping[str, Any]) -> str:
+    """A table per mode of bench_generate_hf.py."""
+    from bench_generate_hf import table  # which imports this file
+
+    if not data["rows"]:
+        return "Not measured yet."
+    parts = []
+    for mode in dict.fromkeys(row["mode"] for row in data["rows"]):
+        parts.append(f"`generate`, {mode}; in parentheses: times bfloat16's\n\n{table(data['rows'], mode)}")
+    (run,) = data["runs"]
+    facts = f"{run['device']}, torch {run['torch']}, transformers {run['transformers']}, {run['date']}"
+    return "\n\n".join([*parts, f"{facts}: `{run['command']}`"])
+
+
 def quantizing(folder: Path) -> str:
     """How fast `quantize_` is, from the runs of generate.py."""
     rows = []
@@ -503,6 +517,7 @@ def write(page: Path, folder: Path, check: bool = False) -> None:
             "linear-cpu": lambda: linear(cpu, plots["cpu"]),
             "peers-cpu": lambda: peers(cpu),
             "generate-cpu": lambda: generate(read(folder / "generate-cpu.json")),
+            "generate-hf-cpu": lambda: generate_hf(read(folder / "generate-hf-cpu.json")),
         },
         check,
     )

@@ -212,6 +212,8 @@ METHODS = {
     "vera": lambda: peft.VeraConfig(r=4, target_modules=["up_proj"]),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS),
     "lokr": lambda: peft.LoKrConfig(r=4, target_modules=TARGETS),
+    "adalora": lambda: peft.AdaLoraConfig(r=4, target_modules=TARGETS, total_step=20),
+    "c3a": lambda: peft.C3AConfig(block_size=8, target_modules=TARGETS),
     "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=TARGETS, use_cayley_neumann=False),
     "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=TARGETS),
@@ -224,8 +226,8 @@ METHODS = {
     "modules_to_save": lambda: lora(modules_to_save=["lm_head", "embed_tokens"]),
     "the head": lambda: peft.LoraConfig(r=4, target_modules=["lm_head", "up_proj"]),
 }
-RANDOM = {"fourierft", "vblora"}  # do not begin as nothing
-SLOW = {"pissa_niter_4", "orthogonal", "rslora", "lokr", "boft", "fourierft", "vblora"}  # much like another one
+RANDOM = {"c3a", "fourierft", "vblora"}  # do not begin as nothing
+SLOW = {"c3a", "pissa_niter_4", "orthogonal", "rslora", "lokr", "boft", "fourierft", "vblora"}  # much like another one
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in METHODS])

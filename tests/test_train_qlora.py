@@ -140,3 +140,20 @@ def test_dropout_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_a_graph_gets_the_fields_of_the_base():
+    """No tensor subclass is among the inputs of a graph, and the gradients are those of eager mode."""
+    model = convert_to_qlora(nn.Sequential(nn.Linear(64, 64)), rank=4)
+    nn.init.normal_(model[0].lora_B)
+    x, seen = torch.randn(3, 64), []
+
+    def backend(graph, inputs):
+        seen.extend(type(t) for t in inputs)
+        return graph
+
+    out = torch.compile(model, backend=backend, fullgraph=True)(x)
+    assert seen and not any(issubclass(t, QTensor) for t in seen)
+    torch.testing.assert_close(out, model(x))
+    found, expected = (torch.autograd.grad(y.sum(), model[0].lora_A) for y in (out, model(x)))
+    torch.testing.assert_close(found, expected)

@@ -2,12 +2,13 @@
 
 from . import doors as _doors  # noqa: F401  gives F.linear and its kin their meaning
 from .kernels.device import has_float8
-from .layers import adopt, layer_class, set_parameter
+from .layers import QuantizedLayer, adopt, layer_class, set_parameter
 from .linear import path_name
 from .product import Codes, cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 
 __all__ = [
     "Codes",
+    "QuantizedLayer",
     "adopt",
     "cast_whole",
     "codes_both",

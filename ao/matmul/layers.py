@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes.base import QTensor, sources_digest
@@ -69,10 +70,34 @@ torch.library.define(
 torch.library.impl("ao::linear", "CompositeImplicitAutograd", _linear)
 
 
-class _Quantized:
-    """What the classes made here have before their layer's own."""
+class QuantizedLayer:
+    """What a linear layer has before its own class, so that its weight may be quantized at no cost."""
 
     _parameters: dict[str, Any]
+    bias: Any  # Tensor or None
+    weight: Any
+
+    def product(self, input: Tensor) -> Tensor:
+        """`F.linear(input, self.weight, self.bias)`, whatever the weight is. input: (..., K) -> (..., N)."""
+        if torch.compiler.is_compiling():
+            # Not is_exporting(), which Dynamo takes for True before torch 2.13.
+            form = None if torch.compiler._is_exporting_flag else self._weight_form()
+            if form is None:
+                return F.linear(input, self.weight, self.bias)
+            fields = []
+            for path in form[0]:
+                t: Any = self.weight
+                for name in path:
+                    t = getattr(t, name)
+                fields.append(t)
+            return torch.ops.ao.linear(input, fields, self.bias, form[1])
+        parameters = self._parameters
+        weight = parameters.get("weight")
+        if not isinstance(weight, QTensor):
+            return F.linear(input, self.weight, self.bias)
+        if "bias" not in parameters:  # FSDP1 has it elsewhere
+            return linear(input, weight, self.bias)
+        return linear(input, weight, parameters["bias"])
 
     def _weight_form(self) -> tuple[tuple[tuple[str, ...], ...], str] | None:
         weight = self._parameters.get("weight")
@@ -90,7 +115,7 @@ class _Quantized:
         with torch.no_grad():
             moved = fn(weight)
             grad = None if weight.grad is None else fn(weight.grad)
-            same = torch._has_compatible_shallow_copy_type(weight, moved)
+            same = moved.device == weight.device
         self._parameters["weight"] = None
         try:
             super()._apply(fn, recurse)  # type: ignore[misc]
@@ -98,7 +123,7 @@ class _Quantized:
             self._parameters["weight"] = weight
         if same:
             weight.data = moved
-        else:  # Another kind of device. Tied layers go on sharing the parameter, unless something refers to it weakly.
+        else:  # Tied layers go on sharing the parameter, unless something refers to it weakly.
             other = nn.Parameter(moved, weight.requires_grad)
             try:
                 torch.utils.swap_tensors(weight, other)
@@ -107,36 +132,15 @@ class _Quantized:
         weight.grad = grad
         return self
 
+
+class _QuantizedLinear(QuantizedLayer):
+    """`nn.Linear` over a quantized weight."""
+
     own_class: type[nn.Module]
+    forward = QuantizedLayer.product
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _remade, (self.own_class,), self.__dict__
-
-
-class _QuantizedLinear(_Quantized):
-    bias: Tensor | None
-    weight: Tensor
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            # Not is_exporting(), which Dynamo takes for True before torch 2.13.
-            form = None if torch.compiler._is_exporting_flag else self._weight_form()
-            if form is None:
-                return super().forward(input)  # type: ignore[misc]
-            fields = []
-            for path in form[0]:
-                t: Any = self.weight
-                for name in path:
-                    t = getattr(t, name)
-                fields.append(t)
-            return torch.ops.ao.linear(input, fields, self.bias, form[1])
-        parameters = self._parameters
-        weight = parameters.get("weight")
-        if not isinstance(weight, QTensor):
-            return super().forward(input)  # type: ignore[misc]
-        if "bias" not in parameters:  # FSDP1 has it elsewhere
-            return linear(input, weight, self.bias)
-        return linear(input, weight, parameters["bias"])
 
 
 def _remade(cls: type[nn.Module]) -> nn.Module:
@@ -146,7 +150,7 @@ def _remade(cls: type[nn.Module]) -> nn.Module:
 @functools.cache
 def _class_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class for a layer of class `cls` with a quantized weight; None for a layer that is not known."""
-    kinds: dict[Callable[..., Any], type[_Quantized]] = {nn.Linear.forward: _QuantizedLinear}
+    kinds: dict[Callable[..., Any], type[QuantizedLayer]] = {nn.Linear.forward: _QuantizedLinear}
     kind = kinds.get(cls.forward)
     if kind is None:
         return None
@@ -171,7 +175,7 @@ def adopt(module: nn.Module) -> None:
     """Give a layer the class that its weight needs: that of a quantized layer, or its own again."""
     cls = type(module)
     if isinstance(getattr(module, "weight", None), QTensor):
-        if not isinstance(module, _Quantized):
+        if not isinstance(module, QuantizedLayer):
             module.__class__ = _class_of(cls) or cls  # type: ignore[arg-type]
     else:
         module.__class__ = layer_class(module)

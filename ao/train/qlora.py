@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ao.dtypes import NF4, QTensor, Spec
-from ao.matmul import adopt, layer_class
+from ao.matmul import QuantizedLayer, adopt, layer_class
 
 from .placement import is_dtensor
 
 Filter = Callable[[nn.Module, str], bool]
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(QuantizedLayer, nn.Linear):
     """An `nn.Linear` whose weight and bias are frozen, with a trained product of two small matrices beside it.
 
     lora_A: (rank, K), uniform at the start. lora_B: (N, rank), zero at the start, so that nothing changes.
@@ -43,7 +43,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., K) -> (..., N)."""
-        out = F.linear(input, self.weight, self.bias)
+        out = self.product(input)
         x = F.dropout(input, self.dropout, self.training)
         return out + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
 

@@ -35,25 +35,9 @@ import formats
 import measure
 import torch
 from bench_linear import reason
+from llama import SHAPES
 from tables import markdown
 from torch import nn
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-    },
-    "llama-3.2-1b": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096,
-    },
-}  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -95,10 +79,17 @@ def folder_of(args: argparse.Namespace, parent: Path) -> Path:
         return args.model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = SHAPES[args.shape] | ({} if args.layers is None else {"num_hidden_layers": args.layers})
+    shape = SHAPES[args.shape]
+    config = LlamaConfig(
+        vocab_size=shape.vocab, hidden_size=shape.dim, intermediate_size=shape.hidden, head_dim=shape.head_dim,
+        num_hidden_layers=args.layers or shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192, rms_norm_eps=shape.norm_eps, tie_word_embeddings=shape.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta, **dict(shape.rope_scaling or ())},
+        bos_token_id=0, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
     with torch.device(args.device):
         torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=0, eos_token_id=None, pad_token_id=0))
+        model = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(parent)
     return parent

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..dtypes import QTensor
 from ..dtypes.checkpoint import flatten, stored_names, unflatten
+from ..matmul import set_parameter
 from ..quant import dequantize_
 from ..quant.report import Report, storage_bytes
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
@@ -154,7 +155,7 @@ class AoDiffusersQuantizer(DiffusersQuantizer):
             made = nn.Parameter(value, requires_grad=False)
         else:
             made = Quantize(self.plan, self.report, MappedFiles(())).quantize(param_name, value)
-        model.get_submodule(module)._parameters[leaf] = made
+        set_parameter(model.get_submodule(module), leaf, made)
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         """Plain weights in place of the quantized ones, in place. Returns the model."""

@@ -224,20 +224,29 @@ _GROUPS = (32, 64, 128, 256)
 class _Copy:
     """A 4-bit weight once more, in the layout of ATen's product. It is counted as long as it lives, beside its weight."""
 
-    total = 0
+    total = bytes = 0
 
     def __init__(self, w: IntxTensor) -> None:
         self.form = self.form_of(w)
-        zero = (8 - w.spec._offset) if w.zero_point is None else 8 - w.spec._offset - w.zero_point.float()
-        scale = w.scale.float()
-        self.codes = torch._convert_weight_to_int4pack_for_cpu(w.codes().int() + w.spec._offset, 1)
-        self.scale_and_zero = torch.stack([scale.t(), (scale * zero).t()], -1).contiguous()  # (K / group, N, 2)
+        self.codes = self._counted(torch._convert_weight_to_int4pack_for_cpu(w.codes().int() + w.spec._offset, 1))
         self.by_dtype: dict[torch.dtype, Tensor] = {}
-        _Copy.total += self.codes.nbytes
+
+    def _counted(self, t: Tensor) -> Tensor:
+        self.bytes += t.nbytes
+        _Copy.total += t.nbytes
+        return t
 
     def __del__(self) -> None:
-        if hasattr(self, "codes"):
-            _Copy.total -= self.codes.nbytes
+        _Copy.total -= self.bytes
+
+    def scale_and_zero(self, w: IntxTensor, dtype: torch.dtype) -> Tensor:
+        """(K / group, N, 2), where the value of a code is (code - 8) * scale + zero."""
+        found = self.by_dtype.get(dtype)
+        if found is None:
+            scale, offset = w.scale.float(), 8 - w.spec._offset
+            zero = scale * (offset if w.zero_point is None else offset - w.zero_point.float())
+            found = self.by_dtype[dtype] = self._counted(torch.stack([scale.t(), zero.t()], -1).to(dtype).contiguous())
+        return found
 
     @staticmethod
     def form_of(w: QTensor) -> list[int]:
@@ -277,11 +286,8 @@ def kept(x: Tensor, w: QTensor) -> Tensor:
         if _Copy.total + w.numel() // 2 > KEPT_BYTES:
             return pieces(x, w)
         copy = w.cpu_copy = _Copy(w)  # type: ignore[attr-defined]
-    scale_and_zero = copy.by_dtype.get(x.dtype)
-    if scale_and_zero is None:
-        scale_and_zero = copy.by_dtype[x.dtype] = copy.scale_and_zero.to(x.dtype)
     group = w.shape[1] // w.scale.shape[1]
-    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), copy.codes, group, scale_and_zero)
+    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), copy.codes, group, copy.scale_and_zero(w, x.dtype))
 
 
 def split_accepts(x: Tensor, w: QTensor) -> bool:

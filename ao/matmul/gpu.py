@@ -72,24 +72,39 @@ def gemv(x: Tensor, w: QTensor) -> Tensor:
     """
     from .kernels import ampere  # Triton is there only with a GPU build of PyTorch
 
+    if not compiling() and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current one; compiled code sees to that
+            return gemv(x, w)
     if w.spec.act is None or _quantized_in_kernel(w):
         return ampere.gemv(x.contiguous(), *_weight(w), w.spec.act is not None)
+    codes, scale = _codes(x, w)
+    return (ampere.gemv(codes, *_weight(w), False).float() * scale).to(x.dtype)
+
+
+def _codes(x: Tensor, w: QTensor) -> tuple[Tensor, Tensor]:
+    """The codes of an activation (1, K) less its zero point, bfloat16, and its scale, float32."""
     act = quantize_act(x, w)
     codes = act["qdata"].float()
     if "zero_point" in act:
         codes = codes - act["zero_point"].float()
-    out = ampere.gemv(codes.to(torch.bfloat16), *_weight(w), False)
-    return (out.float() * act["scale"].float()).to(x.dtype)
+    return codes.to(torch.bfloat16), act["scale"].float()
 
 
-def gemv_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor] | None:
+def gemv_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor]:
     """`gemv` for eager mode, with all that depends on the form of the weight decided."""
-    if w.spec.act is not None and not _quantized_in_kernel(w):
-        return None
     from .kernels import ampere
 
     n, k = w.shape
-    return _launched(w, ampere.gemv_launch(n, k, *_weight(w), w.spec.act is not None))
+    in_kernel = w.spec.act is not None and _quantized_in_kernel(w)
+    run = _launched(w, ampere.gemv_launch(n, k, *_weight(w), in_kernel))
+    if w.spec.act is None or in_kernel:
+        return run
+
+    def of_codes(x: Tensor, w: QTensor) -> Tensor:
+        codes, scale = _codes(x.reshape(1, k), w)
+        return (run(codes, w).float() * scale).to(x.dtype).view(*x.shape[:-1], n)
+
+    return of_codes
 
 
 def _launched(w: QTensor, run: Callable[..., Tensor]) -> Callable[[Tensor, QTensor], Tensor]:
@@ -131,17 +146,25 @@ def fused(x: Tensor, w: QTensor) -> Tensor:
     return operators.fused(x.contiguous(), *_weight(w))
 
 
-def fused_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor] | None:
-    """`fused` for eager mode and few tokens."""
+def fused_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor]:
+    """`fused` for eager mode.
+
+    Few tokens are one launch: another one, for the sum of parts of K, takes longer than what they save, so that the host would
+    be waited for. While a CUDA graph records, that does not count.
+    """
     from .kernels import ampere, operators
 
     (m, k), n = x.shape, w.shape[0]
     qdata, scale, zero_point, offset = _weight(w)
+    records = torch._C._cuda_isCurrentStreamCapturing
+
+    def at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        return operators.fused_at_once(x, qdata, scale, zero_point, offset, not records())
+
     if m > 16 or operators.is_for_hopper(m, k, qdata, scale, zero_point):
-        return _launched(
-            w, lambda x, qdata, scale, zero_point: operators.fused_at_once(x, qdata, scale, zero_point, offset)
-        )
-    return _launched(w, ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset))
+        return _launched(w, at_once)
+    few = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
+    return _launched(w, lambda *args: at_once(*args) if records() else few(*args))
 
 
 def decode_accepts(x: Tensor, w: QTensor) -> bool:

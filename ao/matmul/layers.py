@@ -173,9 +173,12 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) 
 
 def adopt(module: nn.Module) -> None:
     """Give a layer the class that its weight needs: that of a quantized layer, or its own again."""
-    cls = type(module)
-    if isinstance(getattr(module, "weight", None), QTensor):
-        if not isinstance(module, QuantizedLayer):
-            module.__class__ = _class_of(cls) or cls  # type: ignore[arg-type]
+    own = layer_class(module)
+    if not isinstance(module._parameters.get("weight"), QTensor):
+        wanted = own
+    elif isinstance(module, QuantizedLayer):
+        return
     else:
-        module.__class__ = layer_class(module)
+        wanted = _class_of(own) or own  # type: ignore[arg-type]
+    if wanted is not type(module):
+        module.__class__ = wanted

@@ -148,9 +148,8 @@ def _choose(x: Tensor, w: QTensor) -> Path:
     if w.dim() == 1:
         return lambda x, w: F.linear(x, decoded(w, x.dtype))
     name, path = _path(x, w)
-    launch = _LAUNCHES[name](x, w) if name in _LAUNCHES else None
-    if launch is not None:
-        return launch
+    if name in _LAUNCHES:
+        return _LAUNCHES[name](x, w)
 
     def run(x: Tensor, w: QTensor) -> Tensor:
         if x.dim() == 2:

@@ -537,11 +537,7 @@ def _in_order(constants: dict[str, Any], **more: Any) -> dict[str, Any]:
 def fused_launch(
     m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
 ) -> Product:  # fmt: skip
-    """`fused` in eager mode for m tokens and weights of the form of these: what it decides is decided once.
-
-    K is not cut in parts: the launch of their sum takes longer than what they save, so that the host would be waited for.
-    While a CUDA graph records, that does not count.
-    """
+    """`fused` in one launch, K not cut in parts, for m tokens and weights of the form of these, decided once."""
     device, index = qdata.device, qdata.device.index
     grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1], parts=1)
     e4m3 = qdata.dtype == torch.float8_e4m3fn
@@ -549,12 +545,8 @@ def fused_launch(
         fused_kernel, grid, views={2: torch.uint8} if e4m3 else {},
         **_in_order(constants, E4M3=e4m3, ACT=False, ZERO=zero_point is not None, OFFSET=offset),
     )  # fmt: skip
-    records = torch._C._cuda_isCurrentStreamCapturing
 
     def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        if records():
-            out = fused(x.view(m, k), None, qdata, scale, zero_point, offset, x.dtype)
-            return out.view(*x.shape[:-1], n)
         out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
         start(index, x, scale, qdata, scale, scale if zero_point is None else zero_point, out, m, n)
         return out

@@ -361,13 +361,16 @@ def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype
     return _parts_product(x, 1, rows, qdata, columns, m, dtype, tokens, height, warps, stages)
 
 
-def nibbles_product(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
-    """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
+def nibbles_product(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, whole: bool
+) -> Tensor:  # fmt: skip
+    """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0.
+
+    whole: K is not cut in parts, so that there is one launch.
+    """
     (m, k), n = x.shape, qdata.shape[0]
     device = x.device.index
     zero = None if zero_point is None else zero_point.dtype
-    # In eager mode a launch more for the sum of parts takes longer than they save.
-    whole = m <= 128 and not torch._C._cuda_isCurrentStreamCapturing()
     start, split, tokens, height = _nibbles_launch(m, n, k, scale.dtype, zero, offset, whole, device)
     out, sums = _outputs(m, n, split, x.dtype, x.device)
     start(

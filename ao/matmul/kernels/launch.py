@@ -7,7 +7,7 @@ the driver about a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def launch(
     if compiled is None:
         _COMPILED[key] = _compiled(kernel, grid, args, num_warps, early, constants)
     else:
-        _run(compiled, grid, device, given, constants.values())
+        _run(compiled, (*grid, 1, 1)[:3], device, given, constants.values())
 
 
 class Launch:
@@ -82,12 +82,7 @@ class Launch:
         if compiled is None or bits & 15:  # it is made for addresses that are multiples of 16
             self._first(bits, [_viewed(arg, self.views.get(i)) for i, arg in enumerate(args)])
             return
-        x, y, z = self.grid
-        # No launch metadata and no hooks: they are for Triton's own profiler.
-        compiled.run(
-            x, y, z, torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata, None, None, None,
-            *given, *self.last,
-        )  # fmt: skip
+        _run(compiled, self.grid, device, given, self.last)
 
     def _first(self, bits: int, args: Sequence[Any]) -> None:
         if bits & 15:
@@ -112,11 +107,10 @@ def _compiled(
     return kernel[grid](*args, num_warps=num_warps, **constants, **more)
 
 
-def _run(compiled: Any, grid: tuple[int, ...], device: int, given: Sequence[Any], constants: Any) -> None:
-    x, y, z = (*grid, 1, 1)[:3]
+def _run(compiled: Any, grid: tuple[int, ...], device: int, given: Sequence[Any], constants: Iterable[Any]) -> None:
     stream = torch._C._cuda_getCurrentRawStream(device)
     # No launch metadata and no hooks: they are for Triton's own profiler.
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *given, *constants)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given, *constants)
 
 
 _READERS: dict[tuple[Any, ...], TensorDescriptor] = {}

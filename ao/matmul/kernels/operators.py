@@ -46,11 +46,16 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     x: (M, K) bfloat16. qdata: (N, K) one-byte or (N, K / 2) 4-bit. scale: (N, K / group) or (N, 1), zero_point alike.
     offset: what to add to zero_point.
     """
-    return fused_at_once(x, qdata, scale, zero_point, offset)
+    return fused_at_once(x, qdata, scale, zero_point, offset, False)
 
 
-def fused_at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
-    """`fused` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
+def fused_at_once(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, one_launch: bool
+) -> Tensor:  # fmt: skip
+    """`fused` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N).
+
+    one_launch: rather than what is fastest on the GPU, for up to 128 tokens and 4 bits.
+    """
     k, n = x.shape[-1], qdata.shape[0]
     rows = x if x.dim() == 2 else x.view(-1, k)
     m = rows.shape[0]
@@ -58,7 +63,7 @@ def fused_at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | 
     if of_hopper and qdata.shape[1] == k:
         out = hopper.parts_product(rows, qdata, scale)
     elif of_hopper:
-        out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset)
+        out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset, one_launch and m <= 128)
     elif m <= FEW:
         out = ampere.fused(rows, None, qdata, scale, zero_point, offset, x.dtype)
     else:

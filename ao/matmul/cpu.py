@@ -241,12 +241,10 @@ class _Copy:
 
     def scale_and_zero(self, w: IntxTensor, dtype: torch.dtype) -> Tensor:
         """(K / group, N, 2), where the value of a code is (code - 8) * scale + zero."""
-        found = self.by_dtype.get(dtype)
-        if found is None:
-            scale, offset = w.scale.float(), 8 - w.spec._offset
-            zero = scale * (offset if w.zero_point is None else offset - w.zero_point.float())
-            found = self.by_dtype[dtype] = self._counted(torch.stack([scale.t(), zero.t()], -1).to(dtype).contiguous())
-        return found
+        scale, offset = w.scale.float(), 8 - w.spec._offset
+        zero = scale * (offset if w.zero_point is None else offset - w.zero_point.float())
+        made = self.by_dtype[dtype] = self._counted(torch.stack([scale.t(), zero.t()], -1).to(dtype).contiguous())
+        return made
 
     @staticmethod
     def form_of(w: QTensor) -> list[int]:
@@ -286,8 +284,11 @@ def kept(x: Tensor, w: QTensor) -> Tensor:
         if _Copy.total + w.numel() // 2 > KEPT_BYTES:
             return pieces(x, w)
         copy = w.cpu_copy = _Copy(w)  # type: ignore[attr-defined]
+    scale_and_zero = copy.by_dtype.get(x.dtype)
+    if scale_and_zero is None:
+        scale_and_zero = copy.scale_and_zero(w, x.dtype)
     group = w.shape[1] // w.scale.shape[1]
-    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), copy.codes, group, copy.scale_and_zero(w, x.dtype))
+    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), copy.codes, group, scale_and_zero)
 
 
 def split_accepts(x: Tensor, w: QTensor) -> bool:

@@ -21,19 +21,16 @@ from ao.quant import (
     Int8WeightOnlyConfig,
     autoquant,
     compute_error,
-    end_to_end,
     finalize_autoquant,
     load_plan,
-    microbenchmark,
     quantize_,
-    recording,
-    timing_cache,
 )
-from ao.quant.candidates import SETS, candidates_on, label
-from ao.quant.choosing import preference
+from ao.quant.autoquant import cache, end_to_end, recording, timing
+from ao.quant.autoquant.candidates import SETS, candidates_on, label
+from ao.quant.autoquant.choosing import preference
+from ao.quant.autoquant.end_to_end import Comparison
+from ao.quant.autoquant.timing import Product
 from ao.quant.compiled import is_compiled
-from ao.quant.end_to_end import Comparison
-from ao.quant.microbenchmark import Product
 
 K = 32
 INT8, DYNAMIC, INT4 = (
@@ -73,7 +70,7 @@ def times(monkeypatch, tmp_path):
         after()
         return Comparison(2.0, 1.0, 0.01)
 
-    monkeypatch.setattr(microbenchmark, "time_products", time_products)
+    monkeypatch.setattr(timing, "time_products", time_products)
     monkeypatch.setattr(end_to_end, "compare", compare)
     monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path / "cache"))
     table["asked"] = asked  # type: ignore[assignment]
@@ -400,7 +397,7 @@ def test_a_model_is_measured_as_it_runs(monkeypatch, tmp_path):
         wholes.append(not is_compiled(model))
         return Comparison(1.4, 22.6, 0.01)
 
-    monkeypatch.setattr(microbenchmark, "time_products", time_products)
+    monkeypatch.setattr(timing, "time_products", time_products)
     monkeypatch.setattr(end_to_end, "compare", compare)
     x = torch.randn(4, K)
     with torch.no_grad():
@@ -476,16 +473,16 @@ def test_real_run(tmp_path, monkeypatch, device):
     report = model.autoquant_report
     assert len(report.choices) == 2 and compute_error(want, out) > 30
     for choice in report.choices:
-        (timing,) = choice.timings
-        assert timing.tokens == 4 and all(0 < t < 1 for t in timing.seconds.values())
-        assert timing.seconds.keys() == {"float32", "Int8WeightOnly"}
+        (measured,) = choice.timings
+        assert measured.tokens == 4 and all(0 < t < 1 for t in measured.seconds.values())
+        assert measured.seconds.keys() == {"float32", "Int8WeightOnly"}
         assert choice.config == (INT8 if choice.label == "Int8WeightOnly" else None)
     if len(report):
         assert report.before_ms > 0 and report.after_ms > 0
 
     (file,) = tmp_path.iterdir()
     assert file.name.startswith("autoquant-") and len(json.loads(file.read_text())["seconds"]) == 2
-    monkeypatch.setattr(microbenchmark, "time_products", None)  # whoever measures, fails
+    monkeypatch.setattr(timing, "time_products", None)  # whoever measures, fails
     monkeypatch.setattr(end_to_end, "compare", lambda *args: (args[-1](), Comparison(1.0, 1.0, 0.0))[1])
     autoquant(torch.compile(again), x, [INT8], cache=tmp_path)
     assert [c.timings for c in again.autoquant_report.choices] == [c.timings for c in report.choices]
@@ -506,7 +503,7 @@ def test_timing_of_products(device):
         raise ValueError("\n no such format\n")
 
     variants = {"float32": lambda: linear.weight, "int8": lambda: Intx(8).quantize(linear.weight), "broken": fail}
-    found = microbenchmark.time_products(
+    found = timing.time_products(
         product, torch.randn(2, K, device=device), variants, compiler_of(linear), 10 * 4 * K * K
     )
     assert found.pop("broken") == "ValueError: no such format"
@@ -523,7 +520,7 @@ def test_timers_keep_what_they_read():
     product = Product(1, 512, 512, torch.bfloat16, torch.bfloat16, False, None, device)
     x, weight = torch.randn(1, 512, device=device).bfloat16(), torch.randn(512, 512, device=device).bfloat16()
     before = torch.cuda.memory_allocated()
-    timer = microbenchmark._timer(product, x, weight, compiler_of(torch.compile(nn.Linear(2, 2))), 10 * weight.nbytes)
+    timer = timing._timer(product, x, weight, compiler_of(torch.compile(nn.Linear(2, 2))), 10 * weight.nbytes)
     assert torch.cuda.memory_allocated() - before >= 9 * weight.nbytes
     torch.cuda.empty_cache()
     assert timer() > 0
@@ -574,18 +571,18 @@ def test_cache_survives_nonsense(times, tmp_path, monkeypatch):
 
 def test_cache_keys():
     product = Product(4, 64, 32, torch.bfloat16, torch.bfloat16, True, None, torch.device("cpu"))
-    key = timing_cache.product_key(product, 1000)
+    key = cache.product_key(product, 1000)
     assert "4 x 64 x 32, bfloat16 by bfloat16, autocast None, bias True, model 768" in key
-    assert timing_cache.device_name(torch.device("cpu")) in key
-    assert key != timing_cache.product_key(product, 4000)
+    assert cache.device_name(torch.device("cpu")) in key
+    assert key != cache.product_key(product, 4000)
 
 
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path))
-    assert timing_cache.cache_directory() == tmp_path
+    assert cache.cache_directory() == tmp_path
     monkeypatch.delenv("AO_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert timing_cache.cache_directory() == tmp_path / ".cache" / "ao"
+    assert cache.cache_directory() == tmp_path / ".cache" / "ao"
 
 
 # The plan.

@@ -22,8 +22,8 @@ from ao.quant import (
     quantize_,
     sensitivity,
 )
-from ao.quant.observers import Channels, Hessian, Histogram, MinMax, MovingAverage
-from ao.quant.statistics import ATTRIBUTE, OBSERVERS, Statistics, act_scale
+from ao.quant.calibration.observers import Channels, Hessian, Histogram, MinMax, MovingAverage
+from ao.quant.calibration.statistics import ATTRIBUTE, OBSERVERS, Statistics, act_scale
 
 STATIC = [Int8StaticActivationInt8WeightConfig, Float8StaticActivationFloat8WeightConfig]
 

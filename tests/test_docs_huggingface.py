@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ao.quant import end_to_end, microbenchmark
+from ao.quant.autoquant import end_to_end, timing
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -25,7 +25,7 @@ def test_snippets(tmp_path, monkeypatch):
         pytest.importorskip(module, reason=f"the page uses {module}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        microbenchmark,
+        timing,
         "time_products",
         lambda p, rows, variants, *args: {n: 1.0 - 0.5 * ("Int8" in n) for n in variants},
     )

@@ -16,7 +16,7 @@ from torch import nn
 import ao
 from ao.dtypes.base import dense
 from ao.dtypes.checkpoint import flatten
-from ao.quant import candidates, end_to_end, microbenchmark
+from ao.quant.autoquant import candidates, end_to_end, timing
 from ao.quant.qat import QATConfig
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -557,7 +557,7 @@ def test_saving_what_was_quantized_in_place(name, folders, tmp_path):
 def test_autoquant(folders, tmp_path, monkeypatch):
     int8 = ao.Int8WeightOnlyConfig()
     monkeypatch.setattr(
-        microbenchmark,
+        timing,
         "time_products",
         lambda product, rows, variants, *args: {n: 0.5 if n == candidates.label(int8) else 1.0 for n in variants},
     )

@@ -38,12 +38,12 @@ from ao.quant import (
     quantize_,
     rotate_,
 )
-from ao.quant.factor import Factored
-from ao.quant.hadamard import random_hadamard
-from ao.quant.observers import Hessian
-from ao.quant.recipe import Recipe, Rounded
-from ao.quant.recipes import parse_recipe
-from ao.quant.statistics import Statistics
+from ao.quant.algorithms.by_name import parse_recipe
+from ao.quant.algorithms.factor import Factored
+from ao.quant.algorithms.hadamard import random_hadamard
+from ao.quant.algorithms.recipe import Recipe, Rounded
+from ao.quant.calibration.observers import Hessian
+from ao.quant.calibration.statistics import Statistics
 
 N, K = 48, 96
 PLAIN = GPTQ(act_order=False, search=False, rounds=0, match_original=False)
@@ -173,7 +173,7 @@ def test_gptq_follows_the_order_of_the_paper():
 
 def test_gptq_pieces(monkeypatch):
     whole = GPTQ().quantize(weight(), Intx(4, (1, 32)), seen(data()))
-    monkeypatch.setattr("ao.quant.gptq.PIECE", 7 * K)
+    monkeypatch.setattr("ao.quant.algorithms.gptq.PIECE", 7 * K)
     pieces = GPTQ().quantize(weight(), Intx(4, (1, 32)), seen(data()))
     assert whole.qparams["scale"].shape == pieces.qparams["scale"].shape
     # Sums in another order make ties fall otherwise, and what follows a tie; the error is what must not change.
@@ -227,7 +227,7 @@ def test_gptq_dead_channels_and_few_tokens():
 def test_awq_scales_up_what_matters():
     x = torch.randn(512, K)
     x[:, 7] *= 30
-    found_stats = Statistics({"hessian": Hessian(), "channels": ao.quant.statistics.Channels()})
+    found_stats = Statistics({"hessian": Hessian(), "channels": ao.quant.calibration.statistics.Channels()})
     found_stats.observe(x)
     spec = Intx(3, (1, 32))
     found = AWQ().quantize(weight(), spec, found_stats)

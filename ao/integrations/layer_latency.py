@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ao.dtypes import QTensor
+from ao.quant.autoquant.timing import Product, time_products
 from ao.quant.compiled import compiler_of
-from ao.quant.microbenchmark import Product, time_products
 
 from .html_report import Measure
 

@@ -7,39 +7,26 @@ from .affine import (
     int_scaled_matmul,
     quantize_affine,
 )
-from .autoquant import autoquant, finalize_autoquant
-from .autoquant_report import AutoquantReport
-from .awq import AWQ
-from .benchmark import benchmark_model
-from .bias_correction import BiasCorrection
-from .calibration import calibrate
-from .candidates import (
+from .algorithms.awq import AWQ
+from .algorithms.bias_correction import BiasCorrection
+from .algorithms.gptq import GPTQ
+from .algorithms.hqq import HQQ
+from .algorithms.recipe import Recipe, RoundToNearest
+from .algorithms.rotation import RotationPlan, rotate_, rotation_plan
+from .algorithms.smoothquant import SmoothQuant
+from .autoquant.candidates import (
     ALL_AUTOQUANT_CLASS_LIST,
     DEFAULT_AUTOQUANT_CLASS_LIST,
     DEFAULT_INT4_AUTOQUANT_CLASS_LIST,
     OTHER_AUTOQUANT_CLASS_LIST,
 )
-from .configs import (
-    Config,
-    Float8DynamicActivationFloat8WeightConfig,
-    Float8StaticActivationFloat8WeightConfig,
-    Float8WeightOnlyConfig,
-    FqnToConfig,
-    GemliteUIntXWeightOnlyConfig,
-    Int4WeightOnlyConfig,
-    Int8DynamicActivationInt4WeightConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8StaticActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    ModuleFqnToConfig,
-    NF4WeightOnlyConfig,
-    SpecConfig,
-    UIntXWeightOnlyConfig,
-    config_from_dict,
-    config_to_dict,
-)
-from .gptq import GPTQ
+from .autoquant.report import AutoquantReport
+from .autoquant.saved_plan import load_plan, save_plan
+from .autoquant.session import autoquant, finalize_autoquant
+from .benchmark import benchmark_model
+from .calibration.calibrate import calibrate
+from .calibration.statistics import Statistics
+from .config import Config, SpecConfig, config_from_dict, config_to_dict
 from .granularity import (
     Granularity,
     MappingType,
@@ -51,15 +38,24 @@ from .granularity import (
     PerToken,
     ZeroPointDomain,
 )
-from .hqq import HQQ
-from .plan import load_plan, save_plan
+from .presets import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8StaticActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    GemliteUIntXWeightOnlyConfig,
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt4WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    NF4WeightOnlyConfig,
+    UIntXWeightOnlyConfig,
+)
 from .quantize import dequantize_, is_linear, quantize_
-from .recipe import Recipe, RoundToNearest
 from .report import Report, compute_error, get_model_size_in_bytes
-from .rotation import RotationPlan, rotate_, rotation_plan
+from .rules import FqnToConfig, ModuleFqnToConfig
 from .sensitivity import Sensitivity, sensitivity
-from .smoothquant import SmoothQuant
-from .statistics import Statistics
 
 __all__ = [
     "ALL_AUTOQUANT_CLASS_LIST",

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec, blank
 from ..matmul import set_parameter
-from .configs import Config, FqnToConfig, SpecConfig
+from .algorithms.recipe import Recipe, RoundToNearest, assemble
+from .calibration.observers import RangeMethod
+from .calibration.statistics import RANGES, Statistics, act_scale, is_finite, statistics_of
+from .config import Config, SpecConfig
 from .coverage import (
     LARGE,
     is_experts,
@@ -22,10 +25,8 @@ from .coverage import (
     why_no_parameter,
     why_not_by_default,
 )
-from .observers import RangeMethod
-from .recipe import Recipe, RoundToNearest, assemble
 from .report import Report
-from .statistics import RANGES, Statistics, act_scale, is_finite, statistics_of
+from .rules import FqnToConfig
 from .trial import can_try, why_it_cannot
 
 __all__ = ["Filter", "Job", "Planned", "Slot", "choices", "is_linear", "plan", "planned_specs", "qualifies", "slots_of"]

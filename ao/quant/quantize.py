@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec
 from ..matmul import set_parameter
-from .configs import Config
+from .algorithms.recipe import RoundToNearest, assemble
+from .calibration.sequential import Batch, quantize_in_sequence, restored_on_error
+from .calibration.statistics import ATTRIBUTE, Statistics
+from .config import Config
 from .jobs import Filter, Job, check, is_linear, plan, require_statistics, seen_by, static_scale
 from .progress import progress
-from .recipe import RoundToNearest, assemble
 from .report import Report, Row, storage_bytes
-from .sequential import Batch, quantize_in_sequence, restored_on_error
-from .statistics import ATTRIBUTE, Statistics
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 

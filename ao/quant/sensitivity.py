@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes import Spec
-from .configs import Config, FqnToConfig, SpecConfig, UIntXWeightOnlyConfig
+from .calibration.sequential import Batch, call
+from .calibration.statistics import is_finite
+from .config import Config, SpecConfig
 from .jobs import Filter, Job, check, plan
+from .presets import UIntXWeightOnlyConfig
 from .progress import progress
 from .quantize import quantize_job
 from .report import Report, storage_bytes
-from .sequential import Batch, call
-from .statistics import is_finite
+from .rules import FqnToConfig
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> the loss, a scalar."""

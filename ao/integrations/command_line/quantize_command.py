@@ -163,7 +163,7 @@ def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
 def with_recipe(config: Any, recipe: str) -> Any:
     """The same config, or Spec, or rules, with a recipe by name. Raises ValueError for a name that is none."""
     from ao.quant import FqnToConfig, SpecConfig
-    from ao.quant.recipes import parse_recipe
+    from ao.quant.algorithms.by_name import parse_recipe
 
     parse_recipe(recipe, "--recipe")
     if isinstance(config, FqnToConfig):

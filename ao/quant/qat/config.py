@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ...dtypes import Intx, Spec
-from ..configs import VALUES, Config
+from ..algorithms.recipe import Recipe, RoundToNearest
+from ..calibration.sequential import Batch
+from ..config import VALUES, Config
 from ..granularity import Granularity, MappingType, PerAxis, PerGroup, PerRow, PerToken, ZeroPointDomain
 from ..jobs import Filter
-from ..recipe import Recipe, RoundToNearest
 from ..report import Report
-from ..sequential import Batch
 from .convert import convert, unprepare
 from .prepare import Adapter, prepare
 

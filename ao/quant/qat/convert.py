@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from ...dtypes import Spec
-from ..configs import Config, FqnToConfig
+from ..algorithms.recipe import RoundToNearest
+from ..config import Config
 from ..jobs import Filter, Job, Slot, check_finite, plan
-from ..recipe import RoundToNearest
 from ..report import Report, Row, storage_bytes
+from ..rules import FqnToConfig
 from .layers import PLAIN, FakeQuantized
 from .prepare import linear_by_default
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...dtypes import Spec, dense
-from ..configs import Config
+from ..algorithms.recipe import Rounded
+from ..calibration.sequential import Batch, quantize_in_sequence, restored_on_error
+from ..calibration.statistics import Statistics
+from ..config import Config
 from ..jobs import Filter, Job, Slot, by_default, check, plan, require_statistics, seen_by, static_scale
-from ..recipe import Rounded
 from ..report import Report, Row, storage_bytes
-from ..sequential import Batch, quantize_in_sequence, restored_on_error
-from ..statistics import Statistics
 from .layers import PREPARED, FakeQuantized
 
 

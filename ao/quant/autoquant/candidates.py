@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from ..dtypes import Spec
-from ..matmul import has_float8
-from .configs import (
-    Config,
+from ...dtypes import Spec
+from ...matmul import has_float8
+from ..config import Config
+from ..granularity import PerRow, PerTensor
+from ..presets import (
     Float8DynamicActivationFloat8WeightConfig,
     Float8WeightOnlyConfig,
-    FqnToConfig,
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
 )
-from .granularity import PerRow, PerTensor
+from ..rules import FqnToConfig
 
 Candidates = str | Config | Spec | Sequence[str | Config | Spec]
 

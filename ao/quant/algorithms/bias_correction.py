@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..dtypes import Spec
+from ...dtypes import Spec
+from ..calibration.statistics import Statistics
 from .recipe import Recipe, Rounded, RoundToNearest
-from .statistics import Statistics
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..dtypes import Spec
+from ...dtypes import Spec
+from ..calibration.observers import Channels
+from ..calibration.statistics import Statistics
 from .hqq import magnitude
-from .observers import Channels
 from .recipe import Recipe, Rounded, RoundToNearest, scaled_statistics
-from .statistics import Statistics
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..dtypes import QTensor, Spec
-from .statistics import Statistics
+from ...dtypes import QTensor, Spec
+from ..calibration.statistics import Statistics
 
 
 @dataclass

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ..dtypes import QTensor
-from .atomic_write import atomic_write
-from .compiled import unwrapped
-from .configs import FqnToConfig, config_from_dict, config_to_dict
-from .quantize import is_linear, quantize_
-from .report import Report
+from ...dtypes import QTensor
+from ..atomic_write import atomic_write
+from ..compiled import unwrapped
+from ..config import config_from_dict, config_to_dict
+from ..quantize import is_linear, quantize_
+from ..report import Report
+from ..rules import FqnToConfig
 
 
 def save_plan(plan: FqnToConfig, path: str | Path) -> None:

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import microbenchmark
-from .autoquant_report import AutoquantReport
+from ..compiled import compiled_caller, compiler_of, is_compiled, unwrapped
+from ..quantize import Filter, is_linear
+from ..rules import FqnToConfig
+from . import timing
+from .cache import TimingCache, cache_directory
 from .candidates import Candidates, candidates_on, check_candidates
 from .choosing import Notes, choose, install_checked, measure
-from .compiled import compiled_caller, compiler_of, is_compiled, unwrapped
-from .configs import FqnToConfig
-from .plan import apply_plan, load_plan
-from .quantize import Filter, is_linear
 from .recording import Call, Recorder, Weight, find_weights, signature_of
-from .timing_cache import TimingCache, cache_directory
+from .report import AutoquantReport
+from .saved_plan import apply_plan, load_plan
 
 CALLS = 4
 """Calls that are kept for the end-to-end check: one for each way in which the linear layers were used."""
@@ -181,7 +181,7 @@ class _Session:
             try:
                 call = Call(args, kwargs)
             except Exception as error:
-                why = microbenchmark.reason(error)
+                why = timing.reason(error)
                 self.notes.add(f"a call is not part of the end-to-end check, for its arguments cannot be copied: {why}")
         recorder = Recorder(self.weights)
         with torch.compiler.set_stance("force_eager"), recorder:

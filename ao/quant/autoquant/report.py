@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..dtypes import Spec
-from .configs import Config, FqnToConfig
-from .plan import plain_name, save_plan
+from ...dtypes import Spec
+from ..config import Config
+from ..rules import FqnToConfig
+from .saved_plan import plain_name, save_plan
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .benchmark import interleave, synchronize
-from .compiled import Compiler, Function
-from .report import storage_bytes
+from ..benchmark import interleave, synchronize
+from ..compiled import Compiler, Function
+from ..report import storage_bytes
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dtypes import Spec
-from .configs import Config
-from .jobs import Filter, plan
-from .report import Report
+from ...dtypes import Spec
+from ..config import Config
+from ..jobs import Filter, plan
+from ..report import Report
 from .statistics import ATTRIBUTE, OBSERVERS, Statistics, check_finite_inputs, first_tensor
 
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import QTensor
+from ...dtypes import QTensor
+from ..progress import progress
+from ..report import Report
 from .hadamard import random_hadamard
-from .progress import progress
-from .report import Report
 
 
 @dataclass

@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..dtypes import Spec, dense, expand, in_blocks, to_blocks
+from ...dtypes import Spec, dense, expand, in_blocks, to_blocks
+from ..calibration.statistics import Statistics
 from .recipe import Recipe, Rounded
-from .statistics import Statistics
 
 Qparams = dict[str, Tensor]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..dtypes import sources_digest
-from .atomic_write import atomic_write
-from .compiled import Compiler
-from .microbenchmark import Product
+from ...dtypes import sources_digest
+from ..atomic_write import atomic_write
+from ..compiled import Compiler
+from .timing import Product
 
 
 class TimingCache:
@@ -96,9 +96,7 @@ def _environment() -> dict[str, Any]:
         "triton": _version("triton"),
         "python": platform.python_version(),
         "ao": sources_digest(),
-        "benchmark": hashlib.blake2b(
-            Path(__file__).with_name("microbenchmark.py").read_bytes(), digest_size=8
-        ).hexdigest(),
+        "benchmark": hashlib.blake2b(Path(__file__).with_name("timing.py").read_bytes(), digest_size=8).hexdigest(),
         "float32": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dtypes import Spec
+from ...dtypes import Spec
 
 
 def fit_group(

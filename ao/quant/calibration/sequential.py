@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..matmul import set_parameter
-from .compiled import is_compiled, unwrapped
-from .jobs import Job
+from ...matmul import set_parameter
+from ..compiled import is_compiled, unwrapped
+from ..jobs import Job
+from ..progress import progress
 from .observers import Target
-from .progress import progress
 from .statistics import OBSERVERS, Statistics, check_finite_inputs, first_tensor
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]

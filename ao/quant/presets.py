@@ -1,20 +1,15 @@
-"""Configs: named presets. A config answers two questions, what the weight becomes and what the activation becomes.
+"""Presets: configs by the names and with the parameters that users of the field know.
 
-Names and parameters are those that users of the field know. Whatever a preset does not offer, a bare Spec does:
-`quantize_(model, Intx(bits=3, block=(1, 64)))`.
+Whatever a preset does not offer, a bare Spec does: `quantize_(model, Intx(bits=3, block=(1, 64)))`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..dtypes import (
     Codebook,
@@ -28,6 +23,11 @@ from ..dtypes import (
     TensorCoreTiledLayout,
     nf4_spec,
 )
+from .algorithms.by_name import parse_recipe
+from .algorithms.recipe import Recipe, RoundToNearest
+from .calibration.observers import RangeMethod
+from .calibration.statistics import RANGES
+from .config import Config
 from .granularity import (
     Granularity,
     MappingType,
@@ -38,154 +38,8 @@ from .granularity import (
     PerToken,
     ZeroPointDomain,
 )
-from .observers import RangeMethod
-from .recipe import Recipe, RoundToNearest
-from .recipes import RECIPES, parse_recipe
-from .report import Report
-from .statistics import RANGES
 
 FLOAT8_FORMATS: dict[torch.dtype, Literal["e4m3", "e5m2"]] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-
-@dataclass(frozen=True)
-class Config:
-    """What `quantize_` does to the weight of a layer, and what that layer does to its input.
-
-    algorithm: how the codes and qparams are found: "rtn" (round to nearest), "hqq" (better qparams, no data), or with
-        calibration "gptq", "awq", "smoothquant", "bias_correction", joined by "+" ("awq+gptq"), or a Recipe such as
-        `GPTQ(damping=0.1)`.
-    set_inductor_config: accepted because other libraries have it. `ao` never changes process-wide compiler settings.
-    unsupported: what to do with a layer whose shape the format does not take: "raise", or "skip" and say so in the report.
-    """
-
-    algorithm: str | Recipe = field(default="rtn", kw_only=True)
-    set_inductor_config: bool = field(default=False, kw_only=True)
-    unsupported: Literal["raise", "skip"] = field(default="raise", kw_only=True)
-
-    registry: ClassVar[dict[str, type[Config]]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        Config.registry[cls.__name__] = cls
-
-    def __post_init__(self) -> None:
-        self.recipe()
-
-    def recipe(self) -> Recipe:
-        """The recipe that `algorithm` names. Raises ValueError for a name that is none."""
-        return parse_recipe(self.algorithm, f"{type(self).__name__}: algorithm")
-
-    def apply(self, model: nn.Module, filter_fn: Any, device: Any, batches: Sequence[Any] | None) -> Report | None:
-        """What `quantize_` does with this config if it is not to quantize weights; None for a config that says how to."""
-        return None
-
-    def weight(self, shape: tuple[int, ...]) -> Spec:
-        """The Spec of a weight of `shape`."""
-        raise NotImplementedError
-
-    def act(self) -> Spec | None:
-        """The Spec of the activation, or None to leave it in floating point."""
-        return None
-
-    def act_scale(self) -> float | None:
-        """The scale of a static activation, or None for one that is dynamic or found by calibration."""
-        return None
-
-    def act_range(self) -> RangeMethod | None:
-        """How calibration finds the scale of a static activation, or None where there is nothing to find."""
-        return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict that `Config.from_dict` reads. Values equal to the default are left out."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        usual = {f.name: f.default for f in dataclasses.fields(self)}
-        return {"type": type(self).__name__, **{k: _to_json(v) for k, v in values.items() if v != usual[k]}}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Config | Spec:
-        """The config, or the Spec, that `to_dict` wrote. Raises ValueError for what this version does not know."""
-        name = data.get("type", "")
-        if name in Spec.registry:
-            return Spec.from_dict(data)
-        cls = Config.registry.get(name)
-        if cls is None:
-            raise ValueError(f"unknown config type {name!r}; this version of ao knows {sorted(Config.registry)}")
-        values = {k: _from_json(v) for k, v in data.items() if k != "type"}
-        unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"{name} has no parameter {sorted(unknown)}; a newer version of ao may have written this")
-        return cls(**values)
-
-
-_BASES = (Granularity, Layout, Recipe)
-
-VALUES: dict[str, type] = {c.__name__: c for base in (Granularity, Layout) for c in (base, *base.__subclasses__())}
-VALUES |= {c.__name__: c for c in RECIPES}
-"""What a config of this library is made of, beside numbers and strings."""
-
-_ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, (Spec, Config)):
-        return value.to_dict()
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, Enum):
-        return {"enum": type(value).__name__, "name": value.name}
-    if VALUES.get(type(value).__name__) is type(value):
-        return {"value": type(value).__name__, **{k: _to_json(v) for k, v in vars(value).items()}}
-    if isinstance(value, _BASES):
-        fields = {k: _to_json(v) for k, v in vars(value).items()}
-        return {"module": type(value).__module__, "class": type(value).__qualname__, "fields": fields}
-    if isinstance(value, (tuple, list)):
-        return [_to_json(v) for v in value]
-    if isinstance(value, Mapping):
-        return {"map": [[k, _to_json(v)] for k, v in value.items()]}
-    return value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_from_json(v) for v in value)
-    if not isinstance(value, Mapping):
-        return value
-    if "class" in value:
-        return _class_of(value["module"], value["class"])(**{k: _from_json(v) for k, v in value["fields"].items()})
-    if "type" in value:
-        return Config.from_dict(value)
-    if "value" in value:
-        if value["value"] not in VALUES:
-            raise ValueError(f"unknown {value['value']!r} in a config; this version of ao knows {sorted(VALUES)}")
-        return VALUES[value["value"]](**{k: _from_json(v) for k, v in value.items() if k != "value"})
-    if "dtype" in value:
-        return getattr(torch, value["dtype"])
-    if "enum" in value:
-        return _ENUMS[value["enum"]][value["name"]]
-    if "map" in value:
-        return {k: _from_json(v) for k, v in value["map"]}
-    raise ValueError(f"cannot read {value!r} in a config; a newer version of ao may have written this")
-
-
-def _class_of(module: str, name: str) -> type:
-    """A Recipe, Granularity or Layout that is defined elsewhere. Nothing is imported for a file's sake."""
-    waiting: list[type] = list(_BASES)
-    while waiting:
-        cls = waiting.pop()
-        if (cls.__module__, cls.__qualname__) == (module, name):
-            return cls
-        waiting += cls.__subclasses__()
-    raise ValueError(f"a config has {name} of {module}, which is not imported; import {module} first")
-
-
-def config_to_dict(config: Config | Spec) -> dict[str, Any]:
-    """A JSON-able dict of a config or a Spec."""
-    return config.to_dict()
-
-
-def config_from_dict(data: Mapping[str, Any]) -> Config | Spec:
-    """The inverse of `config_to_dict`. Raises ValueError for what this version does not know."""
-    return Config.from_dict(data)
 
 
 def _one_of(config: Config, name: str, allowed: tuple[Any, ...]) -> None:
@@ -586,68 +440,3 @@ class Int8StaticActivationInt8WeightConfig(Config):
 
     def act_range(self) -> RangeMethod | None:
         return self.range_method if self.scale is None else None
-
-
-@dataclass(frozen=True)
-class SpecConfig(Config):
-    """Any Spec, with an algorithm: `SpecConfig(Intx(3, (1, 64)), algorithm="gptq")`.
-
-    Raises TypeError for what is no Spec.
-    """
-
-    spec: Spec
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.spec, Spec):
-            raise TypeError(f"SpecConfig: spec must be a Spec such as Intx(bits=3), got {self.spec!r}")
-
-    def weight(self, shape: tuple[int, ...]) -> Spec:
-        return self.spec
-
-
-@dataclass(frozen=True)
-class FqnToConfig(Config):
-    """A config per layer or per parameter, by fully qualified name.
-
-    fqn_to_config: name -> config, Spec, or None to leave the layer alone. A layer's weight takes the first that matches:
-        1. the exact name of the parameter ("model.embed.weight"; also parameters of other names, such as 3-D experts)
-        2. the exact name of the module ("model.embed")
-        3. "re:" and a regular expression that matches the whole name of the parameter, in the order given
-        4. the same for the module
-        5. "_default", for what `quantize_` takes by default: linear layers, transformers' `Conv1D`, experts
-    module_fqn_to_config: another name of the same parameter.
-
-    Raises ValueError when both are given and differ. `quantize_` raises for a rule that matches nothing.
-    """
-
-    fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
-    module_fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.recipe() != RoundToNearest():
-            raise ValueError("FqnToConfig: give algorithm to the configs of the rules")
-        a, b = dict(self.fqn_to_config), dict(self.module_fqn_to_config)
-        if a and b and a != b:
-            raise ValueError("FqnToConfig: give fqn_to_config or module_fqn_to_config, not two that differ")
-        object.__setattr__(self, "fqn_to_config", a or b)
-        object.__setattr__(self, "module_fqn_to_config", {})
-        for name, config in self.fqn_to_config.items():
-            if not (config is None or isinstance(config, (Config, Spec))) or isinstance(config, FqnToConfig):
-                raise TypeError(f"FqnToConfig: {name!r} must map to a config, a Spec or None, got {config!r}")
-
-    def rules_for(self, parameter: str) -> list[str]:
-        """The rules that match a parameter, by its full name, "_default" aside: the first one counts."""
-        module, _, leaf = parameter.rpartition(".")
-        names = [parameter, module] if leaf == "weight" else [parameter]
-        patterns = [key for key in self.fqn_to_config if key.startswith("re:")]
-        exact = [name for name in names if name in self.fqn_to_config]
-        return exact + [key for name in names for key in patterns if re.fullmatch(key[3:], name)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict that `Config.from_dict` reads."""
-        return {"type": "FqnToConfig", "fqn_to_config": _to_json(dict(self.fqn_to_config))}
-
-
-ModuleFqnToConfig = FqnToConfig

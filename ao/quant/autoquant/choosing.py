@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dtypes import Spec
-from . import end_to_end, microbenchmark
-from .autoquant_report import AutoquantReport, Choice, Timing
+from ...dtypes import Spec
+from ..calibration.statistics import check_finite_inputs
+from ..compiled import Compiler
+from ..config import Config
+from ..progress import progress
+from ..quantize import quantize_
+from ..report import compute_error, storage_bytes
+from . import end_to_end, timing
+from .cache import TimingCache, product_key
 from .candidates import candidates_on
-from .compiled import Compiler
-from .configs import Config
-from .microbenchmark import Product
-from .progress import progress
-from .quantize import quantize_
 from .recording import Call, Weight
-from .report import compute_error, storage_bytes
-from .statistics import check_finite_inputs
-from .timing_cache import TimingCache, product_key
+from .report import AutoquantReport, Choice, Timing
+from .timing import Product
 
 Timings = dict[Product, dict[str, float | str]]
 """Product -> label of a format -> seconds, or why there are none."""
@@ -61,7 +61,7 @@ def measure(
         known = cache.get(key, variants)
         if known is None:
             assert w.sample is not None
-            known = microbenchmark.time_products(product, w.sample, variants, compiler, total)
+            known = timing.time_products(product, w.sample, variants, compiler, total)
             plain = known[_dtype_name(w)]
             if isinstance(plain, str):
                 raise RuntimeError(f"autoquant: {w.names[0]} cannot be timed, not even as it is: {plain}")
@@ -109,7 +109,7 @@ def choose(
                 made = _quantized(w.parameter, candidates[name])
                 _look_up(w, made)
             except (ValueError, NotImplementedError) as error:
-                notes.add(f"{name} cannot be used for {w.names[0]}: {microbenchmark.reason(error)}")
+                notes.add(f"{name} cannot be used for {w.names[0]}: {timing.reason(error)}")
                 continue
             quality = _sqnr(w, made)
             if min_sqnr is None or quality >= min_sqnr:

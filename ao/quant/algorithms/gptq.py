@@ -27,13 +27,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..dtypes import Spec, dense
+from ...dtypes import Spec, dense
+from ..calibration.observers import Hessian
+from ..calibration.statistics import Statistics
 from .factor import Factored
 from .group_fit import fit_group
 from .hqq import Qparams, check_scaled, magnitude, search
-from .observers import Hessian
 from .recipe import Recipe, Rounded
-from .statistics import Statistics
 
 PIECE = 2**24
 """Elements of a weight whose rows are worked on at a time."""

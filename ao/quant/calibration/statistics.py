@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import Spec
+from ...dtypes import Spec
 from .observers import Channels, Hessian, Histogram, MinMax, MovingAverage, RangeMethod, Target
 
 OBSERVERS: dict[str, Callable[[], Any]] = {

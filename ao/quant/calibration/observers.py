@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dtypes import Spec
-from .factor import Factored
+from ...dtypes import Spec
+from ..algorithms.factor import Factored
 
 RangeMethod = Literal["minmax", "moving_average", "percentile", "mse"]
 """How the largest magnitude that a static activation can represent is chosen."""

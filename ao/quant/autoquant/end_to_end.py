@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .benchmark import interleave, noise, seconds
-from .compiled import unwrapped
-from .progress import progress
+from ..benchmark import interleave, noise, seconds
+from ..compiled import unwrapped
+from ..progress import progress
 from .recording import Call
 
 

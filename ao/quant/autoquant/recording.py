@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..dtypes import QTensor
-from ..matmul import set_parameter
-from .microbenchmark import Product
-from .quantize import Filter
+from ...dtypes import QTensor
+from ...matmul import set_parameter
+from ..quantize import Filter
+from .timing import Product
 
 SAMPLE_ROWS = 64
 """The activations kept per weight, at most."""

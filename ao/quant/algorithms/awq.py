@@ -21,11 +21,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..dtypes import Spec
+from ...dtypes import Spec
+from ..calibration.observers import Channels, Hessian
+from ..calibration.statistics import Statistics
 from .hqq import check_scaled, magnitude
-from .observers import Channels, Hessian
 from .recipe import Recipe, Rounded, RoundToNearest, scaled_statistics
-from .statistics import Statistics
 
 
 @dataclass(frozen=True)

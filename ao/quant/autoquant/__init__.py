@@ -1,0 +1,1 @@
+"""Choose the format of every layer by measuring."""

@@ -1,0 +1,59 @@
+"""Rules: a config per layer, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..dtypes import Spec
+from .algorithms.recipe import RoundToNearest
+from .config import Config, to_json
+
+
+@dataclass(frozen=True)
+class FqnToConfig(Config):
+    """A config per layer or per parameter, by fully qualified name.
+
+    fqn_to_config: name -> config, Spec, or None to leave the layer alone. A layer's weight takes the first that matches:
+        1. the exact name of the parameter ("model.embed.weight"; also parameters of other names, such as 3-D experts)
+        2. the exact name of the module ("model.embed")
+        3. "re:" and a regular expression that matches the whole name of the parameter, in the order given
+        4. the same for the module
+        5. "_default", for what `quantize_` takes by default: linear layers, transformers' `Conv1D`, experts
+    module_fqn_to_config: another name of the same parameter.
+
+    Raises ValueError when both are given and differ. `quantize_` raises for a rule that matches nothing.
+    """
+
+    fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
+    module_fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe() != RoundToNearest():
+            raise ValueError("FqnToConfig: give algorithm to the configs of the rules")
+        a, b = dict(self.fqn_to_config), dict(self.module_fqn_to_config)
+        if a and b and a != b:
+            raise ValueError("FqnToConfig: give fqn_to_config or module_fqn_to_config, not two that differ")
+        object.__setattr__(self, "fqn_to_config", a or b)
+        object.__setattr__(self, "module_fqn_to_config", {})
+        for name, config in self.fqn_to_config.items():
+            if not (config is None or isinstance(config, (Config, Spec))) or isinstance(config, FqnToConfig):
+                raise TypeError(f"FqnToConfig: {name!r} must map to a config, a Spec or None, got {config!r}")
+
+    def rules_for(self, parameter: str) -> list[str]:
+        """The rules that match a parameter, by its full name, "_default" aside: the first one counts."""
+        module, _, leaf = parameter.rpartition(".")
+        names = [parameter, module] if leaf == "weight" else [parameter]
+        patterns = [key for key in self.fqn_to_config if key.startswith("re:")]
+        exact = [name for name in names if name in self.fqn_to_config]
+        return exact + [key for name in names for key in patterns if re.fullmatch(key[3:], name)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict that `Config.from_dict` reads."""
+        return {"type": "FqnToConfig", "fqn_to_config": to_json(dict(self.fqn_to_config))}
+
+
+ModuleFqnToConfig = FqnToConfig

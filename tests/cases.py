@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ao.dtypes import NF4, Codebook, DynamicTree, Float8, Intx, PositiveSteps, Spec
+from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Codebook, DynamicTree, Float8, FloatX, Intx, PositiveSteps, Spec
 
 SHAPE = (128, 256)
 
@@ -74,4 +74,11 @@ CASES = [
     Case(Intx(8, act=Intx(8, symmetric=False)), 0.00696),
     Case(Intx(4, (1, 32), symmetric=True, act=Intx(8, symmetric=False)), 0.09474),
     Case(Float8(act=Float8()), 0.02621),
+    Case(MXFP4, 0.11506),
+    Case(FloatX(2, 1, (1, 32), scale_rule="rceil"), 0.11539),
+    Case(MXFP6, 0.02829),
+    Case(MXFP8, 0.02937),
+    Case(NVFP4, 0.09521),
+    Case(FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)), four_over_six=True), 0.08728),
+    Case(FP6, 0.05180),
 ]

@@ -24,6 +24,7 @@ KERNELS = {"launch", "ampere", "hopper", "cast", "operators"}
 BUILT_ON = {
     "codebook": {"intx"},
     "dynamic_tree": {"mapped"},
+    "floatx": {"float8"},
     "int4_prepacked": {"intx"},
     "positive_steps": {"mapped"},
 }

@@ -12,6 +12,7 @@ from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_
 from .dynamic_tree import DynamicTree
 from .flat import Flat, FlatTensor
 from .float8 import Float8, Float8Tensor
+from .floatx import FP6, MXFP4, MXFP6, MXFP8, NVFP4, FloatX, FloatXTensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
@@ -20,7 +21,12 @@ from .positive_steps import PositiveSteps
 from .rounding import reciprocal
 
 __all__ = [
+    "FP6",
+    "MXFP4",
+    "MXFP6",
+    "MXFP8",
     "NF4",
+    "NVFP4",
     "Codebook",
     "CodebookTensor",
     "DynamicTree",
@@ -29,6 +35,8 @@ __all__ = [
     "FlatTensor",
     "Float8",
     "Float8Tensor",
+    "FloatX",
+    "FloatXTensor",
     "Int4CPULayout",
     "Int4Prepacked",
     "Int4PrepackedTensor",

@@ -11,7 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Codebook, DynamicTree, Float8, FloatX, Intx, PositiveSteps, Spec
+from ao.dtypes import (
+    FP6,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NF4,
+    NVFP4,
+    Codebook,
+    DynamicTree,
+    Float8,
+    FloatX,
+    Intx,
+    PositiveSteps,
+    Spec,
+)
 
 SHAPE = (128, 256)
 

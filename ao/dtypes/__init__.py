@@ -12,7 +12,7 @@ from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_
 from .dynamic_tree import DynamicTree
 from .flat import Flat, FlatTensor
 from .float8 import Float8, Float8Tensor
-from .floatx import FP6, MXFP4, MXFP6, MXFP8, NVFP4, FloatX, FloatXTensor
+from .floatx import E8M0, FP6, MXFP4, MXFP6, MXFP8, NVFP4, E8M0Tensor, FloatX, FloatXTensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
@@ -21,6 +21,7 @@ from .positive_steps import PositiveSteps
 from .rounding import reciprocal
 
 __all__ = [
+    "E8M0",
     "FP6",
     "MXFP4",
     "MXFP6",
@@ -30,6 +31,7 @@ __all__ = [
     "Codebook",
     "CodebookTensor",
     "DynamicTree",
+    "E8M0Tensor",
     "Elements",
     "Flat",
     "FlatTensor",

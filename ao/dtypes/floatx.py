@@ -60,7 +60,7 @@ class FloatX(Spec):
     four_over_six: bool = False
 
     def __post_init__(self) -> None:
-        if not (2 <= self.exponent <= 5 and 0 <= self.mantissa and self.bits <= 8):
+        if not (2 <= self.exponent <= 5 and self.mantissa >= 0 and self.bits <= 8):
             raise ValueError(
                 f"FloatX: exponent must be 2 to 5, and exponent + mantissa at most 7, got {self.exponent} and {self.mantissa}"
             )
@@ -110,19 +110,20 @@ class FloatX(Spec):
         if self.scale == "e4m3":
             return {"scale": scale.clamp(max=448.0).to(torch.float8_e4m3fn)}
         if self.scale == "e8m0":
-            bits = scale.view(torch.int32) + (1 << (_MANTISSA - 1))
-            return {"scale": _e8m0(bits >> _MANTISSA, scale)}
+            return {"scale": E8M0().quantize(scale)}
         return {"scale": round_to(scale, getattr(torch, self.scale))}
 
-    def _shared_exponent(self, largest: Tensor) -> Tensor:
+    def _shared_exponent(self, largest: Tensor) -> QTensor:
         """The power of two of a block whose largest magnitude is `largest`, by `scale_rule`."""
         if self.scale_rule == "rceil":
             ratio = largest / self.max
             bits = ratio.view(torch.int32)
             above = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 1), 0)  # below 2**-126 a half is e8m0's 0
-            return _e8m0((bits + (2**_MANTISSA - 1) - above) >> _MANTISSA, largest)
-        more = {"floor": 0, "ceil": 2**_MANTISSA - 1, "even": 1 << (_MANTISSA - 1 - self.mantissa)}[self.scale_rule]
-        return _e8m0(((largest.view(torch.int32) + more) >> _MANTISSA) - self.emax, largest)
+            byte = _byte((bits + (2**_MANTISSA - 1) - above) >> _MANTISSA, largest)
+        else:
+            more = {"floor": 0, "ceil": 2**_MANTISSA - 1, "even": 1 << (_MANTISSA - 1 - self.mantissa)}[self.scale_rule]
+            byte = _byte(((largest.view(torch.int32) + more) >> _MANTISSA) - self.emax, largest)
+        return E8M0().wrap({"qdata": byte}, torch.float32, byte.shape)
 
     def _four_or_six(self, x: Tensor, six: Tensor) -> Tensor:
         """Per block, the scale that maps its maximum to 6, or the one to 4 unless it were the largest of all: a second scale
@@ -141,7 +142,7 @@ class FloatX(Spec):
 
     def round(self, x: Tensor, *, scale: Tensor) -> Tensor:
         """The multiples of the scale that `x` (float32) becomes."""
-        values = self.values(to_blocks(self._codes(x, scale), scale.shape)) * in_blocks(_plain(scale))
+        values = self.values(to_blocks(self._codes(x, scale), scale.shape)) * in_blocks(_wide(scale))
         return values.reshape(x.shape)
 
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -168,7 +169,8 @@ class FloatXTensor(QTensor, spec=FloatX):
     """x = q * scale.
 
     qdata: (..., K * bits / 8) uint8.
-    scale: one per block: float32, bfloat16, float16, float8_e8m0fnu, float8_e4m3fn, or a QTensor that dequantizes to it.
+    scale: one per block: float32, bfloat16, float16, float8_e4m3fn, or a QTensor that dequantizes to it: `E8M0Tensor`, or of
+        scale_spec.
     """
 
     qdata: Elements
@@ -179,36 +181,65 @@ class FloatXTensor(QTensor, spec=FloatX):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), shape)
-        return (self.spec.values(codes) * in_blocks(_plain(self.scale))).to(dtype).reshape(self.shape)
+        return (self.spec.values(codes) * in_blocks(_wide(self.scale))).to(dtype).reshape(self.shape)
 
 
 def _signed(size: Tensor, sign: Tensor) -> Tensor:
     return ((sign << 31) | size.view(torch.int32)).view(torch.float32)
 
 
-def _e8m0(exponent: Tensor, number: Tensor) -> Tensor:
-    """2**(exponent - 127), or NaN, byte 255, where `number` is not finite."""
-    byte = torch.where(number.isfinite(), exponent.clamp(0, 254), 255)
-    return byte.to(torch.uint8).view(torch.float8_e8m0fnu)
-
-
-def _plain(scale: Tensor) -> Tensor:
+def _wide(scale: Tensor) -> Tensor:
     """A stored scale as float32."""
-    if scale.dtype == torch.float8_e8m0fnu:
-        byte = scale.view(torch.uint8).to(torch.int32)
-        # Byte 0 is 2**-127, which is no normal number, and byte 255 is NaN.
-        bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA) | (byte == 255)
-        return bits.view(torch.float32)
     return dense(scale).float()
 
 
 def _inverse(scale: Tensor) -> Tensor:
     """1 / scale."""
-    if scale.dtype == torch.float8_e8m0fnu:
-        byte = scale.view(torch.uint8).to(torch.int32)
-        bits = torch.where(byte == 254, 1 << (_MANTISSA - 1), (254 - byte) << _MANTISSA)
-        return torch.where(byte == 255, torch.nan, bits.view(torch.float32))
-    return reciprocal(dense(scale))
+    if not isinstance(scale, E8M0Tensor):
+        return reciprocal(dense(scale))
+    byte = scale.qdata.to(torch.int32)
+    bits = torch.where(byte == 254, 1 << (_MANTISSA - 1), (254 - byte) << _MANTISSA)
+    return torch.where(byte == 255, torch.nan, bits.view(torch.float32))
+
+
+@dataclass(frozen=True, repr=False)
+class E8M0(Spec):
+    """Powers of two, 2**(byte - 127): what MX has for scales. Byte 255 is NaN. No sign, no zero: what is below becomes 2**-127.
+
+    x is rounded to the nearest power of two; what is not finite becomes NaN.
+    """
+
+    block: tuple[int, ...] = (1,)
+
+    def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """None: a power of two stands for itself."""
+        return {}
+
+    def encode(self, x: Tensor) -> dict[str, Tensor | None]:
+        """The bytes of `x` (float32)."""
+        return {"qdata": _byte((x.view(torch.int32) + (1 << (_MANTISSA - 1))) >> _MANTISSA, x)}
+
+
+class E8M0Tensor(QTensor, spec=E8M0):
+    """x = 2**(qdata - 127).
+
+    qdata: uint8.
+    """
+
+    qdata: Elements
+
+    spec: E8M0
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        byte = self.qdata.to(torch.int32)
+        # Byte 0 is no normal number of float32.
+        bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA) | (byte == 255)
+        return bits.view(torch.float32).to(dtype)
+
+
+def _byte(exponent: Tensor, number: Tensor) -> Tensor:
+    """The byte of 2**(exponent - 127), or NaN where `number` is not finite."""
+    return torch.where(number.isfinite(), exponent.clamp(0, 254), 255).to(torch.uint8)
 
 
 MXFP4 = FloatX(2, 1)

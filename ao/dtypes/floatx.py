@@ -217,7 +217,9 @@ class E8M0(Spec):
 
     def encode(self, x: Tensor) -> dict[str, Tensor | None]:
         """The bytes of `x` (float32)."""
-        return {"qdata": _byte((x.view(torch.int32) + (1 << (_MANTISSA - 1))) >> _MANTISSA, x)}
+        bits = x.view(torch.int32)
+        half = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 2), 1 << (_MANTISSA - 1))
+        return {"qdata": _byte((bits + half) >> _MANTISSA, x)}
 
 
 class E8M0Tensor(QTensor, spec=E8M0):
@@ -242,8 +244,6 @@ def _byte(exponent: Tensor, number: Tensor) -> Tensor:
     return torch.where(number.isfinite(), exponent.clamp(0, 254), 255).to(torch.uint8)
 
 
-MXFP4 = FloatX(2, 1)
-MXFP6 = FloatX(2, 3)
-MXFP8 = FloatX(4, 3)
+MXFP4, MXFP6, MXFP8 = FloatX(2, 1), FloatX(2, 3), FloatX(4, 3)
 NVFP4 = FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)))
 FP6 = FloatX(3, 2, (1, -1), "float32")

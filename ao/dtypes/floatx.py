@@ -204,10 +204,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class E8M0(Spec):
-    """Powers of two, 2**(byte - 127): what MX has for scales. Byte 255 is NaN. No sign, no zero: what is below becomes 2**-127.
-
-    x is rounded to the nearest power of two; what is not finite becomes NaN.
-    """
+    """Powers of two, 2**(byte - 127), the nearest to x: what MX has for scales. Byte 255 is NaN. There is no sign and no zero."""
 
     block: tuple[int, ...] = (1,)
 
@@ -244,6 +241,8 @@ def _byte(exponent: Tensor, number: Tensor) -> Tensor:
     return torch.where(number.isfinite(), exponent.clamp(0, 254), 255).to(torch.uint8)
 
 
-MXFP4, MXFP6, MXFP8 = FloatX(2, 1), FloatX(2, 3), FloatX(4, 3)
+MXFP4 = FloatX(2, 1)
+MXFP6 = FloatX(2, 3)
+MXFP8 = FloatX(4, 3)
 NVFP4 = FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)))
 FP6 = FloatX(3, 2, (1, -1), "float32")

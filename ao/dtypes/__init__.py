@@ -17,6 +17,7 @@ from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .mapped import Mapped, MappedTensor
+from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
 
@@ -28,6 +29,7 @@ __all__ = [
     "MXFP8",
     "NF4",
     "NVFP4",
+    "Cast",
     "Codebook",
     "CodebookTensor",
     "DynamicTree",
@@ -50,6 +52,7 @@ __all__ = [
     "MappedTensor",
     "NF4Tensor",
     "Opaque",
+    "Operand",
     "PerBlock",
     "PlainLayout",
     "PositiveSteps",

@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from .bits import CHUNK
 from .blocks import block_grid, expand
 from .lattice import lattice
+from .operand import Cast, Operand
 from .pieces import Box, boxes, is_eager, part, piece_size
 from .rounding import narrow, round_to
 from .running_layer import running_layer
@@ -118,6 +119,18 @@ class Spec:
 
     def check_range(self, x: Tensor) -> None:
         """Raise ValueError for finite data `x` that is too large or too small for the qparams of this dtype."""
+
+    def operand(self, q: Any) -> Operand | None:
+        """How `q` multiplies by its codes (operand.py), or None, where a product reads what `q.decode()` gives.
+
+        q: a QTensor of this Spec, or anything else that has its fields as attributes. It is asked at every product: give the
+        fields as they are, and compute nothing.
+        """
+        return None
+
+    def cast(self) -> Cast | None:
+        """How data becomes codes of a byte that `operand` gives, or None, where they are made otherwise."""
+        return None
 
     # What follows.
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.jit._trace import is_tracing
 
 from .pieces import is_eager
 from .tracing import known
@@ -131,4 +130,4 @@ def _zeros(x: Tensor, grid: Sequence[int]) -> Tensor:
 def _one_block(x: Tensor, grid: Sequence[int]) -> bool:
     """Whether to reduce all of `x` at once: eager code then reads it a single time and copies nothing. What torch.jit.trace
     records is for any number of blocks."""
-    return is_eager(x) and not is_tracing() and all(g == 1 for g in grid)
+    return is_eager(x, or_recorded=False) and all(g == 1 for g in grid)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .intx import Intx
-from .onnx_mode import exporting
-from .pieces import is_eager
+from .operand import Operand, look_up
 from .rounding import reciprocal
 
 TABLES: dict[str, tuple[float, ...]] = {
@@ -106,6 +106,10 @@ class Codebook(Spec):
         codes, table = self._codes(x, scale)
         return (to_blocks(look_up(table, codes), scale.shape) * in_blocks(dense(scale))).reshape(x.shape)
 
+    def operand(self, q: Any) -> Operand:
+        """Codes into a table."""
+        return Operand(q.qdata, q.scale, None, "table", self.bits, 0, q.table)
+
     def _codes(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, uint8 of the shape of `x`, and the table."""
         unit = (to_blocks(x, scale.shape) * in_blocks(reciprocal(dense(scale)))).reshape(x.shape)
@@ -139,13 +143,6 @@ class CodebookTensor(QTensor, spec=Codebook):
         blocks = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
         return (look_up(self.table, codes) * in_blocks(dense(self.scale))).to(dtype).reshape(self.shape)
-
-
-def look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """table[codes]. Codes are in bounds: a compiler need not check each of them."""
-    if exporting():
-        return table[codes.long()]
-    return table[codes.int()] if is_eager(codes) else torch.ops.aten._unsafe_index(table, [codes.int()])
 
 
 NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float"))

@@ -19,6 +19,7 @@ from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCo
 from .mapped import Mapped, MappedTensor
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
+from .shifted import Shifted, ShiftedTensor
 
 __all__ = [
     "E8M0",
@@ -55,6 +56,8 @@ __all__ = [
     "PositiveSteps",
     "QTensor",
     "Shared",
+    "Shifted",
+    "ShiftedTensor",
     "Spec",
     "TensorCoreTiledLayout",
     "amax_abs",

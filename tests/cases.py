@@ -83,6 +83,7 @@ CASES = [
     Case(NF4, 0.09204),
     Case(Codebook(SIXTEENTHS, (1, 32)), 0.11271),
     Case(Codebook(BYTES, (1, -1)), 0.00697),
+    Case(Codebook(scale_spec=Codebook(BYTES, (1, -1), offset=True)), 0.09203),
     Case(DynamicTree(8, True, (1, 64)), 0.00949),
     Case(DynamicTree(4, True, (1, 32)), 0.12950),
     Case(PositiveSteps(4, (1, 32)), 0.80139),

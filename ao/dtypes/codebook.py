@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
-from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
+from .blocks import amax_abs, blocks_shape, expand, in_blocks, mean, to_blocks
 from .intx import Intx
 from .onnx_mode import exporting
 from .pieces import is_eager
@@ -47,13 +47,14 @@ TABLES: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True, repr=False)
 class Codebook(Spec):
-    """Codes into a sorted table of values in [-1, 1], with a float32 scale per block.
+    """Codes into a sorted table of values, with a float32 scale per block.
 
     table: a name in `TABLES`, or the sorted values themselves, 2, 4, 8, ... or 256 of them.
     block: elements that share a scale.
     scale_spec: how to quantize the scales (double quantization); None keeps them in float32.
+    offset: take the mean of all elements off first, one float32: x = table[code] * scale + offset.
 
-        scale = max|x| over the block,    code = argmin_i |x / scale - table[i]|
+        scale = max|x| over the block / max|table|,    code = argmin_i |x / scale - table[i]|
 
     A value midway between two entries takes the lower one. With `scale_spec` the codes are chosen for the scale as it is
     stored. Raises ValueError for a table that is not sorted or whose length is no power of two.
@@ -62,6 +63,7 @@ class Codebook(Spec):
     table: str | tuple[float, ...] = "nf4"
     block: tuple[int, ...] = (1, 64)
     scale_spec: Spec | None = None
+    offset: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.table, str) and self.table not in TABLES:
@@ -84,30 +86,43 @@ class Codebook(Spec):
         """Bits per code."""
         return int(math.log2(len(self.values)))
 
+    def block_of(self, qparam: str) -> tuple[int, ...]:
+        """The offset is that of the tensor."""
+        return (-1,) if qparam == "offset" else self.block
+
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """scale of shape `grid`: float32, or quantized by `scale_spec`."""
-        return self.stored(scale=amax_abs(x, grid))
+        """scale of shape `grid`: float32, or quantized by `scale_spec`; and the offset, of one element."""
+        offset = None
+        if self.offset:
+            offset = mean(x).reshape((1,) * x.dim())
+            x = x - offset
+        largest, scale = max(map(abs, self.values)), amax_abs(x, grid)
+        return self.stored(scale=scale if largest == 1 else scale * (1 / largest), offset=offset)
 
-    def stored(self, *, scale: Tensor) -> dict[str, Tensor]:
-        """The scale, quantized by `scale_spec`."""
-        return {"scale": scale if self.scale_spec is None else self.scale_spec.quantize(scale)}
+    def stored(self, *, scale: Tensor, offset: Tensor | None = None) -> dict[str, Tensor]:
+        """The scale, quantized by `scale_spec`, and the offset."""
+        found = {"scale": scale if self.scale_spec is None else self.scale_spec.quantize(scale)}
+        return found if offset is None else {**found, "offset": offset}
 
-    def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
-        """The nearest entries of the table for `x` (float32) under the given scale."""
-        codes, table = self._codes(x, scale)
+    def encode(self, x: Tensor, *, scale: Tensor, offset: Tensor | None = None) -> dict[str, Tensor | None]:
+        """The nearest entries of the table for `x` (float32) under the given scale and offset."""
+        codes, table = self._codes(x, scale, offset)
         return {
             "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
             "scale": scale,
+            "offset": offset,
             "table": table,
         }
 
-    def round(self, x: Tensor, *, scale: Tensor) -> Tensor:
+    def round(self, x: Tensor, *, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """The nearest multiples of the scale for `x` (float32)."""
-        codes, table = self._codes(x, scale)
-        return (to_blocks(look_up(table, codes), scale.shape) * in_blocks(dense(scale))).reshape(x.shape)
+        codes, table = self._codes(x, scale, offset)
+        values = (to_blocks(look_up(table, codes), scale.shape) * in_blocks(dense(scale))).reshape(x.shape)
+        return values if offset is None else values + expand(offset, x.shape)
 
-    def _codes(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _codes(self, x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes, uint8 of the shape of `x`, and the table."""
+        x = x if offset is None else x - expand(offset, x.shape)
         unit = (to_blocks(x, scale.shape) * in_blocks(reciprocal(dense(scale)))).reshape(x.shape)
         table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
         middles = [(a + b) / 2 for a, b in zip(self.values, self.values[1:])]
@@ -122,15 +137,17 @@ class Codebook(Spec):
 
 
 class CodebookTensor(QTensor, spec=Codebook):
-    """x = table[code] * scale.
+    """x = table[code] * scale + offset.
 
     qdata: (..., K * bits / 8) uint8.
     scale: one per block, float32, or a QTensor that dequantizes to it.
+    offset: (1, ..., 1) float32, or None for 0.
     table: (2**bits,) float32.
     """
 
     qdata: Elements
     scale: PerBlock
+    offset: PerBlock | None
     table: Shared
 
     spec: Codebook
@@ -138,7 +155,10 @@ class CodebookTensor(QTensor, spec=Codebook):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
-        return (look_up(self.table, codes) * in_blocks(dense(self.scale))).to(dtype).reshape(self.shape)
+        values = look_up(self.table, codes) * in_blocks(dense(self.scale))
+        if self.offset is not None:
+            values = values.reshape(self.shape) + expand(self.offset, self.shape)
+        return values.to(dtype).reshape(self.shape)
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:

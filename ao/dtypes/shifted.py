@@ -27,7 +27,9 @@ class Shifted(Spec):
     symmetric: no shift, and codes count from the middle: x = (q - 2**(bits - 1)) * scale, with
         scale = max|x| / 2**(bits - 1).
     scale_dtype: of scale and shift: "float32", "bfloat16" or "float16".
-    scale_spec, shift_spec: how to quantize them instead; neither is ever negative. Otherwise, with lo = min(x, 0), hi = max(x, 0):
+    scale_spec, shift_spec: how to quantize them instead; neither is ever negative.
+
+    Unless symmetric, with lo = min(x, 0), hi = max(x, 0):
 
         scale = (hi - lo) / (2**bits - 1),    shift = -lo,    q = clamp(round((x + shift) / scale), 0, 2**bits - 1)
 

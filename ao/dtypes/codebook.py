@@ -7,7 +7,9 @@ element and 64 bits per row, in place of 4.5.
 
 from __future__ import annotations
 
+import itertools
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,27 @@ from .blocks import amax_abs, blocks_shape, expand, in_blocks, mean, to_blocks
 from .intx import Intx
 from .onnx_mode import exporting
 from .pieces import is_eager
-from .rounding import reciprocal
+from .rounding import reciprocal, round_to
+
+
+def _dynamic() -> tuple[float, ...]:
+    """The signed map of 8 bits with seven decades (arXiv:1511.04561), rounded to float32 as bitsandbytes rounds it: decade i is
+    the middles of 2**i steps from 0.1 to 1, times 10**(i - 6)."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        n = 2**i
+        step = _float32(0.9 / n)
+        ends = [_float32(0.1) + step * j if 2 * j <= n else 1.0 - step * (n - j) for j in range(n + 1)]
+        ends = [_float32(e) for e in ends]
+        for a, b in itertools.pairwise(ends):
+            value = _float32(_float32((a + b) / 2) * _float32(10.0 ** (i - 6)))
+            values += [value, -value]
+    return tuple(sorted(values))
+
+
+def _float32(x: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", x))[0])
+
 
 TABLES: dict[str, tuple[float, ...]] = {
     # QLoRA (arXiv:2305.14314), appendix E: the quantiles of a normal distribution, with an exact zero.
@@ -42,16 +64,20 @@ TABLES: dict[str, tuple[float, ...]] = {
         0.7229568362236023,
         1.0,
     ),
+    # bitsandbytes' 4-bit float, over 12, and its map of the scales of double quantization.
+    "fp4": tuple(sorted(_float32(s * v / 12) for s in (-1, 1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))),
+    "dynamic": _dynamic(),
 }
 
 
 @dataclass(frozen=True, repr=False)
 class Codebook(Spec):
-    """Codes into a sorted table of values, with a float32 scale per block.
+    """Codes into a sorted table of values, with a scale per block.
 
     table: a name in `TABLES`, or the sorted values themselves, 2, 4, 8, ... or 256 of them.
     block: elements that share a scale.
-    scale_spec: how to quantize the scales (double quantization); None keeps them in float32.
+    scale_dtype: "float32", "bfloat16" or "float16".
+    scale_spec: how to quantize the scales instead (double quantization).
     offset: take the mean of all elements off first, one float32: x = table[code] * scale + offset.
 
         scale = max|x| over the block / max|table|,    code = argmin_i |x / scale - table[i]|
@@ -64,6 +90,7 @@ class Codebook(Spec):
     block: tuple[int, ...] = (1, 64)
     scale_spec: Spec | None = None
     offset: bool = False
+    scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.table, str) and self.table not in TABLES:
@@ -75,6 +102,8 @@ class Codebook(Spec):
             raise ValueError(f"Codebook: table must have 2, 4, 8, ... or 256 values, got {n}")
         if list(self.values) != sorted(self.values):
             raise ValueError("Codebook: the values of table must be sorted")
+        if self.scale_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"Codebook: scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype!r}")
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -91,7 +120,7 @@ class Codebook(Spec):
         return (-1,) if qparam == "offset" else self.block
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """scale of shape `grid`: float32, or quantized by `scale_spec`; and the offset, of one element."""
+        """scale of shape `grid`, as it is stored; and the offset, of one element."""
         offset = None
         if self.offset:
             offset = mean(x).reshape((1,) * x.dim())
@@ -100,8 +129,12 @@ class Codebook(Spec):
         return self.stored(scale=scale if largest == 1 else scale * (1 / largest), offset=offset)
 
     def stored(self, *, scale: Tensor, offset: Tensor | None = None) -> dict[str, Tensor]:
-        """The scale, quantized by `scale_spec`, and the offset."""
-        found = {"scale": scale if self.scale_spec is None else self.scale_spec.quantize(scale)}
+        """The scale in its dtype, or quantized by `scale_spec`, and the offset."""
+        scale = scale.float()
+        plain = self.scale_spec is None
+        found = {
+            "scale": round_to(scale, getattr(torch, self.scale_dtype)) if plain else self.scale_spec.quantize(scale)
+        }
         return found if offset is None else {**found, "offset": offset}
 
     def encode(self, x: Tensor, *, scale: Tensor, offset: Tensor | None = None) -> dict[str, Tensor | None]:
@@ -117,7 +150,7 @@ class Codebook(Spec):
     def round(self, x: Tensor, *, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """The nearest multiples of the scale for `x` (float32)."""
         codes, table = self._codes(x, scale, offset)
-        values = (to_blocks(look_up(table, codes), scale.shape) * in_blocks(dense(scale))).reshape(x.shape)
+        values = (to_blocks(look_up(table, codes), scale.shape) * in_blocks(dense(scale).float())).reshape(x.shape)
         return values if offset is None else values + expand(offset, x.shape)
 
     def _codes(self, x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -140,7 +173,7 @@ class CodebookTensor(QTensor, spec=Codebook):
     """x = table[code] * scale + offset.
 
     qdata: (..., K * bits / 8) uint8.
-    scale: one per block, float32, or a QTensor that dequantizes to it.
+    scale: one per block, of scale_dtype, or a QTensor that dequantizes to it.
     offset: (1, ..., 1) float32, or None for 0.
     table: (2**bits,) float32.
     """
@@ -155,7 +188,7 @@ class CodebookTensor(QTensor, spec=Codebook):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
-        values = look_up(self.table, codes) * in_blocks(dense(self.scale))
+        values = look_up(self.table, codes) * in_blocks(dense(self.scale).float())
         if self.offset is not None:
             values = values.reshape(self.shape) + expand(self.offset, self.shape)
         return values.to(dtype).reshape(self.shape)

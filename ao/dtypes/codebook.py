@@ -131,10 +131,9 @@ class Codebook(Spec):
     def stored(self, *, scale: Tensor, offset: Tensor | None = None) -> dict[str, Tensor]:
         """The scale in its dtype, or quantized by `scale_spec`, and the offset."""
         scale = scale.float()
-        plain = self.scale_spec is None
-        found = {
-            "scale": round_to(scale, getattr(torch, self.scale_dtype)) if plain else self.scale_spec.quantize(scale)
-        }
+        nested = self.scale_spec
+        stored = round_to(scale, getattr(torch, self.scale_dtype)) if nested is None else nested.quantize(scale)
+        found: dict[str, Tensor] = {"scale": stored}
         return found if offset is None else {**found, "offset": offset}
 
     def encode(self, x: Tensor, *, scale: Tensor, offset: Tensor | None = None) -> dict[str, Tensor | None]:

@@ -186,10 +186,9 @@ class AoHfQuantizer(HfQuantizer):
     ) -> None:
         if self.quantization_config.quant_type == AS_STORED:
             self.stored, self.loading = foreign_checkpoint(checkpoint_files or []), model
-            model._keys_to_ignore_on_load_unexpected = [
-                *(model._keys_to_ignore_on_load_unexpected or ()),
-                *map(re.escape, self.stored.ignored),
-            ]
+            self.pre_quantized = True  # also where only a file beside config.json says so
+            known = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = known | set(map(re.escape, self.stored.ignored))
             return
         if self.pre_quantized:
             self.stored, self.loading = stored = Stored.of(checkpoint_files or []), model
@@ -236,7 +235,6 @@ class AoHfQuantizer(HfQuantizer):
                 self.report.skipped[name] = "the checkpoint does not have it"
         if self.quantization_config.quant_type == AS_STORED:
             self.quantization_config.quant_type = rules_of(model)
-            self.pre_quantized = True
         if self.plan:
             self.report.measure(model)
         if self.quantization_config.quant_type == AUTOQUANT and not self.pre_quantized:

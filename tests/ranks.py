@@ -46,8 +46,10 @@ def _run(
     worker(rank, *args)
     if dist.is_initialized():
         dist.destroy_process_group()
-    # A thread of gloo's frees the tensors of the last collective, and needs the interpreter for it. Where that is ending, Python
-    # 3.11 ends the thread by unwinding it, which C++ answers with abort(). So the interpreter does not end; the process does.
+    # A thread of gloo's frees the tensors of a collective after it told us that it is done, and needs the interpreter for it.
+    # Where that is ending, Python 3.11 ends the thread by unwinding it, which C++ answers with abort(). Neither waiting for all
+    # work nor destroy_process_group ends these threads: the caches of DTensor hold the mesh, and with it the group. So the
+    # interpreter does not end; the process does.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

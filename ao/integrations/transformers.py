@@ -401,8 +401,8 @@ def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
 def _merge_quantization_configs(cls: Any, stored: Any, given: Any) -> Any:
     """As in transformers, which refuses a config of one library for a checkpoint of another; "as_stored" is for that."""
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if isinstance(given, AoConfig) and given.quant_type == AS_STORED and str(method) != "ao":
-        return given
+    if isinstance(given, AoConfig) and given.quant_type == AS_STORED:
+        return _original_merge(cls, stored, None) if str(method) == "ao" else given
     return _original_merge(cls, stored, given)
 
 

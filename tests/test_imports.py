@@ -17,7 +17,7 @@ PURE = {"bits", "blocks", "rounding", "layouts", "onnx_mode", "operand", "pieces
 MACHINERY = {"base", "coalesced", "lattice", "ops", "sharding", "views"}
 CONSUMERS = {"checkpoint"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
-HOSTS = {"accelerate", "diffusers", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
+HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "ampere", "hopper", "cast", "operators"}
 # A dtype that is made of another one says so here.

@@ -20,6 +20,7 @@ from .mapped import Mapped, MappedTensor
 from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
+from .shifted import Shifted, ShiftedTensor
 
 __all__ = [
     "E8M0",
@@ -58,6 +59,8 @@ __all__ = [
     "PositiveSteps",
     "QTensor",
     "Shared",
+    "Shifted",
+    "ShiftedTensor",
     "Spec",
     "TensorCoreTiledLayout",
     "amax_abs",

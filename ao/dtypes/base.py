@@ -117,6 +117,10 @@ class Spec:
         kinds = self.choose_qparams(torch.empty(grid, device="meta"), grid)
         return {name: _stored(t.float(), kinds.get(name, t)) for name, t in qparams.items()}
 
+    def block_of(self, qparam: str) -> tuple[int, ...]:
+        """The elements that share the qparam called so."""
+        return self.block
+
     def check_range(self, x: Tensor) -> None:
         """Raise ValueError for finite data `x` that is too large or too small for the qparams of this dtype."""
 
@@ -327,8 +331,8 @@ def _write(field: Tensor, piece: Tensor, box: Box, shape: torch.Size) -> None:
     """Put what belongs to `box` of data of `shape` in its place in `field`."""
     if isinstance(field, QTensor) and isinstance(piece, QTensor):
         for name, t in field.fields().items():
-            shared = field.roles[name] == "shared"
-            _write(t, piece.fields()[name], [(0, n) for n in shape] if shared else box, shape)
+            inner = piece.fields()[name]
+            t.copy_(inner) if field.roles[name] == "shared" else _write(t, inner, box, shape)
     else:
         part(field, box, shape).copy_(piece)
 

@@ -123,6 +123,14 @@ def mean_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
     return blocks.abs().mean(list(range(1, blocks.dim(), 2)), dtype=wide).float()
 
 
+def mean(x: Tensor) -> Tensor:
+    """The mean of all elements, summed in float64, so that the order of the sum does not show."""
+    if known(x.numel() == 0):
+        return _zeros(x, ())
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return x.mean(dtype=wide).float()
+
+
 def _zeros(x: Tensor, grid: Sequence[int]) -> Tensor:
     return torch.zeros(tuple(grid), device=x.device)
 

@@ -9,20 +9,22 @@ from ..dtypes import Spec
 from ..quant import Config, FqnToConfig, SpecConfig, config_from_dict
 
 AUTOQUANT = "autoquant"
+AS_STORED = "as_stored"
+"""As another library has quantized the checkpoint."""
 
 
 def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config | Spec | str:
-    """The config that `quant_type` stands for, or "autoquant".
+    """The config that `quant_type` stands for, "autoquant" or "as_stored".
 
-    quant_type: a config, a Spec, a dict of `config_to_dict`, "autoquant", or the name of a config with or without capitals,
-        underscores and "Config": "int4_weight_only" is `Int4WeightOnlyConfig`.
+    quant_type: a config, a Spec, a dict of `config_to_dict`, "autoquant", "as_stored", or the name of a config with or without
+        capitals, underscores and "Config": "int4_weight_only" is `Int4WeightOnlyConfig`.
     kwargs: parameters of a config that is given by name. Of "autoquant" they are the arguments.
 
     Raises TypeError for what is none of these and ValueError for a name that no config has.
     """
     if isinstance(quant_type, str):
-        if quant_type == AUTOQUANT:
-            return AUTOQUANT
+        if quant_type in (AUTOQUANT, AS_STORED):
+            return quant_type
         known = {_plain(name): cls for name, cls in Config.registry.items() if cls not in (FqnToConfig, SpecConfig)}
         known = {name: cls for name, cls in known.items() if not _is_of_models(cls)}
         if _plain(quant_type) not in known:

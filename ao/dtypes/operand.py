@@ -15,7 +15,7 @@ from torch import Tensor
 from .onnx_mode import exporting
 from .pieces import is_eager
 
-Kind = Literal["affine", "float", "table", "int4pack"]
+Kind = Literal["affine", "float", "minifloat", "table", "int4pack"]
 
 
 class Operand(NamedTuple):
@@ -28,12 +28,14 @@ class Operand(NamedTuple):
 
         "affine"    x = (code - offset - zero_point) * scale; the dtype of codes of 8 bits says whether they have a sign
         "float"     x = code * scale, where codes are float8
+        "minifloat"  x = minifloat(code) * scale, where codes are a sign, exponent and mantissa bits
         "table"     x = table[code] * scale
         "int4pack"  codes and scale are in the layout of ATen's int4 product on their device: only that product reads them
 
     bits: of a code.
     offset: what the codes are stored with; signed ones of fewer than 8 bits with 2**(bits - 1).
     table: (2**bits,) float32.
+    exponent: bits of the exponent of a minifloat; its mantissa has bits - 1 - exponent.
     """
 
     codes: Tensor
@@ -43,6 +45,23 @@ class Operand(NamedTuple):
     bits: int = 8
     offset: float = 0
     table: Tensor | None = None
+    exponent: int = 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether numbers are codes less a zero point, times a scale."""
+        return self.kind in ("affine", "float")
+
+    def read(self, codes: Tensor) -> Tensor:
+        """What codes that were unpacked (int32; of 8 bits their own dtype) are before zero point and scale, float32."""
+        if self.kind == "table":
+            assert self.table is not None
+            return look_up(self.table, codes)
+        return (
+            minifloat(codes, self.exponent, self.bits - 1 - self.exponent)
+            if self.kind == "minifloat"
+            else codes.float()
+        )
 
     @property
     def by_row(self) -> bool:
@@ -75,6 +94,15 @@ class Cast(NamedTuple):
     zero_point: bool = False
     levels: float | None = None
     nearest: bool = True
+
+
+def minifloat(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
+    """Sign, exponent and mantissa, from the high bit down, as float32: the bits of the magnitude moved to their places there, and
+    then a power of two for the difference of the biases. Numbers below the normal ones come out right as well."""
+    word = codes.to(torch.int32)
+    size = (word & (2 ** (exponent + mantissa) - 1)) << (23 - mantissa)
+    value = size.view(torch.float32) * 2.0 ** (128 - 2 ** (exponent - 1))
+    return (((word >> (exponent + mantissa)) << 31) | value.view(torch.int32)).view(torch.float32)
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ _FEW = 4
 def _linear_in_chunks(w: QTensor) -> Operand | None:
     """The operand of a weight in chunks whose numbers are codes less a zero point."""
     operand = cpu_decode.in_chunks(w)
-    return None if operand is None or operand.table is not None or isinstance(operand.scale, QTensor) else operand
+    return None if operand is None or not operand.linear or isinstance(operand.scale, QTensor) else operand
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor, dense
 from ..dtypes.bits import CHUNK
-from ..dtypes.operand import Operand, look_up
+from ..dtypes.operand import Operand
 from .anywhere import compiling
 
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -31,7 +31,7 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 def in_chunks(w: QTensor) -> Operand | None:
     """The operand of a weight whose rows are chunks of whole words, where no chunk has more than one scale; else None."""
     operand = w.spec.operand(w)
-    if operand is None or operand.kind not in ("affine", "float", "table") or w.dim() != 2 or w.numel() == 0:
+    if operand is None or operand.kind == "int4pack" or w.dim() != 2 or w.numel() == 0:
         return None
     (n, k), q = w.shape, operand.codes
     qparams = [t for t in (operand.scale, operand.zero_point) if t is not None]
@@ -73,7 +73,7 @@ def numbers(w: Operand) -> Tensor:
         q = _from_bytes(w.codes.view(*_groups(w), -1, 2, 16))
     else:
         q = from_top(top_bytes(words(w)), w.codes.dtype).unflatten(-2, (2, 2))
-    return q.float() if w.table is None else look_up(w.table, q)
+    return w.read(q)
 
 
 def zero(w: Operand, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:
@@ -129,7 +129,7 @@ def halves(w: Operand) -> tuple[Tensor, ...]:
         return numbers(w).unbind(-2)
     q = _bytes(w)
     codes = q & 15, q >> 4
-    return tuple(c.float() if w.table is None else look_up(w.table, c) for c in codes)
+    return tuple(map(w.read, codes))
 
 
 def nibbles_and_bytes(w: Operand) -> tuple[Tensor, Tensor]:

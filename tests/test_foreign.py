@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import ao
 from ao.dtypes import Codebook, Float8, Intx
 from ao.integrations.foreign import gguf
 from ao.integrations.foreign.awq import AWQ
@@ -78,7 +79,7 @@ def test_gptq(bits, version):
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_gptq_in_another_order(bits):
+def test_gptq_in_another_order(bits, tmp_path):
     """desc_act: groups are of inputs that lie anywhere; a product is right, and so is a file of it."""
     parts, codes, zeros, scale = gptq_parts(bits)
     group = (torch.arange(64) // 32)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
@@ -86,8 +87,15 @@ def test_gptq_in_another_order(bits):
     q = GPTQ(config).make(WEIGHT, {**parts, "g_idx": group.int()}, torch.float32, None)
     expected = (codes - zeros[:, group]) * scale[:, group]
     assert torch.equal(q.dequantize(), expected)
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, requires_grad=True)
     assert torch.allclose(F.linear(x, q), F.linear(x, expected), atol=1e-4)
+    assert torch.allclose(torch.compile(F.linear, fullgraph=True)(x, q), F.linear(x, expected), atol=1e-4)
+    (given,) = torch.autograd.grad(F.linear(x, q).square().sum(), x)
+    (wanted,) = torch.autograd.grad(F.linear(x, expected).square().sum(), x)
+    assert torch.allclose(given, wanted, rtol=1e-3, atol=1e-3)
+    path = tmp_path / "weight.safetensors"
+    ao.save({"weight": q}, path)
+    assert torch.equal(ao.load(path)["weight"].dequantize(), expected)
     in_order = GPTQ(config).make(WEIGHT, {**parts, "g_idx": (torch.arange(64) // 32).int()}, torch.float32, None)
     assert isinstance(in_order.spec, Intx)
 

@@ -132,6 +132,11 @@ class Spec:
         """
         return None
 
+    def rearranged(self, x: Tensor, q: Any) -> tuple[Tensor, QTensor] | None:
+        """Another activation and another weight that have the same product as `x` (..., K) and `q` (N, K), or None: for a weight
+        that is stored in another order."""
+        return None
+
     def cast(self) -> Cast | None:
         """How data becomes codes of a byte that `operand` gives, or None, where they are made otherwise."""
         return None

@@ -81,6 +81,8 @@ def _product(x: Tensor, w: QTensor) -> Tensor:
         return chosen(x, w)(x, w)
     if w.pre_scale is not None:
         x = _scaled(x, w)
+    if (other := w.spec.rearranged(x, w)) is not None:
+        return _product(*other)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     return _path(rows, w).run(rows, w).reshape(*x.shape[:-1], w.shape[0])
 
@@ -119,6 +121,9 @@ def _choose(x: Tensor, w: QTensor) -> Product:
         return lambda x, w: plain(_scaled(x, w), w)
     if w.dim() == 1:
         return lambda x, w: F.linear(x, decoded(w, x.dtype))
+    if (other := w.spec.rearranged(x, w)) is not None:
+        inner = _choose(*other)
+        return lambda x, w: inner(*w.spec.rearranged(x, w))  # type: ignore[misc]
     path = _path(x, w)
     if path.launch is not None:
         return path.launch(x, w)

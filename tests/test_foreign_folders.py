@@ -17,6 +17,7 @@ import ao
 from ao.dtypes import Float8, Intx, QTensor
 from ao.integrations.command_line.program import main
 from ao.integrations.foreign.convert import convert_folder
+from ao.integrations.foreign.export import export_folder
 from ao.integrations.foreign.words import to_words
 from ao.integrations.transformers import AoConfig
 
@@ -137,6 +138,83 @@ def test_convert(kind, tmp_path, capsys):
     for name, p in dense.named_parameters():
         mine = model.get_parameter(name)
         assert torch.equal(mine.dequantize() if isinstance(mine, QTensor) else mine, p), name
+
+
+EXPORTED = {
+    "int4": ("compressed-tensors", ao.Int4WeightOnlyConfig(group_size=32)),
+    "int4-symmetric": ("compressed-tensors", Intx(4, (1, 32), symmetric=True, scale_dtype="bfloat16")),
+    "int8": ("compressed-tensors", ao.Int8WeightOnlyConfig()),
+    "int8-dynamic": ("compressed-tensors", ao.Int8DynamicActivationInt8WeightConfig()),
+    "int3": ("compressed-tensors", Intx(3, (1, 32))),
+    "float8": ("compressed-tensors", ao.Float8WeightOnlyConfig()),
+    "float8-dynamic": ("compressed-tensors", ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())),
+    "nvfp4": ("compressed-tensors", ao.NVFP4WeightOnlyConfig()),
+    "gptq-int4": ("gptq", ao.Int4WeightOnlyConfig(group_size=32)),
+    "gptq-int8": ("gptq", Intx(8, (1, 32))),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_and_back(name, tmp_path):
+    """What is written reads as what it was."""
+    form, config = EXPORTED[name]
+    torch.manual_seed(0)
+    hf_models.llama().bfloat16().save_pretrained(tmp_path / "plain")
+    ours = load(tmp_path / "plain", quantization_config=AoConfig(config))
+    ours.save_pretrained(tmp_path / "ours")
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", form, "--json"]) == 0
+    told = json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]
+    assert told["quant_method"] == form
+    again = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    for key, p in ours.named_parameters():
+        other = again.get_parameter(key)
+        if not isinstance(p, QTensor):
+            assert torch.equal(p, other)
+        elif form == "gptq" or name == "nvfp4":  # whose scales are rounded, or inverted
+            assert torch.allclose(p.decode(), other.decode(), rtol=2**-10 if form == "gptq" else 1e-6, atol=1e-7)
+        else:
+            assert torch.equal(p.decode(), other.decode()) and p.spec.act == other.spec.act
+
+
+def test_compressed_tensors_reads_what_is_exported(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    torch.manual_seed(0)
+    hf_models.llama().bfloat16().save_pretrained(tmp_path / "plain")
+    for name in (
+        "int4-symmetric",
+        "int8",
+        "float8",
+    ):  # transformers cannot load zero points, also of that library's own
+        ours = load(tmp_path / "plain", quantization_config=AoConfig(EXPORTED[name][1]))
+        ours.save_pretrained(tmp_path / name)
+        assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-theirs"), "--json"]) == 0
+        theirs = load(tmp_path / f"{name}-theirs")
+        with torch.no_grad():
+            assert ao.compute_error(ours(hf_models.IDS).logits, theirs(hf_models.IDS).logits) > 30
+
+
+def test_export_refuses(tmp_path):
+    hf_models.llama().save_pretrained(tmp_path / "plain")
+    rules = ao.FqnToConfig(
+        {"model.layers.0.mlp.up_proj": ao.NF4WeightOnlyConfig(), "_default": ao.Int8WeightOnlyConfig()}
+    )
+    load(tmp_path / "plain", quantization_config=AoConfig(rules)).save_pretrained(tmp_path / "ours")
+    for form, why in (
+        ("compressed-tensors", r"layers.0.mlp.up_proj.weight: Codebook.* has no form in compressed-tensors"),
+        ("gptq", r"layers.0.mlp.up_proj.weight: Codebook.* has no form in GPTQ"),
+        ("awq", "form must be one of compressed-tensors, gptq, got 'awq'"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            export_folder(tmp_path / "ours", tmp_path / "out", form)
+    with pytest.raises(ValueError, match="no folder that ao has quantized"):
+        export_folder(tmp_path / "plain", tmp_path / "out")
+    rules = ao.FqnToConfig({"model.layers.0.mlp.up_proj": Intx(4, (1, 32)), "_default": Intx(8, (1, 32))})
+    load(tmp_path / "plain", quantization_config=AoConfig(rules)).save_pretrained(tmp_path / "mixed")
+    with pytest.raises(ValueError, match="differ in bits or groups"):
+        export_folder(tmp_path / "mixed", tmp_path / "out", "gptq")
+    export_folder(tmp_path / "mixed", tmp_path / "out")
+    again = load(tmp_path / "out", quantization_config=AoConfig("as_stored"))
+    assert {p.spec.bits for p in again.parameters() if isinstance(p, QTensor)} == {4, 8}
 
 
 def test_compiled_as_eager(tmp_path):

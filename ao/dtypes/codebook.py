@@ -96,7 +96,7 @@ class Codebook(Spec):
         """The nearest entries of the table for `x` (float32) under the given scale."""
         codes, table = self._codes(x, scale)
         return {
-            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
+            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, self)),
             "scale": scale,
             "table": table,
         }

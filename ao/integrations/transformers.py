@@ -32,8 +32,9 @@ from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten
 from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
-from ..quant.jobs import by_default, slots_of
+from ..quant.coverage import by_default
 from ..quant.report import Report, storage_bytes
+from ..quant.slots import slots_of
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
 from .config_names import AUTOQUANT, read_quant_type
 from .mapped_memory import MappedFiles

@@ -186,7 +186,7 @@ class AoHfQuantizer(HfQuantizer):
             return
         self.keep = self.kept(model)
         if self.quantization_config.quant_type != AUTOQUANT:
-            self.files = MappedFiles(checkpoint_files or ())
+            self.files = MappedFiles(checkpoint_files or (), stay=True)
             self.plan, self.report = plan_for(model, self.quantization_config, self.keep, embedding_names(model))
 
     def kept(self, model: PreTrainedModel) -> list[str]:

@@ -140,7 +140,7 @@ class Codebook(Spec):
         """The nearest entries of the table for `x` (float32) under the given scale and offset."""
         codes, table = self._codes(x, scale, offset)
         return {
-            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
+            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, self)),
             "scale": scale,
             "offset": offset,
             "table": table,

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..dtypes import Spec
 from ..quant import Config, FqnToConfig, SpecConfig, config_from_dict
+from ..quant.config import ModelConfig
 
 AUTOQUANT = "autoquant"
 AS_STORED = "as_stored"
@@ -26,7 +27,7 @@ def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config
         if quant_type in (AUTOQUANT, AS_STORED):
             return quant_type
         known = {_plain(name): cls for name, cls in Config.registry.items() if cls not in (FqnToConfig, SpecConfig)}
-        known = {name: cls for name, cls in known.items() if not _is_of_models(cls)}
+        known = {name: cls for name, cls in known.items() if not issubclass(cls, ModelConfig)}
         if _plain(quant_type) not in known:
             raise ValueError(
                 f"{who}: quant_type {quant_type!r} names no config; give 'autoquant', 'int4_weight_only' or the like, for one of "
@@ -43,17 +44,12 @@ def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config
             f"such as 'int4_weight_only', got {quant_type!r}"
             + ("; call it first" if isinstance(quant_type, type) else "")
         )
-    if _is_of_models(type(quant_type)):
+    if isinstance(quant_type, ModelConfig):
         raise TypeError(
             f"{who}: {type(quant_type).__name__} is about training, not about how to load; call ao.quantize_(model, config) "
             "after loading"
         )
     return quant_type
-
-
-def _is_of_models(cls: type) -> bool:
-    """Whether a config does something of its own to a model, as those of quantization-aware training do."""
-    return issubclass(cls, Config) and cls.apply is not Config.apply
 
 
 def _plain(name: str) -> str:

@@ -34,8 +34,9 @@ from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten
 from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
-from ..quant.jobs import by_default, slots_of
+from ..quant.coverage import by_default
 from ..quant.report import Report, storage_bytes
+from ..quant.slots import slots_of
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
 from .config_names import AS_STORED, AUTOQUANT, read_quant_type
 from .foreign.checkpoint import ForeignCheckpoint, quantization_config
@@ -196,7 +197,7 @@ class AoHfQuantizer(HfQuantizer):
             return
         self.keep = self.kept(model)
         if self.quantization_config.quant_type != AUTOQUANT:
-            self.files = MappedFiles(checkpoint_files or ())
+            self.files = MappedFiles(checkpoint_files or (), stay=True)
             self.plan, self.report = plan_for(model, self.quantization_config, self.keep, embedding_names(model))
 
     def kept(self, model: PreTrainedModel) -> list[str]:

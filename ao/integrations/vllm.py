@@ -116,9 +116,9 @@ class AoLinearMethod(LinearMethodBase):
     """
 
     def __init__(self, choice: Config | Spec) -> None:
-        if isinstance(choice, Config) and choice.recipe().scales:
+        if isinstance(choice, Config) and choice.recipe.scales:
             raise ValueError(
-                f"ao in vLLM: algorithm={choice.recipe().label!r} scales the inputs of each layer by itself, and vLLM fuses "
+                f"ao in vLLM: algorithm={choice.recipe.label!r} scales the inputs of each layer by itself, and vLLM fuses "
                 "layers that share one; serve a checkpoint made with 'hqq' or 'gptq'"
             )
         self.choice = choice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -41,15 +42,12 @@ class Config:
         Config.registry[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        self.recipe()
+        self.recipe  # noqa: B018  which raises for a name that is none
 
+    @functools.cached_property
     def recipe(self) -> Recipe:
         """The recipe that `algorithm` names. Raises ValueError for a name that is none."""
         return parse_recipe(self.algorithm, f"{type(self).__name__}: algorithm")
-
-    def apply(self, model: nn.Module, filter_fn: Any, device: Any, batches: Sequence[Any] | None) -> Report | None:
-        """What `quantize_` does with this config if it is not to quantize weights; None for a config that says how to."""
-        return None
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         """The Spec of a weight of `shape`."""
@@ -176,3 +174,13 @@ class SpecConfig(Config):
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return self.spec
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config):
+    """What `quantize_` does to a model other than to quantize its weights: it prepares the model for training, or ends that.
+    It cannot be one of the rules of `FqnToConfig`."""
+
+    def apply(self, model: nn.Module, filter_fn: Any, batches: Sequence[Any] | None) -> Report:
+        """What `quantize_` does in place of quantizing."""
+        raise NotImplementedError

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec
 from ..matmul import set_parameter
-from .algorithms.recipe import RoundToNearest, assemble
 from .calibration.sequential import Batch, quantize_in_sequence, restored_on_error
 from .calibration.statistics import ATTRIBUTE, Statistics
-from .config import Config
-from .jobs import Filter, Job, check, is_linear, plan, require_statistics, seen_by, static_scale
+from .config import Config, ModelConfig
+from .coverage import is_linear
+from .job import Job, check, jobs_of, require_statistics
 from .progress import progress
-from .report import Report, Row, storage_bytes
+from .report import Report, Row
+from .slots import Filter
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 
@@ -58,12 +59,10 @@ def quantize_(
     normalization, pruning, standardized convolutions); and TypeError for what is not a config.
     """
     batches = None if calibration_data is None else _batches(calibration_data)
-    if isinstance(config, Config):
-        done = config.apply(model, filter_fn, device, batches)
-        if done is not None:
-            return done
+    if isinstance(config, ModelConfig):
+        return config.apply(model, filter_fn, batches)
     report = Report()
-    jobs = list(plan(model, config, filter_fn, report))
+    jobs = jobs_of(model, config, filter_fn, report)
     for job in jobs:
         check(job)
     if batches is None:
@@ -79,7 +78,7 @@ def quantize_(
             quantize_in_sequence(model, jobs, batches, target, finish)
     else:
         for job in progress(jobs, "quantize"):
-            finish(job, seen_by(job))
+            finish(job, job.seen())
     report.rows.extend(rows[job.fqn] for job in jobs)
     for module in model.modules():
         module.__dict__.pop(ATTRIBUTE, None)
@@ -104,22 +103,13 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
     """Quantize the parameter of a job, and install it. What is to be said of it goes to the notes of the report."""
     old = job.parameter
     data = old.detach() if device is None else old.detach().to(device)
-    known = None
-    if job.act_scale is not None:
-        known = torch.tensor(job.act_scale, dtype=torch.float32, device=data.device)
-    if isinstance(job.recipe, RoundToNearest):
-        scale = static_scale(job, seen) if known is None else known
-        new = job.spec.quantize(data, act_scale=scale)
-    else:
-        found = job.recipe.quantize(data, job.spec, seen)
-        scale = static_scale(job, seen, found.pre_scale) if known is None else known
-        new = assemble(found, job.spec, data.dtype, scale)
+    new, found = job.quantize(data, seen)
+    if found is not None:
         report.notes.extend(f"{job.fqn}: {note}" for note in found.notes)
         if found.bias is not None:
             _add_to_bias(job, found.bias)
     job.install(nn.Parameter(new, requires_grad=False))
-    size = storage_bytes(old), storage_bytes(job.parameter)
-    return Row(job.fqn, tuple(old.shape), repr(job.spec), *size, job.recipe.label)
+    return job.row(old, new)
 
 
 def _add_to_bias(job: Job, bias: Tensor) -> None:

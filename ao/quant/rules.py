@@ -9,7 +9,7 @@ from typing import Any
 
 from ..dtypes import Spec
 from .algorithms.recipe import RoundToNearest
-from .config import Config, to_json
+from .config import Config, ModelConfig, to_json
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FqnToConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recipe() != RoundToNearest():
+        if self.recipe != RoundToNearest():
             raise ValueError("FqnToConfig: give algorithm to the configs of the rules")
         a, b = dict(self.fqn_to_config), dict(self.module_fqn_to_config)
         if a and b and a != b:
@@ -40,8 +40,13 @@ class FqnToConfig(Config):
         object.__setattr__(self, "fqn_to_config", a or b)
         object.__setattr__(self, "module_fqn_to_config", {})
         for name, config in self.fqn_to_config.items():
-            if not (config is None or isinstance(config, (Config, Spec))) or isinstance(config, FqnToConfig):
-                raise TypeError(f"FqnToConfig: {name!r} must map to a config, a Spec or None, got {config!r}")
+            if not (config is None or isinstance(config, (Config, Spec))) or isinstance(
+                config, (FqnToConfig, ModelConfig)
+            ):
+                raise TypeError(
+                    f"FqnToConfig: {name!r} must map to a config of weights, a Spec or None, got {config!r}"
+                    + ("; give it the rules" if isinstance(config, ModelConfig) else "")
+                )
 
     def rules_for(self, parameter: str) -> list[str]:
         """The rules that match a parameter, by its full name, "_default" aside: the first one counts."""

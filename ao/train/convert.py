@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import nn
 
-from ao.dtypes import QTensor, Spec
+from ao.dtypes import QTensor, Spec, blank
 from ao.matmul import layer_class
 
 from .float8_config import Float8LinearConfig
@@ -188,6 +187,6 @@ def _check(
             "module_filter_fn"
         )
     try:
-        spec.quantize(torch.empty(n, k, device="meta", dtype=weight.dtype))
+        blank(spec, (n, k))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

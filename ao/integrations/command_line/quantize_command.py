@@ -178,7 +178,7 @@ def needs_data(config: Any) -> bool:
     """Whether a config, a Spec or rules have something to calibrate."""
     if hasattr(config, "fqn_to_config"):
         return any(needs_data(each) for each in config.fqn_to_config.values())
-    return hasattr(config, "recipe") and bool(config.recipe().needs or config.act_range())
+    return hasattr(config, "recipe") and bool(config.recipe.needs or config.act_range())
 
 
 def _facts(args: argparse.Namespace, batches: int, tokens: int) -> dict[str, str]:

@@ -20,8 +20,9 @@ from torch import nn
 
 from ...dtypes import Spec
 from ..config import Config
-from ..jobs import Filter, plan
+from ..job import jobs_of
 from ..report import Report
+from ..slots import Filter
 from .statistics import ATTRIBUTE, OBSERVERS, Statistics, check_finite_inputs, first_tensor
 
 
@@ -53,7 +54,7 @@ def calibrate(
     if unknown:
         raise ValueError(f"calibrate: observers must be among {', '.join(OBSERVERS)}; got {', '.join(unknown)}")
     if config is not None:
-        jobs = plan(model, config, filter_fn, Report())
+        jobs = jobs_of(model, config, filter_fn, Report())
         wanted = {owner: job.needs for job in jobs if job.needs for owner in job.owners}
     else:
         keep = filter_fn or (lambda module, _: isinstance(module, nn.Linear))

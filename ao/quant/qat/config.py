@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +13,10 @@ from torch import nn
 from ...dtypes import Intx, Spec
 from ..algorithms.recipe import Recipe, RoundToNearest
 from ..calibration.sequential import Batch
-from ..config import VALUES, Config
+from ..config import VALUES, Config, ModelConfig
 from ..granularity import Granularity, MappingType, PerAxis, PerGroup, PerRow, PerToken, ZeroPointDomain
-from ..jobs import Filter
 from ..report import Report
+from ..slots import Filter
 from .convert import convert, unprepare
 from .prepare import Adapter, prepare
 
@@ -111,7 +112,7 @@ Part = IntxFakeQuantizeConfig | Spec
 
 
 @dataclass(frozen=True)
-class QATConfig(Config):
+class QATConfig(ModelConfig):
     """Quantization-aware training: `quantize_(m, QATConfig(c, step="prepare"))`, train, `quantize_(m, QATConfig(c,
     step="convert"))`.
 
@@ -168,18 +169,12 @@ class QATConfig(Config):
                 "QATConfig: is_dynamic=False is for activations; range_learning=True trains a weight's scales"
             )
 
+    @functools.cached_property
     def recipe(self) -> Recipe:
         base = self.base_config
-        return base.recipe() if isinstance(base, Config) else super().recipe()
+        return base.recipe if isinstance(base, Config) else super().recipe
 
-    def weight(self, shape: tuple[int, ...]) -> Spec:
-        raise ValueError(
-            "QATConfig cannot be one of the rules of FqnToConfig; give it the rules: QATConfig(FqnToConfig(...))"
-        )
-
-    def apply(
-        self, model: nn.Module, filter_fn: Filter | None, device: Any, batches: Sequence[Batch] | None
-    ) -> Report | None:
+    def apply(self, model: nn.Module, filter_fn: Filter | None, batches: Sequence[Batch] | None) -> Report:
         if self.step == "convert":
             return convert(model, self.base_config, filter_fn)
         base = self.base_config
@@ -190,7 +185,7 @@ class QATConfig(Config):
                 learning = self.weight_config.range_learning if learning is None else learning
             base = _Parts(_spec(self.weight_config), self.activation_config, algorithm=self.algorithm)
         if learning is None:
-            learning = isinstance(base, Config) and base.recipe() != RoundToNearest()
+            learning = isinstance(base, Config) and base.recipe != RoundToNearest()
         adapter = None if self.lora_rank is None else Adapter(self.lora_rank, self.lora_alpha)
         return prepare(model, base, filter_fn, batches, learning, adapter)
 
@@ -225,7 +220,7 @@ def IntXQuantizationAwareTrainingConfig(
 
 
 @dataclass(frozen=True)
-class FromIntXQuantizationAwareTrainingConfig(Config):
+class FromIntXQuantizationAwareTrainingConfig(ModelConfig):
     """Turn prepared layers back into plain ones with the weights that were trained, for a config to follow:
 
         quantize_(model, FromIntXQuantizationAwareTrainingConfig())
@@ -235,10 +230,5 @@ class FromIntXQuantizationAwareTrainingConfig(Config):
     `QATConfig(step="convert")` there.
     """
 
-    def weight(self, shape: tuple[int, ...]) -> Spec:
-        raise ValueError("FromIntXQuantizationAwareTrainingConfig cannot be one of the rules of FqnToConfig")
-
-    def apply(
-        self, model: nn.Module, filter_fn: Filter | None, device: Any, batches: Sequence[Batch] | None
-    ) -> Report | None:
+    def apply(self, model: nn.Module, filter_fn: Filter | None, batches: Sequence[Batch] | None) -> Report:
         return unprepare(model, filter_fn)

@@ -133,11 +133,29 @@ class QuantizedLayer:
         return self
 
 
+def told(module: Any) -> str:
+    """What a layer of a class below says of itself when its model is printed: that of its own class, and its format."""
+    weight = module._parameters.get("weight")
+    own: str = module.own_class.extra_repr(module)
+    return f"{own}, weight={weight.spec}" if isinstance(weight, QTensor) else own
+
+
+class _Shown:
+    """An embedding or a convolution over a quantized weight: its own class in all, but what it prints."""
+
+    own_class: type[nn.Module]
+    extra_repr = told
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _remade, (self.own_class,), self.__dict__
+
+
 class _QuantizedLinear(QuantizedLayer):
     """`nn.Linear` over a quantized weight."""
 
     own_class: type[nn.Module]
     forward = QuantizedLayer.product
+    extra_repr = told
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _remade, (self.own_class,), self.__dict__
@@ -150,7 +168,8 @@ def _remade(cls: type[nn.Module]) -> nn.Module:
 @functools.cache
 def _class_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class for a layer of class `cls` with a quantized weight; None for a layer that is not known."""
-    kinds: dict[Callable[..., Any], type[QuantizedLayer]] = {nn.Linear.forward: _QuantizedLinear}
+    kinds: dict[Callable[..., Any], type[Any]] = {nn.Linear.forward: _QuantizedLinear}
+    kinds |= {known.forward: _Shown for known in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
     kind = kinds.get(cls.forward)
     if kind is None:
         return None
@@ -176,7 +195,7 @@ def adopt(module: nn.Module) -> None:
     own = layer_class(module)
     if not isinstance(module._parameters.get("weight"), QTensor):
         wanted = own
-    elif isinstance(module, QuantizedLayer):
+    elif isinstance(module, (QuantizedLayer, _Shown)):
         return
     else:
         wanted = _class_of(own) or own  # type: ignore[arg-type]

@@ -6,7 +6,22 @@ import importlib
 from typing import Any
 
 from . import installation as _installation  # noqa: F401  raises if another package called `ao` is mixed with this one
-from .dtypes import NF4, Codebook, Float8, Intx, QTensor, Spec, load, save
+from .dtypes import (
+    FP6,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NF4,
+    NVFP4,
+    Codebook,
+    Float8,
+    FloatX,
+    Intx,
+    QTensor,
+    Spec,
+    load,
+    save,
+)
 from .inductor_config import recommended_inductor_config_setter
 from .matmul import path_name
 from .quant import *  # noqa: F403
@@ -23,9 +38,15 @@ def __getattr__(name: str) -> Any:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FP6",
+    "MXFP4",
+    "MXFP6",
+    "MXFP8",
     "NF4",
+    "NVFP4",
     "Codebook",
     "Float8",
+    "FloatX",
     "Intx",
     "QTensor",
     "Spec",

@@ -223,6 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--layers", action="store_true", help="per layer: signal to noise of weights and outputs")
     parser.add_argument("--rotate", action="store_true", help="rotate the model first (ao.rotate_)")
+    parser.add_argument("--rotate-block", type=int, help="rotate so many numbers among themselves, rather than all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write, or add to, the numbers")
@@ -275,13 +276,14 @@ def main(argv: list[str] | None = None) -> None:
     for name, recipe, config in configs:
         model = what.load()
         start = time.perf_counter(), time.process_time()
-        if args.rotate:
-            ao.rotate_(model)
+        if args.rotate or args.rotate_block:
+            ao.rotate_(model, block=args.rotate_block)
         assert config is not None
         report = ao.quantize_(model, config, what.is_quantized, calibration_data=what.batches(calibration))
         seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
         found, kl = perplexity(model, text, original if args.divergence else None)
-        label = f"rotation+{recipe}" if args.rotate else recipe
+        turned = f"rotation({args.rotate_block})" if args.rotate_block else "rotation"
+        label = f"{turned}+{recipe}" if args.rotate or args.rotate_block else recipe
         row = {"format": name, "recipe": label, "bits": bits_per_weight(model), "perplexity": found, "divergence": kl}
         rows.append({**row, "seconds": seconds, "cpu_seconds": cpu, "notes": report.notes})
         if args.layers:

@@ -11,7 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ao.dtypes import NF4, Codebook, DynamicTree, Float8, Intx, PositiveSteps, Spec
+from ao.dtypes import (
+    FP6,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NF4,
+    NVFP4,
+    Codebook,
+    DynamicTree,
+    Float8,
+    FloatX,
+    Intx,
+    PositiveSteps,
+    Shifted,
+    Spec,
+)
 
 SHAPE = (128, 256)
 
@@ -40,6 +55,7 @@ def weight(shape: tuple[int, ...] = SHAPE, seed: int = 0, dtype: torch.dtype = t
 
 SIXTEENTHS = tuple((i - 8) / 8 for i in range(17) if i != 8)
 BYTES = tuple((i - 127.5) / 127.5 for i in range(256))
+BYTE_SCALES = Intx(8, (1, 2), signed=False, symmetric=True, scale_dtype="float16")
 
 CASES = [
     Case(Intx(8), 0.00696),
@@ -67,6 +83,7 @@ CASES = [
     Case(NF4, 0.09204),
     Case(Codebook(SIXTEENTHS, (1, 32)), 0.11271),
     Case(Codebook(BYTES, (1, -1)), 0.00697),
+    Case(Codebook(scale_spec=Codebook(BYTES, (1, -1), offset=True)), 0.09203),
     Case(DynamicTree(8, True, (1, 64)), 0.00949),
     Case(DynamicTree(4, True, (1, 32)), 0.12950),
     Case(PositiveSteps(4, (1, 32)), 0.80139),
@@ -74,4 +91,14 @@ CASES = [
     Case(Intx(8, act=Intx(8, symmetric=False)), 0.00696),
     Case(Intx(4, (1, 32), symmetric=True, act=Intx(8, symmetric=False)), 0.09474),
     Case(Float8(act=Float8()), 0.02621),
+    Case(MXFP4, 0.11506),
+    Case(FloatX(2, 1, (1, 32), scale_rule="rceil"), 0.11539),
+    Case(MXFP6, 0.02829),
+    Case(MXFP8, 0.02937),
+    Case(NVFP4, 0.09521),
+    Case(FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)), four_over_six=True), 0.08728),
+    Case(FP6, 0.05180),
+    Case(Shifted(4, (1, 32), scale_dtype="float16"), 0.07836),
+    Case(Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 2), narrow=True, scale_dtype="float16")), 0.02192),
+    Case(Shifted(5, (1, 32), scale_spec=BYTE_SCALES, shift_spec=BYTE_SCALES), 0.03790),
 ]

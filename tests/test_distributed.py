@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from cases import CASES, SHAPE, weight
+from ranks import spawn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -103,10 +101,7 @@ def check_refusals(mesh, rank):
         model(weight((2, 64)))
 
 
-def run(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def run(rank: int) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     for case in CASES:
         for check in (check_dtensor, check_tensor_parallel, check_fsdp):
@@ -116,14 +111,10 @@ def run(rank: int, port: int) -> None:
                 raise AssertionError(f"{check.__name__} failed for {case}") from error
     check_training(mesh, rank)
     check_refusals(mesh, rank)
-    dist.destroy_process_group()
 
 
 def test_two_ranks():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run, (port,), nprocs=WORLD)
+    spawn(run, WORLD)
 
 
 def test_one_gather_at_a_time(monkeypatch):
@@ -147,10 +138,7 @@ def test_one_gather_at_a_time(monkeypatch):
     assert torch.equal(whole.dequantize(), q.dequantize().repeat(WORLD, 1))
 
 
-def gpu_run(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", rank=rank, world_size=WORLD)
+def gpu_run(rank: int) -> None:
     mesh = init_device_mesh("cuda", (WORLD,))
     for spec in (Intx(8), Intx(4, (1, 32)), Float8(act=Float8())):
         model = nn.Sequential(layer(spec), nn.ReLU(), layer(spec, (K, N))).cuda()
@@ -159,16 +147,12 @@ def gpu_run(rank: int, port: int) -> None:
         for part in (model[0], model[2], model):
             fully_shard(part, mesh=mesh)
         assert torch.equal(model(x), expected)
-    dist.destroy_process_group()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
 def test_two_gpus():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(gpu_run, (port,), nprocs=WORLD)
+    spawn(gpu_run, WORLD, backend="nccl")
 
 
 # DistributedDataParallel, FullyShardedDataParallel and plain collectives.
@@ -288,10 +272,7 @@ def check_broadcast(spec, rank):
     assert torch.equal(q, spec.quantize(weight()))
 
 
-def run_data_parallel(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def run_data_parallel(rank: int) -> None:
     for spec in FLATTENED:
         for check in (check_ddp, check_fsdp1, check_broadcast):
             try:
@@ -299,14 +280,10 @@ def run_data_parallel(rank: int, port: int) -> None:
             except Exception as error:
                 raise AssertionError(f"{check.__name__} failed for {spec}") from error
     check_trained(rank)
-    dist.destroy_process_group()
 
 
 def test_data_parallel():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run_data_parallel, (port,), nprocs=WORLD)
+    spawn(run_data_parallel, WORLD)
 
 
 def test_a_vector_of_parameters():

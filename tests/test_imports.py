@@ -13,17 +13,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ao").rglob("*.py"))
 
-PURE = {"bits", "blocks", "rounding", "layouts", "onnx_mode", "pieces", "running_layer", "tracing"}
+PURE = {"bits", "blocks", "rounding", "layouts", "onnx_mode", "operand", "pieces", "running_layer", "tracing"}
 MACHINERY = {"base", "coalesced", "lattice", "ops", "sharding", "views"}
 CONSUMERS = {"checkpoint"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
-HOSTS = {"accelerate", "diffusers", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
+HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "ampere", "hopper", "cast", "operators"}
 # A dtype that is made of another one says so here.
 BUILT_ON = {
     "codebook": {"intx"},
     "dynamic_tree": {"mapped"},
+    "floatx": {"float8"},
     "int4_prepacked": {"intx"},
     "positive_steps": {"mapped"},
 }

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from ranks import spawn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -130,12 +126,7 @@ def values(t):
     return t.dequantize() if isinstance(t, FlatTensor) else t
 
 
-def run(rank: int, port: int, device: str, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=WORLD)
+def run(rank: int, device: str, folder: str) -> None:
     mesh = init_device_mesh(device, (WORLD,))
     for cls in CLASSES:
         for check in (check_fsdp, check_uneven, check_tensor_parallel, check_from_single):
@@ -144,21 +135,13 @@ def run(rank: int, port: int, device: str, folder: str) -> None:
             except Exception as error:
                 raise AssertionError(f"{check.__name__} failed for {cls.__name__}") from error
         check_checkpoint(cls, mesh, device, folder)
-    dist.destroy_process_group()
-
-
-def spawn(device: str, folder: str) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run, (port, device, folder), nprocs=WORLD)
 
 
 def test_two_ranks(tmp_path):
-    spawn("cpu", str(tmp_path))
+    spawn(run, WORLD, "cpu", str(tmp_path))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
 def test_two_gpus(tmp_path):
-    spawn("cuda", str(tmp_path))
+    spawn(run, WORLD, "cuda", str(tmp_path), backend="nccl")

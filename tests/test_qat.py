@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
 import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from lm import batches, but_head, divergence, lm
+from ranks import spawn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -472,10 +469,7 @@ def test_misuse_of_models():
         quantize_(network(), FqnToConfig({"0": QATConfig(Int4WeightOnlyConfig(32))}))
 
 
-def fsdp(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def fsdp(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for config in (
         QATConfig(Int8DynamicActivationInt4WeightConfig(32)),
@@ -499,15 +493,11 @@ def fsdp(rank: int, port: int) -> None:
         quantize_(again, QATConfig(step="convert"))
         quantize_(single, QATConfig(step="convert"))
         assert ao.compute_error(single[0].weight.dequantize(), again[0].weight.dequantize()) > 30
-    dist.destroy_process_group()
 
 
 def test_fsdp():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with warnings.catch_warnings():
-        mp.spawn(fsdp, (port,), nprocs=2)
+        spawn(fsdp, 2)
 
 
 @pytest.mark.gpu

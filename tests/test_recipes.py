@@ -674,19 +674,29 @@ def test_hadamard(n):
     assert n == 43 or torch.allclose(h.abs(), torch.full((n, n), n**-0.5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_rotation_changes_nothing_but_the_weights(tied):
+@pytest.mark.parametrize(("tied", "block"), [(True, None), (False, None), (True, 32)])
+def test_rotation_changes_nothing_but_the_weights(tied, block):
     model, ids = lm(2, tied), batches(1)[0]
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.bias = nn.Parameter(torch.randn(64))
         model.model.layers[0].self_attn.v_proj.bias = nn.Parameter(torch.randn(32))
         expected = model(ids)
         weight = model.model.layers[0].mlp.down_proj.weight.clone()
-        report = rotate_(model)
+        report = rotate_(model, block=block)
         assert torch.allclose(model(ids), expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
     assert not torch.allclose(model.model.layers[0].mlp.down_proj.weight, weight, atol=0.1)
     assert (model.model.norm.weight == 1).all() and bool(report.notes) == tied
     assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def test_a_rotation_in_blocks_stays_in_them():
+    model = lm(2)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:32] = 0
+        rotate_(model, block=32)
+    assert (model.model.layers[0].mlp.down_proj.weight[:32] == 0).all()
+    with pytest.raises(ValueError, match="block must divide the width 64"):
+        rotate_(model, block=48)
 
 
 def test_rotation_spreads_outliers():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import spawn
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -207,10 +205,7 @@ def test_trainer(tmp_path, optim):
         assert compute_error(t, start[name]) < 40, name
 
 
-def run_trainer(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
-    torch.set_num_threads(1)
+def run_trainer(rank: int, folder: str) -> None:
     for kind in ("int8", "adapters"):
         model = llama(kind)
         frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -220,17 +215,13 @@ def run_trainer(rank: int, port: int, folder: str) -> None:
         torch.save(
             {n: t for n, t in model.state_dict().items() if not isinstance(t, QTensor)}, f"{folder}/{kind}{rank}.pt"
         )
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @trainer
 def test_trainer_on_two_processes(tmp_path):
     """Over gloo: both end with the same weights, near those of one process that has both batches."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run_trainer, (port, str(tmp_path)), nprocs=2)
+    spawn(run_trainer, 2, str(tmp_path), backend=None, LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
     for kind in ("int8", "adapters"):
         first, second = (torch.load(tmp_path / f"{kind}{rank}.pt", weights_only=True) for rank in (0, 1))
         single = llama(kind)

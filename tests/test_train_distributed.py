@@ -8,16 +8,14 @@ process. All ranks have the same data, so that averaged gradients are those of a
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import spawn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -347,14 +345,7 @@ def load_checkpoints(model_of: Callable, folder: str, saved_by: list[str], **kwa
 # Processes.
 
 
-def start(rank: int, world: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-
-
-def four(rank: int, port: int, folder: str) -> None:
-    start(rank, 4, port)
+def four(rank: int, folder: str) -> None:
     hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     check_weights(hybrid, shard, 2)
@@ -366,11 +357,9 @@ def four(rank: int, port: int, folder: str) -> None:
     flat = init_device_mesh("cpu", (4,))
     save_checkpoints(flat, shard, folder)
     save_checkpoints(both, two_dimensional, folder)
-    dist.destroy_process_group()
 
 
-def two(rank: int, port: int, folder: str) -> None:
-    start(rank, 2, port)
+def two(rank: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     check_weights(mesh, shard, 2)
     check_weights(mesh, tensor_parallel, 2)
@@ -382,14 +371,6 @@ def two(rank: int, port: int, folder: str) -> None:
     check_float8_tensor_parallel(mesh, rank)
     check_refusals(mesh)
     load_checkpoints(lambda m: shard(m, mesh), folder, ["shard", "two_dimensional"])
-    dist.destroy_process_group()
-
-
-def spawn(worker: Callable, world: int, folder: str) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, folder), nprocs=world)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")

@@ -12,23 +12,36 @@ from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_
 from .dynamic_tree import DynamicTree
 from .flat import Flat, FlatTensor
 from .float8 import Float8, Float8Tensor
+from .floatx import E8M0, FP6, MXFP4, MXFP6, MXFP8, NVFP4, E8M0Tensor, FloatX, FloatXTensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .mapped import Mapped, MappedTensor
+from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
+from .shifted import Shifted, ShiftedTensor
 
 __all__ = [
+    "E8M0",
+    "FP6",
+    "MXFP4",
+    "MXFP6",
+    "MXFP8",
     "NF4",
+    "NVFP4",
+    "Cast",
     "Codebook",
     "CodebookTensor",
     "DynamicTree",
+    "E8M0Tensor",
     "Elements",
     "Flat",
     "FlatTensor",
     "Float8",
     "Float8Tensor",
+    "FloatX",
+    "FloatXTensor",
     "Int4CPULayout",
     "Int4Prepacked",
     "Int4PrepackedTensor",
@@ -40,11 +53,14 @@ __all__ = [
     "MappedTensor",
     "NF4Tensor",
     "Opaque",
+    "Operand",
     "PerBlock",
     "PlainLayout",
     "PositiveSteps",
     "QTensor",
     "Shared",
+    "Shifted",
+    "ShiftedTensor",
     "Spec",
     "TensorCoreTiledLayout",
     "amax_abs",

@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from .bits import CHUNK
 from .blocks import block_grid, expand
 from .lattice import lattice
+from .operand import Cast, Operand
 from .pieces import Box, boxes, is_eager, part, piece_size
 from .rounding import narrow, round_to
 from .running_layer import running_layer
@@ -118,8 +119,24 @@ class Spec:
         kinds = self.choose_qparams(torch.empty(grid, device="meta"), grid)
         return {name: _stored(t.float(), kinds.get(name, t)) for name, t in qparams.items()}
 
+    def block_of(self, qparam: str) -> tuple[int, ...]:
+        """The elements that share the qparam called so."""
+        return self.block
+
     def check_range(self, x: Tensor) -> None:
         """Raise ValueError for finite data `x` that is too large or too small for the qparams of this dtype."""
+
+    def operand(self, q: Any) -> Operand | None:
+        """How `q` multiplies by its codes (operand.py), or None, where a product reads what `q.decode()` gives.
+
+        q: a QTensor of this Spec, or anything else that has its fields as attributes. It is asked at every product: give the
+        fields as they are, and compute nothing.
+        """
+        return None
+
+    def cast(self) -> Cast | None:
+        """How data becomes codes of a byte that `operand` gives, or None, where they are made otherwise."""
+        return None
 
     # What follows.
 
@@ -317,8 +334,8 @@ def _write(field: Tensor, piece: Tensor, box: Box, shape: torch.Size) -> None:
     """Put what belongs to `box` of data of `shape` in its place in `field`."""
     if isinstance(field, QTensor) and isinstance(piece, QTensor):
         for name, t in field.fields().items():
-            shared = field.roles[name] == "shared"
-            _write(t, piece.fields()[name], [(0, n) for n in shape] if shared else box, shape)
+            inner = piece.fields()[name]
+            t.copy_(inner) if field.roles[name] == "shared" else _write(t, inner, box, shape)
     else:
         part(field, box, shape).copy_(piece)
 

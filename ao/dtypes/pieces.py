@@ -21,10 +21,15 @@ Box = Sequence[tuple[int, int]]
 """[start, stop) along each dim."""
 
 
-def is_eager(x: Tensor) -> bool:
+def is_eager(x: Tensor, or_recorded: bool = True) -> bool:
     """Whether ops on `x` run at once and on memory: nothing is being traced, and `x` is neither a subclass nor on meta, nor
-    one of torch.func's."""
+    one of torch.func's.
+
+    or_recorded: also where torch.jit.trace records what runs.
+    """
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
+        return False
+    if not or_recorded and torch._C._is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False

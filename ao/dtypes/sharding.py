@@ -29,7 +29,7 @@ def _travels(q: QTensor, name: str, apart: bool = False) -> bool:
         raise opaque(q, name)
     if role != "per_block" or name == "pre_scale":
         return role == "elements"
-    return apart or not spans(q.spec.block, q.dim(), 0)
+    return apart or not spans(q.spec.block_of(name), q.dim(), 0)
 
 
 def _staying(q: QTensor) -> Iterator[str]:

@@ -10,19 +10,21 @@ from ..quant import Config, config_from_dict
 from ..quant.read_format import is_of_models, read_format
 
 AUTOQUANT = "autoquant"
+AS_STORED = "as_stored"
+"""As another library has quantized the checkpoint."""
 
 
 def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config | Spec | str:
-    """The config that `quant_type` stands for, or "autoquant".
+    """The config that `quant_type` stands for, "autoquant" or "as_stored".
 
-    quant_type: a config, a Spec, a dict of `config_to_dict`, "autoquant", or a name that `read_format` knows ("int8",
-        "int4_weight_only", "int4-g128+hqq").
+    quant_type: a config, a Spec, a dict of `config_to_dict`, "autoquant", "as_stored", or a name that `read_format` knows
+        ("int8", "int4_weight_only", "int4-g128+hqq").
     kwargs: parameters of a config that is given by name. Of "autoquant" they are the arguments.
 
     Raises TypeError for what is none of these and ValueError for a name that is not known.
     """
     if isinstance(quant_type, str):
-        return AUTOQUANT if quant_type == AUTOQUANT else read_format(quant_type, kwargs, who)
+        return quant_type if quant_type in (AUTOQUANT, AS_STORED) else read_format(quant_type, kwargs, who)
     if kwargs:
         raise TypeError(f"{who}: {sorted(kwargs)} are for a quant_type given by name; set them in the config itself")
     if isinstance(quant_type, Mapping):

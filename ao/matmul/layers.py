@@ -13,7 +13,7 @@ another one is put in its place, of any kind, the layer goes on working.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,46 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes.base import QTensor, sources_digest
+from .form import Form, form_of, made, names
 from .linear import linear
 
-# The form of a weight: how to make it of plain tensors.
-
-_Form = tuple[type[QTensor], Any, torch.dtype, tuple[int, ...], bool, tuple[tuple[str, Any], ...]]
-
-_FORMS: dict[str, _Form] = {}
-
-
-def _form(w: QTensor) -> _Form:
-    fields = ((name, _form(t) if isinstance(t, QTensor) else None) for name, t in w.fields().items())
-    return type(w), w.spec, w.dtype, tuple(w.shape), w.whole, tuple(fields)
-
-
-def _paths(form: _Form, start: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The attributes that lead to each plain tensor."""
-    for name, inner in form[-1]:
-        if inner is None:
-            yield (*start, name)
-        else:
-            yield from _paths(inner, (*start, name))
-
-
-def _made(form: _Form, tensors: Iterator[Tensor]) -> QTensor:
-    cls, spec, dtype, shape, whole, fields = form
-    made = {name: next(tensors) if inner is None else _made(inner, tensors) for name, inner in fields}
-    return cls(spec, dtype, shape, whole, **made)
+_FORMS: dict[str, Form] = {}
+"""Of the weights in graphs, by name."""
 
 
 @functools.cache
-def _register(form: _Form) -> tuple[tuple[tuple[str, ...], ...], str]:
-    """The paths of a form, and its name in a graph. The name is all that tells a compiler's cache how the product is made."""
+def _register(form: Form) -> tuple[tuple[tuple[str, ...], ...], str]:
+    """The ways to the plain tensors of a weight, and the name of its form in a graph, which is all that tells a compiler's cache
+    how the product is made."""
     name = f"{form} {sources_digest()}"
     _FORMS[name] = form
-    return tuple(_paths(form)), name
+    return tuple(names(form)), name
 
 
 def _linear(x: Tensor, fields: list[Tensor], bias: Tensor | None, form: str) -> Tensor:
     """`linear` of a weight given as its fields."""
-    return linear(x, _made(_FORMS[form], iter(fields)), bias)
+    return linear(x, made(_FORMS[form], iter(fields)), bias)
 
 
 # CompositeImplicit: whatever is below Dynamo sees what the product is made of.
@@ -101,7 +80,7 @@ class QuantizedLayer:
 
     def _weight_form(self) -> tuple[tuple[tuple[str, ...], ...], str] | None:
         weight = self._parameters.get("weight")
-        return _register(_form(weight)) if isinstance(weight, QTensor) else None
+        return _register(form_of(weight)) if isinstance(weight, QTensor) else None
 
     # What torch.compiler.assume_constant_result does, which imports the compiler.
     _weight_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -173,9 +152,9 @@ def _class_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     kind = kinds.get(cls.forward)
     if kind is None:
         return None
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "own_class": cls}
-    made: Any = type(cls.__name__, (kind, cls), names)
-    return made
+    own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "own_class": cls}
+    quantized: Any = type(cls.__name__, (kind, cls), own)
+    return quantized
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:

@@ -5,15 +5,17 @@ Whatever a preset does not offer, a bare Spec does: `quantize_(model, Intx(bits=
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..dtypes import (
+    NVFP4,
     Codebook,
     Float8,
+    FloatX,
     Int4CPULayout,
     Int4Prepacked,
     Intx,
@@ -440,3 +442,104 @@ class Int8StaticActivationInt8WeightConfig(Config):
 
     def act_range(self) -> RangeMethod | None:
         return self.range_method if self.scale is None else None
+
+
+@dataclass(frozen=True)
+class FPXWeightOnlyConfig(Config):
+    """Floats of `ebits` exponent and `mbits` mantissa bits with a scale per row (FP6-LLM, arXiv:2401.14112).
+
+    1 + ebits + mbits bits per element. With a scale per row (2, 3) is more accurate than the usual (3, 2).
+
+    Raises ValueError for what is no format of `FloatX`.
+    """
+
+    ebits: int
+    mbits: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.weight(())
+
+    def weight(self, shape: tuple[int, ...]) -> FloatX:
+        return FloatX(self.ebits, self.mbits, (1, -1), "float32")
+
+
+_ELEMENTS = {"e2m1": (2, 1), "e2m3": (2, 3), "e3m2": (3, 2), "e4m3": (4, 3), "e5m2": (5, 2)}
+_ELEMENTS_OF = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.float4_e2m1fn_x2: "e2m1"}
+
+
+def _mx(config: Config, name: str, block_size: int, rule: Any) -> FloatX:
+    """The MX format that parameter `name` of `config` stands for."""
+    value = getattr(config, name)
+    form = _ELEMENTS_OF.get(value, value)
+    if form not in _ELEMENTS:
+        shown = ", ".join(map(str, (*_ELEMENTS, *_ELEMENTS_OF)))
+        raise ValueError(f"{type(config).__name__}: {name} must be one of {shown}, got {value!r}")
+    exponent, mantissa = _ELEMENTS[form]
+    return FloatX(exponent, mantissa, (1, block_size), "e8m0", rule)
+
+
+@dataclass(frozen=True)
+class MXFPWeightOnlyConfig(Config):
+    """MX weights (OCP Microscaling Formats 1.0): blocks of a row share a power of two, bits + 8 / block_size bits per element.
+
+    weight_dtype: "e2m1" (MXFP4), "e2m3" or "e3m2" (MXFP6), "e4m3" or "e5m2" (MXFP8), or torch's float8 and float4 dtypes.
+    block_size: 32 in the specification.
+    scale_rule: how the power of two is found; see `FloatX`.
+    """
+
+    weight_dtype: str | torch.dtype = "e2m1"
+    block_size: int = 32
+    scale_rule: Literal["floor", "ceil", "rceil", "even"] = "even"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.weight(())
+
+    def weight(self, shape: tuple[int, ...]) -> FloatX:
+        return _mx(self, "weight_dtype", self.block_size, self.scale_rule)
+
+
+@dataclass(frozen=True)
+class MXDynamicActivationMXWeightConfig(MXFPWeightOnlyConfig):
+    """MX weights and MX activations, scaled anew at each call. Computed in floating point where the chip has no MX products.
+
+    activation_dtype, weight_dtype: as in `MXFPWeightOnlyConfig`.
+    """
+
+    weight_dtype: str | torch.dtype = "e4m3"
+    scale_rule: Literal["floor", "ceil", "rceil", "even"] = "rceil"
+    activation_dtype: str | torch.dtype = "e4m3"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.act()
+
+    def act(self) -> FloatX:
+        return _mx(self, "activation_dtype", self.block_size, self.scale_rule)
+
+
+@dataclass(frozen=True)
+class NVFP4WeightOnlyConfig(Config):
+    """NVFP4 weights: e2m1 in blocks of 16 with e4m3 scales, and a float32 scale per tensor (arXiv:2509.25149): 4.5 bits.
+
+    use_dynamic_per_tensor_scale: False leaves out the scale per tensor; weights up to 6 * 448 fit.
+    four_over_six: let each block choose between two scales, the one with the smaller error; 0.8 dB better (arXiv:2512.02010).
+    """
+
+    use_dynamic_per_tensor_scale: bool = True
+    four_over_six: bool = False
+
+    def weight(self, shape: tuple[int, ...]) -> FloatX:
+        if self.use_dynamic_per_tensor_scale:
+            return replace(NVFP4, four_over_six=self.four_over_six)
+        return replace(NVFP4, scale="e4m3", scale_spec=None, four_over_six=self.four_over_six)
+
+
+@dataclass(frozen=True)
+class NVFP4DynamicActivationNVFP4WeightConfig(NVFP4WeightOnlyConfig):
+    """NVFP4 weights and activations, the latter scaled anew at each call. Computed in floating point where the chip has no
+    NVFP4 products."""
+
+    def act(self) -> FloatX:
+        return self.weight(())

@@ -12,6 +12,7 @@ from . import (
     autoquant_command,
     bench_command,
     completion,
+    convert_command,
     eval_command,
     format_names,
     inspect_checkpoint,
@@ -22,6 +23,7 @@ from .arguments import WrongArguments
 COMMANDS: list[ModuleType] = [
     quantize_command,
     autoquant_command,
+    convert_command,
     eval_command,
     bench_command,
     inspect_checkpoint,

@@ -1,0 +1,248 @@
+"""`FloatX`: floats of 3 to 8 bits in blocks, x = q * scale: MXFP4, MXFP6, MXFP8, NVFP4 and FP6 are constants of it.
+
+OCP Microscaling Formats (MX) specification 1.0: blocks of 32 share a power of two, E8M0. NVFP4 (arXiv:2509.25149): blocks of 16
+share an e4m3 float, and the tensor a float32. FP6 (arXiv:2401.14112): a row shares a float.
+Codes of fewer than 8 bits are packed along the last dim that is a multiple of 8 (bits.py): 6 bits cost 6.
+Cost: bits + 8 / 32 = 4.25 bits per element for MXFP4, 4 + 8 / 16 = 4.5 for NVFP4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .base import Elements, PerBlock, QTensor, Spec, dense
+from .bits import pack, pack_dim, packed_dim, unpack
+from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
+from .float8 import Float8
+from .rounding import reciprocal, round_to
+
+_MANTISSA, _BIAS = 23, 127
+"""Of float32."""
+
+_SCALES = ("float32", "bfloat16", "float16", "e8m0", "e4m3")
+
+
+@dataclass(frozen=True, repr=False)
+class FloatX(Spec):
+    """Floats of a sign, `exponent` and `mantissa` bits, with a scale per block.
+
+    exponent, mantissa: 2 and 1 (e2m1) to 5 and 2; at most 8 bits with the sign. With bias = 2**(exponent - 1) - 1 a code stands
+        for 2**(E - bias) * (1 + M / 2**mantissa), and where E = 0 for 2**(1 - bias) * M / 2**mantissa. No code is an infinity
+        or NaN: e4m3 ends at 448 and e5m2 at 57344, as OCP has them, the others at the last code.
+    block: elements that share a scale.
+    scale: how a scale is stored: "float32", "bfloat16", "float16", "e4m3", or "e8m0", a power of two:
+
+        scale = max|x| / max(format),    q = round(clamp(x / scale, -max, max)), half to even
+
+    scale_rule: the power of two for e8m0, of m = max|x| over the block and emax, the exponent of max(format):
+        "floor"  2**(floor(log2 m) - emax), the text of OCP; the largest numbers of a block may saturate
+        "ceil"   2**(ceil(log2 m) - emax)
+        "rceil"  the next power of two from m / max(format) up; nothing saturates
+        "even"   as "floor", of m rounded to the mantissa of the format
+        Where m is not finite the scale is NaN, and so is the block.
+    scale_spec: how to quantize the scales again: NVFP4 is a scale in e4m3 with a float32 scale per tensor.
+    four_over_six: let each block of an e2m1 format map its maximum to 6 or to 4, whichever has the smaller squared error
+        (arXiv:2512.02010).
+
+    A block of zeros keeps its zeros; a NaN in a block makes the block NaN. Raises ValueError for parameters outside these.
+    """
+
+    exponent: int = 2
+    mantissa: int = 1
+    block: tuple[int, ...] = (1, 32)
+    scale: Literal["float32", "bfloat16", "float16", "e8m0", "e4m3"] = "e8m0"
+    scale_rule: Literal["floor", "ceil", "rceil", "even"] = "floor"
+    scale_spec: Spec | None = None
+    four_over_six: bool = False
+
+    def __post_init__(self) -> None:
+        if not (2 <= self.exponent <= 5 and self.mantissa >= 0 and self.bits <= 8):
+            raise ValueError(
+                f"FloatX: exponent must be 2 to 5, and exponent + mantissa at most 7, got {self.exponent} and {self.mantissa}"
+            )
+        if self.scale not in _SCALES:
+            raise ValueError(f"FloatX: scale must be one of {', '.join(_SCALES)}, got {self.scale!r}")
+        if self.scale_rule not in ("floor", "ceil", "rceil", "even"):
+            raise ValueError(f"FloatX: scale_rule must be floor, ceil, rceil or even, got {self.scale_rule!r}")
+        if self.scale_spec is not None and self.scale != "float32":
+            raise ValueError(f"FloatX: scale_spec quantizes float32 scales; leave out scale={self.scale!r}")
+        if self.four_over_six and ((self.exponent, self.mantissa) != (2, 1) or self.scale == "e8m0"):
+            raise ValueError("FloatX: four_over_six is for e2m1 with scales that are no powers of two")
+
+    @property
+    def bits(self) -> int:
+        """Bits per element."""
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def bias(self) -> int:
+        """Of the exponent."""
+        return 2 ** (self.exponent - 1) - 1
+
+    @property
+    def emax(self) -> int:
+        """The exponent of the largest number."""
+        return 2**self.exponent - 1 - self.bias - (self.exponent == 5)
+
+    @property
+    def max(self) -> float:
+        """The largest number: 6 for e2m1, 7.5 for e2m3, 28 for e3m2, 448 for e4m3."""
+        last = 2 if (self.exponent, self.mantissa) == (4, 3) else 1  # e4m3 spends its last code on NaN
+        return 2.0**self.emax * (2 - last * 2.0**-self.mantissa)
+
+    def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """scale of shape `grid`, as it is stored."""
+        largest = amax_abs(x, grid)
+        if self.scale == "e8m0":
+            return {"scale": self._shared_exponent(largest)}
+        scale = largest * (1 / self.max)
+        return self.stored(scale=self._four_or_six(x, scale) if self.four_over_six else scale)
+
+    def stored(self, *, scale: Tensor) -> dict[str, Tensor]:
+        """The scale in its dtype; to e8m0 the nearest power of two."""
+        scale = scale.float()
+        if self.scale_spec is not None:
+            return {"scale": self.scale_spec.quantize(scale)}
+        if self.scale == "e4m3":
+            return {"scale": scale.clamp(max=448.0).to(torch.float8_e4m3fn)}
+        if self.scale == "e8m0":
+            return {"scale": E8M0().quantize(scale)}
+        return {"scale": round_to(scale, getattr(torch, self.scale))}
+
+    def _shared_exponent(self, largest: Tensor) -> QTensor:
+        """The power of two of a block whose largest magnitude is `largest`, by `scale_rule`."""
+        if self.scale_rule == "rceil":
+            ratio = largest / self.max
+            bits = ratio.view(torch.int32)
+            above = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 1), 0)  # below 2**-126 a half is e8m0's 0
+            byte = _byte((bits + (2**_MANTISSA - 1) - above) >> _MANTISSA, largest)
+        else:
+            more = {"floor": 0, "ceil": 2**_MANTISSA - 1, "even": 1 << (_MANTISSA - 1 - self.mantissa)}[self.scale_rule]
+            byte = _byte(((largest.view(torch.int32) + more) >> _MANTISSA) - self.emax, largest)
+        return E8M0().wrap({"qdata": byte}, torch.float32, byte.shape)
+
+    def _four_or_six(self, x: Tensor, six: Tensor) -> Tensor:
+        """Per block, the scale that maps its maximum to 6, or the one to 4 unless it were the largest of all: a second scale
+        per tensor is then the same whatever the blocks choose."""
+        four = torch.minimum(six * 1.5, amax_abs(six, (1,) * six.dim()))
+        both = [dense(t).float() for t in self.stored(scale=torch.stack([six, four]))["scale"].unbind()]
+        blocks = to_blocks(x, six.shape)
+        inside = list(range(1, blocks.dim(), 2))
+        errors = [(self.round(x, scale=s).reshape(blocks.shape) - blocks).square().sum(inside) for s in both]
+        return torch.where(errors[1] < errors[0], both[1], both[0])
+
+    def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
+        """Round `x` (float32) to the format under the given scale."""
+        codes = self._codes(x, scale)
+        return {"qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))), "scale": scale}
+
+    def round(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        """The multiples of the scale that `x` (float32) becomes."""
+        values = self.values(to_blocks(self._codes(x, scale), scale.shape)) * in_blocks(_wide(scale))
+        return values.reshape(x.shape)
+
+    def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Codes, uint8 of the shape of `x`: sign, exponent and mantissa from the high bit down."""
+        q = to_blocks(x, scale.shape) * in_blocks(_inverse(scale))
+        size = q.abs().clamp_(max=self.max)
+        cut = _MANTISSA - self.mantissa
+        bits = size.view(torch.int32)
+        normal = ((bits + (2 ** (cut - 1) - 1) + ((bits >> cut) & 1)) >> cut) - ((_BIAS - self.bias) << self.mantissa)
+        small = (size * 2.0 ** (self.bias - 1 + self.mantissa)).round().to(torch.int32)
+        codes = torch.where(size < 2.0 ** (1 - self.bias), small, normal)
+        sign = (q.view(torch.int32) >> 31) & (1 << (self.bits - 1))
+        return (codes | sign).to(torch.uint8).reshape(x.shape)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes stand for, float32: the magnitude's bits moved into a float32, times a power of two."""
+        word = codes.to(torch.int32)
+        magnitude = (word & (2 ** (self.bits - 1) - 1)) << (_MANTISSA - self.mantissa)
+        # The exponent of float32 is smaller by the difference of the biases; denormal numbers come out right as well.
+        return _signed(magnitude.view(torch.float32) * 2.0 ** (_BIAS - self.bias), word >> (self.bits - 1))
+
+
+class FloatXTensor(QTensor, spec=FloatX):
+    """x = q * scale.
+
+    qdata: (..., K * bits / 8) uint8.
+    scale: one per block: float32, bfloat16, float16, float8_e4m3fn, or a QTensor that dequantizes to it: `E8M0Tensor`, or of
+        scale_spec.
+    """
+
+    qdata: Elements
+    scale: PerBlock
+
+    spec: FloatX
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        shape = blocks_shape(self.scale.shape, self.shape)
+        codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), shape)
+        return (self.spec.values(codes) * in_blocks(_wide(self.scale))).to(dtype).reshape(self.shape)
+
+
+def _signed(size: Tensor, sign: Tensor) -> Tensor:
+    return ((sign << 31) | size.view(torch.int32)).view(torch.float32)
+
+
+def _wide(scale: Tensor) -> Tensor:
+    """A stored scale as float32."""
+    return dense(scale).float()
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale."""
+    if not isinstance(scale, E8M0Tensor):
+        return reciprocal(dense(scale))
+    byte = scale.qdata.to(torch.int32)
+    bits = torch.where(byte == 254, 1 << (_MANTISSA - 1), (254 - byte) << _MANTISSA)
+    return torch.where(byte == 255, torch.nan, bits.view(torch.float32))
+
+
+@dataclass(frozen=True, repr=False)
+class E8M0(Spec):
+    """Powers of two, 2**(byte - 127), the nearest to x: what MX has for scales. Byte 255 is NaN. There is no sign and no zero."""
+
+    block: tuple[int, ...] = (1,)
+
+    def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """None: a power of two stands for itself."""
+        return {}
+
+    def encode(self, x: Tensor) -> dict[str, Tensor | None]:
+        """The bytes of `x` (float32)."""
+        bits = x.view(torch.int32)
+        half = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 2), 1 << (_MANTISSA - 1))
+        return {"qdata": _byte((bits + half) >> _MANTISSA, x)}
+
+
+class E8M0Tensor(QTensor, spec=E8M0):
+    """x = 2**(qdata - 127).
+
+    qdata: uint8.
+    """
+
+    qdata: Elements
+
+    spec: E8M0
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        byte = self.qdata.to(torch.int32)
+        # Byte 0 is no normal number of float32.
+        bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA) | (byte == 255)
+        return bits.view(torch.float32).to(dtype)
+
+
+def _byte(exponent: Tensor, number: Tensor) -> Tensor:
+    """The byte of 2**(exponent - 127), or NaN where `number` is not finite."""
+    return torch.where(number.isfinite(), exponent.clamp(0, 254), 255).to(torch.uint8)
+
+
+MXFP4 = FloatX(2, 1)
+MXFP6 = FloatX(2, 3)
+MXFP8 = FloatX(4, 3)
+NVFP4 = FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)))
+FP6 = FloatX(3, 2, (1, -1), "float32")

@@ -80,6 +80,8 @@ class Spec:
     act: Spec | None = dataclasses.field(default=None, kw_only=True)
 
     registry: ClassVar[dict[str, type[Spec]]] = {}
+    named: ClassVar[dict[Spec, str]] = {}
+    """Specs that print as a name, under which they are public."""
     tensor_type: ClassVar[type[QTensor]]
 
     if TYPE_CHECKING:  # A field here would come before those of a subclass.
@@ -229,7 +231,8 @@ class Spec:
         return cls(**values)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+        name = Spec.named.get(self)
+        return name or f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
 
 
 def _from_json(value: Any) -> Any:

@@ -15,6 +15,7 @@ from .config import Config, ModelConfig
 from .coverage import is_linear
 from .job import Job, check, jobs_of, require_statistics
 from .progress import progress
+from .read_format import read_format
 from .report import Report, Row
 from .slots import Filter
 
@@ -23,7 +24,7 @@ __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 
 def quantize_(
     model: nn.Module,
-    config: Config | Spec,
+    config: Config | Spec | str,
     filter_fn: Filter | None = None,
     device: torch.device | str | int | None = None,
     *,
@@ -32,8 +33,9 @@ def quantize_(
     """Quantize the weights of a model in place.
 
     model: any module. Its layers stay what they are; their `weight` becomes a QTensor.
-    config: a config such as `Int4WeightOnlyConfig()`, a Spec such as `Intx(bits=3, block=(1, 64))`, or rules by name
-        (`FqnToConfig`).
+    config: a config such as `Int4WeightOnlyConfig()`, a Spec such as `Intx(bits=3, block=(1, 64))`, rules by name
+        (`FqnToConfig`), or the name of a format: those of `ao formats` ("int4-g128"), of configs ("int4_weight_only"), with
+        recipes ("int4-g128+gptq").
     filter_fn: `(module, fully qualified name) -> bool`, which layers to quantize; by default what multiplies as a linear layer
         does: every `nn.Linear`, transformers' `Conv1D` (GPT-2), and the experts of a mixture, 3-D parameters of (E, N, K).
         Layers with a floating-point `weight` of two or more dims qualify: linears, embeddings, convolutions; and experts.
@@ -58,6 +60,8 @@ def quantize_(
     batch), and for a layer that a filter or a rule asks for and that cannot compute with a quantized weight (weight
     normalization, pruning, standardized convolutions); and TypeError for what is not a config.
     """
+    if isinstance(config, str):
+        config = read_format(config)
     batches = None if calibration_data is None else _batches(calibration_data)
     if isinstance(config, ModelConfig):
         return config.apply(model, filter_fn, batches)

@@ -1,0 +1,1 @@
+"""Other libraries' import paths over the names of ao."""

@@ -1,0 +1,5 @@
+"""torchao.sparsity.sparse_api."""
+
+from . import apply_fake_sparsity, block_sparse_weight, semi_sparse_weight, sparsify_
+
+__all__ = ["apply_fake_sparsity", "block_sparse_weight", "semi_sparse_weight", "sparsify_"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 import ao
 from ao import Config, Report, Spec, SpecConfig
+from ao.matmul import set_parameter
 
 from .kinds import Kind
 
@@ -106,6 +108,21 @@ def finish(
     )
 
 
+def prepare_for_loading(model: nn.Module, config: Config, filter_fn: Callable[[nn.Module, str], bool]) -> Report:
+    """Give a model weights of the form that `config` gives, with a scale of the input, for others to be copied into."""
+    report = Report()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and filter_fn(module, name):
+            weight = module.weight.detach()
+            spec = config.weight(tuple(weight.shape))
+            ones = torch.ones(1, weight.shape[1], device=weight.device)
+            q = replace(spec, act=config.act() or spec.act).quantize(weight, pre_scale=ones)
+            set_parameter(module, "weight", nn.Parameter(q, requires_grad=False))
+            report.notes.append(f"{name}: waits for its weight")
+    report.measure(model)
+    return report
+
+
 class Recorded(metaclass=Kind):
     """A layer of a prepared model."""
 
@@ -117,8 +134,6 @@ class Recorded(metaclass=Kind):
 
 def with_algorithm(base: Any, algorithm: Any) -> Config:
     """The config or Spec of `ao` that a base config stands for, with an algorithm."""
-    from dataclasses import replace
-
     from .core.config import Translated
     from .quantization.quant_api import Int8StaticActivationInt8WeightConfig
 

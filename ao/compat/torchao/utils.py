@@ -18,6 +18,8 @@ __all__ = [
     "benchmark_model",
     "benchmark_torch_function_in_microseconds",
     "ceil_div",
+    "check_cpu_version",
+    "check_xpu_version",
     "compute_max_diff",
     "find_multiple",
     "get_available_devices",
@@ -34,6 +36,7 @@ __all__ = [
     "parse_version",
     "profiler_runner",
     "round_up",
+    "should_reduce_range",
     "skip_if_rocm",
     "torch_version_at_least",
     "unwrap_tensor_subclass",
@@ -41,13 +44,14 @@ __all__ = [
 
 
 def parse_version(version_string: str) -> list[int]:
-    """The numbers of a version: "2.13.0+cpu" -> [2, 13, 0]."""
+    """The numbers of a version: "2.13.0+cpu" -> [2, 13, 0]. One that was not released counts below: "2.13.0a0" -> [2, 13, -1]."""
     import re
 
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version_string)
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)(a|\.dev|rc)?", version_string)
     if found is None:
         raise ValueError(f"parse_version: {version_string!r} is no version such as 2.13.0")
-    return [int(part) for part in found.groups()]
+    major, minor, patch, before = found.groups()
+    return [int(major), int(minor), -1 if before else int(patch)]
 
 
 def torch_version_at_least(min_version: str) -> bool:
@@ -135,6 +139,28 @@ def is_sm_at_least_90() -> bool:
 def is_sm_at_least_100() -> bool:
     """Whether it is a Blackwell or later."""
     return _at_least(10, 0)
+
+
+def should_reduce_range(device: Any) -> bool:
+    """False: no sum of int8 products overflows here."""
+    return False
+
+
+def check_cpu_version(device: Any, version: str = "2.6.0") -> bool:
+    """Whether a device is the CPU."""
+    return torch.device(device).type == "cpu"
+
+
+def check_xpu_version(device: Any, version: str = "2.8.0") -> bool:
+    """Whether a device is an Intel GPU."""
+    return torch.device(device).type == "xpu"
+
+
+def _is_fbgemm_gpu_genai_available() -> bool:
+    return False
+
+
+_is_mslk_available = _is_fbgemm_gpu_genai_available
 
 
 def skip_if_rocm(message: str | None = None) -> Callable[[Any], Any]:
@@ -284,10 +310,13 @@ class TorchAOBaseTensor(torch.Tensor):
         return self._made(applied, {name: getattr(self, name) for name in self._others()})
 
     def _get_to_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        args = tuple(a for a in args if not isinstance(a, torch.layout))
+        kwargs.pop("layout", None)
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         return {
             "device": self.device if device is None else device,
             "dtype": self.dtype if dtype is None else dtype,
+            "non_blocking": non_blocking,
             "memory_format": torch.preserve_format if memory_format is None else memory_format,
         }
 
@@ -340,8 +369,18 @@ def _same(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
-    device = kwargs.get("device")
-    made = args[0]._apply_fn_to_data(lambda t: t.clone() if device is None else t.to(device))
+    t = args[0]
+    device = t.device if kwargs.get("device") is None else torch.device(kwargs["device"])
+    dtype = kwargs.get("dtype")
+
+    def move(inner: Tensor) -> Tensor:
+        wanted = dtype if dtype is not None and inner.is_floating_point() else inner.dtype
+        return inner.to(device, wanted, kwargs.get("non_blocking", False), copy=True)
+
+    others = {name: getattr(t, name) for name in t._others()}
+    changed = {"device": device, "dtype": dtype or t.dtype}
+    others |= {name: value for name, value in changed.items() if name in others}
+    made = t._made(lambda name: None if getattr(t, name, None) is None else move(getattr(t, name)), others)
     return return_and_correct_aliasing(func, args, kwargs, made)
 
 

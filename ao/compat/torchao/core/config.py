@@ -13,7 +13,10 @@ import torch
 import ao
 from ao import Config, Spec
 
-__all__ = ["AOBaseConfig", "config_from_dict", "config_to_dict"]
+__all__ = ["ALLOWED_AO_MODULES", "AOBaseConfig", "config_from_dict", "config_to_dict"]
+
+ALLOWED_AO_MODULES = {__name__.removesuffix(".core.config")}
+"""Packages whose configs are read from JSON. Add your own to read the configs that it defines."""
 
 
 class AOBaseConfig(abc.ABC):  # noqa: B024  nothing is asked of a user's config but a handler
@@ -55,6 +58,8 @@ def config_from_dict(data: Mapping[str, Any]) -> Any:
     cls = AOBaseConfig.registry.get(data["_type"])
     if cls is None:
         raise ValueError(f"unknown config {data['_type']!r}; import the module that defines it first")
+    if not any(f"{cls.__module__}.".startswith(f"{package}.") for package in ALLOWED_AO_MODULES):
+        raise ValueError(f"{data['_type']} of {cls.__module__} is not read from a file; add that to ALLOWED_AO_MODULES")
     return cls(**{name: _from_json(value) for name, value in data["_data"].items()})
 
 
@@ -95,8 +100,9 @@ def _from_json(value: Any) -> Any:
     if kind == "torch.Tensor":
         return torch.tensor(value["_data"], dtype=getattr(torch, value["_dtype"]))
     from .. import quantization
+    from ..quantization.quantize_ import common, workflows
 
-    cls: Any = getattr(quantization, kind, None)
+    cls: Any = next((vars(m)[kind] for m in (quantization, common, workflows) if kind in vars(m)), None)
     if cls is None:
         raise ValueError(f"config_from_dict: unknown {kind!r}")
     if isinstance(cls, type) and issubclass(cls, Enum):

@@ -52,3 +52,11 @@ def _auto_filter_for_recipe(recipe: Float8LinearRecipeName | str, filter_fqns: S
     if name == "rowwise_with_gw_hp":
         raise NotImplementedError("_auto_filter_for_recipe: rowwise_with_gw_hp was not measured; use 'rowwise'")
     return auto_module_filter(name, filter_fqns)
+
+
+def _auto_filter_for_rowwise(mod: nn.Module, fqn: str, filter_fqns: Sequence[str]) -> bool:
+    return auto_module_filter("rowwise", filter_fqns)(mod, fqn)
+
+
+def _auto_filter_for_tensorwise(mod: nn.Module, fqn: str, filter_fqns: Sequence[str]) -> bool:
+    return auto_module_filter("tensorwise", filter_fqns)(mod, fqn)

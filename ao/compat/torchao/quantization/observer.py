@@ -52,8 +52,6 @@ class AffineQuantizedObserverBase(ABC, nn.Module):
         super().__init__()
         if granularity is None:
             raise ValueError(f"{type(self).__name__}: granularity is missing; give PerTensor(), PerAxis(0) or the like")
-        if zero_point_domain is None:
-            raise ValueError(f"{type(self).__name__}: use zero_point_domain=ZeroPointDomain.NONE for None")
         self.mapping_type, self.target_dtype, self.granularity = mapping_type, target_dtype, granularity
         self.quant_min, self.quant_max, self.eps = quant_min, quant_max, eps
         self.scale_dtype, self.zero_point_dtype = scale_dtype, zero_point_dtype
@@ -109,13 +107,13 @@ class AffineQuantizedMinMaxObserver(AffineQuantizedObserverBase):
     max_val: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        """See `input`. Raises ValueError for one that has another number of blocks than those before."""
+        """See `input`. Raises AssertionError for one that has another number of blocks than those before."""
         if input.numel() == 0:
             return input
         lo, hi = self.ends(input)
         if hasattr(self, "min_val"):
             if lo.shape != self.min_val.shape:
-                raise ValueError(f"the ranges have shape {tuple(lo.shape)}, and before {tuple(self.min_val.shape)}")
+                raise AssertionError(f"the ranges have shape {tuple(lo.shape)}, and before {tuple(self.min_val.shape)}")
             lo, hi = torch.minimum(lo, self.min_val), torch.maximum(hi, self.max_val)
             del self._buffers["min_val"], self._buffers["max_val"]
         self.register_buffer("min_val", lo)

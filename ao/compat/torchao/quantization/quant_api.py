@@ -619,23 +619,18 @@ def insert_observers_(
     *,
     filter_fn: Filter | None = None,
 ) -> None:
-    """Have copies of two observers see the inputs and the weights of linear layers, as `layer.input_observer` and
-    `layer.weight_observer`."""
+    """Have copies of two observers see the inputs and the weights of linear layers, as `layer.weight.input_observer` and
+    `layer.weight.weight_observer`."""
     import copy
+
+    from .linear_activation_weight_observed_tensor import LinearActivationWeightObservedTensor
 
     for name, module in list(model.named_modules()):
         if (filter_fn or _is_linear)(module, name):
-            for kind, observer in (("input_observer", input_observer), ("weight_observer", weight_observer)):
-                if observer is not None:
-                    module.add_module(kind, copy.deepcopy(observer))
-            module.register_forward_pre_hook(_observe)
-
-
-def _observe(module: Any, args: tuple[Any, ...]) -> None:
-    if "input_observer" in module._modules:
-        module.input_observer(args[0])
-    if "weight_observer" in module._modules:
-        module.weight_observer(module.weight)
+            observers = copy.deepcopy(input_observer), copy.deepcopy(weight_observer)
+            weight: Any = module.weight
+            observed = LinearActivationWeightObservedTensor.from_float(weight, *observers)
+            module.weight = nn.Parameter(observed, requires_grad=weight.requires_grad)
 
 
 def __getattr__(name: str) -> Any:

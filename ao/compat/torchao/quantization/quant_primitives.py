@@ -25,18 +25,24 @@ __all__ = [
     "TorchAODType",
     "ZeroPointDomain",
     "choose_qparams_affine",
+    "choose_qparams_affine_dont_preserve_zero",
     "choose_qparams_affine_float8",
     "choose_qparams_affine_floatx",
+    "choose_qparams_affine_tinygemm",
     "choose_qparams_affine_with_min_max",
     "choose_qparams_and_quantize_affine_hqq",
     "dequantize_affine",
     "dequantize_affine_float8",
     "dequantize_affine_floatx",
+    "dequantize_affine_no_zero_point",
+    "dequantize_affine_tinygemm",
     "fake_quantize_affine",
     "fake_quantize_affine_cachemask",
     "quantize_affine",
     "quantize_affine_float8",
     "quantize_affine_floatx",
+    "quantize_affine_no_zero_point",
+    "quantize_affine_tinygemm",
 ]
 
 
@@ -139,7 +145,7 @@ def _from_range(
         else:
             scale = torch.max(lo / float(first), hi / float(last))
         scale = scale.clamp(min=eps)
-        zero = None if domain in (None, ZeroPointDomain.NONE) else torch.full_like(scale, middle)
+        zero = None if domain is ZeroPointDomain.NONE else torch.full_like(scale, middle)
     else:
         scale = ((hi - lo) / float(last - first)).clamp(min=eps)
         if domain in (None, ZeroPointDomain.NONE):
@@ -393,6 +399,51 @@ def choose_qparams_and_quantize_affine_hqq(
     if raw_output:
         return q.codes(), 1.0 / scale, zero, tuple(tensor.shape)
     return q.codes(), scale, (2 ** (int(nbits) - 1) - zero) * scale, tuple(tensor.shape)
+
+
+def choose_qparams_affine_tinygemm(
+    input: Tensor,
+    mapping_type: MappingType,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """`choose_qparams_affine` with preserve_zero=False in the domain FLOAT."""
+    kwargs = {**kwargs, "preserve_zero": False, "zero_point_domain": ZeroPointDomain.FLOAT}
+    return choose_qparams_affine(input, mapping_type, block_size, target_dtype, *args, **kwargs)
+
+
+def choose_qparams_affine_dont_preserve_zero(
+    input: Tensor,
+    mapping_type: MappingType,
+    block_size: Sequence[int],
+    target_dtype: torch.dtype,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """`choose_qparams_affine` with preserve_zero=False."""
+    return choose_qparams_affine(input, mapping_type, block_size, target_dtype, *args, preserve_zero=False, **kwargs)
+
+
+def quantize_affine_tinygemm(*args: Any, **kwargs: Any) -> Tensor:
+    """`quantize_affine` in the domain FLOAT."""
+    return quantize_affine(*args, zero_point_domain=ZeroPointDomain.FLOAT, **kwargs)
+
+
+def dequantize_affine_tinygemm(*args: Any, **kwargs: Any) -> Tensor:
+    """`dequantize_affine` in the domain FLOAT."""
+    return dequantize_affine(*args, zero_point_domain=ZeroPointDomain.FLOAT, **kwargs)
+
+
+def quantize_affine_no_zero_point(*args: Any, **kwargs: Any) -> Tensor:
+    """`quantize_affine` without a zero point."""
+    return quantize_affine(*args, zero_point_domain=ZeroPointDomain.NONE, **kwargs)
+
+
+def dequantize_affine_no_zero_point(*args: Any, **kwargs: Any) -> Tensor:
+    """`dequantize_affine` without a zero point."""
+    return dequantize_affine(*args, zero_point_domain=ZeroPointDomain.NONE, **kwargs)
 
 
 # float8, and floats of fewer bits

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ao import Config, Spec
+
+from ..core.config import Translated
 from ..quantization.quant_api import int8_dynamic_activation_int8_semi_sparse_weight
 
 __all__ = [
+    "BlockSparseWeightConfig",
     "PerChannelNormObserver",
+    "SemiSparseWeightConfig",
     "SupermaskLinear",
     "WandaSparsifier",
     "apply_fake_sparsity",
@@ -30,14 +36,28 @@ def sparsify_(model: Any, config: Any, filter_fn: Any = None) -> Any:
     missing("sparsify_")
 
 
-def semi_sparse_weight(*args: Any, **kwargs: Any) -> Any:
-    """Raises NotImplementedError."""
-    missing("semi_sparse_weight")
+@dataclass
+class SemiSparseWeightConfig(Translated):
+    """2:4 sparse weights. Using it raises NotImplementedError."""
+
+    def to_ao(self) -> Config | Spec:
+        """Raises NotImplementedError."""
+        missing(type(self).__name__)
 
 
-def block_sparse_weight(*args: Any, **kwargs: Any) -> Any:
-    """Raises NotImplementedError."""
-    missing("block_sparse_weight")
+@dataclass
+class BlockSparseWeightConfig(Translated):
+    """Block-sparse weights. Using it raises NotImplementedError."""
+
+    blocksize: int = 64
+
+    def to_ao(self) -> Config | Spec:
+        """Raises NotImplementedError."""
+        missing(type(self).__name__)
+
+
+semi_sparse_weight = SemiSparseWeightConfig
+block_sparse_weight = BlockSparseWeightConfig
 
 
 def apply_fake_sparsity(*args: Any, **kwargs: Any) -> Any:

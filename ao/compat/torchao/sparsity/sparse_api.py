@@ -1,5 +1,19 @@
 """torchao.sparsity.sparse_api."""
 
-from . import apply_fake_sparsity, block_sparse_weight, semi_sparse_weight, sparsify_
+from . import (
+    BlockSparseWeightConfig,
+    SemiSparseWeightConfig,
+    apply_fake_sparsity,
+    block_sparse_weight,
+    semi_sparse_weight,
+    sparsify_,
+)
 
-__all__ = ["apply_fake_sparsity", "block_sparse_weight", "semi_sparse_weight", "sparsify_"]
+__all__ = [
+    "BlockSparseWeightConfig",
+    "SemiSparseWeightConfig",
+    "apply_fake_sparsity",
+    "block_sparse_weight",
+    "semi_sparse_weight",
+    "sparsify_",
+]

@@ -14,7 +14,7 @@ from ...core.config import AOBaseConfig
 from ...quantization.quant_api import UIntXWeightOnlyConfig, _is_linear
 from ...quantization.quantize_.common import QuantizationStep
 from ...quantization.specs import UINT4
-from ...recording import Recorded, finish, recording_of, start, with_algorithm
+from ...recording import Recorded, finish, prepare_for_loading, recording_of, start, with_algorithm
 
 __all__ = ["AWQConfig", "AWQObservedLinear", "AWQStep", "awq_uintx", "insert_awq_observer_"]
 
@@ -47,7 +47,7 @@ class AWQConfig(AOBaseConfig):
         if self.step is QuantizationStep.PREPARE:
             return start(model, filter_fn)
         if self.step is QuantizationStep.PREPARE_FOR_LOADING:
-            return ao.quantize_(model, with_algorithm(self.base_config, "rtn"), filter_fn, device)
+            return prepare_for_loading(model, with_algorithm(self.base_config, ao.AWQ()), filter_fn)
         config = with_algorithm(self.base_config, ao.AWQ(steps=self.scale_search_space_size))
         return finish(model, config, None if filter_fn is _is_linear else filter_fn, device, "AWQConfig")
 

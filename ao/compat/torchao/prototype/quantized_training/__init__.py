@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+import ao
 import ao.train as train
-from ao import Intx, QTensor
+from ao import Intx, QTensor, Report
 from ao.train import (
     BitNetTrainingConfig,
-    Int8MixedPrecisionTrainingConfig,
     Int8WeightOnlyQuantizedTrainingConfig,
     LowPrecisionLinear,
     precompute_bitnet_scale_for_fsdp,
 )
 
+from ...core.config import AOBaseConfig
 from ...kinds import Kind
 
 __all__ = [
@@ -35,23 +37,33 @@ __all__ = [
 
 int8_weight_only_quantized_training = Int8WeightOnlyQuantizedTrainingConfig
 bitnet_training = BitNetTrainingConfig
-DEFAULT = Int8MixedPrecisionTrainingConfig()
+
+
+@dataclass
+class Int8MixedPrecisionTrainingConfig(AOBaseConfig):
+    """`ao.train.Int8MixedPrecisionTrainingConfig`. module_swap: accepted; layers stay the objects that they are."""
+
+    output: bool = True
+    grad_input: bool = True
+    grad_weight: bool = True
+    module_swap: bool = False
+
+    def replace_in(self, model: nn.Module, filter_fn: Any, device: Any) -> Report:
+        """Let the layers that the filter takes train so."""
+        ours = train.Int8MixedPrecisionTrainingConfig(self.output, self.grad_input, self.grad_weight)
+        return ao.quantize_(model, ours, filter_fn, device)
 
 
 def int8_mixed_precision_training(
-    config: Int8MixedPrecisionTrainingConfig | bool = DEFAULT,
+    config: Int8MixedPrecisionTrainingConfig | bool = True,
     *args: bool,
     module_swap: bool = False,
     **products: Any,
 ) -> Int8MixedPrecisionTrainingConfig:
-    """`ao.train.Int8MixedPrecisionTrainingConfig`: the config itself, or which of output, grad_input and grad_weight are int8.
-
-    module_swap: accepted and without effect: layers stay the objects that they are.
-    """
-    if isinstance(config, Int8MixedPrecisionTrainingConfig) and not args and not products:
+    """The config itself, or one that says which of output, grad_input and grad_weight are int8."""
+    if isinstance(config, Int8MixedPrecisionTrainingConfig):
         return config
-    first = () if isinstance(config, Int8MixedPrecisionTrainingConfig) else (config,)
-    return train.Int8MixedPrecisionTrainingConfig(*first, *args, **products)
+    return Int8MixedPrecisionTrainingConfig(config, *args, module_swap=module_swap, **products)
 
 
 def quantize_int8_rowwise(

@@ -15,7 +15,7 @@ from ao import Config
 from ...core.config import AOBaseConfig
 from ...quantization.quant_api import Int8DynamicActivationInt8WeightConfig, _is_linear
 from ...quantization.quantize_.common import QuantizationStep
-from ...recording import Recorded, finish, recording_of, start, with_algorithm
+from ...recording import Recorded, finish, prepare_for_loading, recording_of, start, stop, with_algorithm
 
 __all__ = [
     "SmoothQuantConfig",
@@ -57,7 +57,7 @@ class SmoothQuantConfig(AOBaseConfig):
     def replace_in(self, model: nn.Module, filter_fn: Any, device: Any) -> Any:
         """Do the step."""
         if self.step is QuantizationStep.PREPARE_FOR_LOADING:
-            return ao.quantize_(model, with_algorithm(self.base_config, "rtn"), filter_fn, device)
+            return prepare_for_loading(model, with_algorithm(self.base_config, ao.SmoothQuant()), filter_fn)
         if self.step is not QuantizationStep.CONVERT:
             return start(model, filter_fn)
         recipe = ao.SmoothQuant(alpha=0.5 if self.alpha is None else self.alpha)
@@ -115,4 +115,5 @@ def save_smooth_quant_recipe(model: nn.Module, save_path: str | Path) -> None:
 def load_smooth_quant_recipe(model: nn.Module, recipe_path: str | Path, device: Any = None) -> None:
     """Quantize a model with what `save_smooth_quant_recipe` wrote."""
     saved = torch.load(recipe_path, weights_only=True)
+    stop(model)
     ao.quantize_(model, _config(saved["settings"]), None, device, calibration_data=saved["batches"])

@@ -16,6 +16,7 @@ from ...core.config import AOBaseConfig, Translated
 from ..quant_api import quantize_
 from ..unified import TwoStepQuantizer
 from .fake_quantize_config import FakeQuantizeConfig, FakeQuantizeConfigBase, IntxFakeQuantizeConfig
+from .fake_quantizer import FakeQuantizerBase
 from .layers import FakeQuantizedEmbedding, FakeQuantizedLinear, Part, Prepared, initialize, set_weight
 
 __all__ = [
@@ -193,5 +194,16 @@ class ComposableQATQuantizer(TwoStepQuantizer):
 def initialize_fake_quantizers(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     """Make the scales that are trained, by a call of the model. Do it before the optimizer is made."""
     model.apply(initialize)
-    with torch.no_grad():
-        model(*example_inputs)
+    waiting = [m for m in model.modules() if isinstance(m, FakeQuantizerBase) and m.keeps and m.scale is None]
+    hooks = [m.register_forward_pre_hook(_initialize_by_input) for m in waiting]
+    try:
+        with torch.no_grad():
+            model(*example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _initialize_by_input(quantizer: Any, args: tuple[Any, ...]) -> None:
+    if quantizer.scale is None:
+        quantizer.initialize(args[0])

@@ -10,7 +10,9 @@ from ao import Spec
 from ao.dtypes import dense
 from ao.quant.qat import learned_fake_quantize
 
-from .fake_quantize_config import FakeQuantizeConfigBase
+from ..quant_primitives import ZeroPointDomain, as_dtype, choose_qparams_affine, fake_quantize_affine
+from ..utils import get_block_size
+from .fake_quantize_config import FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 
 __all__ = ["FakeQuantizer", "FakeQuantizerBase", "Float8FakeQuantizer", "IntxFakeQuantizer"]
 
@@ -58,13 +60,22 @@ class FakeQuantizerBase(nn.Module):
             else:
                 setattr(self, name, value)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """`x`, rounded by qparams of its own."""
+        return self.spec.fake_quantize(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """`x`, rounded."""
         if not self.enabled:
             return x
         if not self.keeps:
-            return self.spec.fake_quantize(x)
+            return self.rounded(x)
         if self.scale is None:
+            if self.config.range_learning:  # type: ignore[union-attr]
+                raise ValueError(
+                    "the scales that are to be trained are not there yet; call initialize_fake_quantizers(model, "
+                    "example_inputs) before the optimizer is made"
+                )
             self.initialize(x)
         return learned_fake_quantize(x, self.spec, self.scale, self.zero_point)
 
@@ -74,7 +85,21 @@ class FakeQuantizerBase(nn.Module):
 
 
 class IntxFakeQuantizer(FakeQuantizerBase):
-    """Rounds to integers."""
+    """Rounds to integers, by the formulas of `quant_primitives`."""
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """`x`, rounded by qparams of its own."""
+        config = self.config
+        if not isinstance(config, IntxFakeQuantizeConfig):
+            return super().rounded(x)
+        block, dtype = get_block_size(x.shape, config.granularity), as_dtype(config.dtype)
+        domain = config.zero_point_domain
+        floating = domain is ZeroPointDomain.FLOAT
+        scale, zero = choose_qparams_affine(
+            x.detach(), config.mapping_type, block, dtype, None, None, config.eps, config.scale_precision,
+            config.zero_point_precision, not floating, domain,
+        )  # fmt: skip
+        return fake_quantize_affine(x, block, scale, zero, dtype, None, None, domain)
 
 
 class Float8FakeQuantizer(FakeQuantizerBase):

@@ -31,6 +31,8 @@ class Prepared:
     weight: Tensor
     weight_fake_quantizer: FakeQuantizerBase | None
     activation_fake_quantizer: FakeQuantizerBase | None
+    converts: bool = False
+    """Whether the layer was made of another one, which will be quantized: it then runs the product of the quantized layer."""
 
     def prepare(self, activation: Part, weight: Part) -> None:
         """Give a layer, which has just been given this class, its fake quantizers.
@@ -55,7 +57,7 @@ class Prepared:
     @property
     def by_the_book(self) -> bool:
         """Whether the layer computes what the quantized one will: all is rounded, by qparams found anew."""
-        there = self.weight_fake_quantizer is not None
+        there = self.weight_fake_quantizer is not None and self.converts
         return there and all(q.enabled and not q.keeps for q in self.quantizers)
 
     def plain(self) -> Any:
@@ -64,6 +66,7 @@ class Prepared:
         if layer.weight_fake_quantizer is not None:
             layer.tear_down()
         del layer.activation_fake_quantizer, layer.weight_fake_quantizer
+        layer.__dict__.pop("converts", None)
         layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Embedding
         return layer
 
@@ -110,6 +113,7 @@ class FakeQuantizedLinear(Prepared, qat.FakeQuantizedLinear):
         mod.__class__ = FakeQuantizedLinear
         try:
             mod.prepare(activation_config, weight_config)
+            mod.converts = True
         except Exception:
             for name in ("activation_fake_quantizer", "weight_fake_quantizer"):
                 if hasattr(mod, name):
@@ -159,6 +163,7 @@ class FakeQuantizedEmbedding(Prepared, qat.FakeQuantizedEmbedding):
         mod.__class__ = FakeQuantizedEmbedding
         try:
             mod.prepare(None, weight_config)
+            mod.converts = True
         except Exception:
             for name in ("activation_fake_quantizer", "weight_fake_quantizer"):
                 if hasattr(mod, name):
@@ -193,9 +198,8 @@ def disable_fake_quant(module: nn.Module) -> None:
 
 def initialize(module: nn.Module) -> None:
     """Keep the qparams of the weight, where they are to be kept."""
-    if isinstance(module, Prepared) and module.weight_fake_quantizer is not None:
-        q = module.weight_fake_quantizer
-        if q.keeps and q.scale is None:
+    for q in module.quantizers if isinstance(module, Prepared) else []:
+        if q is module.weight_fake_quantizer and q.keeps and q.scale is None:
             q.initialize(module.weight)
 
 

@@ -95,6 +95,11 @@ class Int8Tensor(metaclass=Kind):
         return _is_intx(x, 8, 8)
 
     @staticmethod
+    def _normalize_granularity(granularity: Any) -> tuple[Granularity, Granularity]:
+        pair = granularity if isinstance(granularity, (tuple, list)) else (granularity, granularity)
+        return pair[0], pair[1]
+
+    @staticmethod
     def from_hp(
         hp_tensor: Tensor,
         granularity: Granularity = ROW,

@@ -31,6 +31,7 @@ __all__ = [
     "Int8DynActInt4WeightLinear",
     "Int8DynActInt4WeightQuantizer",
     "MultiTensor",
+    "MultiTensorInputRecorder",
     "WeightOnlyInt4Linear",
 ]
 
@@ -56,6 +57,11 @@ class MultiTensor:
     def __init__(self, input: Any, **kwargs: Any) -> None:
         self.values = list(input) if isinstance(input, (list, tuple)) else [input]
 
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.values)
+
     def add_tensors(self, input: Any) -> MultiTensor:
         """More of them."""
         self.values += list(input) if isinstance(input, (list, tuple)) else [input]
@@ -71,6 +77,28 @@ class MultiTensor:
         """The first `count`."""
         self.values = self.values[:count]
         return self
+
+
+class MultiTensorInputRecorder:
+    """Called with the arguments of a model, again and again; gives them with a `MultiTensor` for each tensor."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *args: Any) -> None:
+        self.calls.append(args)
+
+    def get_recorded_inputs(self) -> tuple[Any, ...]:
+        """The arguments."""
+        return tuple(_joined(values) for values in zip(*self.calls))
+
+
+def _joined(values: tuple[Any, ...]) -> Any:
+    if isinstance(values[0], Tensor):
+        return MultiTensor(list(values))
+    if isinstance(values[0], (list, tuple)):
+        return type(values[0])(_joined(each) for each in zip(*values))
+    return values[0]
 
 
 def batches_of(inputs: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def _blocks(shape: Sequence[int], block_size: Sequence[int], who: str) -> tuple[
 
 def _floats(t: Tensor, name: str) -> None:
     if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise AssertionError(f"{name} must be float32, float16 or bfloat16, got {t.dtype}")
+        raise AssertionError(f"Unsupported input dtype: {name} must be float32, float16 or bfloat16, got {t.dtype}")
 
 
 def _from_range(
@@ -401,49 +402,14 @@ def choose_qparams_and_quantize_affine_hqq(
     return q.codes(), scale, (2 ** (int(nbits) - 1) - zero) * scale, tuple(tensor.shape)
 
 
-def choose_qparams_affine_tinygemm(
-    input: Tensor,
-    mapping_type: MappingType,
-    block_size: Sequence[int],
-    target_dtype: torch.dtype,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """`choose_qparams_affine` with preserve_zero=False in the domain FLOAT."""
-    kwargs = {**kwargs, "preserve_zero": False, "zero_point_domain": ZeroPointDomain.FLOAT}
-    return choose_qparams_affine(input, mapping_type, block_size, target_dtype, *args, **kwargs)
-
-
-def choose_qparams_affine_dont_preserve_zero(
-    input: Tensor,
-    mapping_type: MappingType,
-    block_size: Sequence[int],
-    target_dtype: torch.dtype,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """`choose_qparams_affine` with preserve_zero=False."""
-    return choose_qparams_affine(input, mapping_type, block_size, target_dtype, *args, preserve_zero=False, **kwargs)
-
-
-def quantize_affine_tinygemm(*args: Any, **kwargs: Any) -> Tensor:
-    """`quantize_affine` in the domain FLOAT."""
-    return quantize_affine(*args, zero_point_domain=ZeroPointDomain.FLOAT, **kwargs)
-
-
-def dequantize_affine_tinygemm(*args: Any, **kwargs: Any) -> Tensor:
-    """`dequantize_affine` in the domain FLOAT."""
-    return dequantize_affine(*args, zero_point_domain=ZeroPointDomain.FLOAT, **kwargs)
-
-
-def quantize_affine_no_zero_point(*args: Any, **kwargs: Any) -> Tensor:
-    """`quantize_affine` without a zero point."""
-    return quantize_affine(*args, zero_point_domain=ZeroPointDomain.NONE, **kwargs)
-
-
-def dequantize_affine_no_zero_point(*args: Any, **kwargs: Any) -> Tensor:
-    """`dequantize_affine` without a zero point."""
-    return dequantize_affine(*args, zero_point_domain=ZeroPointDomain.NONE, **kwargs)
+choose_qparams_affine_tinygemm = partial(
+    choose_qparams_affine, preserve_zero=False, zero_point_domain=ZeroPointDomain.FLOAT
+)
+choose_qparams_affine_dont_preserve_zero = partial(choose_qparams_affine, preserve_zero=False)
+quantize_affine_tinygemm = partial(quantize_affine, zero_point_domain=ZeroPointDomain.FLOAT)
+dequantize_affine_tinygemm = partial(dequantize_affine, zero_point_domain=ZeroPointDomain.FLOAT)
+quantize_affine_no_zero_point = partial(quantize_affine, zero_point_domain=ZeroPointDomain.NONE)
+dequantize_affine_no_zero_point = partial(dequantize_affine, zero_point_domain=ZeroPointDomain.NONE)
 
 
 # float8, and floats of fewer bits

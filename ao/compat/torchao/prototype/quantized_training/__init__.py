@@ -55,15 +55,12 @@ class Int8MixedPrecisionTrainingConfig(AOBaseConfig):
 
 
 def int8_mixed_precision_training(
-    config: Int8MixedPrecisionTrainingConfig | bool = True,
-    *args: bool,
-    module_swap: bool = False,
-    **products: Any,
+    config: Int8MixedPrecisionTrainingConfig | bool = True, *args: bool, **fields: bool
 ) -> Int8MixedPrecisionTrainingConfig:
     """The config itself, or one that says which of output, grad_input and grad_weight are int8."""
     if isinstance(config, Int8MixedPrecisionTrainingConfig):
         return config
-    return Int8MixedPrecisionTrainingConfig(config, *args, module_swap=module_swap, **products)
+    return Int8MixedPrecisionTrainingConfig(config, *args, **fields)
 
 
 def quantize_int8_rowwise(

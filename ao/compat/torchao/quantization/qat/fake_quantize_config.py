@@ -106,9 +106,13 @@ class IntxFakeQuantizeConfig(FakeQuantizeConfigBase):
         self.is_dynamic, self.range_learning, self.eps = is_dynamic, range_learning, eps
         name = str(as_dtype(dtype)).removeprefix("torch.")
         if name.removeprefix("u").removeprefix("int") not in "12345678":
-            raise ValueError(f"IntxFakeQuantizeConfig: dtype must be torch.int1 to int8 or uint1 to uint8, got {dtype}")
+            raise ValueError(
+                f"Unsupported dtype {dtype}: IntxFakeQuantizeConfig takes torch.int1 to int8 and torch.uint1 to uint8"
+            )
         if is_dynamic and range_learning:
-            raise ValueError("IntxFakeQuantizeConfig: range_learning=True needs is_dynamic=False")
+            raise ValueError(
+                "IntxFakeQuantizeConfig: range_learning=True is not compatible with is_dynamic=True; give is_dynamic=False"
+            )
 
     @property
     def group_size(self) -> int:

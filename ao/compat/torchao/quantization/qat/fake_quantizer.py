@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ao import Spec
+from ao import Intx, Spec
 from ao.dtypes import dense
 from ao.quant.qat import learned_fake_quantize
 
@@ -41,7 +43,11 @@ class FakeQuantizerBase(nn.Module):
     @property
     def spec(self) -> Spec:
         """The Spec that it rounds by."""
-        return self.config if isinstance(self.config, Spec) else self.config.spec(self.activation)
+        if isinstance(self.config, Spec):
+            return self.config
+        spec = self.config.spec(self.activation)
+        # A zero point is trained too, from 0 on.
+        return replace(spec, symmetric=False) if self.config.range_learning and isinstance(spec, Intx) else spec
 
     @property
     def keeps(self) -> bool:
@@ -52,7 +58,11 @@ class FakeQuantizerBase(nn.Module):
         """Keep the qparams of `x`, as parameters if they are to be trained."""
         learns = isinstance(self.config, FakeQuantizeConfigBase) and self.config.range_learning
         wide = x.detach().float()
-        for name, t in self.spec.choose_qparams(wide, self.spec.grid(wide.shape)).items():
+        spec = self.config if isinstance(self.config, Spec) else self.config.spec(self.activation)
+        found = spec.choose_qparams(wide, spec.grid(wide.shape))
+        if learns and isinstance(spec, Intx):
+            found.setdefault("zero_point", torch.zeros_like(dense(found["scale"])))
+        for name, t in found.items():
             value = dense(t).float()
             if learns:
                 delattr(self, name)

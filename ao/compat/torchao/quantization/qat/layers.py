@@ -198,8 +198,9 @@ def disable_fake_quant(module: nn.Module) -> None:
 
 def initialize(module: nn.Module) -> None:
     """Keep the qparams of the weight, where they are to be kept."""
-    for q in module.quantizers if isinstance(module, Prepared) else []:
-        if q is module.weight_fake_quantizer and q.keeps and q.scale is None:
+    if isinstance(module, (FakeQuantizedLinear, FakeQuantizedEmbedding)):
+        q = module.weight_fake_quantizer
+        if q is not None and q.keeps and q.scale is None:
             q.initialize(module.weight)
 
 

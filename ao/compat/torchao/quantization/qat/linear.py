@@ -82,16 +82,15 @@ class QATQuantizer(TwoStepQuantizer):
 
 
 def _8da4w(groupsize: int, scales_precision: torch.dtype) -> tuple[IntxFakeQuantizeConfig, IntxFakeQuantizeConfig]:
+    eps = torch.finfo(torch.float32).eps
     return (
         IntxFakeQuantizeConfig(
-            torch.int8, "per_token", is_symmetric=False, scale_precision=scales_precision,
-            zero_point_precision=scales_precision,
+            torch.int8, "per_token", None, scales_precision, scales_precision, eps=eps, is_symmetric=False
         ),
         IntxFakeQuantizeConfig(
-            INT4, group_size=groupsize, is_symmetric=True, scale_precision=scales_precision,
-            zero_point_precision=scales_precision,
+            INT4, None, None, scales_precision, scales_precision, eps=eps, group_size=groupsize, is_symmetric=True
         ),
-    )  # fmt: skip
+    )
 
 
 def _4w(groupsize: int, scales_precision: torch.dtype) -> IntxFakeQuantizeConfig:

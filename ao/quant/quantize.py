@@ -17,7 +17,7 @@ from .coverage import is_linear
 from .job import Job, check, jobs_of, require_statistics
 from .progress import progress
 from .read_format import read_format
-from .report import Report, Row
+from .report import Report, Row, storage_bytes
 from .slots import Filter
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]

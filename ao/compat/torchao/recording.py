@@ -97,7 +97,7 @@ def finish(
     if recording is None:
         raise ValueError(f"{who}: this model is not prepared; do the first step, and call it with data")
     config = SpecConfig(config) if isinstance(config, Spec) else config
-    needed = bool(config.recipe().needs) or config.act_range() is not None
+    needed = bool(config.recipe.needs) or config.act_range() is not None
     if needed and not recording.batches:
         raise ValueError(f"{who}: the model was not called since it was prepared; call it with data first")
     names = {name for name, m in model.named_modules() if LAYER in m.__dict__ and (not filter_fn or filter_fn(m, name))}

@@ -53,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, nargs="+", metavar="FILE", help="to calibrate on: plain text or a JSON list"
     )
     parser.add_argument("--samples", type=count, default=128, metavar="N", help="windows of --data; default: 128")
-    parser.add_argument(
-        "--window", type=at_least(2), metavar="T", help="tokens of a window; default: 512")
-    )
+    parser.add_argument("--window", type=at_least(2), metavar="T", help="tokens of a window; default: 512")
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="modules that stay as they are, instead of the head")
     parser.add_argument("--include-embedding", action="store_true", help="quantize embedding and head too")
     parser.add_argument("--in-memory", action="store_true", help="load the whole model, as recipes with data do")

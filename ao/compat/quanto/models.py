@@ -30,7 +30,9 @@ class _Wrapped:
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module) or not quantization_map(model):
-            raise ValueError(f"{type(self).__name__} takes a quantized model; use {type(self).__name__}.quantize(model)")
+            raise ValueError(
+                f"{type(self).__name__} takes a quantized model; use {type(self).__name__}.quantize(model)"
+            )
         self._wrapped: Any = model
 
     def __getattr__(self, name: str) -> Any:
@@ -146,7 +148,9 @@ class QuantizedTransformersModel(_Wrapped):
     @classmethod
     def _empty(cls, folder: Path, **kwargs: Any) -> nn.Module:
         if cls.auto_class is None:
-            raise ValueError(f"{cls.__name__} does not say which class to load; use QuantizedModelForCausalLM, or set auto_class")
+            raise ValueError(
+                f"{cls.__name__} does not say which class to load; use QuantizedModelForCausalLM, or set auto_class"
+            )
         hf: Any = importlib.import_module("transformers")
         auto: Any = getattr(hf, cls.auto_class) if isinstance(cls.auto_class, str) else cls.auto_class
         config = hf.AutoConfig.from_pretrained(folder)

@@ -101,7 +101,7 @@ class QModuleMixin:
             raise TypeError(f"{type(self).__name__} must have a torch.nn.Module class among its bases")
         if type(self).__mro__.index(QModuleMixin) > type(self).__mro__.index(nn.Module):
             raise TypeError(f"QModuleMixin must come before torch.nn.Module among the bases of {type(self).__name__}")
-        super().__init__(*args, device=device, **kwargs)
+        super().__init__(*args, device=device, **kwargs)  # type: ignore[call-arg]
         self.weight_qtype = read_qtype(weights, "weights")
         self.activation_qtype = read_qtype(activations, "activations")
         wanted_input = self.takes_quantized_input if quantize_input is None else quantize_input
@@ -114,7 +114,9 @@ class QModuleMixin:
             optimizer = usual if optimizer is None else optimizer
             wanted = SymmetricOptimizer if self.weight_qtype.bits == 8 else AffineOptimizer
             if isinstance(optimizer, (SymmetricOptimizer, AffineOptimizer)) and not isinstance(optimizer, wanted):
-                raise ValueError(f"optimizer must be a {wanted.__name__} for {self.weight_qtype.name}, got {optimizer!r}")
+                raise ValueError(
+                    f"optimizer must be a {wanted.__name__} for {self.weight_qtype.name}, got {optimizer!r}"
+                )
         if self.activation_qtype is not None:
             act_spec(self.activation_qtype)
         self.optimizer = optimizer
@@ -246,12 +248,17 @@ class QModuleMixin:
         stored = stored_weight(self.weight, cast(qtype, self.weight_qtype))
         own = {"bias": self.bias, "input_scale": self.input_scale, "output_scale": self.output_scale}
         destination |= {f"{prefix}weight.{name}": t for name, t in stored.items()}
-        destination |= {
-            f"{prefix}{name}": t if keep_vars else t.detach() for name, t in own.items() if t is not None
-        }
+        destination |= {f"{prefix}{name}": t if keep_vars else t.detach() for name, t in own.items() if t is not None}
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
     ) -> None:
         names = [key for key in state_dict if key.startswith(f"{prefix}weight.")]
         if self.weight_qtype is not None and names:
@@ -287,8 +294,11 @@ class QModuleMixin:
 
     def extra_repr(self) -> str:
         """The layer, its qtypes, and whether it is frozen."""
-        said = f"weights={self.weight_qtype and self.weight_qtype.name}, activations={self.activation_qtype and self.activation_qtype.name}"
-        return f"{super().extra_repr()}, {said}{', frozen' if self.frozen else ''}"  # type: ignore[misc]
+        kinds = [f"{name}={kind and kind.name}" for name, kind in self._kinds().items()]
+        return ", ".join([super().extra_repr(), *kinds, *(["frozen"] if self.frozen else [])])  # type: ignore[misc]
+
+    def _kinds(self) -> dict[str, qtype | None]:
+        return {"weights": self.weight_qtype, "activations": self.activation_qtype}
 
 
 def affine_qparams(scale: Tensor, shift: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
@@ -404,7 +414,9 @@ class QConv2d(QModuleMixin, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, C, H, W)."""
-        return self._conv_forward(input.dequantize() if isinstance(input, QTensor) else input, self.rounded_weight(), self.bias)
+        return self._conv_forward(
+            input.dequantize() if isinstance(input, QTensor) else input, self.rounded_weight(), self.bias
+        )
 
 
 @register_qmodule(nn.LayerNorm)

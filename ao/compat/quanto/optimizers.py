@@ -6,8 +6,6 @@ x = scale * code - shift, with codes from 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 

@@ -8,7 +8,6 @@ from ...dtypes import Float8, Intx, IntxTensor, QTensor, Spec
 from .nn import affine_qparams
 from .qtype import act_spec, qtype, weight_spec
 
-
 QBitsTensor = WeightQBitsTensor = IntxTensor
 QBytesTensor = WeightQBytesTensor = ActivationQBytesTensor = QTensor
 

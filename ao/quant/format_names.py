@@ -50,8 +50,14 @@ ALIASES = {
     "float8dq_e4m3": "float8-dynamic",
     "float8dq_e4m3_tensor": "float8-dynamic",
     "float8dq_e4m3_row": "Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())",
+    "fp6": "FPXWeightOnlyConfig(3, 2)",
+    "fpx_e3m2": "FPXWeightOnlyConfig(3, 2)",
+    "fpx_e2m3": "FPXWeightOnlyConfig(2, 3)",
+    "mxfp4": "MXFPWeightOnlyConfig()",
+    "nvfp4": "NVFP4WeightOnlyConfig()",
     **{f"uint{bits}wo": f"UIntXWeightOnlyConfig(torch.uint{bits})" for bits in range(1, 8)},
-    **{f"q{name}": name for name in ("int2", "int4", "int8", "float8")},
+    **{f"q{name}": name for name in ("int2", "int8", "float8")},
+    "qint4": "int4-g128",
 }
 """What others call them -> one of FORMATS, or an expression."""
 

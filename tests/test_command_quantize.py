@@ -221,7 +221,7 @@ def test_recipe_names_are_those_of_the_library():
     rules = ao.FqnToConfig({"a": ao.NF4, "b": None, "_default": ao.Int8WeightOnlyConfig()})
     made = quantize_command.with_recipe(rules, "awq+gptq").fqn_to_config
     assert made["a"] == ao.SpecConfig(ao.NF4, algorithm="awq+gptq") and made["b"] is None
-    assert made["_default"].recipe().label == "awq+gptq"
+    assert made["_default"].recipe.label == "awq+gptq"
 
 
 def test_latency_of_the_largest_layers(source, tmp_path, capsys, monkeypatch):

@@ -53,7 +53,7 @@ from ao.quant import (
     get_model_size_in_bytes,
     quantize_,
 )
-from ao.quant.jobs import planned_specs
+from ao.quant.job import jobs_by_name
 from ao.quant.qat import QATConfig
 
 UINT4 = Intx(4, (1, 128), signed=False)
@@ -439,10 +439,10 @@ def test_a_plan_asks_once_per_shape(monkeypatch):
     monkeypatch.setattr(Intx, "choose_qparams", lambda *args: asked.append(1) or choose(*args))
     with torch.device("meta"):
         model = nn.Sequential(*[nn.Linear(96, 72) for _ in range(6)])
-    planned, _ = planned_specs(model, Intx(5, (1, 24)))
+    planned, _ = jobs_by_name(model, Intx(5, (1, 24)))
     assert len(planned) == 6 and len(asked) == 1
     with pytest.raises(ValueError, match=r"^0.weight: Intx\(bits=5, block=\(1, 7\)\): dim 1 of shape \(72, 96\)"):
-        planned_specs(model, Intx(5, (1, 7)))
+        jobs_by_name(model, Intx(5, (1, 7)))
 
 
 def test_a_failed_call_leaves_the_model_as_it_was():
@@ -524,20 +524,20 @@ def test_public_names():
         assert not callable(value) or value.__doc__, f"{name} has no docstring"
 
 
-def test_planned_specs():
+def test_jobs_by_name():
     """What quantize_ would do, from a model without weights, which stays as it is."""
     with torch.device("meta"):
         model = nn.ModuleDict({"embed": nn.Embedding(32, 64), "up": nn.Linear(64, 128), "head": nn.Linear(64, 32)})
     model["head"].weight = model["embed"].weight
     rules = FqnToConfig({"re:embed|head": Intx(8), "_default": Int4WeightOnlyConfig(group_size=32)})
-    specs, report = planned_specs(model, rules)
+    specs, report = jobs_by_name(model, rules)
     assert {name: planned.spec for name, planned in specs.items()} == {
         "embed.weight": Intx(8),
         "head.weight": Intx(8),
         "up.weight": Intx(4, (1, 32), signed=False),
     }
     assert not len(report) and not any(isinstance(p, QTensor) for p in model.parameters())
-    specs, report = planned_specs(model, Intx(8), lambda module, name: name == "up")
+    specs, report = jobs_by_name(model, Intx(8), lambda module, name: name == "up")
     assert list(specs) == ["up.weight"] and "head.weight" in report.skipped
     with pytest.raises(ValueError, match="up.weight.*block"):
-        planned_specs(model, Intx(4, (1, 48)), lambda module, name: name == "up")
+        jobs_by_name(model, Intx(4, (1, 48)), lambda module, name: name == "up")

@@ -441,7 +441,7 @@ def test_names():
         Int4WeightOnlyConfig(use_hqq=True, algorithm="gptq")
     with pytest.raises(ValueError, match="damping must be positive"):
         GPTQ(damping=0)
-    assert Int4WeightOnlyConfig(use_hqq=True).recipe() == HQQ()
+    assert Int4WeightOnlyConfig(use_hqq=True).recipe == HQQ()
 
 
 def test_zero_points_of_recipes():

@@ -68,7 +68,7 @@ def test_the_choice_is_optimal_for_convex_effects():
         assert tuple(found.choose(bits)[n].candidate for n in "abc") == candidates
     with pytest.raises(ValueError, match="target_bits=1.5 is too low for these candidates, which take at least 2.00"):
         found.choose(1.5)
-    assert found.config(6.0, algorithm="hqq").fqn_to_config["a"].recipe() == HQQ()
+    assert found.config(6.0, algorithm="hqq").fqn_to_config["a"].recipe == HQQ()
 
 
 def test_a_loss_of_ones_own():

@@ -80,6 +80,8 @@ class Spec:
     act: Spec | None = dataclasses.field(default=None, kw_only=True)
 
     registry: ClassVar[dict[str, type[Spec]]] = {}
+    named: ClassVar[dict[Spec, str]] = {}
+    """Specs that print as a name, under which they are public."""
     tensor_type: ClassVar[type[QTensor]]
 
     if TYPE_CHECKING:  # A field here would come before those of a subclass.
@@ -229,7 +231,8 @@ class Spec:
         return cls(**values)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+        name = Spec.named.get(self)
+        return name or f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
 
 
 def _from_json(value: Any) -> Any:
@@ -247,8 +250,11 @@ def quantize_fields(
 ) -> dict[str, Tensor | None]:
     """The fields of `spec` for data `x` cut into `grid` blocks: the one road from numbers to fields.
 
-    In eager mode large data goes in pieces, with the same result bit for bit: pieces.py says why.
+    In eager mode large data goes in pieces, with the same result bit for bit: pieces.py says why. Data on meta gets fields like
+    those of `blank`, which keeps its answer: a model has few shapes.
     """
+    if x.is_meta and pre_scale is None and not qparams and is_eager(x, on_meta=True):
+        return {name: _empty(t, x.device) for name, t in blank(spec, tuple(x.shape), tuple(grid)).fields().items()}
     if is_eager(x) and x.numel() > piece_size(x) and not (x.requires_grad and torch.is_grad_enabled()):
         form = blank(spec, tuple(x.shape), tuple(grid))
         if "opaque" not in (form.roles[name] for name in form.fields()):
@@ -263,7 +269,8 @@ def quantize_fields(
 def blank(spec: Spec, shape: tuple[int, ...], grid: tuple[int, ...] | None = None) -> QTensor:
     """A QTensor on meta, as quantizing data of `shape` would give. Raises ValueError where `spec` does not take it."""
     x = torch.empty(shape, device="meta")
-    return spec.wrap(quantize_fields(spec, x, spec.grid(shape) if grid is None else grid), x.dtype, shape)
+    fields = spec.encode(x, **spec.choose_qparams(x, spec.grid(shape) if grid is None else grid))
+    return spec.wrap(fields, x.dtype, shape)
 
 
 def _quantize_pieces(

@@ -41,7 +41,7 @@ def packed_size(size: int, bits: int) -> int:
     return size * bits // 8
 
 
-def pack_dim(shape: Sequence[int], bits: int, who: str = "pack") -> int:
+def pack_dim(shape: Sequence[int], bits: int, who: object = "pack") -> int:
     """The dim along which to pack data of `shape`: the last one that is a multiple of 8. ValueError if there is none."""
     for dim in reversed(range(len(shape))):
         if shape[dim] % 8 == 0 or bits == 8:

@@ -140,7 +140,7 @@ class Codebook(Spec):
         """The nearest entries of the table for `x` (float32) under the given scale and offset."""
         codes, table = self._codes(x, scale, offset)
         return {
-            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
+            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, self)),
             "scale": scale,
             "offset": offset,
             "table": table,
@@ -199,6 +199,8 @@ class CodebookTensor(QTensor, spec=Codebook):
 
 NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float"))
 """QLoRA's NormalFloat: blocks of 64, the scales of a row quantized to 8 bits with a row scale and offset."""
+
+Spec.named[NF4] = "NF4"
 
 NF4Tensor = CodebookTensor
 

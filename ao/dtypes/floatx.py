@@ -139,7 +139,7 @@ class FloatX(Spec):
     def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
         """Round `x` (float32) to the format under the given scale."""
         codes = self._codes(x, scale)
-        return {"qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))), "scale": scale}
+        return {"qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, self)), "scale": scale}
 
     def round(self, x: Tensor, *, scale: Tensor) -> Tensor:
         """The multiples of the scale that `x` (float32) becomes."""

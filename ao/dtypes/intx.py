@@ -242,7 +242,7 @@ class Intx(Spec):
         if self.bits == 8:
             return q.to(torch.int8 if self.signed else torch.uint8)
         # By way of int8, to which a CPU converts five times faster than to uint8.
-        return pack(q.to(torch.int8).view(torch.uint8), self.bits, pack_dim(q.shape, self.bits, str(self)))
+        return pack(q.to(torch.int8).view(torch.uint8), self.bits, pack_dim(q.shape, self.bits, self))
 
 
 class IntxTensor(QTensor, spec=Intx):

@@ -58,7 +58,7 @@ class Mapped(Spec):
         """The nearest entries for `x` (float32) under the given scale. inverse: 1 / scale, where it is known."""
         inverse = reciprocal(scale) if inverse is None else inverse
         codes = self.nearest((to_blocks(x, scale.shape) * in_blocks(inverse)).reshape(x.shape))
-        return {"qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))), "scale": scale}
+        return {"qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, self)), "scale": scale}
 
 
 class MappedTensor(QTensor, spec=Mapped):

@@ -24,7 +24,7 @@ from .command_line.safetensors_header import read_header, weight_files
 from .mapped_memory import MappedFiles
 from .target_folder import check_absent, new_folder
 from .transformers import AoConfig, AoHfQuantizer, mark_quantized, plain_linears
-from .transformers_layers import all_planned, embedding_names, rules_for
+from .transformers_layers import all_jobs, embedding_names, rules_for
 from .transformers_loading import quantize_named
 
 __all__ = ["quantize_folder", "quantize_folder_in_memory"]
@@ -121,9 +121,9 @@ def quantize_folder_in_memory(
     settings = AoConfig(config, modules_to_not_convert=modules_to_not_convert, include_embedding=include_embedding)
     keep = AoHfQuantizer(settings, pre_quantized=False).kept(blank)
     ends = embedding_names(blank)
-    planned, passed = all_planned(blank, settings, keep, ends)
+    planned, passed = all_jobs(blank, settings, keep, ends)
     rules = rules_for(blank, settings, keep, ends)
-    if calibration_data is None and any(each.needs_data for each in planned.values()):
+    if calibration_data is None and any(job.needs for job in planned.values()):
         raise ValueError("the recipe, or a static activation, needs calibration_data, and there is none")
     model = load_model(source)
     before = {name: model.get_parameter(name).detach() for name in planned} if watch is not None else {}

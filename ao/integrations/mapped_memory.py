@@ -19,12 +19,16 @@ class MappedFiles:
     """Files that another library has mapped. On other systems than Linux, nothing happens.
 
     every: bytes that may be read before their pages are given back.
+    stay: whether all of them stay mapped where they are, so that it is enough to look once: a process that uses a GPU has
+        thousands of other mappings, and a large model gives memory back hundreds of times.
     """
 
-    def __init__(self, paths: Iterable[str], every: int = 2**25) -> None:
+    def __init__(self, paths: Iterable[str], every: int = 2**25, stay: bool = False) -> None:
         self.paths = {str(Path(path).resolve()) for path in paths} if sys.platform == "linux" else set()
         self.every = every
         self.pending = 0
+        self.stay = stay
+        self.mappings: list[tuple[int, int]] = []
 
     def read(self, nbytes: int) -> None:
         """So many bytes have been read and are not needed any more."""
@@ -35,7 +39,9 @@ class MappedFiles:
     def release(self) -> None:
         """Give back what has been read."""
         self.pending = 0
-        for start, stop in self._mappings():
+        if not (self.stay and self.mappings):
+            self.mappings = list(self._mappings())
+        for start, stop in self.mappings:
             # An advice, which a kernel that does not know it refuses.
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), PAGEOUT)
 

@@ -34,8 +34,9 @@ from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten
 from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
-from ..quant.jobs import by_default, slots_of
+from ..quant.coverage import by_default
 from ..quant.report import Report, storage_bytes
+from ..quant.slots import slots_of
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
 from .config_names import AS_STORED, AUTOQUANT, read_quant_type
 from .foreign.checkpoint import ForeignCheckpoint, quantization_config
@@ -60,10 +61,12 @@ class AoConfig(QuantizationConfigMixin):
     """How to quantize a model while `from_pretrained` loads it.
 
     quant_type: a config (`ao.Int4WeightOnlyConfig()`), a Spec (`ao.Intx(bits=3, block=(1, 64))`), rules by name
-        (`ao.FqnToConfig`), the name of a config ("int4_weight_only", with its parameters as further keyword arguments), or
-        "autoquant": the model then records what it runs, until `model.finalize_autoquant()`; keyword arguments go to
-        `ao.autoquant`. "as_stored" keeps what another library has quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ,
-        quanto, FP8, MXFP4, NVFP4) as it is, bit for bit, in tensors of ours.
+        (`ao.FqnToConfig`), the name of a format or a config ("int8", "int4-g128+hqq", "int4_weight_only", with parameters as
+        further keyword arguments), or "autoquant": the model then records what it runs, until
+        `model.finalize_autoquant()`; keyword arguments go to `ao.autoquant`. "as_stored" keeps what another library has
+        quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ, quanto, FP8, MXFP4, NVFP4) as it is, bit for bit, in
+        tensors of ours.
+    weights: another name of quant_type: `AoConfig(weights="int4")`.
     modules_to_not_convert: names, ends of names or regular expressions of modules that stay as they are. By default those
         are the output head, and what is tied to the embedding; giving a list replaces this default, and a head that is tied
         to an embedding stays as it is with it. A rule of a FqnToConfig that names a layer takes it even so; "_default" does
@@ -80,11 +83,12 @@ class AoConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        quant_type: Any,
+        quant_type: Any = None,
         modules_to_not_convert: list[str] | None = None,
         include_embedding: bool = False,
         untie_embedding_weights: bool = False,
         *,
+        weights: Any = None,
         include_input_output_embeddings: bool = False,
         quant_method: str = "ao",
         quant_type_kwargs: dict[str, Any] | None = None,
@@ -95,6 +99,11 @@ class AoConfig(QuantizationConfigMixin):
                 "AoConfig: untie_embedding_weights must be False: a tied embedding and head are quantized as one tensor, with "
                 "include_embedding=True; set tie_word_embeddings=False in the model's config to part them"
             )
+        if (quant_type is None) == (weights is None):
+            raise TypeError(
+                "AoConfig: give quant_type, such as AoConfig('int8'), or weights=, which is another name of it"
+            )
+        quant_type = weights if quant_type is None else quant_type
         kwargs |= quant_type_kwargs or {}
         self.quant_method = QuantizationMethod.AO
         self.quant_type = read_quant_type(quant_type, kwargs, "AoConfig")
@@ -196,7 +205,7 @@ class AoHfQuantizer(HfQuantizer):
             return
         self.keep = self.kept(model)
         if self.quantization_config.quant_type != AUTOQUANT:
-            self.files = MappedFiles(checkpoint_files or ())
+            self.files = MappedFiles(checkpoint_files or (), stay=True)
             self.plan, self.report = plan_for(model, self.quantization_config, self.keep, embedding_names(model))
 
     def kept(self, model: PreTrainedModel) -> list[str]:
@@ -336,6 +345,15 @@ def is_saved_quantized(model: nn.Module) -> bool:
 
 _save_pretrained = PreTrainedModel.save_pretrained
 _get_memory_footprint = PreTrainedModel.get_memory_footprint
+_from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+@functools.wraps(_from_pretrained)
+def from_pretrained(cls: Any, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+    """As in transformers. `quantization_config` may be a config of `ao` or a Spec, which stands for an AoConfig of it."""
+    if isinstance(quantization_config, (Config, Spec)):
+        quantization_config = AoConfig(quantization_config)
+    return _from_pretrained(cls, *args, quantization_config=quantization_config, **kwargs)
 
 
 @functools.wraps(_save_pretrained)
@@ -360,6 +378,7 @@ def get_memory_footprint(self: Any, return_buffers: bool = True) -> int:
     return sum(storage_bytes(t) for t in tensors)
 
 
+PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment,arg-type]
 PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 PreTrainedModel.get_memory_footprint = get_memory_footprint  # type: ignore[method-assign]
 

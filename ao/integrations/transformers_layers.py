@@ -12,8 +12,11 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..quant import FqnToConfig, RoundToNearest
-from ..quant.jobs import Default, Planned, Slot, by_default, choices, planned_specs
+from ..quant.choice import choices
+from ..quant.coverage import Default, by_default
+from ..quant.job import Job, jobs_by_name
 from ..quant.report import Report
+from ..quant.slots import Slot
 
 
 def plan_for(
@@ -21,8 +24,8 @@ def plan_for(
     config: Any,
     keep: list[str],
     embeddings: set[str] = frozenset(),  # type: ignore[assignment]
-) -> tuple[dict[str, Planned], Report]:
-    """Full name of a parameter -> how it is quantized while it loads; and a Report of what is passed over.
+) -> tuple[dict[str, Job], Report]:
+    """Full name of a parameter -> its job while the model loads; and a Report of what is passed over.
 
     config: an AoConfig.
     keep: the modules that stay as they are, unless a rule names them; names, ends of names, or regular expressions.
@@ -31,28 +34,26 @@ def plan_for(
     Raises ValueError for a rule that matches nothing, when nothing is left to quantize, for a shape that its format does not
     take, and for a recipe or a static activation that needs calibration.
     """
-    planned, report = all_planned(model, config, keep, embeddings)
-    for name, each in planned.items():
-        if each.needs_data:
-            what = "a static activation" if each.recipe == RoundToNearest() else f"algorithm={each.recipe.label!r}"
+    jobs, report = all_jobs(model, config, keep, embeddings)
+    for name, job in jobs.items():
+        if job.needs:
+            what = "a static activation" if job.recipe == RoundToNearest() else f"algorithm={job.recipe.label!r}"
             raise ValueError(
                 f"{name}: {what} needs calibration, and a model that loads has no data; run "
                 "`ao quantize MODEL_DIR OUT_DIR --data FILE`, or load the model as it is, then "
                 "ao.quantize_(model, config, calibration_data=batches)"
             )
-    return planned, report
+    return jobs, report
 
 
-def all_planned(
-    model: nn.Module, config: Any, keep: list[str], embeddings: set[str]
-) -> tuple[dict[str, Planned], Report]:
+def all_jobs(model: nn.Module, config: Any, keep: list[str], embeddings: set[str]) -> tuple[dict[str, Job], Report]:
     """`plan_for`, where what needs calibration may have it."""
     default = _default_of(config, keep, embeddings)
-    planned, report = planned_specs(model, config.quant_type, default=default, ties=_ties(model))
-    if not planned:
+    jobs, report = jobs_by_name(model, config.quant_type, default=default, ties=_ties(model))
+    if not jobs:
         reasons = "".join(f"; {name}: {why}" for name, why in list(report.skipped.items())[:3])
         raise ValueError(f"AoConfig: {type(model).__name__} has nothing to quantize{reasons}")
-    return planned, report
+    return jobs, report
 
 
 def rules_for(model: nn.Module, config: Any, keep: list[str], embeddings: set[str]) -> FqnToConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..dtypes import QTensor
 from ..dtypes.checkpoint import read_header, stored_names, unflatten
-from ..quant.jobs import Planned
-from ..quant.report import Report, Row, storage_bytes
+from ..quant.job import Job, check_values
+from ..quant.report import Report
 from .foreign.checkpoint import ForeignCheckpoint
 from .mapped_memory import MappedFiles
 
-Plan = Mapping[str, Planned]
-"""Full name of a parameter -> how it is quantized."""
+Plan = Mapping[str, Job]
+"""Full name of a parameter -> its job."""
 
 
 class Quantize(ConversionOps):
@@ -61,14 +61,13 @@ class Quantize(ConversionOps):
         return nn.Parameter(q, requires_grad=False)
 
 
-def quantize_named(planned: Planned, name: str, value: Tensor, report: Report) -> QTensor:
-    """Quantize the parameter called `name`, and say so in the report. Raises ValueError for NaN and infinite values."""
-    try:
-        q = planned.quantize(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    sizes = storage_bytes(value), q.nbytes_packed
-    report.rows.append(Row(name, tuple(q.shape), repr(planned.spec), *sizes, planned.recipe.label))
+def quantize_named(job: Job, name: str, value: Tensor, report: Report) -> QTensor:
+    """Quantize the parameter called `name`, one of the names of the job's, and say so in the report. Raises ValueError for NaN
+    and infinite values, and for those that are beyond the format's range."""
+    check_values(name, value, job.spec)
+    q, found = job.quantize(value)
+    report.rows.append(replace(job.row(value, q), name=name))
+    report.notes.extend(f"{name}: {note}" for note in (found.notes if found is not None else ()))
     return q
 
 

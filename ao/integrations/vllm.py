@@ -54,7 +54,7 @@ class AoVllmConfig(QuantizationConfig):
             raise ValueError(
                 f"ao in vLLM reads quantized linear layers only, and this is a checkpoint {what}; save another"
             )
-        self.rules = read if isinstance(read, FqnToConfig) else FqnToConfig({"_default": read})  # type: ignore[dict-item]
+        self.rules = read if isinstance(read, FqnToConfig) else FqnToConfig({"_default": read})
         self.modules_to_not_convert = modules_to_not_convert or []
 
     def get_name(self) -> str:
@@ -116,9 +116,9 @@ class AoLinearMethod(LinearMethodBase):
     """
 
     def __init__(self, choice: Config | Spec) -> None:
-        if isinstance(choice, Config) and choice.recipe().scales:
+        if isinstance(choice, Config) and choice.recipe.scales:
             raise ValueError(
-                f"ao in vLLM: algorithm={choice.recipe().label!r} scales the inputs of each layer by itself, and vLLM fuses "
+                f"ao in vLLM: algorithm={choice.recipe.label!r} scales the inputs of each layer by itself, and vLLM fuses "
                 "layers that share one; serve a checkpoint made with 'hqq' or 'gptq'"
             )
         self.choice = choice

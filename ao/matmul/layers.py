@@ -72,6 +72,13 @@ class _QuantizedModule:
     own_class: type[nn.Module]
     quantized_names: tuple[str, ...]
 
+    def extra_repr(self) -> str:
+        """What a printed model says of it: that of its own class, and the formats of its parameters."""
+        own = self.own_class.extra_repr(self)  # type: ignore[arg-type]
+        found = ((name, self._parameters.get(name)) for name in self.quantized_names)
+        formats = (f"{name}={p.spec}" for name, p in found if isinstance(p, QTensor))
+        return ", ".join(part for part in (own, *formats) if part)
+
     def _fields_in_graph(self, name: str) -> tuple[list[Tensor], str] | None:
         """In a graph that is traced: the fields of a parameter and the name of its form. None where it enters as it is."""
         weight: Any = self._parameters.get(name)

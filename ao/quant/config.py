@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -41,15 +42,25 @@ class Config:
         Config.registry[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        self.recipe()
+        self.recipe  # noqa: B018  which raises for a name that is none
 
+    @functools.cached_property
     def recipe(self) -> Recipe:
         """The recipe that `algorithm` names. Raises ValueError for a name that is none."""
         return parse_recipe(self.algorithm, f"{type(self).__name__}: algorithm")
 
-    def apply(self, model: nn.Module, filter_fn: Any, device: Any, batches: Sequence[Any] | None) -> Report | None:
-        """What `quantize_` does with this config if it is not to quantize weights; None for a config that says how to."""
-        return None
+    def with_recipe(self, algorithm: str | Recipe) -> Config:
+        """The same config with another algorithm. Raises ValueError for a name that is none."""
+        return dataclasses.replace(self, algorithm=algorithm)
+
+    @property
+    def quant_method(self) -> Any:
+        """What transformers asks of its own configs. Raises AttributeError, which says what to give it."""
+        name = type(self).__name__
+        raise AttributeError(
+            f"{name} is no config of transformers: import ao.integrations.transformers before from_pretrained, which then takes "
+            f"quantization_config={name}(...), or give AoConfig({name}(...)) of that module"
+        )
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         """The Spec of a weight of `shape`."""
@@ -95,7 +106,7 @@ VALUES: dict[str, type] = {c.__name__: c for base in (Granularity, Layout) for c
 VALUES |= {c.__name__: c for c in RECIPES}
 """What a config of this library is made of, beside numbers and strings."""
 
-_ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
+ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
 
 
 def to_json(value: Any) -> Any:
@@ -133,7 +144,7 @@ def from_json(value: Any) -> Any:
     if "dtype" in value:
         return getattr(torch, value["dtype"])
     if "enum" in value:
-        return _ENUMS[value["enum"]][value["name"]]
+        return ENUMS[value["enum"]][value["name"]]
     if "map" in value:
         return {k: from_json(v) for k, v in value["map"]}
     raise ValueError(f"cannot read {value!r} in a config; a newer version of ao may have written this")
@@ -176,3 +187,13 @@ class SpecConfig(Config):
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return self.spec
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config):
+    """What `quantize_` does to a model other than to quantize its weights: it prepares the model for training, or ends that.
+    It cannot be one of the rules of `FqnToConfig`."""
+
+    def apply(self, model: nn.Module, filter_fn: Any, batches: Sequence[Any] | None) -> Report:
+        """What `quantize_` does in place of quantizing."""
+        raise NotImplementedError

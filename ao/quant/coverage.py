@@ -7,10 +7,16 @@ the experts of a mixture, 3-D parameters that hold one linear layer per expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..dtypes import QTensor
+from .slots import Slot
+
+Default = Callable[[Slot], str]
+"""Why a parameter is not quantized where nothing else is said; "" for one that is."""
 
 LARGE = 1000
 """A vector of more elements than this is told of, where it is not quantized; a matrix always is."""
@@ -46,8 +52,9 @@ def qualifies(p: Tensor) -> bool:
     return p.dim() >= 2 and p.dtype.is_floating_point and (isinstance(p, QTensor) or p.element_size() > 1)
 
 
-def why_not_by_default(owner: nn.Module, leaf: str, p: Tensor) -> str:
-    """Why the parameter `owner.leaf` is not quantized by default; "" for one that is."""
+def by_default(slot: Slot) -> str:
+    """The `Default` of `quantize_`."""
+    owner, leaf, p = slot.owner, slot.name, slot.parameter
     kind = type(owner).__name__
     if computed := why_computed(owner, leaf):
         return computed

@@ -5,6 +5,7 @@ Whatever a preset does not offer, a bare Spec does: `quantize_(model, Intx(bits=
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -73,7 +74,7 @@ def _zero_point(config: Config, domain: ZeroPointDomain) -> dict[str, Any]:
     and the scale in 16 bits each take less memory than a float32 scale and an integer. They are bfloat16, which has the range
     of float32: weights of 1e-20 or 1e30 keep their scales.
     """
-    if domain is ZeroPointDomain.INT or (domain is ZeroPointDomain.NONE and config.recipe() == RoundToNearest()):
+    if domain is ZeroPointDomain.INT or (domain is ZeroPointDomain.NONE and config.recipe == RoundToNearest()):
         return {"zero_point": "int"}
     return {"zero_point": "float", "scale_dtype": "float32" if domain is ZeroPointDomain.FLOAT else "bfloat16"}
 
@@ -149,8 +150,9 @@ class Int4WeightOnlyConfig(Config):
             return Int4Prepacked("cpu", block)
         return Intx(4, block, signed=False, symmetric=False, **_zero_point(self, self.zero_point_domain))
 
+    @functools.cached_property
     def recipe(self) -> Recipe:
-        return parse_recipe("hqq", "algorithm") if self.use_hqq else super().recipe()
+        return parse_recipe("hqq" if self.use_hqq else self.algorithm, f"{type(self).__name__}: algorithm")
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ class UIntXWeightOnlyConfig(Config):
     zero_point_domain: INT, FLOAT, or NONE for an integer, and a fraction with an algorithm.
     """
 
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.uint4  # type: ignore[attr-defined]
     group_size: int = 64
     pack_dim: int = -1
     use_hqq: bool = False
@@ -270,8 +272,9 @@ class UIntXWeightOnlyConfig(Config):
         zero_point = _zero_point(self, self.zero_point_domain)
         return Intx(_int_bits(self, "dtype", "uint"), (1, self.group_size), signed=False, symmetric=False, **zero_point)
 
+    @functools.cached_property
     def recipe(self) -> Recipe:
-        return parse_recipe("hqq", "algorithm") if self.use_hqq else super().recipe()
+        return parse_recipe("hqq" if self.use_hqq else self.algorithm, f"{type(self).__name__}: algorithm")
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec
 from ..matmul import set_parameter
-from .algorithms.recipe import RoundToNearest, assemble
 from .calibration.sequential import Batch, quantize_in_sequence, restored_on_error
 from .calibration.statistics import ATTRIBUTE, Statistics
-from .config import Config
-from .jobs import Filter, Job, check, is_linear, plan, require_statistics, seen_by, static_scale
+from .config import Config, ModelConfig
+from .coverage import is_linear
+from .job import Job, check, jobs_of, require_statistics
 from .progress import progress
+from .read_format import read_format
 from .report import Report, Row, storage_bytes
+from .slots import Filter
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 
 
+@runtime_checkable
+class Conversion(Protocol):
+    """A config that changes layers by itself: one of training in low precision (ao.train)."""
+
+    def convert_layers(self, model: nn.Module, filter_fn: Filter | None = None) -> list[str]:
+        """Change the layers that the filter takes, and return their names."""
+
+
 def quantize_(
     model: nn.Module,
-    config: Config | Spec,
+    config: Config | Spec | Conversion | str,
     filter_fn: Filter | None = None,
     device: torch.device | str | int | None = None,
     *,
@@ -31,8 +42,10 @@ def quantize_(
     """Quantize the weights of a model in place.
 
     model: any module. Its layers stay what they are; their `weight` becomes a QTensor.
-    config: a config such as `Int4WeightOnlyConfig()`, a Spec such as `Intx(bits=3, block=(1, 64))`, or rules by name
-        (`FqnToConfig`).
+    config: a config such as `Int4WeightOnlyConfig()`, a Spec such as `Intx(bits=3, block=(1, 64))`, rules by name
+        (`FqnToConfig`), the name of a format: those of `ao formats` ("int4-g128"), of configs ("int4_weight_only"), with
+        recipes ("int4-g128+gptq"); or a config of training in low precision, such as
+        `ao.train.Int8WeightOnlyQuantizedTrainingConfig()`.
     filter_fn: `(module, fully qualified name) -> bool`, which layers to quantize; by default what multiplies as a linear layer
         does: every `nn.Linear`, transformers' `Conv1D` (GPT-2), and the experts of a mixture, 3-D parameters of (E, N, K).
         Layers with a floating-point `weight` of two or more dims qualify: linears, embeddings, convolutions; and experts.
@@ -57,13 +70,15 @@ def quantize_(
     batch), and for a layer that a filter or a rule asks for and that cannot compute with a quantized weight (weight
     normalization, pruning, standardized convolutions); and TypeError for what is not a config.
     """
+    if isinstance(config, str):
+        config = read_format(config)
     batches = None if calibration_data is None else _batches(calibration_data)
-    if isinstance(config, Config):
-        done = config.apply(model, filter_fn, device, batches)
-        if done is not None:
-            return done
+    if isinstance(config, ModelConfig):
+        return config.apply(model, filter_fn, batches)
+    if isinstance(config, Conversion) and not isinstance(config, (Config, Spec)):
+        return _convert_layers(model, config, filter_fn, device, batches)
     report = Report()
-    jobs = list(plan(model, config, filter_fn, report))
+    jobs = jobs_of(model, config, filter_fn, report)
     for job in jobs:
         check(job)
     if batches is None:
@@ -79,12 +94,39 @@ def quantize_(
             quantize_in_sequence(model, jobs, batches, target, finish)
     else:
         for job in progress(jobs, "quantize"):
-            finish(job, seen_by(job))
+            finish(job, job.seen())
     report.rows.extend(rows[job.fqn] for job in jobs)
     for module in model.modules():
         module.__dict__.pop(ATTRIBUTE, None)
     if target is not None:
         model.to(target)
+    report.measure(model)
+    return report
+
+
+def _convert_layers(
+    model: nn.Module,
+    config: Conversion,
+    filter_fn: Filter | None,
+    device: torch.device | str | int | None,
+    batches: list[Batch] | None,
+) -> Report:
+    """`quantize_` with a config of training. Layers on their way to a device are moved first: they are not made smaller."""
+    if isinstance(config, type):
+        raise TypeError(f"quantize_ takes a config, and {config.__name__} is a class; call it first")
+    if batches is not None:
+        raise ValueError(f"quantize_: {type(config).__name__} needs no calibration_data; leave it out")
+    if device is not None:
+        model.to(device)
+    sizes = {id(module): storage_bytes(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    report = Report()
+    for name in config.convert_layers(model, filter_fn):
+        layer = model.get_submodule(name)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        form = repr(weight.spec) if isinstance(weight, QTensor) else str(weight.dtype).removeprefix("torch.")
+        size = sizes[id(layer)], storage_bytes(weight)
+        row = Row(f"{name}.weight" if name else "weight", tuple(weight.shape), form, *size, type(config).__name__)
+        report.rows.append(row)
     report.measure(model)
     return report
 
@@ -104,22 +146,13 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
     """Quantize the parameter of a job, and install it. What is to be said of it goes to the notes of the report."""
     old = job.parameter
     data = old.detach() if device is None else old.detach().to(device)
-    known = None
-    if job.act_scale is not None:
-        known = torch.tensor(job.act_scale, dtype=torch.float32, device=data.device)
-    if isinstance(job.recipe, RoundToNearest):
-        scale = static_scale(job, seen) if known is None else known
-        new = job.spec.quantize(data, act_scale=scale)
-    else:
-        found = job.recipe.quantize(data, job.spec, seen)
-        scale = static_scale(job, seen, found.pre_scale) if known is None else known
-        new = assemble(found, job.spec, data.dtype, scale)
+    new, found = job.quantize(data, seen)
+    if found is not None:
         report.notes.extend(f"{job.fqn}: {note}" for note in found.notes)
         if found.bias is not None:
             _add_to_bias(job, found.bias)
     job.install(nn.Parameter(new, requires_grad=False))
-    size = storage_bytes(old), storage_bytes(job.parameter)
-    return Row(job.fqn, tuple(old.shape), repr(job.spec), *size, job.recipe.label)
+    return job.row(old, new)
 
 
 def _add_to_bias(job: Job, bias: Tensor) -> None:

@@ -23,12 +23,13 @@ from ..dtypes import Spec
 from .calibration.sequential import Batch, call
 from .calibration.statistics import is_finite
 from .config import Config, SpecConfig
-from .jobs import Filter, Job, check, plan
+from .job import Job, check, jobs_of
 from .presets import UIntXWeightOnlyConfig
 from .progress import progress
 from .quantize import quantize_job
 from .report import Report, storage_bytes
 from .rules import FqnToConfig
+from .slots import Filter
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> the loss, a scalar."""
@@ -138,7 +139,7 @@ def sensitivity(
     """
     batches = list(data)
     configs = tuple(SpecConfig(c) if isinstance(c, Spec) else c for c in candidates)
-    jobs = [list(plan(model, config, filter_fn, Report())) for config in configs]
+    jobs = [jobs_of(model, config, filter_fn, Report()) for config in configs]
     if not batches or not configs or not jobs[0]:
         raise ValueError("sensitivity: needs at least one batch, one candidate and one layer")
     for job in (job for each in jobs for job in each):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import nn
 
-from ao.dtypes import QTensor, Spec
+from ao.dtypes import QTensor, Spec, blank
 from ao.matmul import layer_class
 
 from .float8_config import Float8LinearConfig
@@ -67,6 +66,12 @@ def convert_to_low_precision_training(
     or quantized before, where a shape does not fit (float8 takes multiples of 16 unless pad_inner_dim), and for tied weights
     where weights change; TypeError for what is no such config.
     """
+    convert_layers(module, config, module_filter_fn)
+    return module
+
+
+def convert_layers(module: nn.Module, config: TrainingConfig, module_filter_fn: Filter | None = None) -> list[str]:
+    """`convert_to_low_precision_training`, which returns the names of the layers."""
     if not isinstance(config, (RecipeConfig, WeightConfig)) or isinstance(config, type):
         raise TypeError(
             f"a training config is Float8LinearConfig(), Int8MixedPrecisionTrainingConfig() or the like, got {config!r}"
@@ -95,7 +100,7 @@ def convert_to_low_precision_training(
             layer.weight = nn.Parameter(new, requires_grad=layer.weight.requires_grad)
             if recipe is None:
                 plain_in_state_dict(layer)
-    return module
+    return [name for name, _ in layers]
 
 
 def convert_from_low_precision_training(module: nn.Module) -> nn.Module:
@@ -188,6 +193,6 @@ def _check(
             "module_filter_fn"
         )
     try:
-        spec.quantize(torch.empty(n, k, device="meta", dtype=weight.dtype))
+        blank(spec, (n, k))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

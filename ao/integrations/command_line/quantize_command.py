@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -162,23 +162,18 @@ def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
 
 def with_recipe(config: Any, recipe: str) -> Any:
     """The same config, or Spec, or rules, with a recipe by name. Raises ValueError for a name that is none."""
-    from ao.quant import FqnToConfig, SpecConfig
+    from ao.quant import read_format
     from ao.quant.algorithms.by_name import parse_recipe
 
     parse_recipe(recipe, "--recipe")
-    if isinstance(config, FqnToConfig):
-        rules = config.fqn_to_config.items()
-        return FqnToConfig({name: None if each is None else with_recipe(each, recipe) for name, each in rules})
-    if hasattr(config, "algorithm"):
-        return replace(config, algorithm=recipe)
-    return SpecConfig(config, algorithm=recipe)
+    return read_format.with_recipe(config, recipe)
 
 
 def needs_data(config: Any) -> bool:
     """Whether a config, a Spec or rules have something to calibrate."""
     if hasattr(config, "fqn_to_config"):
         return any(needs_data(each) for each in config.fqn_to_config.values())
-    return hasattr(config, "recipe") and bool(config.recipe().needs or config.act_range())
+    return hasattr(config, "recipe") and bool(config.recipe.needs or config.act_range())
 
 
 def _facts(args: argparse.Namespace, batches: int, tokens: int) -> dict[str, str]:

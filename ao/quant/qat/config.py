@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +13,11 @@ from torch import nn
 from ...dtypes import Intx, Spec
 from ..algorithms.recipe import Recipe, RoundToNearest
 from ..calibration.sequential import Batch
-from ..config import VALUES, Config
+from ..config import VALUES, Config, ModelConfig
 from ..granularity import Granularity, MappingType, PerAxis, PerGroup, PerRow, PerToken, ZeroPointDomain
-from ..jobs import Filter
+from ..read_format import read_format
 from ..report import Report
+from ..slots import Filter
 from .convert import convert, unprepare
 from .prepare import Adapter, prepare
 
@@ -111,13 +113,13 @@ Part = IntxFakeQuantizeConfig | Spec
 
 
 @dataclass(frozen=True)
-class QATConfig(Config):
+class QATConfig(ModelConfig):
     """Quantization-aware training: `quantize_(m, QATConfig(c, step="prepare"))`, train, `quantize_(m, QATConfig(c,
     step="convert"))`.
 
-    base_config: what the model is to become: a config, a Spec, or rules by name (`FqnToConfig`). Its `algorithm` says where
-        training starts: "rtn", "hqq", or "gptq" with `quantize_(..., calibration_data=)`, whose codes and qparams it takes
-        over. The qparams are then trained along.
+    base_config: what the model is to become: a config, a Spec, the name of a format, or rules by name (`FqnToConfig`).
+        Its `algorithm` says where training starts: "rtn", "hqq", or "gptq" with `quantize_(..., calibration_data=)`, whose
+        codes and qparams it takes over. The qparams are then trained along.
     activation_config, weight_config: a `FakeQuantizeConfig` or a Spec each, in place of base_config.
     step: "prepare", or "convert" (which may leave the configs out: the layers know what they were prepared for).
     range_learning: train scales and zero points of the weights too (LSQ); None does so where they come from an algorithm.
@@ -132,7 +134,7 @@ class QATConfig(Config):
     Raises ValueError for settings that contradict each other.
     """
 
-    base_config: Config | Spec | None = None
+    base_config: Config | Spec | str | None = None
     activation_config: Part | None = None
     weight_config: Part | None = None
     step: Literal["prepare", "convert"] = "prepare"
@@ -145,6 +147,8 @@ class QATConfig(Config):
         custom = self.activation_config is not None or self.weight_config is not None
         if self.step not in ("prepare", "convert"):
             raise ValueError(f"QATConfig: step must be 'prepare' or 'convert', got {self.step!r}")
+        if isinstance(self.base_config, str):
+            object.__setattr__(self, "base_config", read_format(self.base_config, who="QATConfig"))
         if isinstance(self.base_config, (IntxFakeQuantizeConfig, QATConfig)):
             raise ValueError(
                 f"QATConfig: base_config is a config for quantize_, such as Int4WeightOnlyConfig(), got {self.base_config}; "
@@ -168,21 +172,15 @@ class QATConfig(Config):
                 "QATConfig: is_dynamic=False is for activations; range_learning=True trains a weight's scales"
             )
 
+    @functools.cached_property
     def recipe(self) -> Recipe:
         base = self.base_config
-        return base.recipe() if isinstance(base, Config) else super().recipe()
+        return base.recipe if isinstance(base, Config) else super().recipe
 
-    def weight(self, shape: tuple[int, ...]) -> Spec:
-        raise ValueError(
-            "QATConfig cannot be one of the rules of FqnToConfig; give it the rules: QATConfig(FqnToConfig(...))"
-        )
-
-    def apply(
-        self, model: nn.Module, filter_fn: Filter | None, device: Any, batches: Sequence[Batch] | None
-    ) -> Report | None:
+    def apply(self, model: nn.Module, filter_fn: Filter | None, batches: Sequence[Batch] | None) -> Report:
+        base: Any = self.base_config  # a name was read in __post_init__
         if self.step == "convert":
-            return convert(model, self.base_config, filter_fn)
-        base = self.base_config
+            return convert(model, base, filter_fn)
         learning = self.range_learning
         if base is None:
             assert self.weight_config is not None
@@ -190,7 +188,7 @@ class QATConfig(Config):
                 learning = self.weight_config.range_learning if learning is None else learning
             base = _Parts(_spec(self.weight_config), self.activation_config, algorithm=self.algorithm)
         if learning is None:
-            learning = isinstance(base, Config) and base.recipe() != RoundToNearest()
+            learning = isinstance(base, Config) and base.recipe != RoundToNearest()
         adapter = None if self.lora_rank is None else Adapter(self.lora_rank, self.lora_alpha)
         return prepare(model, base, filter_fn, batches, learning, adapter)
 
@@ -225,7 +223,7 @@ def IntXQuantizationAwareTrainingConfig(
 
 
 @dataclass(frozen=True)
-class FromIntXQuantizationAwareTrainingConfig(Config):
+class FromIntXQuantizationAwareTrainingConfig(ModelConfig):
     """Turn prepared layers back into plain ones with the weights that were trained, for a config to follow:
 
         quantize_(model, FromIntXQuantizationAwareTrainingConfig())
@@ -235,10 +233,5 @@ class FromIntXQuantizationAwareTrainingConfig(Config):
     `QATConfig(step="convert")` there.
     """
 
-    def weight(self, shape: tuple[int, ...]) -> Spec:
-        raise ValueError("FromIntXQuantizationAwareTrainingConfig cannot be one of the rules of FqnToConfig")
-
-    def apply(
-        self, model: nn.Module, filter_fn: Filter | None, device: Any, batches: Sequence[Batch] | None
-    ) -> Report | None:
+    def apply(self, model: nn.Module, filter_fn: Filter | None, batches: Sequence[Batch] | None) -> Report:
         return unprepare(model, filter_fn)

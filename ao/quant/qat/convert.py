@@ -9,9 +9,10 @@ from torch import nn
 from ...dtypes import Spec
 from ..algorithms.recipe import RoundToNearest
 from ..config import Config
-from ..jobs import Filter, Job, Slot, check_finite, plan
-from ..report import Report, Row, storage_bytes
+from ..job import Job, check_values, jobs_of
+from ..report import Report
 from ..rules import FqnToConfig
+from ..slots import Filter, Slot, tied
 from .layers import PLAIN, FakeQuantized
 from .prepare import linear_by_default
 
@@ -37,7 +38,7 @@ def convert(model: nn.Module, config: Config | Spec | None, filter_fn: Filter | 
                 f"{job.fqn} is sharded; gather the model's state_dict, load it into a prepared model of one process, and "
                 "convert that"
             )
-        check_finite(job.parameter, job.fqn)
+        check_values(job.fqn, job.parameter)
     report = Report()
     for job, layers in jobs:
         old = job.parameter
@@ -45,8 +46,7 @@ def convert(model: nn.Module, config: Config | Spec | None, filter_fn: Filter | 
         for layer in layers:
             _plain(layer)
         job.install(new)
-        size = storage_bytes(old), storage_bytes(new)
-        report.rows.append(Row(job.fqn, tuple(old.shape), repr(job.spec), *size, "qat"))
+        report.rows.append(job.row(old, new, "qat"))
     return report
 
 
@@ -73,24 +73,22 @@ def _plain(layer: FakeQuantized) -> None:
 
 def _jobs(model: nn.Module, filter_fn: Filter | None) -> Iterator[tuple[Job, list[FakeQuantized]]]:
     """A job for each weight of prepared layers, and the layers that hold it."""
-    found: dict[int, list[tuple[Slot, FakeQuantized]]] = {}
-    for name, layer in prepared_layers(model, filter_fn):
-        slot = Slot(layer, "weight", f"{name}.weight" if name else "weight")
-        found.setdefault(id(slot.parameter), []).append((slot, layer))
-    if not found:
+    layers = {f"{name}.weight" if name else "weight": layer for name, layer in prepared_layers(model, filter_fn)}
+    if not layers:
         raise ValueError(
             "no layer is prepared for quantization-aware training"
             + (" among those that filter_fn chooses" if filter_fn is not None else "")
             + "; call quantize_(model, QATConfig(config, step='prepare')) before training"
         )
-    for pairs in found.values():
-        yield Job([slot for slot, _ in pairs], pairs[0][1].spec, RoundToNearest()), [layer for _, layer in pairs]
+    for slots in tied([Slot(layer, "weight", fqn) for fqn, layer in layers.items()]):
+        held = [layers[slot.fqn] for slot in slots]
+        yield Job(slots, held[0].spec, RoundToNearest()), held
 
 
 def _compare(model: nn.Module, config: Config | Spec, jobs: list[tuple[Job, list[FakeQuantized]]]) -> None:
     names = {slot.module_fqn for job, _ in jobs for slot in job.slots}
     chosen = None if isinstance(config, FqnToConfig) else lambda _, name: name in names
-    wanted = {job.fqn: job.spec for job in plan(model, config, chosen, Report(), default=linear_by_default)}
+    wanted = {job.fqn: job.spec for job in jobs_of(model, config, chosen, Report(), default=linear_by_default)}
     for job, _ in jobs:
         if wanted.get(job.fqn, job.spec) != job.spec:
             raise ValueError(

@@ -14,8 +14,10 @@ from ..algorithms.recipe import Rounded
 from ..calibration.sequential import Batch, quantize_in_sequence, restored_on_error
 from ..calibration.statistics import Statistics
 from ..config import Config
-from ..jobs import Filter, Job, Slot, by_default, check, plan, require_statistics, seen_by, static_scale
-from ..report import Report, Row, storage_bytes
+from ..coverage import by_default
+from ..job import Job, check, jobs_of, require_statistics, static_scale
+from ..report import Report
+from ..slots import Filter, Slot
 from .layers import PREPARED, FakeQuantized
 
 
@@ -51,7 +53,7 @@ def prepare(
     and for one that needs calibration and had none.
     """
     report = Report()
-    jobs = list(plan(model, config, filter_fn, report, default=linear_by_default))
+    jobs = jobs_of(model, config, filter_fn, report, default=linear_by_default)
     for job in jobs:
         check(job)
         _check_layers(job, adapter)
@@ -78,12 +80,11 @@ def prepare(
             quantize_in_sequence(model, jobs, batches, None, finish)
         else:
             for job in jobs:
-                finish(job, seen_by(job))
+                finish(job, job.seen())
     for job in jobs:
         job.install(originals[job.fqn])
         _set_up(job, starts[job.fqn], adapter)
-        size = storage_bytes(job.parameter)
-        report.rows.append(Row(job.fqn, tuple(job.parameter.shape), repr(job.spec), size, size, "qat"))
+        report.rows.append(job.row(job.parameter, job.parameter, "qat"))
     return report
 
 

@@ -1,0 +1,241 @@
+"""`Job`: one parameter to quantize, by which Spec and which recipe; and the step from its numbers to a QTensor.
+
+`jobs_of` says from shapes alone what `quantize_` would do, and changes nothing: the model may be on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..dtypes import QTensor, Spec, blank
+from ..matmul import set_parameter
+from .algorithms.recipe import Recipe, Rounded, RoundToNearest, assemble
+from .calibration.observers import RangeMethod
+from .calibration.statistics import RANGES, Statistics, act_scale, is_finite, statistics_of
+from .choice import Chosen, choices
+from .config import Config, SpecConfig
+from .coverage import Default, by_default, why_computed
+from .report import Report, Row, storage_bytes
+from .slots import Filter, Slot
+from .trial import can_try, why_it_cannot
+
+__all__ = ["Job", "jobs_by_name", "jobs_of"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One parameter to quantize, with every slot that holds it.
+
+    act_scale: the scale of a static activation that is known. act_range: how to find it otherwise; None for no such scale.
+    """
+
+    slots: list[Slot]
+    spec: Spec
+    recipe: Recipe
+    act_scale: float | None = None
+    act_range: RangeMethod | None = None
+
+    @property
+    def fqn(self) -> str:
+        return self.slots[0].fqn
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.slots[0].parameter
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        return [slot.owner for slot in self.slots]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The observers of its input that it takes."""
+        return self.recipe.needs | ({RANGES[self.act_range]} if self.act_range is not None else frozenset())
+
+    def seen(self) -> Statistics | None:
+        """What `calibrate` saw of the input of its layers, where it needs that."""
+        return next((s for s in map(statistics_of, self.owners) if s is not None), None) if self.needs else None
+
+    def quantize(self, weight: Tensor, seen: Statistics | None = None) -> tuple[QTensor, Rounded | None]:
+        """The weight as the job has it stored, and what its recipe found, which has notes and perhaps a bias; None for
+        round-to-nearest. Raises ValueError where `static_scale` does."""
+        found = None
+        if not isinstance(self.recipe, RoundToNearest):
+            found = self.recipe.quantize(weight, self.spec, seen)
+        scale = None
+        if self.act_scale is not None:
+            scale = torch.tensor(self.act_scale, dtype=torch.float32, device=weight.device)
+        elif self.act_range is not None:
+            scale = static_scale(self, seen, found.pre_scale if found is not None else None)
+        if found is None:
+            return self.spec.quantize(weight, act_scale=scale), None
+        return assemble(found, self.spec, weight.dtype, scale), found
+
+    def install(self, parameter: nn.Parameter) -> None:
+        """Put `parameter` in every slot."""
+        for slot in self.slots:
+            set_parameter(slot.owner, slot.name, parameter)
+
+    def row(self, before: Tensor, after: Tensor, algorithm: str | None = None) -> Row:
+        """What the report says of it. algorithm: by default the label of its recipe."""
+        sizes = storage_bytes(before), storage_bytes(after)
+        return Row(self.fqn, tuple(before.shape), repr(self.spec), *sizes, algorithm or self.recipe.label)
+
+
+def jobs_of(
+    model: nn.Module,
+    config: Config | Spec,
+    filter_fn: Filter | None,
+    report: Report,
+    algorithm: str | Recipe | None = None,
+    *,
+    default: Default = by_default,
+    ties: Mapping[str, str] | None = None,
+) -> list[Job]:
+    """The jobs of `quantize_(model, config, filter_fn)`; what is passed over goes to the report. Raises as `quantize_` does.
+
+    algorithm: in place of the config's own, and for a Spec, which has none. default, ties: as of `choices`.
+    """
+    chosen = choices(model, config, filter_fn, report, default, ties)
+    return [job for each in chosen if (job := _job(each, report, algorithm)) is not None]
+
+
+def jobs_by_name(
+    model: nn.Module,
+    config: Config | Spec,
+    filter_fn: Filter | None = None,
+    *,
+    default: Default = by_default,
+    ties: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Job], Report]:
+    """`jobs_of` by the full name of the parameter, under every name of a tied one; and a Report of what is passed over."""
+    report = Report()
+    jobs = jobs_of(model, config, filter_fn, report, default=default, ties=ties)
+    return {slot.fqn: job for job in jobs for slot in job.slots}, report
+
+
+def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job | None:
+    slots, config = chosen.slots, chosen.config
+    p, owners = slots[0].parameter, [slot.owner for slot in slots]
+    shape = tuple(p.shape)
+    cannot = ""
+    try:
+        if isinstance(p, QTensor):
+            raise ValueError(
+                f"it is quantized already, by {p.spec}; call dequantize_ first, or leave it out with filter_fn"
+            )
+        if isinstance(config, Spec):
+            config = SpecConfig(config)
+        if algorithm is not None:
+            config = replace(config, algorithm=algorithm)
+        spec = _fit(config.weight(shape), slots[0].owner, len(shape))
+        act, recipe = config.act() or spec.act, config.recipe
+        linear = all(isinstance(owner, nn.Linear) for owner in owners)
+        if act is not None:
+            spec = replace(spec, act=act if _quantizes_input(owners, config) else None)
+            if spec.act is None and chosen.asked and any(map(by_default, slots)):
+                raise ValueError(f"{type(config).__name__} quantizes activations, and only nn.Linear layers do that")
+            if config.act_range() not in (None, "minmax") and recipe.scales:
+                raise ValueError(f"algorithm={recipe.label!r} scales the activation, and needs range_method='minmax'")
+        if not linear and recipe.needs:
+            other = next(owner for owner in owners if not isinstance(owner, nn.Linear))
+            raise ValueError(
+                f"algorithm={recipe.name!r} needs the inputs of a linear layer, and this is {type(other).__name__}; "
+                "use algorithm='hqq' for it, leave it out with filter_fn=ao.is_linear, or give unsupported='skip'"
+            )
+        recipe.check(spec, shape)
+        if can_try():
+            blank(spec, shape)
+        else:
+            spec.quantize(torch.empty(shape, dtype=p.dtype, device="meta"))
+        for slot in slots:
+            cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
+            if cannot:
+                raise ValueError(cannot)
+    except ValueError as error:
+        skips = getattr(config, "unsupported", "raise") == "skip" or (cannot and not chosen.asked)
+        if skips and not isinstance(p, QTensor):
+            report.skipped.update(dict.fromkeys([slot.fqn for slot in slots], str(error)))
+            return None
+        raise ValueError(f"{slots[0].fqn}: {error}") from None
+    if linear and spec.act is not None:
+        return Job(slots, spec, recipe, config.act_scale(), config.act_range())
+    return Job(slots, spec, recipe)
+
+
+def _quantizes_input(owners: list[nn.Module], config: Config) -> bool:
+    """Whether the layers of a parameter quantize their activations, where the config says so. Only linear layers do; others
+    take the weight half. What a linear layer is tied to, such as an embedding, does not mind a dynamic one."""
+    linear = [isinstance(owner, nn.Linear) for owner in owners]
+    dynamic = config.act_scale() is None and config.act_range() is None
+    return all(linear) or (any(linear) and dynamic)
+
+
+def _fit(spec: Spec, owner: nn.Module, rank: int) -> Spec:
+    """A convolution's kernel dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over its weight."""
+    block = spec.block
+    if isinstance(owner, nn.modules.conv._ConvNd) and len(block) == 2:
+        return replace(spec, block=(*block, *([-1] * (rank - 2))))  # type: ignore[call-arg]
+    return spec
+
+
+def check(job: Job) -> None:
+    """Raise ValueError for a weight that no format can hold, and for a layer that is still being trained to be quantized."""
+    if any(hasattr(owner, "fake_quantized_weight") for owner in job.owners):
+        raise ValueError(
+            f"{job.fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
+            "FromIntXQuantizationAwareTrainingConfig() first"
+        )
+    check_values(job.fqn, job.parameter, job.spec)
+
+
+def check_values(fqn: str, weight: Tensor, spec: Spec | None = None) -> None:
+    """Raise ValueError for NaN and infinite values, and for a weight that is too large or too small for `spec`."""
+    if weight.is_meta:
+        return
+    if not is_finite(weight.detach()):
+        raise ValueError(f"{fqn}: the weight has NaN or infinite values, which no format here can hold")
+    if spec is not None:
+        try:
+            spec.check_range(weight.detach())
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from None
+
+
+def require_statistics(jobs: list[Job]) -> None:
+    """Raise ValueError for a job that needs to know its input and has not been calibrated."""
+    for job in jobs:
+        needs = job.needs
+        lacking = (job.seen() or Statistics()).lacks(needs) if needs else []
+        if lacking:
+            what = f"algorithm={job.recipe.name!r}" if job.recipe.needs else "a static activation"
+            raise ValueError(
+                f"{job.fqn}: {what} needs calibration ({', '.join(sorted(lacking))}), and there was none; pass "
+                "calibration_data=batches, or run data through the model under `with calibrate(model, config):` first"
+            )
+
+
+def static_scale(job: Job, seen: Statistics | None, pre_scale: Tensor | None = None) -> Tensor | None:
+    """The scale of a job's static activation, as it is after `pre_scale`, or None where it has none.
+
+    Raises ValueError for a layer to which nothing came, or nothing but zeros: neither says how large its inputs are.
+    """
+    if job.act_range is None:
+        return None
+    assert job.spec.act is not None
+    amax = torch.zeros(())
+    if seen is not None and seen.calls and pre_scale is None:
+        amax = seen.amax(job.act_range, job.spec.act)
+    elif seen is not None and seen.calls and pre_scale is not None:
+        amax = (seen.observers["channels"].amax * pre_scale[0].abs()).amax()
+    if not amax > 0:
+        came = "nothing but zeros" if seen is not None and seen.calls else "no data"
+        raise ValueError(
+            f"{job.fqn}: a static activation needs calibration, and {came} came to this layer; give it data, or leave it "
+            "out with filter_fn"
+        )
+    return act_scale(job.spec.act, amax).to(job.parameter.device)

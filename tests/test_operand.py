@@ -60,7 +60,7 @@ def test_an_operand_is_the_numbers(case):
     codes = operand.codes
     if operand.bits < 8:
         codes = unpack(codes, operand.bits, packed_dim(codes.shape, q.shape))
-    values = codes.float() if operand.table is None else operand.table[codes.int()]
+    values = operand.read(codes if operand.bits == 8 else codes.int())
     zero = torch.tensor(operand.offset)
     if operand.zero_point is not None:
         zero = zero + operand.zero_point.float()

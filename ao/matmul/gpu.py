@@ -152,11 +152,12 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     (m, k), n = x.shape, w.shape[0]
     qdata, scale, zero_point, offset = _weight(w.spec.operand(w))
     records = torch._C._cuda_isCurrentStreamCapturing
+    of_hopper = operators.is_for_hopper(m, k, qdata, scale, zero_point)
 
     def at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        return operators.fused_at_once(x, qdata, scale, zero_point, offset, not records())
+        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, not records())
 
-    if m > 16 or operators.is_for_hopper(m, k, qdata, scale, zero_point):
+    if m > 16 or of_hopper:
         return _launched(w, at_once)
     few = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
     return _launched(w, lambda *args: at_once(*args) if records() else few(*args))

@@ -39,20 +39,22 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     x: (M, K) bfloat16. qdata: (N, K) one-byte or (N, K / 2) 4-bit. scale: (N, K / group) or (N, 1), zero_point alike.
     offset: what to add to zero_point.
     """
-    return fused_at_once(x, qdata, scale, zero_point, offset, False)
+    of_hopper = is_for_hopper(x.shape[0], x.shape[1], qdata, scale, zero_point)
+    return fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, False)
 
 
 def fused_at_once(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, one_launch: bool
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, of_hopper: bool, one_launch: bool
 ) -> Tensor:  # fmt: skip
     """`fused` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N).
 
+    of_hopper: what `is_for_hopper` says of these tokens and this weight.
     one_launch: rather than what is fastest on the GPU, for up to 128 tokens and 4 bits.
     """
     k, n = x.shape[-1], qdata.shape[0]
     rows = x if x.dim() == 2 else x.view(-1, k)
     m = rows.shape[0]
-    of_hopper = is_for_hopper(m, k, qdata, scale, zero_point) and _is_aligned(x, qdata)
+    of_hopper = of_hopper and _is_aligned(x, qdata)
     if of_hopper and qdata.shape[1] == k:
         out = hopper.parts_product(rows, qdata, scale)
     elif of_hopper:
@@ -72,7 +74,8 @@ SOME = 512
 
 
 def is_for_hopper(m: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
-    """Whether hopper.py has the kernel that is the fastest for m tokens and this weight (N, k)."""
+    """Whether hopper.py has the kernel that is the fastest for m tokens and this weight (N, k): the same for all m of a class, up
+    to 16 and from there to the next power of two, for which eager mode decides it once."""
     n = qdata.shape[0]
     if m > SOME or k % 128 or n % 64 or k > 65536 or not is_hopper(qdata.device):
         return False
@@ -143,6 +146,6 @@ def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dty
     return ampere.scaled(total, rows, columns, dtype, m)
 
 
-def _is_aligned(*tensors: Tensor) -> bool:
-    """Whether the copy engine can read them: it wants addresses that are multiples of 16 bytes."""
-    return all(t.data_ptr() % 16 == 0 for t in tensors)
+def _is_aligned(a: Tensor, b: Tensor) -> bool:
+    """Whether the copy engine can read both: it wants addresses that are multiples of 16 bytes."""
+    return (a.data_ptr() | b.data_ptr()) % 16 == 0

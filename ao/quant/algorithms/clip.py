@@ -4,7 +4,8 @@ Round-to-nearest lays the codes from the smallest number of a block to the large
 the sake of two. Here the scale of each block is tried at fractions of that one, with the zero points around the one that
 keeps the middle of the range where it is, and the best is kept, block by block:
 
-    argmin over f, move of  sum |W - D(Q(W))|**2,    scale' = f * scale,    zero_point' = zero_point + m / scale - m / scale' + move
+    argmin over f, move of  sum |W - D(Q(W))|**2
+    scale' = f * scale,    zero_point' = zero_point + m / scale - m / scale' + move
 
 where m is the middle of the range. Codes and qparams take the bits that they took, and any format with a scale per block can
 be cut. It gains the more, the fewer bits there are and the larger the blocks are.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
 import ao
+from ao.integrations.command_line.program import main
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -22,17 +24,31 @@ PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTR
 RUN = [
     page
     for page in PAGES
-    if page.parent.name == "docs" and "```python\n" in page.read_text() and page.stem != "huggingface"
+    if "```python\n" in page.read_text() and page.stem not in ("huggingface", "CONTRIBUTING") and page.name != "api.md"
 ]
-"""Blocks marked `python` run, one after the other; those marked `py` need something that is not here. The page on Hugging Face
-has a test of its own, test_docs_huggingface.py."""
+"""Blocks marked `python`, and lines of `bash` that begin with `ao `, run as they stand, one after the other, in an empty folder.
+Those marked `py` need several processes, and the words before them say so. The page on Hugging Face has a test of its own,
+test_docs_huggingface.py."""
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "\n\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
-    exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+    monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path / "cache"))
+    names = {"__name__": page.stem}
+    for kind, block in re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.S | re.M):
+        if kind == "python":
+            exec(compile(block, str(page), "exec"), names)
+        elif page.name in ("README.md", "quickstart.md"):
+            for line in block.splitlines():
+                if line.startswith("ao "):
+                    assert main(shlex.split(line, comments=True)[1:]) == 0, line
+
+
+def test_blocks_that_do_not_run_are_python():
+    for page in (p for p in PAGES if p.name != "api.md"):
+        for block in re.findall(r"^```py\n(.*?)^```", page.read_text(), re.S | re.M):
+            ast.parse(block)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "huggingface"], ids=lambda page: page.stem)

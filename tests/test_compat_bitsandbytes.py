@@ -220,6 +220,13 @@ def test_a_block_that_goes_across_rows():
     wanted = [-0.30954647064208984, 1.056325912475586, 5.322843074798584, -14.799293518066406,
               13.530684471130371, -12.023284912109375, 1.2747681140899658, -3.4588494300842285]  # fmt: skip
     assert layer(INPUT[:, :40])[0].tolist() == pytest.approx(wanted, abs=1e-4)
+    assert layer.weight.blocksize == 64 and layer.state_dict()["weight.absmax"].shape == (5,)
+    again = bnb.nn.Linear4bit(40, 8, bias=False, quant_type="nf4")
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(INPUT[:, :40]), layer(INPUT[:, :40]))
+    narrow = bnb.nn.Linear4bit(10, 83, quant_type="fp4").to("cpu")  # no dim to pack along
+    dense = F.dequantize_4bit(narrow.weight.packed, narrow.quant_state)
+    assert torch.equal(dense, narrow.weight.dequantize()) and narrow(INPUT[:, :10]).shape == (1, 83)
 
 
 def test_when_a_weight_quantizes():
@@ -304,6 +311,8 @@ def test_training_through_int8_products():
     layer(x).square().sum().backward()
     plain(x).square().sum().backward()
     assert ao.compute_error(plain.weight.grad, layer.weight.grad) > 30 and layer.weight.dtype == torch.float32
+    before = layer.weight
+    assert layer.half().float().to("cpu").weight is before and before.requires_grad  # as an optimizer holds it
     assert ao.compute_error(plain(x), bnb.matmul(x, plain.weight, bias=plain.bias)) > 30
 
 

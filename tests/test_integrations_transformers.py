@@ -474,11 +474,13 @@ def test_names():
     [
         (
             lambda: AoConfig("int5_weight_only"),
-            "unknown format 'int5_weight_only'.*give one of int8",
+            "AoConfig: unknown format 'int5_weight_only'.*'int8_weight_only'",
         ),
         (lambda: AoConfig(ao.Int4WeightOnlyConfig), "must be a config .*; call it first"),
         (lambda: AoConfig(QATConfig(ao.NF4, step="prepare")), "is about training, .* call ao.quantize_"),
         (lambda: AoConfig("qat"), "unknown format 'qat'"),
+        (lambda: AoConfig(), "give quant_type"),
+        (lambda: AoConfig("int8", weights="int8"), "give quant_type"),
         (lambda: AoConfig(4), "quant_type must be a config such as"),
         (lambda: AoConfig(ao.NF4, group_size=3), r"\['group_size'\] are for a quant_type given by name"),
         (lambda: AoConfig(ao.NF4, untie_embedding_weights=True), "untie_embedding_weights must be False"),
@@ -487,6 +489,18 @@ def test_names():
 def test_configs_that_are_none(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_names_and_configs_of_ours(folders):
+    """What a new user tries: the names of `ao formats`, `weights=`, and a config of ao where transformers takes its own."""
+    assert AoConfig("int8").quant_type == AoConfig(weights="int8_weight_only").quant_type == ao.Int8WeightOnlyConfig()
+    assert AoConfig(weights="int4-g32+hqq").quant_type == ao.Int4WeightOnlyConfig(group_size=32, algorithm="hqq")
+    assert AoConfig(weights="int4", group_size=32).quant_type == ao.Int4WeightOnlyConfig(group_size=32)
+    wanted = specs(load("llama", folders["llama"], quantization_config=AoConfig("int8")))
+    for config in (ao.Int8WeightOnlyConfig(), ao.Intx(8)):
+        model = load("llama", folders["llama"], quantization_config=config)
+        assert specs(model) == wanted and model.config.quantization_config.quant_type == config
+    assert "weight=Intx(bits=8)" in repr(model)
 
 
 def test_what_does_not_fit(folders):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dtypes import Codebook, CodebookTensor, Intx, IntxTensor, QTensor, dense, pack, pack_dim, packed_dim, unpack
+from ...dtypes.codebook import TABLES
 from ...integrations.foreign.bitsandbytes import BitsAndBytes
 from ...integrations.foreign.reader import Source
 from .functional import _nibbles, absmax_of, codes_of, int8_vectorwise_quant, quantize_4bit
@@ -29,7 +30,7 @@ class Quantized4bit(CodebookTensor):
     @property
     def quant_type(self) -> str:
         """ "nf4" or "fp4"."""
-        return str(self.spec.table)
+        return next(name for name in ("nf4", "fp4") if TABLES[name] == self.spec.values[:16])
 
     @property
     def compress_statistics(self) -> bool:
@@ -38,14 +39,26 @@ class Quantized4bit(CodebookTensor):
 
     @property
     def blocksize(self) -> int:
-        """The elements that share a scale."""
-        return self.shape[-1] // self.scale.shape[-1]
+        """The elements that share a scale: 64, where blocks of 64 go across rows and each row has its parts of them."""
+        step = self.shape[-1] // self.scale.shape[-1]
+        if self.compress_statistics or self.shape[-1] % 64 == 0 or step != math.gcd(64, self.shape[-1]):
+            return step
+        parts = nn.functional.pad(
+            self.scale.detach().flatten(), (0, -self.scale.numel() % (64 // step)), mode="constant"
+        )
+        runs = parts.reshape(-1, 64 // step)
+        same = runs == runs[:, :1]
+        same[-1] |= runs[-1] == 0
+        return 64 if bool(same.all()) else step
 
     @property
     def absmax(self) -> Tensor:
         """The largest magnitudes, or their codes."""
         scale: Any = self.scale
-        return (scale.qdata if self.compress_statistics else scale).detach().flatten()
+        if self.compress_statistics:
+            return scale.qdata.detach().flatten()  # type: ignore[no-any-return]
+        each = self.blocksize * scale.shape[-1] // self.shape[-1]
+        return scale.detach().flatten()[::each].contiguous()  # type: ignore[no-any-return]
 
     @property
     def quant_state(self) -> QuantState:
@@ -63,8 +76,9 @@ class Quantized4bit(CodebookTensor):
     @property
     def packed(self) -> Tensor:
         """The codes as bitsandbytes stores them: uint8 (elements / 2, 1)."""
-        ranks = unpack(self.qdata.detach(), 4, packed_dim(self.qdata.shape, self.shape))
-        return _nibbles(codes_of_ranks(self.quant_type).to(self.device)[ranks.flatten().int()], torch.uint8)
+        ranks = unpack(self.qdata.detach(), self.spec.bits, packed_dim(self.qdata.shape, self.shape)).flatten()
+        ranks = nn.functional.pad(ranks, (0, ranks.numel() % 2))
+        return _nibbles(codes_of_ranks(self.quant_type).to(self.device)[ranks.int()], torch.uint8)
 
 
 class Quantized8bit(IntxTensor):
@@ -205,11 +219,16 @@ class Params4bit(_Waiting, metaclass=_Meta4):
         data: Tensor,
         quantized_stats: Mapping[str, Any],
         requires_grad: bool = False,
-        device: torch.device | str = "cuda",
+        device: torch.device | str | None = None,
         module: nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The parameter of codes and the dict of a state, as a checkpoint of bitsandbytes has them."""
+        """The parameter of codes and the dict of a state, as a checkpoint of bitsandbytes has them.
+
+        device: by default "cuda" where there is one, else that of the codes.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else data.device
         return cls(data.to(device), quant_state=QuantState.from_dict(quantized_stats, device), bnb_quantized=True)
 
 
@@ -256,10 +275,11 @@ class Int8Params(_Waiting, metaclass=_Meta8):
 
 def tensor_4bit(codes: Tensor, state: QuantState) -> Quantized4bit:
     """The tensor of codes and a state of bitsandbytes, bit for bit. Where a block goes across rows, its scale is stored for each
-    part of it. Raises ValueError where no dim is a multiple of 8."""
+    part of it; where no dim is a multiple of 8, codes have a byte each."""
     assert state.shape is not None and state.blocksize is not None and state.dtype is not None
     shape, size = tuple(state.shape), state.blocksize
-    if shape[-1] % size == 0:
+    fits = any(n % 8 == 0 for n in shape)
+    if shape[-1] % size == 0 and fits:
         parts = {"weight": codes.contiguous().flatten().view(torch.uint8)}
         for name, t in state.as_dict(packed=True).items():
             parts["state" if name.startswith("quant_state") else name] = t
@@ -269,9 +289,11 @@ def tensor_4bit(codes: Tensor, state: QuantState) -> Quantized4bit:
     ranks = torch.argsort(codes_of_ranks(str(state.quant_type))).to(codes.device, torch.uint8)
     order = ranks[codes_of(codes, math.prod(shape)).int()].reshape(shape)
     place = torch.arange(0, math.prod(shape), step, device=codes.device) // size
-    spec = Codebook(str(state.quant_type), (*[1] * (len(shape) - 1), step))
+    table: Any = TABLES[str(state.quant_type)]
+    table = str(state.quant_type) if fits else (*table, *[table[-1]] * 240)
+    spec = Codebook(table, (*[1] * (len(shape) - 1), step))
     fields = {
-        "qdata": pack(order, 4, pack_dim(shape, 4, f"a weight of shape {shape}")),
+        "qdata": pack(order, 4, pack_dim(shape, 4)) if fits else order,
         "scale": absmax_of(state)[place].reshape(*shape[:-1], -1),
         "table": torch.tensor(spec.values, dtype=torch.float32, device=codes.device),
     }

@@ -39,13 +39,16 @@ class _Quantizing:
         weight = self._parameters["weight"]
         if isinstance(weight, QTensor):
             return super()._apply(fn, recurse)  # type: ignore[misc]
+        waiting = self.waiting(weight)
         with torch.no_grad():
-            moved = fn(self.waiting(weight))
+            moved = fn(waiting)
+        if not isinstance(moved, QTensor):  # the same parameter, which an optimizer may hold
+            waiting.data, moved = moved.data, waiting
         self._parameters["weight"] = None
         try:
             super()._apply(fn, recurse)  # type: ignore[misc]
         finally:
-            self._parameters["weight"] = moved if isinstance(moved, nn.Parameter) else self.waiting(moved)
+            self._parameters["weight"] = moved
         return self
 
     def extra_repr(self) -> str:

@@ -24,6 +24,8 @@ CONSUMERS = {"checkpoint"}
 HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "ampere", "hopper", "cast", "operators"}
+# Where the public names of ao are.
+ROOMS = {"dtypes", "matmul", "optim", "quant", "quant.qat", "train"}
 # A dtype that is made of another one says so here.
 BUILT_ON = {
     "codebook": {"intx"},
@@ -78,11 +80,12 @@ def test_layers(path):
             continue
         if module == "ao.installation":
             continue
+        assert folder == "compat" or parts[1:2] != ["compat"], f"{where}: nothing in ao needs another library's names"
         if path.parent.name == "command_line":
             assert not top or parts[1:3] == ["integrations", "command_line"], f"{where}: torch would come along"
             continue
         needs_triton = any(part in KERNELS for part in parts) and name not in KERNELS
-        assert top != needs_triton or (folder == "integrations" and not top), where
+        assert top != needs_triton or (folder in {"integrations", "compat"} and not top), where
         if folder == "dtypes":
             assert parts[1:2] == ["dtypes"], where
             target = parts[2] if len(parts) > 2 else ""
@@ -96,6 +99,13 @@ def test_layers(path):
                 assert target in PURE | {"base"} | BUILT_ON.get(name, set()), where
         elif folder == "matmul":
             assert parts[1] in {"dtypes", "matmul"}, where
+        elif folder == "compat":
+            # The public names of all of ao, and the names of the same library.
+            library = path.relative_to(ROOT / "ao" / "compat").parts[0]
+            mine = parts[1:2] == ["compat"] and (len(parts) < 3 or parts[2] == library)
+            assert mine or parts in (["ao"], *(["ao", *room.split(".")] for room in ROOMS)), (
+                f"{where}: use public names"
+            )
         elif folder in {"quant", "optim", "train"}:
             assert parts[1] in {"dtypes", "matmul", folder}, where
             assert parts[1] == folder or len(parts) == 2, f"{where}: use the public names of ao.{parts[1]}"

@@ -9,6 +9,7 @@ from .affine import (
 )
 from .algorithms.awq import AWQ
 from .algorithms.bias_correction import BiasCorrection
+from .algorithms.clip import Clip
 from .algorithms.gptq import GPTQ
 from .algorithms.hqq import HQQ
 from .algorithms.recipe import Recipe, RoundToNearest
@@ -72,6 +73,7 @@ __all__: list[str] = [
     "OTHER_AUTOQUANT_CLASS_LIST",
     "AutoquantReport",
     "BiasCorrection",
+    "Clip",
     "Config",
     "FPXWeightOnlyConfig",
     "Float8DynamicActivationFloat8WeightConfig",

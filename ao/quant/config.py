@@ -24,7 +24,8 @@ from .report import Report
 class Config:
     """What `quantize_` does to the weight of a layer, and what that layer does to its input.
 
-    algorithm: how the codes and qparams are found: "rtn" (round to nearest), "hqq" (better qparams, no data), or with
+    algorithm: how the codes and qparams are found: "rtn" (round to nearest), "clip" (the best cut of each block's
+        range, no data), "hqq" (better qparams still, no data), or with
         calibration "gptq", "awq", "smoothquant", "bias_correction", joined by "+" ("awq+gptq"), or a Recipe such as
         `GPTQ(damping=0.1)`.
     set_inductor_config: accepted because other libraries have it. `ao` never changes process-wide compiler settings.

@@ -26,6 +26,10 @@ FORMATS = {
     ),
     "int8-int4": Format("Int8DynamicActivationInt4WeightConfig()", 5.0, "8-bit activations, 4-bit weights (8da4w)"),
     "nf4": Format("NF4", 4.14, "frozen weights under adapters (QLoRA)"),
+    "nvfp4": Format("NVFP4", 4.5, "4-bit floats in blocks of 16 (NVIDIA)"),
+    "mxfp4": Format("MXFP4", 4.25, "4-bit floats in blocks of 32 (OCP)"),
+    "fp6": Format("FP6", 6.01, "6-bit floats with a scale per row"),
+    "mxfp8": Format("MXFP8", 8.25, "8-bit floats in blocks of 32 (OCP)"),
     "int6": Format("IntxWeightOnlyConfig(weight_dtype=torch.int6, granularity=PerGroup(128))", 6.25, ""),
     "uint5": Format("UIntXWeightOnlyConfig(torch.uint5, group_size=128)", 5.31, ""),
     "int3": Format("Intx(bits=3, block=(1, 128))", 3.31, "needs a recipe such as gptq"),
@@ -46,8 +50,14 @@ ALIASES = {
     "float8dq_e4m3": "float8-dynamic",
     "float8dq_e4m3_tensor": "float8-dynamic",
     "float8dq_e4m3_row": "Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())",
+    "fp6": "FPXWeightOnlyConfig(3, 2)",
+    "fpx_e3m2": "FPXWeightOnlyConfig(3, 2)",
+    "fpx_e2m3": "FPXWeightOnlyConfig(2, 3)",
+    "mxfp4": "MXFPWeightOnlyConfig()",
+    "nvfp4": "NVFP4WeightOnlyConfig()",
     **{f"uint{bits}wo": f"UIntXWeightOnlyConfig(torch.uint{bits})" for bits in range(1, 8)},
-    **{f"q{name}": name for name in ("int2", "int4", "int8", "float8")},
+    **{f"q{name}": name for name in ("int2", "int8", "float8")},
+    "qint4": "int4-g128",
 }
 """What others call them -> one of FORMATS, or an expression."""
 

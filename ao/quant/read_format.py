@@ -31,20 +31,21 @@ def read_format(name: str, parameters: Mapping[str, Any] | None = None, who: str
     """
     head, recipe = split_recipe(name)
     expression = _expression(head)
-    try:
-        config = (
-            config_classes()[_plain(head)]() if expression is None else _value(ast.parse(expression, mode="eval").body)
-        )
-    except (SyntaxError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{who}: unknown format {name!r}{_near(head)}: give one of {', '.join(FORMATS)}, the name of a config such as "
-            f"'int8_weight_only', or an expression such as 'Int4WeightOnlyConfig(group_size=64)'"
-            + (f" ({error})" if "(" in head or parameters else "")
-        ) from None
-    if not isinstance(config, (Config, Spec)):
-        raise ValueError(f"{who}: the format {name!r} makes {config!r}, which is no config and no Spec")
-    if parameters:
-        config = dataclasses.replace(config, **parameters)
+    if expression is None:
+        config: Any = config_classes()[_plain(head)](**(parameters or {}))
+    else:
+        try:
+            config = _value(ast.parse(expression, mode="eval").body)
+        except (SyntaxError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{who}: unknown format {name!r}{_near(head)}: give one of {', '.join(FORMATS)}, the name of a config such as "
+                f"'int8_weight_only', or an expression such as 'Int4WeightOnlyConfig(group_size=64)'"
+                + (f" ({error})" if "(" in head else "")
+            ) from None
+        if not isinstance(config, (Config, Spec)):
+            raise ValueError(f"{who}: the format {name!r} makes {config!r}, which is no config and no Spec")
+        if parameters:
+            config = dataclasses.replace(config, **parameters)
     return with_recipe(config, recipe) if recipe else config
 
 

@@ -101,7 +101,7 @@ class QModuleMixin:
             raise TypeError(f"{type(self).__name__} must have a torch.nn.Module class among its bases")
         if type(self).__mro__.index(QModuleMixin) > type(self).__mro__.index(nn.Module):
             raise TypeError(f"QModuleMixin must come before torch.nn.Module among the bases of {type(self).__name__}")
-        super().__init__(*args, device=device, **kwargs)
+        super().__init__(*args, device=device, **kwargs)  # type: ignore[call-arg]
         self.weight_qtype = read_qtype(weights, "weights")
         self.activation_qtype = read_qtype(activations, "activations")
         wanted_input = self.takes_quantized_input if quantize_input is None else quantize_input
@@ -294,8 +294,11 @@ class QModuleMixin:
 
     def extra_repr(self) -> str:
         """The layer, its qtypes, and whether it is frozen."""
-        said = f"weights={self.weight_qtype and self.weight_qtype.name}, activations={self.activation_qtype and self.activation_qtype.name}"
-        return f"{super().extra_repr()}, {said}{', frozen' if self.frozen else ''}"  # type: ignore[misc]
+        kinds = [f"{name}={kind and kind.name}" for name, kind in self._kinds().items()]
+        return ", ".join([super().extra_repr(), *kinds, *(["frozen"] if self.frozen else [])])  # type: ignore[misc]
+
+    def _kinds(self) -> dict[str, qtype | None]:
+        return {"weights": self.weight_qtype, "activations": self.activation_qtype}
 
 
 def affine_qparams(scale: Tensor, shift: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:

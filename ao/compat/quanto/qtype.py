@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -95,4 +94,4 @@ def _float8(kind: qtype) -> str:
 
 def listed(names: str | Iterable[str] | None) -> list[str] | None:
     """A pattern or several as a list."""
-    return [names] if isinstance(names, str) else None if names is None else list(cast("Iterable[str]", names))
+    return [names] if isinstance(names, str) else None if names is None else list(names)

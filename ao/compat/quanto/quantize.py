@@ -79,6 +79,8 @@ def requantize(
     """Make of a float model, which may be on meta, the quantized one whose `state_dict` and `quantization_map` were saved.
 
     device: where the model goes; by default where it is, and the CPU for one on meta.
+
+    Raises ValueError where the state dict lacks a weight of the map.
     """
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -89,14 +91,20 @@ def requantize(
     }
     for name, module in list(model.named_modules()):
         if name in kinds:
-            made = quantize_module(module, *kinds[name])
+            made = quantize_module(module, kinds[name][0], kinds[name][1])
             if made is not None:
                 _replace(model, name, made)
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, t in table.items():
                 if t is not None and t.is_meta:
                     empty = torch.empty_like(t, device="cpu")
                     table[name] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
     model.to(device)
-    model.load_state_dict(state_dict, strict=False)
+    missing = model.load_state_dict(state_dict, strict=False).missing_keys
+    lacking = [key for key in missing if any(key.startswith(f"{name}.weight") for name in quantization_map)]
+    if lacking:
+        raise ValueError(
+            f"requantize: state_dict lacks {', '.join(lacking[:4])}, which quantization_map says is quantized"
+        )

@@ -8,6 +8,8 @@ import inspect
 import pkgutil
 from typing import Any, NamedTuple
 
+from .core.config import Translated
+
 ROOMS = ("ao", "ao.dtypes", "ao.optim", "ao.train", "ao.quant.qat")
 """Where a name of `ao` is looked for, the first before the others."""
 
@@ -86,7 +88,7 @@ def table() -> dict[str, Entry]:
             value = getattr(module, name)
             if isinstance(value, type) or callable(value):
                 known[id(value)] = f"{room}.{name}"
-    own = ("names", "kinds", "recording", "specs", "states", "static", "layers")
+    own = ("names", "kinds", "recording", "specs", "states", "static", "layers", "mm_config")
     found: dict[str, Entry] = {}
     modules = [m.name for m in pkgutil.walk_packages(root.__path__, f"{root.__name__}.")]
     for path in [root.__name__, *sorted(modules)]:
@@ -100,8 +102,6 @@ def table() -> dict[str, Entry]:
 
 
 def _entry(module: Any, name: str, known: dict[int, str]) -> Entry:
-    from .core.config import Translated
-
     value = getattr(module, name)
     if id(value) in known:
         return Entry(known[id(value)], True, "")

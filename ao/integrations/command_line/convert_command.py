@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .arguments import before_the_work, check_model, check_readable, check_writable
+from .arguments import before_the_work, check_model, check_readable, check_space, check_writable
 from .progress import progress_bar, quiet_loading
 from .quantize_command import size
 from .safetensors_header import read_header, weight_files
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
             raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
         check_writable("OUT_DIR", args.out)
         total = args.model.stat().st_size if is_file else _bytes(args.model)
+        check_space("OUT_DIR", args.out, 0.9 * total)
     from ao.integrations.foreign.convert import convert_folder
     from ao.integrations.foreign.gguf_file import convert_gguf
 

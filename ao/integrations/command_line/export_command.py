@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .arguments import before_the_work, check_model, check_writable
+from .arguments import before_the_work, check_model, check_space, check_writable
 from .progress import progress_bar
 from .quantize_command import size
 from .safetensors_header import read_header, weight_files
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
             raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
         check_writable("OUT_DIR", args.out)
         total = sum(t.stop - t.start for f in weight_files(args.model) for t in read_header(f)[1].values())
+        check_space("OUT_DIR", args.out, 0.9 * total)
     from ao.integrations.foreign.export import export_folder
 
     with progress_bar(total, "export", hidden=args.json) as advance:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -52,8 +54,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_format(name: str) -> None:
+    """Raise ValueError for what can be no format, without importing what knows all of them."""
+    head = _list().split_recipe(name)[0]
+    presets = Path(__file__).resolve().parents[2] / "quant" / "presets.py"
+    configs = re.findall(r"^class (\w+)Config\(", presets.read_text(encoding="utf-8"), re.MULTILINE)
+    known = [*PLAIN, *FORMATS, *_list().ALIASES]
+    plain = head.lower().replace("_", "").removesuffix("config")
+    if "(" in head or head.lower() in known or plain in map(str.lower, configs) or head in ("NF4", "NVFP4", "FP6"):
+        return
+    if re.fullmatch(r"MXFP[468]", head):
+        return
+    near = difflib.get_close_matches(head, known, n=2)
+    raise ValueError(
+        f"unknown format {name!r}{', and near to ' + ' and '.join(near) if near else ''}: give one of "
+        f"{', '.join([*PLAIN, *FORMATS])}, or an expression such as 'Int4WeightOnlyConfig(group_size=64)'"
+    )
+
+
 def config_of(name: str) -> Any:
     """The config or Spec called `name`; None for what is not quantized. Raises ValueError for a name that is not known."""
+    check_format(name)
     from ao.quant.read_format import read_format
 
     return None if name in PLAIN else read_format(name, who="ao")

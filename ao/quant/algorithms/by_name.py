@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from .awq import AWQ
 from .bias_correction import BiasCorrection
+from .clip import Clip
 from .gptq import GPTQ
 from .hqq import HQQ
 from .recipe import Recipe, RoundToNearest
 from .smoothquant import SmoothQuant
 
-RECIPES: tuple[type[Recipe], ...] = (RoundToNearest, HQQ, GPTQ, AWQ, SmoothQuant, BiasCorrection)
+RECIPES: tuple[type[Recipe], ...] = (RoundToNearest, Clip, HQQ, GPTQ, AWQ, SmoothQuant, BiasCorrection)
 
 
 def parse_recipe(algorithm: str | Recipe, who: str = "algorithm") -> Recipe:
-    """A recipe by name ("rtn", "hqq", "gptq", "awq", "smoothquant", "bias_correction"), several of them joined by "+"
+    """A recipe by name ("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction"), several of them joined by "+"
     ("awq+gptq": scale the channels as AWQ does, round as GPTQ does), or a Recipe itself.
 
     Raises ValueError for a name that is none, and for two recipes that cannot be joined; TypeError for anything else.

@@ -76,8 +76,9 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return {"_type": type(value).__name__, "_data": {k: _to_json(v) for k, v in zip(value._fields, value)}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        values = {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"_type": type(value).__name__, "_data": values}
+        values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}  # a PerBlock takes either
+        return {"_type": type(value).__name__, "_data": {k: _to_json(v) for k, v in lists.items()}}
     if isinstance(value, Mapping):
         return {k: _to_json(v) for k, v in value.items()}
     if isinstance(value, tuple):

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ao
 import ao.dtypes as dtypes
 from ao.dtypes import CodebookTensor, dense, linear_nf4
+from ao.matmul import set_parameter
 
 from ..core.config import Translated
 
@@ -85,15 +87,10 @@ class NF4WeightOnlyConfig(Translated):
 
     def to_ao(self) -> Any:
         """`ao.NF4WeightOnlyConfig`."""
-        import ao
-
         return ao.NF4WeightOnlyConfig(self.block_size, self.scaler_block_size, unsupported="skip")
 
     def replace_in(self, model: Any, filter_fn: Any, device: Any) -> Any:
         """Quantize, and give the weights the class of this module."""
-        import ao
-        from ao.matmul import set_parameter
-
         report = ao.quantize_(model, self.to_ao(), filter_fn, device)
         for row in report.rows:
             name, _, leaf = row.name.rpartition(".")

@@ -1,15 +1,5 @@
 """torchao.float8.inference."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from ..quantization.mm_config import Float8MMConfig
 
 __all__ = ["Float8MMConfig"]
-
-
-class Float8MMConfig(NamedTuple):
-    """How a float8 product is computed. Accepted and without effect."""
-
-    emulate: bool = False
-    use_fast_accum: bool = False
-    pad_inner_dim: bool = False

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..float8.inference import (
-    Float8MMConfig,
-)
 from ..kernel import (
     int_scaled_matmul,
     safe_int_mm,
@@ -44,6 +41,7 @@ from .linear_activation_quantized_tensor import (
 from .linear_activation_scale import (
     to_weight_tensor_with_linear_activation_scale_metadata,
 )
+from .mm_config import Float8MMConfig
 from .observer import (
     AffineQuantizedMinMaxObserver,
     AffineQuantizedObserverBase,

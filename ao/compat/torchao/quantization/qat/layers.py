@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ao.quant.qat as qat
 from ao import Float8, QTensor, Spec
+from ao.matmul import set_parameter
 
 from .fake_quantize_config import FakeQuantizeConfigBase
 from .fake_quantizer import FakeQuantizer, FakeQuantizerBase, Float8FakeQuantizer
@@ -206,6 +207,4 @@ def initialize(module: nn.Module) -> None:
 
 def set_weight(layer: Any, weight: QTensor) -> None:
     """Put a quantized weight in a plain layer."""
-    from ao.matmul import set_parameter
-
     set_parameter(layer, "weight", torch.nn.Parameter(weight, requires_grad=False))

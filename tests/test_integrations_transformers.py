@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import ao
 from ao.dtypes.base import dense
@@ -281,13 +282,18 @@ def test_experts(folders):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")  # of transformers
 @torch.no_grad()
 def test_experts_compile(dtype, tmp_path):
-    """As one graph, without and with gathered experts."""
+    """As one graph of plain tensors, without and with gathered experts."""
     hf_models.mixtral().to(dtype).save_pretrained(tmp_path)
     model = load("mixtral", tmp_path, quantization_config=AoConfig(INT4))
     expected = hf_models.output("mixtral", model)
+
+    def backend(graph, inputs):
+        assert not any(isinstance(t, ao.QTensor) for t in inputs)  # the fields of the experts, and of the layers
+        return aot_eager(graph, inputs)
+
     for implementation in ("grouped_mm", "batched_mm"):
         model.set_experts_implementation(implementation)
-        out = torch.compile(model, backend="aot_eager", fullgraph=True)(IDS).logits
+        out = torch.compile(model, backend=backend, fullgraph=True)(IDS).logits
         assert ao.compute_error(expected, out) > (100 if dtype == torch.float32 else 35)
         torch.compiler.reset()
         gradients = []

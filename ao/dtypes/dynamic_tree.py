@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,11 +128,7 @@ class DynamicTree(Mapped):
         form = _MAPS[self.bits, self.signed]
         rank = codes.float() - form.zero if self.signed else codes.float()
         r = rank.abs() - form.center if self.signed else rank - form.center
-        entry = None
-        for slope, at_zero in form.forward:
-            line = (r * slope + at_zero).view(torch.int32)
-            entry = line if entry is None else torch.maximum(entry, line)
-        assert entry is not None
+        entry = _outermost(torch.maximum, r, form.forward)
         if self.signed:
             entry = entry.clamp(max=form.top) | (rank.view(torch.int32) & -(2**31))
         else:
@@ -139,29 +136,29 @@ class DynamicTree(Mapped):
         return entry.view(torch.float32)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The codes (uint8) of the values next to `x` (float32)."""
+        """The codes (int32) of the values next to `x` (float32)."""
         form = _MAPS[self.bits, self.signed]
         size = x.abs() if self.signed else x
-        place = None  # j and a fraction, as the bits of a float32
-        for slope, at_zero in form.inverse:
-            line = (size * slope + at_zero).view(torch.int32)
-            place = line if place is None else torch.minimum(place, line)
-        assert place is not None
-        # Of `x`: the maximum has no negative.
-        place = place.clamp(max=_bits(form.end) - 1)
+        place = _outermost(torch.minimum, size, form.inverse)  # j and a fraction
+        if self.signed:
+            place = place.clamp(max=_bits(form.end) - 1)  # the maximum has no negative
         place = torch.maximum(place, (x * form.last[0] + form.last[1]).view(torch.int32))
         place = place.clamp(None if self.signed else form.floor, _bits(form.end + 0.5))
         # Between the last entry of a decade and the first of the next, whose steps are five times as wide, the middle is a
         # fifth of a step beyond the decade: where the place less 0.2 falls below a power of two, the entry below is nearer.
-        # The exponents tell, without a comparison.
-        number = place.view(torch.float32)
-        rank = number.to(torch.int32) + (((number - 0.2).view(torch.int32) >> 23) - (place >> 23))
+        # So the place is at most the last number below the power of two that comes after the place less 0.2.
+        place = torch.minimum(place, (place.view(torch.float32) - 0.2).view(torch.int32) | 0x7FFFFF)
         if self.signed:
-            negative = x.view(torch.int32) >> 31  # 0 or -1
-            rank = (rank ^ negative) + (form.zero - negative)
-        else:
-            rank = rank - 1
-        return rank.to(torch.uint8)
+            place = place | (x.view(torch.int32) & -(2**31))
+        return place.view(torch.float32).to(torch.int32) + (form.zero if self.signed else -1)
+
+
+def _outermost(choose: Callable[[Tensor, Tensor], Tensor], x: Tensor, lines: Sequence[tuple[float, float]]) -> Tensor:
+    """The least or the greatest of the lines at `x`, as the bits of a float32. In pairs: no long chain of operators waits."""
+    values = [(x * slope + at_zero).view(torch.int32) for slope, at_zero in lines]
+    while len(values) > 1:
+        values = [choose(*pair) for pair in zip(values[::2], values[1::2])] + values[len(values) // 2 * 2 :]
+    return values[0]
 
 
 @functools.lru_cache(maxsize=64)

@@ -37,11 +37,11 @@ class Mapped(Spec):
         raise NotImplementedError
 
     def entries(self, codes: Tensor) -> Tensor:
-        """values[codes], float32. codes: uint8."""
+        """values[codes], float32. codes: uint8 or int32."""
         raise NotImplementedError
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The codes (uint8) of the values next to `x` (float32)."""
+        """The codes (int32) of the values next to `x` (float32)."""
         raise NotImplementedError
 
     # What follows.
@@ -57,7 +57,7 @@ class Mapped(Spec):
     def encode(self, x: Tensor, *, scale: Tensor, inverse: Tensor | None = None) -> dict[str, Tensor | None]:
         """The nearest entries for `x` (float32) under the given scale. inverse: 1 / scale, where it is known."""
         inverse = reciprocal(scale) if inverse is None else inverse
-        codes = self.nearest((to_blocks(x, scale.shape) * in_blocks(inverse)).reshape(x.shape))
+        codes = self.nearest((to_blocks(x, scale.shape) * in_blocks(inverse)).reshape(x.shape)).to(torch.uint8)
         return {"qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, self)), "scale": scale}
 
 

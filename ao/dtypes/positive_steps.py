@@ -38,5 +38,5 @@ class PositiveSteps(Mapped):
         return codes.float() + 1.0
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The codes (uint8) of the values next to `x` (float32)."""
-        return (x - 0.5).to(torch.int32).clamp(0, 2**self.bits - 1).to(torch.uint8)
+        """The codes (int32) of the values next to `x` (float32)."""
+        return (x - 0.5).to(torch.int32).clamp(0, 2**self.bits - 1)

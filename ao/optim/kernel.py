@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ao.dtypes import Spec
 
-from .rows import Rows, field_names, in_memory, planes_of, read, to_planes, write
+from .rows import Rows, field_names, in_memory, planes_of, read, reading, scales, to_planes, write
 from .stochastic_rounding import stochastic_round
 
 
@@ -84,13 +84,18 @@ def update_rows(plan: Plan, rows: Rows, h: Mapping[str, Tensor]) -> None:
         made, made_states = plan.update(rows.params[i].float(), grad, values, h, **dict(plan.options))
         new.append(made)
         for (name, _), made_state in zip(plan.states, new_states):
-            # With a 16-bit gradient in memory of its own. Else it is computed again from the gradient where it is quantized,
-            # and Inductor takes 32 elements at a time where all that it reads has 16 bits: too many for it to see the bits
-            # of a number in a register.
-            value = made_states[name]
-            made_state.append(value if rows.grads[i].dtype == torch.float32 else in_memory(value))
-    for (name, spec), fields, made_state in zip(plan.states, rows.states, new_states):
-        write(spec, fields, made_state, slow=name == "exp_avg_sq")
+            made_state.append(made_states[name])
+    # On a CPU in two loops: one over what is read, which gives the new states and their largest numbers, one that gives the
+    # codes and the parameters. So neither waits for long chains of operators, and nothing is computed twice.
+    states = [v if spec is None else [in_memory(x) for x in v] for (_, spec), v in zip(plan.states, new_states)]
+    quantized = [x for (_, spec), v in zip(plan.states, states) if spec is not None for x in v]
+    known = [
+        {} if spec is None else scales(spec, [reading(x, quantized) for x in v])
+        for (_, spec), v in zip(plan.states, states)
+    ]
+    new = [reading(x, [k["inverse"] for k in known if "inverse" in k]) for x in new]
+    for (name, spec), fields, wide, qparams in zip(plan.states, rows.states, states, known):
+        write(spec, fields, wide, qparams, slow=name == "exp_avg_sq")
     if rows.noise is not None:
         seed, start = rows.noise.unbind()
         index = torch.arange(rows.count * rows.width, dtype=torch.int32, device=seed.device) + start
@@ -181,6 +186,9 @@ def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
     options: dict[str, Any] = {"size_asserts": False}  # the rows are ours
     if cpu:
         options["cpp.enable_floating_point_contract_flag"] = "fast"  # products and sums in one instruction
+        # What shall be in memory is said by `in_memory`: values in between are not, however long it takes to compute them.
+        for limit in ("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold"):
+            options[limit] = 10**6
     else:
         options["coordinate_descent_tuning"] = True  # tries rows and warps of a program, for a sixth of the time
     compiled: Any = torch._inductor.compile(graph, fakes, options=options)

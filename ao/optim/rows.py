@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,8 @@ def to_planes(t: Tensor, width: int | None, planes: int) -> Sequence[Tensor]:
 def state_fields(state: QTensor, planes: int) -> Fields:
     """The fields of a state of shape (rows, K), as `read` and `write` take them."""
     fields = [getattr(state, name) for name in field_names(state.spec)]
+    # On a CPU as bytes: compilers have no view of float8 there.
+    fields = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn and t.device.type == "cpu" else t for t in fields]
     return tuple(fields if planes == 1 else (t.view(t.shape[0], -1, min(t.shape[1], CHUNK // planes)) for t in fields))
 
 
@@ -94,32 +96,53 @@ def read(spec: Spec | None, fields: Fields, params: Sequence[Tensor]) -> list[Te
     if spec is None:
         return [fields[0]]
     named = dict(zip(field_names(spec), fields))
+    if isinstance(spec, Float8) and named["qdata"].dtype == torch.uint8:
+        if _for_a_cpu(named["qdata"]):
+            return [spec.numbers(named["qdata"]) * named["scale"]]
+        named["qdata"] = named["qdata"].view(spec.dtype)
     if len(params) == 1:
         return [spec.wrap(named, torch.float32, params[0].shape).decode()]
     assert isinstance(spec, Mapped)
-    return [spec.entries((named["qdata"] >> 4 * i) & 15) * named["scale"] for i in range(len(params))]
+    # In 32 bits: vectors have no shifts of bytes.
+    return [spec.entries((named["qdata"].to(torch.int32) >> 4 * i) & 15) * named["scale"] for i in range(len(params))]
 
 
-def write(spec: Spec | None, fields: Fields, values: Sequence[Tensor], slow: bool = False) -> None:
-    """Quantize `values`, given by plane, into a state. slow: a mean that moves little at a time; e4m3 then rounds unbiased."""
+def scales(spec: Spec | None, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The qparams of a state that becomes `values`, given by plane, and `inverse`, 1 / scale, where `write` wants it."""
+    if spec is None:
+        return {}
+    if len(values) == 1:
+        known = dict(spec.choose_qparams(values[0], spec.grid(values[0].shape)))
+    else:
+        assert isinstance(spec, Mapped)
+        known = {"scale": spec.scale(_largest(values))}
+    if isinstance(spec, (Mapped, Float8)):
+        known["inverse"] = _inverse(known["scale"])
+    return known
+
+
+def write(
+    spec: Spec | None, fields: Fields, values: Sequence[Tensor], known: Mapping[str, Tensor], slow: bool = False
+) -> None:
+    """Quantize `values`, given by plane, into a state.
+
+    known: what `scales` gave for them. slow: a mean that moves little at a time; e4m3 then rounds unbiased.
+    """
     if spec is None:
         fields[0].copy_(values[0])
         return
     made: dict[str, Any]
-    if len(values) == 1:
-        known: dict[str, Any] = dict(spec.choose_qparams(values[0], spec.grid(values[0].shape)))
-        if isinstance(spec, (Mapped, Float8)):
-            known["inverse"] = _inverse(known["scale"])
-        if slow and isinstance(spec, Float8) and spec.format == "e4m3":
-            q = stochastic_round_e4m3((values[0] * known["inverse"]).clamp(-spec.max, spec.max))
-            made = {"qdata": q.to(spec.dtype), "scale": known["scale"]}
-        else:
-            made = dict(spec.encode(values[0], **known))
-    else:
+    if len(values) > 1:
         assert isinstance(spec, Mapped)
-        scale = spec.scale(_largest(values))
-        codes = [spec.nearest(x * _inverse(scale)) for x in values]
-        made = {"scale": scale, "qdata": functools.reduce(torch.bitwise_or, (c << 4 * i for i, c in enumerate(codes)))}
+        codes = (spec.nearest(x * known["inverse"]) << 4 * i for i, x in enumerate(values))
+        made = {"scale": known["scale"], "qdata": functools.reduce(torch.bitwise_or, codes).to(torch.uint8)}
+    elif isinstance(spec, Float8) and spec.format == "e4m3":
+        q = (values[0] * known["inverse"]).clamp(-spec.max, spec.max)
+        q = stochastic_round_e4m3(q) if slow else q
+        qdata = spec.codes(q).to(torch.uint8) if _for_a_cpu(q) else q.to(spec.dtype)
+        made = {"scale": known["scale"], "qdata": qdata.view(fields[0].dtype)}
+    else:
+        made = dict(spec.encode(values[0], **known))
     for name, target in zip(field_names(spec), fields):
         if spec.tensor_type.roles[name] != "shared":
             target.copy_(made[name])
@@ -143,3 +166,21 @@ def _inverse(scale: Tensor) -> Tensor:
 def in_memory(x: Tensor) -> Tensor:
     """`x` as memory of its own, in code that is compiled for a CPU: no compiler sees through this."""
     return x.as_strided(x.shape, x.stride()) if x.device.type == "cpu" else x
+
+
+def reading(x: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """`x`, in code that is compiled for a CPU by way of an operator that reads `others`, which broadcast to it, as well.
+
+    What reads the same is computed in the same loop, and what reads a result in a loop after it.
+    """
+    if not _for_a_cpu(x):
+        return x
+    bits = x.view(torch.int32)
+    for other in others:
+        bits = bits | (other.view(torch.int32) & 0)
+    return bits.view(torch.float32)
+
+
+def _for_a_cpu(x: Tensor) -> bool:
+    """Whether code is traced that a compiler will make for a CPU."""
+    return x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() > 0

@@ -154,7 +154,15 @@ def test_the_format(tmp_path):
         "version": 1,
         "tensors": {
             "w": {
-                "spec": {"type": "Codebook", "act": None, "table": "nf4", "block": [1, 64], "scale_spec": affine},
+                "spec": {
+                    "type": "Codebook",
+                    "act": None,
+                    "table": "nf4",
+                    "block": [1, 64],
+                    "scale_spec": affine,
+                    "offset": False,
+                    "scale_dtype": "float32",
+                },
                 "dtype": "bfloat16",
                 "shape": [2, 128],
                 "fields": {

@@ -200,8 +200,8 @@ def test_export_refuses(tmp_path):
     )
     load(tmp_path / "plain", quantization_config=AoConfig(rules)).save_pretrained(tmp_path / "ours")
     for form, why in (
-        ("compressed-tensors", r"layers.0.mlp.up_proj.weight: Codebook.* has no form in compressed-tensors"),
-        ("gptq", r"layers.0.mlp.up_proj.weight: Codebook.* has no form in GPTQ"),
+        ("compressed-tensors", r"layers.0.mlp.up_proj.weight: NF4 has no form in compressed-tensors"),
+        ("gptq", r"layers.0.mlp.up_proj.weight: NF4 has no form in GPTQ"),
         ("awq", "form must be one of compressed-tensors, gptq, got 'awq'"),
     ):
         with pytest.raises(ValueError, match=why):

@@ -242,7 +242,7 @@ def test_rules_that_do_not_fit():
     with pytest.raises(ValueError, match="not two that differ"):
         FqnToConfig({"a": None}, {"b": None})
     with pytest.raises(TypeError, match="must map to a config"):
-        FqnToConfig({"a": "int4"})
+        FqnToConfig({"a": 4})
 
 
 def test_tied_weights():
@@ -473,7 +473,9 @@ def test_misuse():
     with pytest.raises(TypeError, match="call it first"):
         quantize_(network(), Int8WeightOnlyConfig)
     with pytest.raises(TypeError, match="takes a config"):
-        quantize_(network(), "int4_weight_only")
+        quantize_(network(), 4)
+    with pytest.raises(ValueError, match="unknown format 'int9'"):
+        quantize_(network(), "int9")
     model = network()
     quantize_(model, Int8WeightOnlyConfig())
     with pytest.raises(ValueError, match="0.weight: it is quantized already, by Intx"):

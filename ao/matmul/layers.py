@@ -74,9 +74,9 @@ class _QuantizedModule:
 
     def extra_repr(self) -> str:
         """What a printed model says of it: that of its own class, and the formats of its parameters."""
-        own = self.own_class.extra_repr(self)  # type: ignore[arg-type]
-        found = ((name, self._parameters.get(name)) for name in self.quantized_names)
-        formats = (f"{name}={p.spec}" for name, p in found if isinstance(p, QTensor))
+        cls: Any = getattr(self, "own_class", None)
+        own = cls.extra_repr(self) if cls is not None else super().extra_repr()  # type: ignore[misc]
+        formats = (f"{name}={p.spec}" for name, p in self._parameters.items() if isinstance(p, QTensor))
         return ", ".join(part for part in (own, *formats) if part)
 
     def _fields_in_graph(self, name: str) -> tuple[list[Tensor], str] | None:

@@ -116,12 +116,11 @@ def python(code: str) -> str:
 
 def test_what_importing_it_imports():
     new = "print(sorted(m for m in set(sys.modules) - before if m.startswith('ao')))"
-    code = f"import sys, ao; before = set(sys.modules); import ao.compat.torchao; {new}"
-    assert python(code) == "['ao.compat', 'ao.compat.torchao']"
+    first = f"import sys, ao; before = set(sys.modules); import ao.compat.torchao; {new}"
     light = "print([m in sys.modules for m in ('ao.optim', 'ao.train', 'torch._dynamo')])"
     same = "print(Config.registry['Int4WeightOnlyConfig'] is ao.Int4WeightOnlyConfig, 'compat' in ao.__all__)"
-    code = f"import sys, ao, ao.compat.torchao.quantization; from ao import Config; {light}; {same}"
-    assert python(code).split("\n") == ["[False, False, False]", "True False"]
+    code = f"{first}; import ao.compat.torchao.quantization; from ao import Config; {light}; {same}"
+    assert python(code).split("\n") == ["['ao.compat', 'ao.compat.torchao']", "[False, False, False]", "True False"]
 
 
 # translations
@@ -267,6 +266,8 @@ def test_rules_by_name():
     quantize_(m, tq.ModuleFqnToConfig({"re:[02]": Int8WeightOnlyConfig(), "0": None}), filter_fn=None)
     assert not isinstance(m[0].weight, ao.QTensor) and m[2].weight.spec.bits == 8
     assert tq.fqn_matches_fqn_config("0", FqnToConfig({"re:[02]": None}))
+    with pytest.raises(ValueError, match="leave filter_fn out"):
+        quantize_(model(), FqnToConfig({"0": Int8WeightOnlyConfig()}), filter_fn=lambda module, name: True)
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -363,6 +364,8 @@ def test_own_config_and_own_tensor():
     m = model()
     quantize_(m, FqnToConfig({"0": HalvedConfig(2.0), "2": Int8WeightOnlyConfig()}), filter_fn=None)
     assert type(m[0].weight.data) is Halved and m[2].weight.spec.bits == 8
+    with pytest.raises(NotImplementedError, match="name its layer"):
+        quantize_(model(), FqnToConfig({"0.weight": HalvedConfig(2.0)}), filter_fn=None)
     with pytest.raises(TypeError, match="register_quantize_module_handler"):
         quantize_(model(), type("NoHandlerConfig", (AOBaseConfig,), {})())
     replaced = model()

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from ao.train import LowPrecisionLinear
-from ao.train import convert_to_float8_training as convert
 
 from ..kinds import Kind
 from .config import Float8LinearConfig
+from .float8_linear_utils import convert_to_float8_training
 
 __all__ = ["Float8Linear", "Float8LinearConfig"]
 
@@ -26,4 +26,4 @@ class Float8Linear(metaclass=Kind):
     @staticmethod
     def from_float(mod: nn.Module, config: Float8LinearConfig | None = None) -> nn.Module:
         """Let a linear layer train with float8 products, in place. Returns it."""
-        return convert(mod, config=config)
+        return convert_to_float8_training(mod, config=config)

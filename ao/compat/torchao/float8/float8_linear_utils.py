@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -17,7 +18,9 @@ Filter = Callable[[nn.Module, str], bool]
 def convert_to_float8_training(
     module: nn.Module, *, module_filter_fn: Filter | None = None, config: Float8LinearConfig | None = None
 ) -> nn.Module:
-    """`ao.train.convert_to_float8_training`. A model without a layer to convert stays as it is."""
+    """`ao.train.convert_to_float8_training`. A model without a layer to convert stays as it is, and emulation takes any shape."""
+    if config is not None and config.emulate:
+        config = dataclasses.replace(config, pad_inner_dim=True)
 
     def takes(layer: nn.Module, name: str) -> bool:
         return type(layer) is nn.Linear and (module_filter_fn is None or module_filter_fn(layer, name))

@@ -58,18 +58,22 @@ def quantize_(
     config: a config of this package, or of your own (`register_quantize_module_handler`); a config, Spec or training config of
         `ao`; or a function that takes a layer and returns what to put in its place.
     filter_fn: `(module, fully qualified name) -> bool`, which layers; by default linear ones that are not quantized yet. With
-        `FqnToConfig` the rules decide.
+        `FqnToConfig` the rules decide, and it must be left out.
     device: move the model there.
     calibration_data: as for `ao.quantize_`.
 
     Returns a Report, also of the layers that were passed over and why.
     """
+    if isinstance(config, FqnToConfig):
+        if filter_fn not in (None, _is_linear):
+            raise ValueError(
+                "quantize_: the rules of FqnToConfig decide; leave filter_fn out, and set a rule to None to skip"
+            )
+        return config.apply(model, device)
     filter_fn = filter_fn or _is_linear
     if type(config) in HANDLERS:
         handler = HANDLERS[type(config)]
         return _replace_each(model, lambda module, _: handler(module, config), filter_fn, device)
-    if isinstance(config, FqnToConfig):
-        return config.apply(model, device)
     if isinstance(config, AOBaseConfig) and hasattr(config, "replace_in"):
         return config.replace_in(model, filter_fn, device)
     if isinstance(config, Translated):
@@ -544,6 +548,10 @@ class FqnToConfig(AOBaseConfig):
             elif config is None or isinstance(config, (Config, Spec)):
                 table[key] = config
             else:
+                if key in dict(model.named_parameters()):
+                    raise NotImplementedError(
+                        f"FqnToConfig: {type(config).__name__} changes whole layers, and {key!r} is a parameter; name its layer"
+                    )
                 own[key] = config
                 table[key] = None
         report = Report()

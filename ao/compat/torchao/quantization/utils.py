@@ -125,15 +125,13 @@ _quant_int8_per_token_matmul = quant_int8_per_token_matmul
 def dynamically_quantize_per_channel(
     x: Tensor, quant_min: int, quant_max: int, target_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and zero points of a matrix, one per row, symmetric. Only int8 from -128 to 127."""
-    if (quant_min, quant_max, target_dtype) != (-128, 127, torch.int8):
-        raise AssertionError("dynamically_quantize_per_channel: quant_min=-128, quant_max=127, target_dtype=torch.int8")
+    """Codes, scales and zero points of a matrix, one per row, symmetric."""
     eps = float(torch.finfo(torch.float32).eps)
     block = (1, x.shape[1])
     scale, zero = choose_qparams_affine(
-        x, MappingType.SYMMETRIC, block, torch.int8, quant_min, quant_max, eps, zero_point_dtype=torch.int64
+        x, MappingType.SYMMETRIC, block, target_dtype, quant_min, quant_max, eps, zero_point_dtype=torch.int64
     )
-    return quantize_affine(x, block, scale, zero, torch.int8, quant_min, quant_max), scale, zero
+    return quantize_affine(x, block, scale, zero, target_dtype, quant_min, quant_max), scale, zero
 
 
 def dequantize_per_tensor(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import re
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import ao.optim
-from ao.dtypes import DynamicTree, Flat, FlatTensor, PositiveSteps, QTensor
+from ao.dtypes import DynamicTree, Flat, FlatTensor, Float8, PositiveSteps, QTensor
 from ao.optim import (
     Adam4bit,
     Adam8bit,
@@ -140,6 +142,32 @@ def test_computed_entries_are_those_of_the_table():
     found = torch.compile(compute, options={"cpp.enable_floating_point_contract_flag": "fast"})(*codes)
     for spec, values in zip(specs, found):
         assert torch.equal(values, torch.tensor(spec.values))
+
+
+def test_bytes_of_float8_by_arithmetic_are_those_of_a_cast():
+    """Every byte, both sides of every middle, and numbers of all magnitudes."""
+    spec, codes = Float8("e4m3"), torch.arange(256, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    number = ~values.isnan()
+    assert torch.equal(spec.numbers(codes)[number], values[number])
+    upwards = values[:127]
+    middles = ((upwards[1:] + upwards[:-1]) / 2).view(torch.int32)
+    near = (middles[:, None] + torch.arange(-9, 10, dtype=torch.int32)).view(torch.float32).flatten()
+    x = torch.cat([near, -near, values[number], torch.logspace(-12, 2.6, 9999), torch.randn(9999)])
+    assert torch.equal(spec.codes(x).to(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8))
+    assert spec.codes(torch.tensor([float("nan")])).item() == 127
+
+
+def test_a_compiled_step_on_a_cpu_is_two_loops():
+    """Over the elements: one reads, updates and finds the largest numbers, one makes codes and parameters. All in vectors."""
+    from torch._inductor.utils import run_and_get_cpp_code
+
+    p = nn.Parameter(torch.randn(16, 256))
+    p.grad = torch.randn_like(p)
+    with torch._inductor.config.patch(force_disable_caches=True), mock.patch.object(kernel, "_compiled", {}):
+        _, code = run_and_get_cpp_code(lambda: AdamW8bit([p]).step())
+    code = code[code.index('extern "C"') :]
+    assert len(re.findall(r"for\(int64_t x1=", code)) == 2 and "x1+=static_cast<int64_t>(1L)" not in code
 
 
 def test_flat_blocks_run_across_rows():

@@ -64,7 +64,7 @@ ValueError: Intx: bits must be 1 to 8, got 9
 ValueError: Intx: zero_point must be 'int' or 'float', got 'maybe'
 ValueError: Intx: narrow=True needs signed=True, symmetric=True and at least 2 bits
 ValueError: Float8: format must be 'e4m3' or 'e5m2', got 'e3m4'
-ValueError: Codebook: table must be one of ['nf4'] or a tuple of values, got 'nf5'
+ValueError: Codebook: table must be one of ['dynamic', 'fp4', 'nf4'] or a tuple of values, got 'nf5'
 ValueError: Codebook: table must have 2, 4, 8, ... or 256 values, got 3
 ValueError: Codebook: the values of table must be sorted
 ValueError: Int4Prepacked: kernel must be 'cuda' or 'cpu', got 'tpu'

@@ -56,9 +56,9 @@ class Quantized4bit(CodebookTensor):
         """The largest magnitudes, or their codes."""
         scale: Any = self.scale
         if self.compress_statistics:
-            return scale.qdata.detach().flatten()  # type: ignore[no-any-return]
+            return scale.qdata.detach().flatten()
         each = self.blocksize * scale.shape[-1] // self.shape[-1]
-        return scale.detach().flatten()[::each].contiguous()  # type: ignore[no-any-return]
+        return scale.detach().flatten()[::each].contiguous()
 
     @property
     def quant_state(self) -> QuantState:

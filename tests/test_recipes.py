@@ -79,7 +79,7 @@ SPECS = [case.spec for case in CASES if case.spec.act is None and case.spec != I
 
 def takes(spec) -> bool:
     try:
-        spec.grid((N, K))
+        HQQ().check(spec, (N, K))  # which refuses qparams that it does not know
         return True
     except ValueError:
         return False
@@ -433,7 +433,9 @@ def test_names():
         SmoothQuant()
     )
     assert parse_recipe(GPTQ(damping=0.1)) == GPTQ(damping=0.1)
-    with pytest.raises(ValueError, match="algorithm must be among awq, bias_correction, gptq, hqq, rtn, smoothquant"):
+    with pytest.raises(
+        ValueError, match="algorithm must be among awq, bias_correction, clip, gptq, hqq, rtn, smoothquant"
+    ):
         Int4WeightOnlyConfig(algorithm="gtpq")
     with pytest.raises(ValueError, match="'gptq' decides the codes, and must come last"):
         Int4WeightOnlyConfig(algorithm="gptq+awq")

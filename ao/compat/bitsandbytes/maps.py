@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ...dtypes.codebook import TABLES
+from ...dtypes import Codebook
 
 # By code: a sign, two bits of exponent, one of mantissa, over the largest. 0 stands for zero, and so does 8.
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -28,7 +28,7 @@ def codes_of_ranks(quant_type: str) -> Tensor:
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
     """float32 (16,): the values of "nf4", "fp4" or "int4" by code. Raises NotImplementedError for another."""
     if typename == "nf4":
-        values = list(TABLES["nf4"])
+        values = list(Codebook("nf4").values)
     elif typename == "fp4":
         values = [sign * v / 12 for sign in (1, -1) for v in _FP4]
     elif typename == "int4":

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ...dtypes import Codebook, CodebookTensor, Intx, IntxTensor, QTensor, dense, pack, pack_dim, packed_dim, unpack
-from ...dtypes.codebook import TABLES
 from ...integrations.foreign.bitsandbytes import BitsAndBytes
 from ...integrations.foreign.reader import Source
 from .functional import _nibbles, absmax_of, codes_of, int8_vectorwise_quant, quantize_4bit
@@ -30,7 +29,7 @@ class Quantized4bit(CodebookTensor):
     @property
     def quant_type(self) -> str:
         """ "nf4" or "fp4"."""
-        return next(name for name in ("nf4", "fp4") if TABLES[name] == self.spec.values[:16])
+        return next(name for name in ("nf4", "fp4") if Codebook(name).values == self.spec.values[:16])
 
     @property
     def compress_statistics(self) -> bool:
@@ -289,7 +288,7 @@ def tensor_4bit(codes: Tensor, state: QuantState) -> Quantized4bit:
     ranks = torch.argsort(codes_of_ranks(str(state.quant_type))).to(codes.device, torch.uint8)
     order = ranks[codes_of(codes, math.prod(shape)).int()].reshape(shape)
     place = torch.arange(0, math.prod(shape), step, device=codes.device) // size
-    table: Any = TABLES[str(state.quant_type)]
+    table: Any = Codebook(str(state.quant_type)).values
     table = str(state.quant_type) if fits else (*table, *[table[-1]] * 240)
     spec = Codebook(table, (*[1] * (len(shape) - 1), step))
     fields = {

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ...dtypes import Spec, dense, in_blocks, to_blocks
-from ...dtypes.pieces import piece_size
 from ..calibration.statistics import Statistics
 from .hqq import Qparams, check_scaled, magnitude
 from .recipe import Recipe, Rounded
@@ -54,7 +53,9 @@ class Clip(Recipe):
 def _parts(weight: Tensor, spec: Spec) -> Iterator[Tensor]:
     """A weight in pieces along its first dim that cut no block."""
     tile = weight.shape[0] // spec.grid(weight.shape)[0]
-    long = weight.shape[0] * piece_size(weight) // max(weight.numel(), 1)  # the first dim of a piece
+    long = (
+        weight.shape[0] * (2**20 if weight.device.type == "cpu" else 2**24) // max(weight.numel(), 1)
+    )  # the first dim of a piece
     yield from weight.split(max(long // tile, 1) * tile)
 
 

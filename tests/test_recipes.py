@@ -15,12 +15,13 @@ from lm import VOCAB, batches, but_head, divergence, lm
 from torch import nn
 
 import ao
-from ao.dtypes import Float8, Int4CPULayout, Intx, QTensor
+from ao.dtypes import MXFP4, NF4, NVFP4, Codebook, Float8, Int4CPULayout, Intx, QTensor, pieces
 from ao.quant import (
     AWQ,
     GPTQ,
     HQQ,
     BiasCorrection,
+    Clip,
     FqnToConfig,
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt4WeightConfig,
@@ -33,6 +34,7 @@ from ao.quant import (
     SpecConfig,
     UIntXWeightOnlyConfig,
     ZeroPointDomain,
+    compute_error,
     config_from_dict,
     config_to_dict,
     quantize_,
@@ -89,7 +91,8 @@ def takes(spec) -> bool:
 def test_every_format(spec, device):
     w, x = weight().to(device), data().to(device)
     results = {}
-    for name, recipe in {"rtn": parse_recipe("rtn"), "hqq": HQQ(2.0), "plain": PLAIN, "gptq": GPTQ()}.items():
+    recipes = {"rtn": parse_recipe("rtn"), "clip": Clip(), "hqq": HQQ(2.0), "plain": PLAIN, "gptq": GPTQ()}
+    for name, recipe in recipes.items():
         found = recipe.quantize(w, spec, seen(x))
         # What is stored decodes to what the recipe worked with, bit for bit.
         q = spec.wrap(spec.encode(found.values, **found.qparams), torch.float32, w.shape)
@@ -100,11 +103,55 @@ def test_every_format(spec, device):
         results[name] = found.values
     output = {name: error(values.cpu(), data()) for name, values in results.items()}
     square = {name: float((values - w).norm()) for name, values in results.items()}
-    assert square["hqq"] <= square["rtn"] * 1.0001
+    assert square["hqq"] <= square["rtn"] * 1.0001 and square["clip"] <= square["rtn"] * 1.0001
     assert output["plain"] < output["rtn"]
     assert (
         output["gptq"] < (0.9 if spec.bits < 8 else 1.0) * output["plain"] if hasattr(spec, "bits") else output["plain"]
     )
+
+
+@pytest.mark.parametrize(
+    ("spec", "least"),
+    [
+        (Intx(2, (1, 32), scale_dtype="bfloat16"), 9.4),  # 7.8 dB rounded to nearest
+        (Intx(3, (1, 32), scale_dtype="bfloat16"), 15.7),  # 15.2
+        (Intx(4, (1, 32), scale_dtype="bfloat16"), 22.1),  # 21.8
+        (Intx(4, (1, 128), scale_dtype="bfloat16"), 20.3),  # 19.9
+        (Intx(3, (1, 32), zero_point="float", scale_dtype="bfloat16"), 16.5),  # 15.5
+        (NF4, 21.2),  # 20.7
+        (NVFP4, 21.3),  # 20.4
+        (MXFP4, 19.0),  # 18.8
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_clip_on_normal_weights(spec, least):
+    w = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    found = Clip().quantize(w, spec, None)
+    assert float(compute_error(w, found.values)) > least
+    # Whatever the size of the numbers is, whose squares float32 need not hold.
+    if isinstance(spec, Intx):
+        for power in (2.0**80, 2.0**-80):
+            assert torch.equal(Clip().quantize(w * power, spec, None).values, found.values * power)
+
+
+def test_clip_works_in_pieces(monkeypatch):
+    """Large weights are searched in parts that cut no block, with the same result."""
+    w = torch.randn(6, 64, 96)
+    specs = [Intx(4, (1, 32)), Intx(3, (16, 32)), Intx(4, (-1, -1)), Codebook("nf4", (1, 32))]
+    whole = [Clip().quantize(w, spec, None).values for spec in specs]
+    monkeypatch.setitem(pieces.ELEMENTS, "cpu", 7000)
+    for spec, expected in zip(specs, whole):
+        assert torch.equal(Clip().quantize(w, spec, None).values, expected)
+        assert Clip().quantize(w[:0] if spec.block != (-1, -1) else w, spec, None).values.dim() == 3
+
+
+def test_presets_keep_their_size_with_clip():
+    for config in (Int4WeightOnlyConfig, lambda **kw: UIntXWeightOnlyConfig(torch.uint2, 32, **kw)):
+        assert config(algorithm="clip").weight((64, 128)) == config().weight((64, 128))
+    model = nn.Sequential(nn.Linear(128, 64))
+    report = quantize_(model, UIntXWeightOnlyConfig(torch.uint2, 32, algorithm="clip"))
+    assert report.rows[0].algorithm == "clip" and model[0].weight.nbytes_packed == 128 * 64 * (2 + 24 / 32) / 8
+    assert model[0].weight.scale.dtype == torch.bfloat16 and model[0].weight.zero_point.dtype == torch.uint8
 
 
 def test_hqq_finds_the_grid_that_made_the_weight():
@@ -433,7 +480,7 @@ def test_names():
         SmoothQuant()
     )
     assert parse_recipe(GPTQ(damping=0.1)) == GPTQ(damping=0.1)
-    with pytest.raises(ValueError, match="algorithm must be among awq, bias_correction, gptq, hqq, rtn, smoothquant"):
+    with pytest.raises(ValueError, match="algorithm must be among awq, bias_correction, clip, gptq, hqq, rtn, smoothquant"):
         Int4WeightOnlyConfig(algorithm="gtpq")
     with pytest.raises(ValueError, match="'gptq' decides the codes, and must come last"):
         Int4WeightOnlyConfig(algorithm="gptq+awq")
@@ -445,14 +492,14 @@ def test_names():
 
 
 def test_zero_points_of_recipes():
-    """A fraction and 16 bits where nothing is asked for, which is less memory than an integer and float32."""
+    """Scales of 16 bits; beside them an integer where numbers are rounded to nearest or cut, else a fraction."""
     for config in (Int4WeightOnlyConfig, lambda size, **k: UIntXWeightOnlyConfig(torch.uint4, size, **k)):
         usual, found = config(32).weight((64, 64)), config(32, algorithm="hqq").weight((64, 64))
-        assert (usual.zero_point, usual.scale_dtype) == ("int", "float32")
+        assert (usual.zero_point, usual.scale_dtype) == ("int", "bfloat16")
         assert (found.zero_point, found.scale_dtype) == ("float", "bfloat16")
-        assert found.quantize(weight()).nbytes_packed < usual.quantize(weight()).nbytes_packed
+        assert usual.quantize(weight()).nbytes_packed < found.quantize(weight()).nbytes_packed
         asked = config(32, algorithm="hqq", zero_point_domain=ZeroPointDomain.INT).weight((64, 64))
-        assert (asked.zero_point, asked.scale_dtype) == ("int", "float32")
+        assert (asked.zero_point, asked.scale_dtype) == ("int", "bfloat16")
     signed = IntxWeightOnlyConfig(torch.int3, PerGroup(32), MappingType.ASYMMETRIC, algorithm="gptq").weight((64, 64))
     assert signed == Intx(3, (1, 32), zero_point="float", scale_dtype="bfloat16")
     assert Int8DynamicActivationInt4WeightConfig(algorithm="gptq").weight((64, 64)) == Intx(4, (1, 32), symmetric=True)

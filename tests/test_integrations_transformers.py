@@ -381,7 +381,7 @@ def test_a_part_of_a_checkpoint_and_a_head_that_is_new(saved, folders):
 
 
 def test_dtypes(folders, saved):
-    """Scales stay in float32; what the weight dequantizes to follows the model."""
+    """Scales stay in the dtype of their Spec; what the weight dequantizes to follows the model."""
     model = load("llama", folders["llama"], quantization_config=AoConfig(INT4), dtype=torch.float16)
     w = model.model.layers[0].mlp.up_proj.weight
     assert model.dtype == w.dtype == torch.float16 and w.scale.dtype == torch.bfloat16 and not w.requires_grad

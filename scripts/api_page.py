@@ -58,24 +58,27 @@ def public(module: str) -> list[str]:
     """The names in `__all__`, sorted."""
     found = find(module, "__all__")
     assert found is not None, f"{module} has no __all__"
-    assert isinstance(found.node, ast.Assign) and isinstance(found.node.value, ast.List)
-    names: list[str] = []
-    for element in found.node.value.elts:
-        if isinstance(element, ast.Starred):  # *_quant, which is the __all__ of another module
-            assert isinstance(element.value, ast.Name)
-            source = next(s for s, name, local in imports(module) if local == element.value.id and name == "__all__")
-            names += public(source)
-        else:
-            names.append(ast.literal_eval(element))
+    assert isinstance(found.node, (ast.Assign, ast.AnnAssign)) and isinstance(found.node.value, ast.List)
+    names: list[str] = ast.literal_eval(found.node.value)
+    for node in statements(module):
+        if (
+            isinstance(node, ast.AugAssign) and ast.unparse(node.target) == "__all__"
+        ):  # += the __all__ of another module
+            theirs = ast.unparse(node.value)
+            names += public(next(s for s, name, local in imports(module) if local == theirs and name == "__all__"))
     return sorted(names, key=str.lower)
+
+
+def statements(module: str) -> list[ast.stmt]:
+    """Those of a module, and those below `if TYPE_CHECKING`."""
+    body = tree(module).body
+    return [*body, *(node for block in body if isinstance(block, ast.If) for node in block.body)]
 
 
 def imports(module: str) -> Iterator[tuple[str, str, str]]:
     """(module, name, local name) of what a module imports from others of `ao`."""
     package = (ROOT / module.replace(".", "/")).is_dir()
-    body = tree(module).body
-    typing = [node for block in body if isinstance(block, ast.If) for node in block.body]  # if TYPE_CHECKING
-    for node in [*body, *typing]:
+    for node in statements(module):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "ao"):
             parts = module.split(".")
             base = parts[: len(parts) - node.level + package] if node.level else []

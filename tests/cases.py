@@ -24,6 +24,7 @@ from ao.dtypes import (
     FloatX,
     Intx,
     PositiveSteps,
+    Shifted,
     Spec,
 )
 
@@ -54,6 +55,7 @@ def weight(shape: tuple[int, ...] = SHAPE, seed: int = 0, dtype: torch.dtype = t
 
 SIXTEENTHS = tuple((i - 8) / 8 for i in range(17) if i != 8)
 BYTES = tuple((i - 127.5) / 127.5 for i in range(256))
+BYTE_SCALES = Intx(8, (1, 2), signed=False, symmetric=True, scale_dtype="float16")
 
 CASES = [
     Case(Intx(8), 0.00696),
@@ -81,6 +83,7 @@ CASES = [
     Case(NF4, 0.09204),
     Case(Codebook(SIXTEENTHS, (1, 32)), 0.11271),
     Case(Codebook(BYTES, (1, -1)), 0.00697),
+    Case(Codebook(scale_spec=Codebook(BYTES, (1, -1), offset=True)), 0.09203),
     Case(DynamicTree(8, True, (1, 64)), 0.00949),
     Case(DynamicTree(4, True, (1, 32)), 0.12950),
     Case(PositiveSteps(4, (1, 32)), 0.80139),
@@ -95,4 +98,7 @@ CASES = [
     Case(NVFP4, 0.09521),
     Case(FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)), four_over_six=True), 0.08728),
     Case(FP6, 0.05180),
+    Case(Shifted(4, (1, 32), scale_dtype="float16"), 0.07836),
+    Case(Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 2), narrow=True, scale_dtype="float16")), 0.02192),
+    Case(Shifted(5, (1, 32), scale_spec=BYTE_SCALES, shift_spec=BYTE_SCALES), 0.03790),
 ]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +34,13 @@ def folder(tmp_path, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers")
     made = tmp_path / "model"
     made.mkdir()
-    (made / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8}))
+    (made / "config.json").write_text(
+        json.dumps({"model_type": "llama", "vocab_size": 8, "max_position_embeddings": 64})
+    )
+    header = json.dumps(
+        {"model.layers.0.mlp.weight": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}
+    ).encode()
+    (made / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     words = tokenizers.models.WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -39,6 +50,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("[")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
     monkeypatch.chdir(tmp_path)
     return made
@@ -74,6 +86,16 @@ CASES = {
     "--plan other": ("autoquant model ", "is a folder"),
     f"--plan p.json --device {ABSENT}": ("autoquant model ", "is not there"),
     "absent": ("inspect ", "there is no file"),
+    "org/name out": ("quantize --config int8 ", "hf download org/name"),
+    "other out": ("quantize --config int8 ", "it has pytorch_model.bin, which is a pickle"),
+    "--skip lm_head mpl": (QUANTIZE, "'mpl' fits no module of the model; near to it are"),
+    "--skip [": (QUANTIZE, "is no regular expression"),
+    "--text text.txt --window 128": (QUANTIZE, "--window 128 is more than the 64 positions"),
+    "--window  65": ("eval model --text text.txt ", "more than the 64 positions"),
+    "--tokens 1 65": ("bench model ", "more than the 64 positions"),
+    "--recipe gtpq": (QUANTIZE, "--recipe must be among"),
+    "--plan broken.json": ("quantize model out ", "broken.json holds no plan"),
+    "--plan absent.json": ("quantize model out ", "does not exist"),
 }
 
 
@@ -110,3 +132,30 @@ def test_what_can_be_made_is_made(folder, tmp_path):
     with pytest.raises(AssertionError, match="work began"):
         main(["autoquant", "model", "--plan", "new/sub/p.json"])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_found_before_the_work(folder, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    assert main(f"{QUANTIZE}".split()) == 2
+    assert "OUT_DIR out will take some" in capsys.readouterr().err
+
+
+def test_mistakes_are_told_without_torch(folder):
+    """Nothing that takes a second to import comes along for what needs none of it."""
+    code = (
+        "import sys; sys.argv[0] = 'ao'; import ao_command\n"
+        "try: ao_command.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    for words in (
+        "--help", "--version", "formats", "quantize --help", "quantize model out --config int9",
+        "quantize absent out --config int8",
+        "quantize model out --config int8 --skip mpl", "quantize model out --config int8 --device nonsense",
+        "bench model --configs int9", "eval model --text text.txt --window 65", "autoquant model --plan other",
+    ):  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, "-c", code, *words.split()],
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )  # fmt: skip
+        assert ran.stdout.endswith("[]\n"), (words, ran.stdout[-300:], ran.stderr[-300:])

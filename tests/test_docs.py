@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import api_page  # noqa: E402
+import moving_page  # noqa: E402
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 RUN = [
@@ -54,6 +55,12 @@ def test_links_lead_somewhere(page):
             heads = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
             slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
             assert anchor in slugs, f"{page.name} links to {target}#{anchor}"
+
+
+def test_the_tables_of_other_libraries_names_are_up_to_date():
+    text = moving_page.PAGE.read_text(encoding="utf-8")
+    assert text == moving_page.page(text), "run scripts/moving_page.py"
+    assert all(f"`{name}`" in text for library in ("quanto", "bitsandbytes") for name in moving_page.names(library))
 
 
 def test_the_page_of_public_names_is_up_to_date():

@@ -263,7 +263,7 @@ def test_autocast(case, dtype, device):
 @pytest.mark.parametrize("spec", [Float8(act=Float8()), Float8(block=(-1, -1), act=Float8(block=(-1, -1)))], ids=str)
 def test_emulated_codes_in_autocast(spec, monkeypatch):
     """The path of chips without float8, which multiplies the codes in float32; forward and backward."""
-    monkeypatch.setattr(linear, "PATHS", [p for p in linear.PATHS if p[0] == "float8"])
+    monkeypatch.setattr(linear, "PATHS", {"": tuple(p for p in linear.PATHS[""] if p.name == "float8")})
     q, x = spec.quantize(weight((128, 4096))), weight((20, 4096), 1).requires_grad_()
     expected = reference(x, q)
     for run in (F.linear, torch.compile(F.linear, backend="aot_eager", fullgraph=True)):

@@ -33,7 +33,7 @@ class Messages(expecttest.TestCase):
 IntxTensor(Intx(bits=8), shape=(64, 256), torch.bfloat16, cpu, 8.12 bits per element)
 IntxTensor(Intx(bits=4, block=(1, 32)), shape=(64, 256), torch.bfloat16, cpu, 5.25 bits per element)
 Float8Tensor(Float8(format='e5m2', block=(-1, -1)), shape=(64, 256), torch.bfloat16, cpu, 8.00 bits per element)
-CodebookTensor(Codebook(table='nf4', scale_spec=Intx(bits=8, signed=False, symmetric=False, zero_point='float')), shape=(64, 256), torch.bfloat16, cpu, 4.41 bits per element)
+CodebookTensor(NF4, shape=(64, 256), torch.bfloat16, cpu, 4.41 bits per element)
 IntxTensor(Intx(bits=8, act=Intx(bits=8)), shape=(64, 256), torch.bfloat16, cpu, 8.12 bits per element)""",
         )
         trained = nn.Parameter(Intx(8).quantize(w))

@@ -7,9 +7,8 @@ import torch
 from cases import weight
 from torch import nn
 
-from ao.dtypes import NF4, Float8, Intx, reciprocal
+from ao.dtypes import NF4, Float8, Intx, Operand, reciprocal
 from ao.matmul import (
-    Codes,
     cast_whole,
     codes_both,
     codes_of,
@@ -75,13 +74,17 @@ def test_transposed(spec, shape, device):
     if is_square(spec):
         same, turned = codes_both(x, spec)
         ways.append(turned)
-        for a, b in zip(codes_of(x, spec), same):
+        for a, b in zip(tensors(codes_of(x, spec)), tensors(same)):
             assert torch.equal(as_numbers(a), as_numbers(b))
         ways.append(codes_of_transposed(spec.quantize(x)))
     for codes in ways:
-        assert isinstance(codes, Codes) == isinstance(expected, Codes)
-        for a, b in zip(expected, codes) if isinstance(codes, Codes) else [(expected, codes)]:
+        assert isinstance(codes, Operand) == isinstance(expected, Operand)
+        for a, b in zip(tensors(expected), tensors(codes)):
             assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(as_numbers(a), as_numbers(b))
+
+
+def tensors(codes: Operand | torch.Tensor) -> list[torch.Tensor]:
+    return [codes.codes, codes.scale] if isinstance(codes, Operand) else [codes]
 
 
 def as_numbers(t: torch.Tensor) -> torch.Tensor:
@@ -106,7 +109,7 @@ def test_odd_shapes(device):
     out = scaled_product(codes_of(x, INT8), codes_of(w, INT8), torch.float32)
     assert compute_error(INT8.quantize(x).dequantize() @ INT8.quantize(w).dequantize().t(), out) > 100
     assert scaled_product(codes_of(x[:0], INT8), codes_of(w, INT8), torch.float32).shape == (0, 10)
-    assert codes_of_transposed(x[:0], INT8).values.shape == (36, 0)
+    assert codes_of_transposed(x[:0], INT8).codes.shape == (36, 0)
 
 
 @pytest.mark.gpu
@@ -118,7 +121,7 @@ def test_compiled_on_a_gpu():
 
     def product(x, w):
         a, turned = codes_both(x, WHOLE)
-        return scaled_product(a, codes_of(w, WHOLE), torch.bfloat16), turned.values.view(torch.uint8)
+        return scaled_product(a, codes_of(w, WHOLE), torch.bfloat16), turned.codes.view(torch.uint8)
 
     x, w = weight((256, 512)).cuda().bfloat16(), weight((128, 512), 1).cuda().bfloat16()
     for expected, found in zip(product(x, w), torch.compile(product, fullgraph=True)(x, w)):

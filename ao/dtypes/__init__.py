@@ -1,5 +1,8 @@
 """Number formats: what a quantized tensor is, and what can be done with one."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .. import installation as _installation  # noqa: F401  raises if ao/__init__.py is another package's
 from . import coalesced as _coalesced  # noqa: F401  gives DDP its first broadcast
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
@@ -7,7 +10,6 @@ from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
-from .checkpoint import load, save
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
 from .flat import Flat, FlatTensor
@@ -17,8 +19,24 @@ from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .mapped import Mapped, MappedTensor
+from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
+from .shifted import Shifted, ShiftedTensor
+
+if TYPE_CHECKING:
+    from .checkpoint import load, save
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`load` and `save`, which are imported when they are asked for."""
+        if name in ("load", "save"):
+            return getattr(importlib.import_module(".checkpoint", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "E8M0",
@@ -28,6 +46,7 @@ __all__ = [
     "MXFP8",
     "NF4",
     "NVFP4",
+    "Cast",
     "Codebook",
     "CodebookTensor",
     "DynamicTree",
@@ -50,11 +69,14 @@ __all__ = [
     "MappedTensor",
     "NF4Tensor",
     "Opaque",
+    "Operand",
     "PerBlock",
     "PlainLayout",
     "PositiveSteps",
     "QTensor",
     "Shared",
+    "Shifted",
+    "ShiftedTensor",
     "Spec",
     "TensorCoreTiledLayout",
     "amax_abs",

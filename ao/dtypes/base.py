@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from .bits import CHUNK
 from .blocks import block_grid, expand
 from .lattice import lattice
+from .operand import Cast, Operand
 from .pieces import Box, boxes, is_eager, part, piece_size
 from .rounding import narrow, round_to
 from .running_layer import running_layer
@@ -79,6 +80,8 @@ class Spec:
     act: Spec | None = dataclasses.field(default=None, kw_only=True)
 
     registry: ClassVar[dict[str, type[Spec]]] = {}
+    named: ClassVar[dict[Spec, str]] = {}
+    """Specs that print as a name, under which they are public."""
     tensor_type: ClassVar[type[QTensor]]
 
     if TYPE_CHECKING:  # A field here would come before those of a subclass.
@@ -116,8 +119,29 @@ class Spec:
         kinds = self.choose_qparams(torch.empty(grid, device="meta"), grid)
         return {name: _stored(t.float(), kinds.get(name, t)) for name, t in qparams.items()}
 
+    def block_of(self, qparam: str) -> tuple[int, ...]:
+        """The elements that share the qparam called so."""
+        return self.block
+
     def check_range(self, x: Tensor) -> None:
         """Raise ValueError for finite data `x` that is too large or too small for the qparams of this dtype."""
+
+    def operand(self, q: Any) -> Operand | None:
+        """How `q` multiplies by its codes (operand.py), or None, where a product reads what `q.decode()` gives.
+
+        q: a QTensor of this Spec, or anything else that has its fields as attributes. It is asked at every product: give the
+        fields as they are, and compute nothing.
+        """
+        return None
+
+    def rearranged(self, x: Tensor, q: Any) -> tuple[Tensor, QTensor] | None:
+        """Another activation and another weight that have the same product as `x` (..., K) and `q` (N, K), or None: for a weight
+        that is stored in another order."""
+        return None
+
+    def cast(self) -> Cast | None:
+        """How data becomes codes of a byte that `operand` gives, or None, where they are made otherwise."""
+        return None
 
     # What follows.
 
@@ -207,7 +231,8 @@ class Spec:
         return cls(**values)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+        name = Spec.named.get(self)
+        return name or f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
 
 
 def _from_json(value: Any) -> Any:
@@ -318,8 +343,8 @@ def _write(field: Tensor, piece: Tensor, box: Box, shape: torch.Size) -> None:
     """Put what belongs to `box` of data of `shape` in its place in `field`."""
     if isinstance(field, QTensor) and isinstance(piece, QTensor):
         for name, t in field.fields().items():
-            shared = field.roles[name] == "shared"
-            _write(t, piece.fields()[name], [(0, n) for n in shape] if shared else box, shape)
+            inner = piece.fields()[name]
+            t.copy_(inner) if field.roles[name] == "shared" else _write(t, inner, box, shape)
     else:
         part(field, box, shape).copy_(piece)
 

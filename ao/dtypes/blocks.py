@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.jit._trace import is_tracing
 
 from .pieces import is_eager
 from .tracing import known
@@ -124,6 +123,14 @@ def mean_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
     return blocks.abs().mean(list(range(1, blocks.dim(), 2)), dtype=wide).float()
 
 
+def mean(x: Tensor) -> Tensor:
+    """The mean of all elements, summed in float64, so that the order of the sum does not show."""
+    if known(x.numel() == 0):
+        return _zeros(x, ())
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return x.mean(dtype=wide).float()
+
+
 def _zeros(x: Tensor, grid: Sequence[int]) -> Tensor:
     return torch.zeros(tuple(grid), device=x.device)
 
@@ -131,4 +138,4 @@ def _zeros(x: Tensor, grid: Sequence[int]) -> Tensor:
 def _one_block(x: Tensor, grid: Sequence[int]) -> bool:
     """Whether to reduce all of `x` at once: eager code then reads it a single time and copies nothing. What torch.jit.trace
     records is for any number of blocks."""
-    return is_eager(x) and not is_tracing() and all(g == 1 for g in grid)
+    return is_eager(x, or_recorded=False) and all(g == 1 for g in grid)

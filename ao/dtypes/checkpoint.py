@@ -55,7 +55,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import FUNCTIONS, QTensor, Spec
+from .base import QTensor, Spec
 
 VERSION = 1
 SINGLE = "model.safetensors"
@@ -486,18 +486,6 @@ def _fits(q: QTensor) -> bool:
         return False
     # Decoding on the meta device looks at shapes only. A private layout is its device's own business.
     return "opaque" in roles.values() or q.map(lambda t: t.to("meta")).decode_scaled().shape == q.shape
-
-
-def _no_storage(q: Tensor) -> Any:
-    """What writers of files ask, to find tensors that are tied, before they would write memory that is not there."""
-    raise RuntimeError(
-        f"a {type(q).__name__} has several tensors for fields and no storage of its own. To save it: ao.save(model, path); or, "
-        "before save_pretrained, save_file or save_model of transformers, diffusers, accelerate or safetensors, import "
-        "ao.integrations.transformers (.diffusers, .safetensors), which teaches them how"
-    )
-
-
-FUNCTIONS[Tensor.storage] = _no_storage
 
 
 def _safetensors() -> Any:

@@ -7,20 +7,42 @@ element and 64 bits per row, in place of 4.5.
 
 from __future__ import annotations
 
+import itertools
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
-from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
+from .blocks import amax_abs, blocks_shape, expand, in_blocks, mean, to_blocks
 from .intx import Intx
-from .onnx_mode import exporting
-from .pieces import is_eager
-from .rounding import reciprocal
+from .operand import Operand, look_up
+from .rounding import reciprocal, round_to
+
+
+def _dynamic() -> tuple[float, ...]:
+    """The signed map of 8 bits with seven decades (arXiv:1511.04561), rounded to float32 as bitsandbytes rounds it: decade i is
+    the middles of 2**i steps from 0.1 to 1, times 10**(i - 6)."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        n = 2**i
+        step = _float32(0.9 / n)
+        ends = [_float32(0.1) + step * j if 2 * j <= n else 1.0 - step * (n - j) for j in range(n + 1)]
+        ends = [_float32(e) for e in ends]
+        for a, b in itertools.pairwise(ends):
+            value = _float32(_float32((a + b) / 2) * _float32(10.0 ** (i - 6)))
+            values += [value, -value]
+    return tuple(sorted(values))
+
+
+def _float32(x: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", x))[0])
+
 
 TABLES: dict[str, tuple[float, ...]] = {
     # QLoRA (arXiv:2305.14314), appendix E: the quantiles of a normal distribution, with an exact zero.
@@ -42,18 +64,23 @@ TABLES: dict[str, tuple[float, ...]] = {
         0.7229568362236023,
         1.0,
     ),
+    # bitsandbytes' 4-bit float, over 12, and its map of the scales of double quantization.
+    "fp4": tuple(sorted(_float32(s * v / 12) for s in (-1, 1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))),
+    "dynamic": _dynamic(),
 }
 
 
 @dataclass(frozen=True, repr=False)
 class Codebook(Spec):
-    """Codes into a sorted table of values in [-1, 1], with a float32 scale per block.
+    """Codes into a sorted table of values, with a scale per block.
 
     table: a name in `TABLES`, or the sorted values themselves, 2, 4, 8, ... or 256 of them.
     block: elements that share a scale.
-    scale_spec: how to quantize the scales (double quantization); None keeps them in float32.
+    scale_dtype: "float32", "bfloat16" or "float16".
+    scale_spec: how to quantize the scales instead (double quantization).
+    offset: take the mean of all elements off first, one float32: x = table[code] * scale + offset.
 
-        scale = max|x| over the block,    code = argmin_i |x / scale - table[i]|
+        scale = max|x| over the block / max|table|,    code = argmin_i |x / scale - table[i]|
 
     A value midway between two entries takes the lower one. With `scale_spec` the codes are chosen for the scale as it is
     stored. Raises ValueError for a table that is not sorted or whose length is no power of two.
@@ -62,6 +89,8 @@ class Codebook(Spec):
     table: str | tuple[float, ...] = "nf4"
     block: tuple[int, ...] = (1, 64)
     scale_spec: Spec | None = None
+    offset: bool = False
+    scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.table, str) and self.table not in TABLES:
@@ -73,6 +102,8 @@ class Codebook(Spec):
             raise ValueError(f"Codebook: table must have 2, 4, 8, ... or 256 values, got {n}")
         if list(self.values) != sorted(self.values):
             raise ValueError("Codebook: the values of table must be sorted")
+        if self.scale_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"Codebook: scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype!r}")
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -84,30 +115,50 @@ class Codebook(Spec):
         """Bits per code."""
         return int(math.log2(len(self.values)))
 
+    def block_of(self, qparam: str) -> tuple[int, ...]:
+        """The offset is that of the tensor."""
+        return (-1,) if qparam == "offset" else self.block
+
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """scale of shape `grid`: float32, or quantized by `scale_spec`."""
-        return self.stored(scale=amax_abs(x, grid))
+        """scale of shape `grid`, as it is stored; and the offset, of one element."""
+        offset = None
+        if self.offset:
+            offset = mean(x).reshape((1,) * x.dim())
+            x = x - offset
+        largest, scale = max(map(abs, self.values)), amax_abs(x, grid)
+        return self.stored(scale=scale if largest == 1 else scale * (1 / largest), offset=offset)
 
-    def stored(self, *, scale: Tensor) -> dict[str, Tensor]:
-        """The scale, quantized by `scale_spec`."""
-        return {"scale": scale if self.scale_spec is None else self.scale_spec.quantize(scale)}
+    def stored(self, *, scale: Tensor, offset: Tensor | None = None) -> dict[str, Tensor]:
+        """The scale in its dtype, or quantized by `scale_spec`, and the offset."""
+        scale = scale.float()
+        nested = self.scale_spec
+        stored = round_to(scale, getattr(torch, self.scale_dtype)) if nested is None else nested.quantize(scale)
+        found: dict[str, Tensor] = {"scale": stored}
+        return found if offset is None else {**found, "offset": offset}
 
-    def encode(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor | None]:
-        """The nearest entries of the table for `x` (float32) under the given scale."""
-        codes, table = self._codes(x, scale)
+    def encode(self, x: Tensor, *, scale: Tensor, offset: Tensor | None = None) -> dict[str, Tensor | None]:
+        """The nearest entries of the table for `x` (float32) under the given scale and offset."""
+        codes, table = self._codes(x, scale, offset)
         return {
             "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, self)),
             "scale": scale,
+            "offset": offset,
             "table": table,
         }
 
-    def round(self, x: Tensor, *, scale: Tensor) -> Tensor:
+    def round(self, x: Tensor, *, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """The nearest multiples of the scale for `x` (float32)."""
-        codes, table = self._codes(x, scale)
-        return (to_blocks(look_up(table, codes), scale.shape) * in_blocks(dense(scale))).reshape(x.shape)
+        codes, table = self._codes(x, scale, offset)
+        values = (to_blocks(look_up(table, codes), scale.shape) * in_blocks(dense(scale).float())).reshape(x.shape)
+        return values if offset is None else values + expand(offset, x.shape)
 
-    def _codes(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def operand(self, q: Any) -> Operand | None:
+        """Codes into a table; None with an offset."""
+        return Operand(q.qdata, q.scale, None, "table", self.bits, 0, q.table) if q.offset is None else None
+
+    def _codes(self, x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes, uint8 of the shape of `x`, and the table."""
+        x = x if offset is None else x - expand(offset, x.shape)
         unit = (to_blocks(x, scale.shape) * in_blocks(reciprocal(dense(scale)))).reshape(x.shape)
         table = torch.tensor(self.values, dtype=torch.float32, device=x.device)
         middles = [(a + b) / 2 for a, b in zip(self.values, self.values[1:])]
@@ -122,15 +173,17 @@ class Codebook(Spec):
 
 
 class CodebookTensor(QTensor, spec=Codebook):
-    """x = table[code] * scale.
+    """x = table[code] * scale + offset.
 
     qdata: (..., K * bits / 8) uint8.
-    scale: one per block, float32, or a QTensor that dequantizes to it.
+    scale: one per block, of scale_dtype, or a QTensor that dequantizes to it.
+    offset: (1, ..., 1) float32, or None for 0.
     table: (2**bits,) float32.
     """
 
     qdata: Elements
     scale: PerBlock
+    offset: PerBlock | None
     table: Shared
 
     spec: Codebook
@@ -138,18 +191,16 @@ class CodebookTensor(QTensor, spec=Codebook):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
-        return (look_up(self.table, codes) * in_blocks(dense(self.scale))).to(dtype).reshape(self.shape)
-
-
-def look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """table[codes]. Codes are in bounds: a compiler need not check each of them."""
-    if exporting():
-        return table[codes.long()]
-    return table[codes.int()] if is_eager(codes) else torch.ops.aten._unsafe_index(table, [codes.int()])
+        values = look_up(self.table, codes) * in_blocks(dense(self.scale).float())
+        if self.offset is not None:
+            values = values.reshape(self.shape) + expand(self.offset, self.shape)
+        return values.to(dtype).reshape(self.shape)
 
 
 NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float"))
 """QLoRA's NormalFloat: blocks of 64, the scales of a row quantized to 8 bits with a row scale and offset."""
+
+Spec.named[NF4] = "NF4"
 
 NF4Tensor = CodebookTensor
 

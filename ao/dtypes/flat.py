@@ -159,7 +159,6 @@ FlatTensor.own_ops[aten.new_zeros.default] = _new(torch.zeros)
 FlatTensor.own_ops[aten.new_empty.default] = _new(torch.empty)
 
 if torch.distributed.is_available():
-    from torch.distributed import _functional_collectives  # noqa: F401  defines the operator
 
     @_implements(torch.ops._c10d_functional.all_gather_into_tensor.default)
     def _all_gather(q: FlatTensor, group_size: int, group_name: Any) -> QTensor:

@@ -7,7 +7,7 @@ Cost: `8 + 32 / block` bits per element.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .blocks import amax_abs, in_blocks, to_blocks
 from .onnx_mode import exporting
+from .operand import Cast, Operand
 from .rounding import power_of_two_above, reciprocal
 
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -65,6 +66,14 @@ class Float8(Spec):
         if exporting():
             return {"qdata": q.reshape(x.shape).to(self.dtype), "scale": scale}  # onnxruntime reshapes no float8
         return {"qdata": q.to(self.dtype).reshape(x.shape), "scale": scale}
+
+    def operand(self, q: Any) -> Operand:
+        """Codes as they are."""
+        return Operand(q.qdata, q.scale, None, "float")
+
+    def cast(self) -> Cast:
+        """A cast to the format."""
+        return Cast(self.dtype, -self.max, self.max, levels=None if self.power_of_two else self.max)
 
 
 class Float8Tensor(QTensor, spec=Float8):

@@ -9,7 +9,7 @@ Cost: bits + 8 / 32 = 4.25 bits per element for MXFP4, 4 + 8 / 16 = 4.5 for NVFP
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .float8 import Float8
+from .operand import Operand, minifloat
 from .rounding import reciprocal, round_to
 
 _MANTISSA, _BIAS = 23, 127
@@ -158,11 +159,12 @@ class FloatX(Spec):
         return (codes | sign).to(torch.uint8).reshape(x.shape)
 
     def values(self, codes: Tensor) -> Tensor:
-        """What codes stand for, float32: the magnitude's bits moved into a float32, times a power of two."""
-        word = codes.to(torch.int32)
-        magnitude = (word & (2 ** (self.bits - 1) - 1)) << (_MANTISSA - self.mantissa)
-        # The exponent of float32 is smaller by the difference of the biases; denormal numbers come out right as well.
-        return _signed(magnitude.view(torch.float32) * 2.0 ** (_BIAS - self.bias), word >> (self.bits - 1))
+        """What codes stand for, float32."""
+        return minifloat(codes, self.exponent, self.mantissa)
+
+    def operand(self, q: Any) -> Operand:
+        """Small floats, also where a byte is one of torch's: packed codes have no infinity and no NaN."""
+        return Operand(q.qdata, q.scale, None, "minifloat", self.bits, exponent=self.exponent)
 
 
 class FloatXTensor(QTensor, spec=FloatX):
@@ -182,10 +184,6 @@ class FloatXTensor(QTensor, spec=FloatX):
         shape = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), shape)
         return (self.spec.values(codes) * in_blocks(_wide(self.scale))).to(dtype).reshape(self.shape)
-
-
-def _signed(size: Tensor, sign: Tensor) -> Tensor:
-    return ((sign << 31) | size.view(torch.int32)).view(torch.float32)
 
 
 def _wide(scale: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ Both compute x = (q - 8) * scale + zero with q in [0, 15] and scale and zero sid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .base import Opaque, QTensor, Spec
 from .intx import Intx
+from .operand import Operand
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,6 +73,10 @@ class Int4Prepacked(Spec):
     def round(self, x: Tensor, *, scale: Tensor, zero_point: Tensor) -> Tensor:
         """As of `Intx`: the values before the kernel's layout rounds the qparams."""
         return self._affine.round(x, scale=scale, zero_point=zero_point)
+
+    def operand(self, q: Any) -> Operand:
+        """The layout of ATen's product, scale and zero side by side."""
+        return Operand(q.qdata, q.scale_and_zero, None, "int4pack", 4)
 
     def encode(self, x: Tensor, *, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor | None]:
         """Codes and qparams in the kernel's layout."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
+from .operand import Cast, Operand
 from .rounding import narrow, product, reciprocal, round_to, stochastic_round
 
 
@@ -176,6 +177,24 @@ class Intx(Spec):
         if self._offset:
             q = q.sub_(self._offset)
         return self._values(q, scale, zero_point).reshape(x.shape)
+
+    def operand(self, q: Any) -> Operand:
+        """Codes with an affine map."""
+        bits = self.bits
+        offset = 2 ** (bits - 1) if self.signed and bits < 8 else 0
+        return Operand(
+            q.qdata, q.scale, q.zero_point, "affine", bits, 0.5 if offset == 1 and self.symmetric else offset
+        )
+
+    def cast(self) -> Cast | None:
+        """Integers of 8 bits; None for fewer, which are packed."""
+        if self.bits < 8:
+            return None
+        steps = self.qmax - self.qmin
+        plain = self.symmetric and self.clip and self.scale_dtype == "float32"
+        levels = (steps / 2 if self.signed else steps) if plain else None
+        dtype = torch.int8 if self.signed else torch.uint8
+        return Cast(dtype, self.qmin, self.qmax, not self.symmetric, levels, self.rounding == "nearest")
 
     @property
     def _offset(self) -> int:

@@ -501,3 +501,15 @@ for _name in " ".join(READS.values()).split():
 # These PyTorch makes of a difference before an operator is asked for.
 for _function in (torch.isclose, torch.Tensor.isclose, torch.allclose, torch.Tensor.allclose):
     FUNCTIONS[_function] = _read(_function)
+
+
+def _no_storage(q: Tensor) -> Any:
+    """What writers of files ask, to find tensors that are tied, before they would write memory that is not there."""
+    raise RuntimeError(
+        f"a {type(q).__name__} has several tensors for fields and no storage of its own. To save it: ao.save(model, path); or, "
+        "before save_pretrained, save_file or save_model of transformers, diffusers, accelerate or safetensors, import "
+        "ao.integrations.transformers (.diffusers, .safetensors), which teaches them how"
+    )
+
+
+FUNCTIONS[Tensor.storage] = _no_storage

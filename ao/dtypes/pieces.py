@@ -21,10 +21,16 @@ Box = Sequence[tuple[int, int]]
 """[start, stop) along each dim."""
 
 
-def is_eager(x: Tensor, on_meta: bool = False) -> bool:
+def is_eager(x: Tensor, or_recorded: bool = True, on_meta: bool = False) -> bool:
     """Whether ops on `x` run at once and on memory: nothing is being traced, and `x` is neither a subclass nor on meta, nor
-    one of torch.func's. on_meta: whether that holds of an `x` on meta, where there is no memory."""
+    one of torch.func's.
+
+    or_recorded: also where torch.jit.trace records what runs. on_meta: whether that holds of an `x` on meta, where there is no
+    memory.
+    """
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta is not on_meta:
+        return False
+    if not or_recorded and torch._C._is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False

@@ -29,7 +29,7 @@ def _travels(q: QTensor, name: str, apart: bool = False) -> bool:
         raise opaque(q, name)
     if role != "per_block" or name == "pre_scale":
         return role == "elements"
-    return apart or not spans(q.spec.block, q.dim(), 0)
+    return apart or not spans(q.spec.block_of(name), q.dim(), 0)
 
 
 def _staying(q: QTensor) -> Iterator[str]:
@@ -161,13 +161,11 @@ def _run(op: Any, outputs: list[Any], args: tuple[Any, ...]) -> Any:
 
 
 if torch.distributed.is_available():
-    from torch.distributed import _functional_collectives  # noqa: F401  defines the operators
-
     _functional, _c10d = torch.ops._c10d_functional, torch.ops.c10d
     OPS[_functional.all_gather_into_tensor.default] = _all_gather
     for _op in (_functional.wait_tensor.default, _functional.broadcast.default):
         OPS[_op] = _each_field(_op)
-    if hasattr(_functional, "_wrap_tensor_autograd"):  # torch 2.13
-        OPS[_functional._wrap_tensor_autograd.default] = _each_field(_functional._wrap_tensor_autograd.default)
+    # In torch 2.13, of a module that takes long to import and is there when somebody calls the operator.
+    OPS["_c10d_functional::_wrap_tensor_autograd"] = lambda q: q.map(_functional._wrap_tensor_autograd.default)
     for _op in (_c10d.scatter_.default, _c10d.broadcast_.default):
         OPS[_op] = _in_place(_op)

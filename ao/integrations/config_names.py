@@ -1,4 +1,4 @@
-"""What a Hugging Face config says of a format: a config of `ao`, a Spec, the name of a config, or the dict that was saved."""
+"""What a Hugging Face config says of a format: a config of `ao`, a Spec, a name, or the dict that was saved."""
 
 from __future__ import annotations
 
@@ -6,32 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..dtypes import Spec
-from ..quant import Config, FqnToConfig, SpecConfig, config_from_dict
+from ..quant import Config, config_from_dict
 from ..quant.config import ModelConfig
+from ..quant.read_format import read_format
 
 AUTOQUANT = "autoquant"
+AS_STORED = "as_stored"
+"""As another library has quantized the checkpoint."""
 
 
 def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config | Spec | str:
-    """The config that `quant_type` stands for, or "autoquant".
+    """The config that `quant_type` stands for, "autoquant" or "as_stored".
 
-    quant_type: a config, a Spec, a dict of `config_to_dict`, "autoquant", or the name of a config with or without capitals,
-        underscores and "Config": "int4_weight_only" is `Int4WeightOnlyConfig`.
+    quant_type: a config, a Spec, a dict of `config_to_dict`, "autoquant", "as_stored", or a name that `read_format` knows
+        ("int8", "int4_weight_only", "int4-g128+hqq").
     kwargs: parameters of a config that is given by name. Of "autoquant" they are the arguments.
 
-    Raises TypeError for what is none of these and ValueError for a name that no config has.
+    Raises TypeError for what is none of these and ValueError for a name that is not known.
     """
     if isinstance(quant_type, str):
-        if quant_type == AUTOQUANT:
-            return AUTOQUANT
-        known = {_plain(name): cls for name, cls in Config.registry.items() if cls not in (FqnToConfig, SpecConfig)}
-        known = {name: cls for name, cls in known.items() if not issubclass(cls, ModelConfig)}
-        if _plain(quant_type) not in known:
-            raise ValueError(
-                f"{who}: quant_type {quant_type!r} names no config; give 'autoquant', 'int4_weight_only' or the like, for one of "
-                + ", ".join(cls.__name__ for cls in known.values())
-            )
-        return known[_plain(quant_type)](**kwargs)
+        return quant_type if quant_type in (AUTOQUANT, AS_STORED) else read_format(quant_type, kwargs, who)
     if kwargs:
         raise TypeError(f"{who}: {sorted(kwargs)} are for a quant_type given by name; set them in the config itself")
     if isinstance(quant_type, Mapping):
@@ -48,7 +42,3 @@ def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config
             "after loading"
         )
     return quant_type
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "").removesuffix("config")

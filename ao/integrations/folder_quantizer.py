@@ -74,7 +74,7 @@ def quantize_folder(
     settings.modules_to_not_convert = plain_linears(model, plan)
     mapped = MappedFiles(map(str, files))
     with new_folder(target) as part:
-        shards = _Shards(part, max_shard_bytes)
+        shards = Shards(part, max_shard_bytes)
         for name, t in _tensors(files):
             done = t.nbytes
             report.model_bytes += done
@@ -89,7 +89,7 @@ def quantize_folder(
             if progress is not None:
                 progress(done)
         shards.finish()
-        _copy_others(source, part)
+        copy_others(source, part)
         data = json.loads((source / "config.json").read_text(encoding="utf-8"))
         data["quantization_config"] = settings.to_dict()
         (part / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -135,7 +135,7 @@ def quantize_folder_in_memory(
     mark_quantized(model, settings)
     with new_folder(target) as part:
         model.save_pretrained(part, max_shard_size=max_shard_bytes)
-        _copy_others(source, part)
+        copy_others(source, part)
     return report
 
 
@@ -183,7 +183,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 @dataclass
-class _Shards:
+class Shards:
     """Safetensors files in `folder`, each of at most `limit` bytes or of one tensor. They get their names at the end."""
 
     folder: Path
@@ -232,7 +232,7 @@ _WEIGHTS = re.compile(
 )
 
 
-def _copy_others(source: Path, target: Path) -> None:
+def copy_others(source: Path, target: Path) -> None:
     """Everything of a model folder that is not the model's weights or its config.json: tokenizer, code, licence, sub-folders.
 
     Weights are told by their names, in any format. A sub-folder that has some is another form of the model (`onnx`,

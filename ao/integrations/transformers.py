@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import sys
 from collections import Counter
 from collections.abc import Collection
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -36,8 +38,10 @@ from ..quant.coverage import by_default
 from ..quant.report import Report, storage_bytes
 from ..quant.slots import slots_of
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
-from .config_names import AUTOQUANT, read_quant_type
+from .config_names import AS_STORED, AUTOQUANT, read_quant_type
+from .foreign.checkpoint import ForeignCheckpoint, quantization_config
 from .mapped_memory import MappedFiles
+from .redirect import redirect
 from .transformers_layers import embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
 
@@ -57,9 +61,12 @@ class AoConfig(QuantizationConfigMixin):
     """How to quantize a model while `from_pretrained` loads it.
 
     quant_type: a config (`ao.Int4WeightOnlyConfig()`), a Spec (`ao.Intx(bits=3, block=(1, 64))`), rules by name
-        (`ao.FqnToConfig`), the name of a config ("int4_weight_only", with its parameters as further keyword arguments), or
-        "autoquant": the model then records what it runs, until `model.finalize_autoquant()`; keyword arguments go to
-        `ao.autoquant`.
+        (`ao.FqnToConfig`), the name of a format or a config ("int8", "int4-g128+hqq", "int4_weight_only", with parameters as
+        further keyword arguments), or "autoquant": the model then records what it runs, until
+        `model.finalize_autoquant()`; keyword arguments go to `ao.autoquant`. "as_stored" keeps what another library has
+        quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ, quanto, FP8, MXFP4, NVFP4) as it is, bit for bit, in
+        tensors of ours.
+    weights: another name of quant_type: `AoConfig(weights="int4")`.
     modules_to_not_convert: names, ends of names or regular expressions of modules that stay as they are. By default those
         are the output head, and what is tied to the embedding; giving a list replaces this default, and a head that is tied
         to an embedding stays as it is with it. A rule of a FqnToConfig that names a layer takes it even so; "_default" does
@@ -76,11 +83,12 @@ class AoConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        quant_type: Any,
+        quant_type: Any = None,
         modules_to_not_convert: list[str] | None = None,
         include_embedding: bool = False,
         untie_embedding_weights: bool = False,
         *,
+        weights: Any = None,
         include_input_output_embeddings: bool = False,
         quant_method: str = "ao",
         quant_type_kwargs: dict[str, Any] | None = None,
@@ -91,6 +99,11 @@ class AoConfig(QuantizationConfigMixin):
                 "AoConfig: untie_embedding_weights must be False: a tied embedding and head are quantized as one tensor, with "
                 "include_embedding=True; set tie_word_embeddings=False in the model's config to part them"
             )
+        if (quant_type is None) == (weights is None):
+            raise TypeError(
+                "AoConfig: give quant_type, such as AoConfig('int8'), or weights=, which is another name of it"
+            )
+        quant_type = weights if quant_type is None else quant_type
         kwargs |= quant_type_kwargs or {}
         self.quant_method = QuantizationMethod.AO
         self.quant_type = read_quant_type(quant_type, kwargs, "AoConfig")
@@ -136,7 +149,7 @@ class AoHfQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)  # saving writes into it what was left out
         self.report = Report()
         self.plan: Plan = {}
-        self.stored = Stored({})
+        self.stored: Stored | ForeignCheckpoint = Stored({})
         self.loading: PreTrainedModel | None = None
         self.keep: list[str] = []
         self.files = MappedFiles(())
@@ -169,7 +182,7 @@ class AoHfQuantizer(HfQuantizer):
         """Bytes per element, all fields of a quantized parameter counted."""
         if param_name in self.plan:
             spec = self.plan[param_name].spec
-        elif param_name in self.stored.entries:
+        elif isinstance(self.stored, Stored) and param_name in self.stored.entries:
             spec = Spec.from_dict(self.stored.entries[param_name]["spec"])
         else:
             return param.element_size()
@@ -180,9 +193,15 @@ class AoHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if self.quantization_config.quant_type == AS_STORED:
+            self.stored, self.loading = foreign_checkpoint(checkpoint_files or []), model
+            self.pre_quantized = True  # also where only a file beside config.json says so
+            known = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = known | set(map(re.escape, self.stored.ignored))
+            return
         if self.pre_quantized:
-            self.stored, self.loading = Stored.of(checkpoint_files or []), model
-            self.stored.make_room(model)
+            self.stored, self.loading = stored = Stored.of(checkpoint_files or []), model
+            stored[0].make_room(model)
             return
         self.keep = self.kept(model)
         if self.quantization_config.quant_type != AUTOQUANT:
@@ -209,7 +228,7 @@ class AoHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """The conversions of the model, after that of the stored fields."""
-        if not self.stored.entries:
+        if not self.stored.parameters:
             return weight_conversions
         model, self.loading = self.loading, None
         return [Fields(self.stored, weight_conversions, model, self), *weight_conversions]
@@ -223,6 +242,8 @@ class AoHfQuantizer(HfQuantizer):
         for name in self.plan:
             if not isinstance(model.get_parameter_or_buffer(name), QTensor):
                 self.report.skipped[name] = "the checkpoint does not have it"
+        if self.quantization_config.quant_type == AS_STORED:
+            self.quantization_config.quant_type = rules_of(model)
         if self.plan:
             self.report.measure(model)
         if self.quantization_config.quant_type == AUTOQUANT and not self.pre_quantized:
@@ -324,6 +345,15 @@ def is_saved_quantized(model: nn.Module) -> bool:
 
 _save_pretrained = PreTrainedModel.save_pretrained
 _get_memory_footprint = PreTrainedModel.get_memory_footprint
+_from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+@functools.wraps(_from_pretrained)
+def from_pretrained(cls: Any, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+    """As in transformers. `quantization_config` may be a config of `ao` or a Spec, which stands for an AoConfig of it."""
+    if isinstance(quantization_config, (Config, Spec)):
+        quantization_config = AoConfig(quantization_config)
+    return _from_pretrained(cls, *args, quantization_config=quantization_config, **kwargs)
 
 
 @functools.wraps(_save_pretrained)
@@ -348,6 +378,7 @@ def get_memory_footprint(self: Any, return_buffers: bool = True) -> int:
     return sum(storage_bytes(t) for t in tensors)
 
 
+PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment,arg-type]
 PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 PreTrainedModel.get_memory_footprint = get_memory_footprint  # type: ignore[method-assign]
 
@@ -364,6 +395,40 @@ def rules_of(model: nn.Module) -> FqnToConfig:
         table |= dict.fromkeys(set(layers) - found.keys())
         table = {name: spec for name, spec in table.items() if name not in layers or spec != default}
     return FqnToConfig(table)
+
+
+def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
+    """The checkpoint in these files. Raises ValueError for files that are not safetensors, and for what no reader knows."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in files:
+        if not path.endswith(".safetensors"):
+            raise ValueError(f"{path} is no safetensors file, and ao reads no others")
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    folder = Path(files[0]).parent if files else Path()
+    config = quantization_config(folder) if files else None
+    if config is None:
+        raise ValueError(
+            f"AoConfig: quant_type='as_stored' is for checkpoints that another library has quantized, and {folder} says "
+            "nothing of it; give a config such as 'int4_weight_only'"
+        )
+    return ForeignCheckpoint(config, names)
+
+
+def _merge_quantization_configs(cls: Any, stored: Any, given: Any) -> Any:
+    """As in transformers, which refuses a config of one library for a checkpoint of another; "as_stored" is for that."""
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if isinstance(given, AoConfig) and given.quant_type == AS_STORED:
+        return _original_merge(cls, stored, None) if str(method) == "ao" else given
+    return _original_merge(cls, stored, given)
+
+
+_original_merge = redirect(
+    AutoHfQuantizer.merge_quantization_configs.__func__,  # type: ignore[attr-defined]
+    _merge_quantization_configs,
+)
 
 
 def refuse_disk(device_map: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..dtypes import QTensor
 from ..dtypes.checkpoint import read_header, stored_names, unflatten
 from ..quant.job import Job, check_values
 from ..quant.report import Report
+from .foreign.checkpoint import ForeignCheckpoint
 from .mapped_memory import MappedFiles
 
 Plan = Mapping[str, Job]
@@ -77,6 +78,20 @@ class Stored:
     entries: dict[str, dict[str, Any]]
     names: Collection[str] = frozenset()
     """Of all stored tensors."""
+    checked: set[Hashable] = field(default_factory=set)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The full names of the quantized tensors."""
+        return list(self.entries)
+
+    def stored_names(self, name: str) -> list[str]:
+        """What is stored of a quantized tensor, its guard first."""
+        return [name, *stored_names(name, self.entries[name])]
+
+    def make(self, name: str, get: Callable[[str], Tensor], dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """The tensor, which dequantizes to `dtype`. get: what is stored under a name."""
+        return unflatten(name, self.entries[name], get, self.checked).to(dtype)
 
     @classmethod
     def of(cls, files: list[str]) -> Stored:
@@ -121,29 +136,34 @@ class Stored:
 
 
 class Fields(WeightConverter):
-    """Collects the stored fields of each quantized tensor for its parameter, by exact names in place of patterns."""
+    """Collects what is stored of each quantized tensor for its parameter, by exact names in place of patterns."""
 
-    def __init__(self, stored: Stored, conversions: list[Any], model: Any, hf_quantizer: Any) -> None:
-        self.targets: dict[str, tuple[str, str]] = {}  # stored name, after renaming -> parameter, field
-        sources: dict[str, str] = {}
+    def __init__(
+        self, stored: Stored | ForeignCheckpoint, conversions: list[Any], model: Any, hf_quantizer: Any
+    ) -> None:
+        self.targets: dict[str, tuple[str, str]] = {}  # stored name, after renaming -> parameter, key
+        sources: dict[str, tuple[str, dict[str, str]]] = {}  # parameter -> its name in the files, stored name -> key
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         known = model.state_dict()
-        for name, entry in stored.entries.items():
+        keys: dict[str, str] = {}  # what a stored name ends with -> a name that no other ends with
+        for name in stored.parameters:
             target, _ = rename_source_key(name, renamings, [], model.base_model_prefix, known)
             target = name if target not in known and name in known else target
             if target not in known:
                 continue  # of a part that this model does not have; the loader reports it
-            sources[target] = name
-            for field in (name, *stored_names(name, entry)):
-                self.targets[rename_source_key(field, renamings, [])[0]] = target, field.removeprefix(name) or "guard"
-        fields = sorted({field for _, field in self.targets.values()})
-        super().__init__(fields or ["guard"], [""], [Unflatten(stored, sources, hf_quantizer)])
+            sources[target] = name, {}
+            for field_ in stored.stored_names(name):
+                end = field_.removeprefix(name.rpartition(".")[0])
+                key = keys.setdefault(end, f"{len(keys)}:")
+                sources[target][1][field_] = key
+                self.targets[rename_source_key(field_, renamings, [])[0]] = target, key
+        super().__init__(list(keys.values()) or ["0:"], [""], [Unflatten(stored, sources, hf_quantizer)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightConverter:
         return WeightConverter(list(self.source_patterns), [""], self.operations)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """(parameter, field) of a stored name, or the name and None."""
+        """(parameter, key) of a stored name, or the name and None."""
         if source_key not in self.targets:
             return source_key, None
         self._was_used = True
@@ -151,13 +171,17 @@ class Fields(WeightConverter):
 
 
 class Unflatten(ConversionOps):
-    """The fields of one quantized tensor -> the parameter."""
+    """What is stored of one quantized tensor -> the parameter."""
 
-    def __init__(self, stored: Stored, sources: Mapping[str, str], hf_quantizer: Any) -> None:
+    def __init__(
+        self,
+        stored: Stored | ForeignCheckpoint,
+        sources: Mapping[str, tuple[str, Mapping[str, str]]],
+        hf_quantizer: Any,
+    ) -> None:
         self.hf_quantizer = hf_quantizer  # by this attribute the loader knows to leave the dtype of the fields alone
         self.stored = stored
         self.sources = sources
-        self.checked: set[Hashable] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unflatten:
         return self
@@ -166,14 +190,12 @@ class Unflatten(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """input_dict: field -> a list of one plain tensor."""
+        """input_dict: key -> a list of one plain tensor."""
         refuse_sharded(model, full_layer_name)
-        name = self.sources[full_layer_name]
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-        get: Callable[[str], Tensor] = lambda stored: input_dict[stored.removeprefix(name)][0]  # noqa: E731
-        q = unflatten(name, self.stored.entries[name], get, self.checked)
-        assert isinstance(q, QTensor)
-        return {full_layer_name: nn.Parameter(q.to(dtype), requires_grad=False)}
+        name, keys = self.sources[full_layer_name]
+        parameter = model.get_parameter_or_buffer(full_layer_name)
+        q = self.stored.make(name, lambda stored: input_dict[keys[stored]][0], parameter.dtype, parameter.shape)
+        return {full_layer_name: nn.Parameter(q, requires_grad=False)}
 
 
 def refuse_sharded(model: Any, name: str) -> None:

@@ -54,7 +54,7 @@ class AoVllmConfig(QuantizationConfig):
             raise ValueError(
                 f"ao in vLLM reads quantized linear layers only, and this is a checkpoint {what}; save another"
             )
-        self.rules = read if isinstance(read, FqnToConfig) else FqnToConfig({"_default": read})  # type: ignore[dict-item]
+        self.rules = read if isinstance(read, FqnToConfig) else FqnToConfig({"_default": read})
         self.modules_to_not_convert = modules_to_not_convert or []
 
     def get_name(self) -> str:

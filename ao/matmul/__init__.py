@@ -4,10 +4,9 @@ from . import doors as _doors  # noqa: F401  gives F.linear and its kin their me
 from .kernels.device import has_float8
 from .layers import QuantizedLayer, adopt, layer_class, set_parameter
 from .linear import path_name
-from .product import Codes, cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
+from .product import cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 
 __all__ = [
-    "Codes",
     "QuantizedLayer",
     "adopt",
     "cast_whole",

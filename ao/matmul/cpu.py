@@ -13,25 +13,21 @@ What decides how an expression is written here, as measured on the C++ that Indu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.jit._trace import is_tracing
 
 from ..dtypes.base import QTensor
-from ..dtypes.bits import CHUNK, packed_dim
-from ..dtypes.float8 import Float8Tensor
-from ..dtypes.int4_prepacked import Int4PrepackedTensor
-from ..dtypes.intx import IntxTensor
+from ..dtypes.bits import CHUNK, packed_dim, unpack
+from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
-from . import anywhere, cpu_decode
-from .anywhere import compiling, quantize_act, quantized_act, scaled_by_row
+from . import cpu_decode
+from .anywhere import compiling, int8_operand, quantize_act, quantized_act
+from .kernels.device import VNNI
+from .path import Path, Product
 from .shared_graph import shared
-
-_VNNI = torch.cpu._is_vnni_supported()
 
 # The floating-point products that this CPU does in hardware.
 _FLOATS = {torch.float32, torch.float64}
@@ -46,13 +42,17 @@ _FEW = 4
 """Up to so many tokens it is faster to go through a large weight with all of them than to decode it."""
 
 
+def _linear_in_chunks(w: QTensor) -> Operand | None:
+    """The operand of a weight in chunks whose numbers are codes less a zero point."""
+    operand = cpu_decode.in_chunks(w)
+    return None if operand is None or not operand.linear or isinstance(operand.scale, QTensor) else operand
+
+
 def sums_accepts(x: Tensor, w: QTensor) -> bool:
     return (
-        x.device.type == "cpu"
-        and cpu_decode.AVX512
+        cpu_decode.AVX512
         and compiling()
-        and isinstance(w, (IntxTensor, Float8Tensor))
-        and cpu_decode.in_chunks(w)
+        and _linear_in_chunks(w) is not None
         # Last, as this makes another graph: of one token, and for a large weight of a few.
         and (known(x.shape[0] == 1) or (w.numel() >= _LARGE and known(x.shape[0] > 0) and known(x.shape[0] <= _FEW)))
     )
@@ -64,27 +64,28 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
 
     In float32, 32 elements a step: the products with both halves of a chunk are added before they go to the sum.
     """
-    assert isinstance(w, (IntxTensor, Float8Tensor))
-    tokens, scale = x.shape[0], w.scale.float()  # (n or 1, groups)
+    operand = _linear_in_chunks(w)
+    assert operand is not None
+    tokens, scale = x.shape[0], operand.scale.float()  # (n or 1, groups)
     act = _activation(x, w)
     side = 1 if tokens == 1 else _FEW
     rows = F.pad(act, (0, 0, 0, -tokens % side)).view(
         -1, side, scale.shape[1], w.shape[1] // scale.shape[1] // CHUNK, 2, 16
     )
-    if cpu_decode.bits(w) == 4:
+    if operand.bits == 4:
         # Of a byte 16 h + l, h stays where it is: x h + y l = (x / 16) (16 h + l) + (y - x / 16) l.
         first, second = rows.unbind(-2)
         rows = torch.stack((first - second / 16, second / 16), -2)
-        low, high = cpu_decode.nibbles_and_bytes(w)
+        low, high = cpu_decode.nibbles_and_bytes(operand)
     else:
-        low, high = cpu_decode.halves(w)
+        low, high = cpu_decode.halves(operand)
     rows = _stored(rows)  # (tokens / side, side, groups, chunks of a group, 2, 16)
     parts = zip(low.chunk(2), high.chunk(2), scale.expand(w.shape[0], -1).chunk(2))
     out = torch.cat([_dots(rows, *part) for part in parts])  # (n, tokens / side, side)
     out = out.view(w.shape[0], -1)[:, :tokens]
-    if scaled_by_row(w):
+    if operand.by_row:
         out = out * scale
-    zero = cpu_decode.zero(w)
+    zero = cpu_decode.zero(operand)
     if isinstance(zero, Tensor) or zero:
         of_groups = _stored(act.unflatten(1, (scale.shape[1], -1)).sum(-1))  # (tokens, groups)
         out = out - ((scale * zero).unsqueeze(1) * of_groups).sum(-1)
@@ -111,13 +112,10 @@ def words_accepts(x: Tensor, w: QTensor) -> bool:
     few = (
         4 if torch.bfloat16 in _FLOATS else 8
     )  # A CPU without bfloat16 products takes twice as long for 2 tokens as for 1.
+    operand = None if cpu_decode.AVX512 or not compiling() else _linear_in_chunks(w)
     return (
-        x.device.type == "cpu"
-        and not cpu_decode.AVX512
-        and compiling()
-        and isinstance(w, (IntxTensor, Float8Tensor))
-        and (cpu_decode.bits(w) < 8 or cpu_decode.AVX2)
-        and cpu_decode.in_chunks(w)
+        operand is not None
+        and (operand.bits < 8 or cpu_decode.AVX2)
         and (
             known(x.shape[0] == 1) or (w.numel() >= _LARGE and known(x.shape[0] > 0) and known(x.shape[0] <= few))
         )  # last, as in `sums`
@@ -130,23 +128,26 @@ def words(x: Tensor, w: QTensor) -> Tensor:
 
     The order of the elements is that of the packed words, so the activation is put into that order.
     """
-    assert isinstance(w, (IntxTensor, Float8Tensor))
-    n, groups = w.shape[0], w.scale.shape[1]
+    operand = _linear_in_chunks(w)
+    assert operand is not None
+    n, groups = w.shape[0], operand.scale.shape[1]
     rows = _activation(x, w).view(x.shape[0], groups, -1, CHUNK)  # (M, groups, chunks of a group, 32)
-    packed = cpu_decode.words(w)  # (N, groups, chunks of a group, words of a chunk)
-    scale = w.scale.float()[..., None, None].expand(n, -1, 1, 1)
+    packed = cpu_decode.words(operand)  # (N, groups, chunks of a group, words of a chunk)
+    scale = operand.scale.float()[..., None, None].expand(n, -1, 1, 1)
     out = None
-    for size, start in cpu_decode.sections(cpu_decode.bits(w)):
+    for size, start in cpu_decode.sections(operand.bits):
         section = _stored(_in_lanes(rows, size))
         # Four rows side by side share the loads of the activation.
         parts = zip(packed[..., start : start + size].chunk(4), scale.chunk(4))
-        dots = torch.cat([_dot(section, part, size, w.qdata.dtype, part_scale) for part, part_scale in parts])  # (N, M)
+        dots = torch.cat(
+            [_dot(section, part, size, operand.codes.dtype, part_scale) for part, part_scale in parts]
+        )  # (N, M)
         out = dots if out is None else out + dots * 2**start
     assert out is not None
-    zero = cpu_decode.zero(w, cpu_decode.through_words)
+    zero = cpu_decode.zero(operand, cpu_decode.through_words)
     if isinstance(zero, Tensor) or zero:
         of_groups = _stored(rows.sum((-1, -2)))  # (M, groups)
-        out = out - ((w.scale.float() * zero).unsqueeze(1) * of_groups).sum(-1)
+        out = out - ((operand.scale.float() * zero).unsqueeze(1) * of_groups).sum(-1)
     return out.t().to(x.dtype).contiguous()
 
 
@@ -171,18 +172,22 @@ def _dot(x: Tensor, packed: Tensor, size: int, dtype: torch.dtype, scale: Tensor
     return (products * scale.unsqueeze(1).unsqueeze(-1)).sum((2, 3, 4)).sum(-1)
 
 
+def _int8_by_row(w: QTensor) -> Operand | None:
+    """The operand of a weight of int8 with one scale per row or for all, whose Spec leaves activations as they are."""
+    operand = w.spec.operand(w) if w.spec.act is None else None
+    fits = operand is not None and operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
+    return operand if fits else None
+
+
 def int8pack_accepts(x: Tensor, w: QTensor) -> bool:
+    operand = _int8_by_row(w)
     return (
-        x.device.type == "cpu"
+        operand is not None
         and not (cpu_decode.AVX512 and compiling())
         and x.dtype == torch.bfloat16
         and known(x.shape[0] > 0)
         and known(x.shape[0] < 4)
-        and isinstance(w, IntxTensor)
-        and w.spec.act is None
-        and w.qdata.dtype == torch.int8
-        and w.zero_point is None
-        and w.scale.shape == (w.shape[0], 1)
+        and operand.scale.shape == (w.shape[0], 1)
         # For other shapes ATen reads beyond the end of the weight, or takes its address to be a multiple of 16, and faults
         # where the weight is mapped from a file.
         and w.shape[0] % 4 == 0
@@ -193,16 +198,31 @@ def int8pack_accepts(x: Tensor, w: QTensor) -> bool:
 def int8pack(x: Tensor, w: QTensor) -> Tensor:
     """ATen's int8 weight-only product, which reads the weight once per token. Slow in any type but bfloat16, so that the
     float32 scale is applied to the sum."""
-    assert isinstance(w, IntxTensor)
-    signs = _stored(w.scale.flatten().sign().to(x.dtype))
-    sums = torch._weight_int8pack_mm(_stored(x), w.qdata, signs)
-    return (sums.float() * w.scale.float().abs().t()).to(x.dtype)
+    operand = w.spec.operand(w)
+    assert operand is not None
+    signs = _stored(operand.scale.flatten().sign().to(x.dtype))
+    sums = torch._weight_int8pack_mm(_stored(x), operand.codes, signs)
+    return (sums.float() * operand.scale.float().abs().t()).to(x.dtype)
+
+
+def int8pack_launch(x: Tensor, w: QTensor) -> Product:
+    """`int8pack` for eager mode, where there is no compiler to store anything for."""
+    operand, k, n = w.spec.operand, w.shape[1], w.shape[0]
+
+    def run(x: Tensor, w: QTensor) -> Tensor:
+        codes, scale, *_ = operand(w)  # type: ignore[misc]
+        sums = torch._weight_int8pack_mm(x.reshape(-1, k).contiguous(), codes, scale.flatten().sign().to(x.dtype))
+        return (sums.float() * scale.float().abs().t()).to(x.dtype).view(*x.shape[:-1], n)
+
+    return run
 
 
 def int4pack_accepts(x: Tensor, w: QTensor) -> bool:
+    operand = w.spec.operand(w)
     return (
-        isinstance(w, Int4PrepackedTensor)
-        and w.spec.kernel == "cpu"
+        operand is not None
+        and operand.kind == "int4pack"
+        and operand.codes.dtype == torch.uint8  # that of a GPU is int32
         and w.spec.act is None
         and known(x.numel() > 0, True)
     )
@@ -210,9 +230,11 @@ def int4pack_accepts(x: Tensor, w: QTensor) -> bool:
 
 def int4pack(x: Tensor, w: QTensor) -> Tensor:
     """ATen's int4 product on its own layout."""
-    assert isinstance(w, Int4PrepackedTensor)
-    scale_and_zero = _stored(w.scale_and_zero.to(x.dtype))
-    return torch._weight_int4pack_mm_for_cpu(_stored(x), w.qdata, w.spec.block[1], scale_and_zero)
+    operand = w.spec.operand(w)
+    assert operand is not None
+    scale_and_zero = _stored(operand.scale.to(x.dtype))  # (K / group, N, 2)
+    group = x.shape[1] // scale_and_zero.shape[0]
+    return torch._weight_int4pack_mm_for_cpu(_stored(x), operand.codes, group, scale_and_zero)
 
 
 KEPT_BYTES = 2**33
@@ -226,9 +248,13 @@ class _Copy:
 
     total = bytes = 0
 
-    def __init__(self, w: IntxTensor) -> None:
-        self.form = self.form_of(w)
-        self.codes = self._counted(torch._convert_weight_to_int4pack_for_cpu(w.codes().int() + w.spec._offset, 1))
+    def __init__(self, w: QTensor, form: list[int]) -> None:
+        operand = w.spec.operand(w)
+        assert operand is not None
+        self.form = form
+        codes = unpack(operand.codes, 4).int()
+        self.codes = self._counted(torch._convert_weight_to_int4pack_for_cpu(codes, 1))
+        self.group = w.shape[1] // operand.scale.shape[1]
         self.by_dtype: dict[torch.dtype, Tensor] = {}
 
     def _counted(self, t: Tensor) -> Tensor:
@@ -239,34 +265,42 @@ class _Copy:
     def __del__(self) -> None:
         _Copy.total -= self.bytes
 
-    def scale_and_zero(self, w: IntxTensor, dtype: torch.dtype) -> Tensor:
+    def scale_and_zero(self, w: QTensor, dtype: torch.dtype) -> Tensor:
         """(K / group, N, 2), where the value of a code is (code - 8) * scale + zero."""
-        scale, offset = w.scale.float(), 8 - w.spec._offset
-        zero = scale * (offset if w.zero_point is None else offset - w.zero_point.float())
+        operand = w.spec.operand(w)
+        assert operand is not None
+        scale, offset = operand.scale.float(), 8 - operand.offset
+        zero = scale * (offset if operand.zero_point is None else offset - operand.zero_point.float())
         made = self.by_dtype[dtype] = self._counted(torch.stack([scale.t(), zero.t()], -1).to(dtype).contiguous())
         return made
 
     @staticmethod
-    def form_of(w: QTensor) -> list[int]:
-        """What changes when something is written to the weight or to a field, or when the fields are exchanged."""
-        fields = w.fields().values()
-        return [w._version, *(t._version for t in fields), *(t.data_ptr() for t in fields)]
+    def form_of(w: QTensor) -> list[int] | None:
+        """What changes when something is written to the weight or to a field, or when the fields are exchanged; None for tensors
+        of inference mode, which do not tell."""
+        if w.is_inference():
+            return None
+        form = [w._version]
+        for t in w.fields().values():
+            if t.is_inference():
+                return None
+            form += t._version, t.data_ptr()
+        return form
 
 
 def kept_accepts(x: Tensor, w: QTensor) -> bool:
+    operand = w.spec.operand(w) if w.spec.act is None and is_eager(x, or_recorded=False) else None
     return (
-        x.device.type == "cpu"
-        and is_eager(x)
-        and not is_tracing()
+        operand is not None
         and 0 < x.shape[0] <= 64
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and isinstance(w, IntxTensor)
-        and w.spec.bits == 4
-        and w.spec.act is None
+        and operand.kind == "affine"
+        and operand.bits == 4
         and w.shape[0] % 16 == 0
-        and packed_dim(w.qdata.shape, w.shape) == 1
-        and w.scale.shape[0] == w.shape[0]
-        and w.shape[1] in [group * w.scale.shape[1] for group in _GROUPS]
+        and packed_dim(operand.codes.shape, w.shape) == 1
+        and operand.scale.shape[0] == w.shape[0]
+        and w.shape[1] in [group * operand.scale.shape[1] for group in _GROUPS]
+        and not isinstance(operand.scale, QTensor)
     )
 
 
@@ -276,31 +310,25 @@ def kept(x: Tensor, w: QTensor) -> Tensor:
 
     Of the dtype of x are scale and zero, which loses as much as casting the weight to it.
     """
-    assert isinstance(w, IntxTensor)
-    if w.is_inference() or w.qdata.is_inference():  # nothing would tell of a change
+    form = _Copy.form_of(w)
+    if form is None:
         return pieces(x, w)
     copy: _Copy | None = w.__dict__.get("cpu_copy")
-    if copy is None or copy.form != _Copy.form_of(w):
+    if copy is None or copy.form != form:
         if _Copy.total + w.numel() // 2 > KEPT_BYTES:
             return pieces(x, w)
-        copy = w.cpu_copy = _Copy(w)  # type: ignore[attr-defined]
+        copy = w.cpu_copy = _Copy(w, form)  # type: ignore[attr-defined]
     scale_and_zero = copy.by_dtype.get(x.dtype)
     if scale_and_zero is None:
         scale_and_zero = copy.scale_and_zero(w, x.dtype)
-    group = w.shape[1] // w.scale.shape[1]
-    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), copy.codes, group, scale_and_zero)
+    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), copy.codes, copy.group, scale_and_zero)
 
 
 def split_accepts(x: Tensor, w: QTensor) -> bool:
     return (
-        x.device.type == "cpu"
-        and _VNNI
+        VNNI
         and x.dtype in (torch.bfloat16, torch.float16)  # 16 bits are not enough for float32
-        and isinstance(w, IntxTensor)
-        and w.spec.act is None
-        and w.qdata.dtype == torch.int8
-        and w.zero_point is None
-        and scaled_by_row(w)
+        and _int8_by_row(w) is not None
         and known(x.numel() > 0, True)
     )
 
@@ -312,15 +340,16 @@ def split(x: Tensor, w: QTensor) -> Tensor:
     step = max|x| / 32512 of a token, so that both bytes fit in int8, and what x loses is less than the output's rounding to
     bfloat16. Both products are one of integers, exact. It takes as long as a product of bfloat16, and reads half.
     """
-    assert isinstance(w, IntxTensor)
+    operand = w.spec.operand(w)
+    assert operand is not None
     tokens = x.shape[0]
     step = x.float().abs().amax(-1, keepdim=True) / 32512
     whole = (x.float() * (1 / step)).round().to(torch.int32)
     low = ((whole + 128) & 255) - 128
     high = (whole - low) >> 8
-    total = _integer_product(torch.cat([high.to(torch.int8), low.to(torch.int8)]), w.qdata)  # (N, 2 M)
+    total = _integer_product(torch.cat([high.to(torch.int8), low.to(torch.int8)]), operand.codes)  # (N, 2 M)
     total = total[:, :tokens].float() * 256 + total[:, tokens:].float()
-    return ((total * w.scale.float()).t() * step).to(x.dtype).contiguous()
+    return ((total * operand.scale.float()).t() * step).to(x.dtype).contiguous()
 
 
 def _integer_product(x: Tensor, q: Tensor) -> Tensor:
@@ -330,38 +359,42 @@ def _integer_product(x: Tensor, q: Tensor) -> Tensor:
 
 
 def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.device.type == "cpu" and anywhere.int_mm_accepts(x, w)
+    return int8_operand(w) is not None and known(x.numel() > 0, True)
 
 
 @shared
 def int_mm(x: Tensor, w: QTensor) -> Tensor:
     """((q_x - z) @ q_w.T) * scale_x * scale_w. Without integer dot products in float32, exact up to 2**24, and many times
     faster than integers there."""
-    assert isinstance(w, IntxTensor)
-    act = quantize_act(x, w)
-    if _VNNI:
-        q, tokens = act["qdata"], x.shape[0]
-        if "zero_point" in act:
+    operand, act = int8_operand(w), quantize_act(x, w)
+    assert operand is not None
+    if VNNI:
+        q, tokens = act.codes, x.shape[0]
+        if act.zero_point is not None:
             # One more row, of ones, so that the same product gives the sums of the weight that the zero point multiplies.
             q = torch.cat([q, q.new_ones(1, q.shape[1])])
-        total = _integer_product(q, w.qdata).t().float()  # (M, N), or one more row
-        if "zero_point" in act:
-            total = total[:tokens] - act["zero_point"].float() * total[tokens:]
+        total = _integer_product(q, operand.codes).t().float()  # (M, N), or one more row
+        if act.zero_point is not None:
+            total = total[:tokens] - act.zero_point.float() * total[tokens:]
     else:
-        rows = act["qdata"].float()
-        if "zero_point" in act:
-            rows = rows - act["zero_point"].float()
+        rows = act.codes.float()
+        if act.zero_point is not None:
+            rows = rows - act.zero_point.float()
         total = _by_piece(rows, w, _integers)
-    return (total * act["scale"].float() * w.scale.float().t()).to(x.dtype).contiguous()
+    return (total * act.scale.float() * operand.scale.float().t()).to(x.dtype).contiguous()
 
 
 def _integers(w: QTensor) -> Tensor:
-    assert isinstance(w, IntxTensor)
-    return _in_order(w, lambda q: q) if cpu_decode.fast(w) else w.qdata.float()
+    operand = cpu_decode.fast(w)
+    if operand is not None:
+        return _in_order(operand, lambda q: q)
+    operand = w.spec.operand(w)
+    assert operand is not None
+    return operand.codes.float()
 
 
 def pieces_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.device.type == "cpu" and (x.dtype not in _FLOATS or _pieces(w) > 1 or cpu_decode.fast(w))
+    return x.dtype not in _FLOATS or _pieces(w) > 1 or cpu_decode.fast(w) is not None
 
 
 @shared
@@ -370,12 +403,14 @@ def pieces(x: Tensor, w: QTensor) -> Tensor:
     trip through memory. Computed in float32 on a CPU without products of x's dtype."""
     dtype = x.dtype if x.dtype in _FLOATS else torch.float32
     rows = _activation(x, w).to(dtype)
-    if not (cpu_decode.AVX512 and dtype == torch.bfloat16 and cpu_decode.fast(w)):
+    operand = cpu_decode.fast(w) if cpu_decode.AVX512 and dtype == torch.bfloat16 else None
+    if operand is None:
         return _by_piece(rows, w, lambda part: _decode(part, dtype)).to(x.dtype)
-    if not _is_exact(w):
+    if not (operand.plain and operand.by_row):
         return _by_piece(cpu_decode.interleaved(rows), w, _pairs)
+    # Bytes are bfloat16 numbers.
     total = _by_piece(cpu_decode.interleaved(rows), w, _exact_pairs)
-    return (total.float() * w.scale.float().t()).to(x.dtype)  # type: ignore[attr-defined]
+    return (total.float() * operand.scale.float().t()).to(x.dtype)
 
 
 def _by_piece(rows: Tensor, w: QTensor, decode: Callable[[QTensor], Tensor]) -> Tensor:
@@ -401,36 +436,34 @@ def _pieces(w: QTensor) -> int:
 
 def _decode(w: QTensor, dtype: torch.dtype) -> Tensor:
     """`w.decode(dtype)`."""
-    if not cpu_decode.fast(w):
-        return w.decode(dtype)
-    packed = cast(cpu_decode.Packed, w)
-    return _in_order(packed, lambda q: cpu_decode.scaled(q, packed).to(dtype))
+    operand = cpu_decode.fast(w)
+    return w.decode(dtype) if operand is None else _in_order(operand, lambda q: cpu_decode.scaled(q, operand).to(dtype))
 
 
 def _pairs(w: QTensor) -> Tensor:
     """The weight in bfloat16, for an activation that is `interleaved`."""
-    w = cast(cpu_decode.Packed, w)
-    first, second = (cpu_decode.scaled(q, w) for q in cpu_decode.halves(w))  # (n, groups, chunks, 16)
+    operand = _readable(w)
+    first, second = (cpu_decode.scaled(q, operand) for q in cpu_decode.halves(operand))  # (n, groups, chunks, 16)
     return cpu_decode.pairs(first, second).view(w.shape[0], -1).view(torch.bfloat16)
 
 
 def _exact_pairs(w: QTensor) -> Tensor:
     """The same without the scale."""
-    first, second = cpu_decode.halves(cast(cpu_decode.Packed, w))
+    first, second = cpu_decode.halves(_readable(w))
     return cpu_decode.pairs(first, second, exact=True).view(w.shape[0], -1).view(torch.bfloat16)
 
 
-def _is_exact(w: QTensor) -> bool:
-    """Whether elements of 8 bits are bfloat16 numbers, and one scale serves a row."""
-    plain = isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits == 8 and w.zero_point is None)
-    return plain and scaled_by_row(w)  # type: ignore[arg-type]
+def _readable(w: QTensor) -> Operand:
+    operand = cpu_decode.fast(w)
+    assert operand is not None
+    return operand
 
 
-def _in_order(w: cpu_decode.Packed, function: Callable[[Tensor], Tensor]) -> Tensor:
+def _in_order(w: Operand, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`function` of all numbers of a weight, in its shape. With AVX-512 there is a store for each half of a chunk, where a
     loop over both would leave the vectors."""
     parts = [function(q) for q in (cpu_decode.halves(w) if cpu_decode.AVX512 else (cpu_decode.numbers(w),))]
-    return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).view(w.shape)
+    return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).view(w.codes.shape[0], -1)
 
 
 def _activation(x: Tensor, w: QTensor) -> Tensor:
@@ -452,3 +485,16 @@ def _without_offset(t: Tensor) -> Tensor:
     if t.numel() % 2 or not t.is_contiguous() or t.storage_offset() % 2:
         return t
     return t.view(-1).view(wider).unsqueeze(-1).view(t.dtype).view(t.shape)
+
+
+PATHS = (
+    Path(words_accepts, words, few=True),
+    Path(int_mm_accepts, int_mm),
+    Path(sums_accepts, sums, few=True),
+    Path(int8pack_accepts, int8pack, launch=int8pack_launch, few=True),
+    Path(kept_accepts, kept),
+    Path(split_accepts, split),
+    Path(int4pack_accepts, int4pack),
+    Path(pieces_accepts, pieces),
+)
+"""In the order in which they are asked."""

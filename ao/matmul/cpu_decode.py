@@ -21,41 +21,32 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor, dense
 from ..dtypes.bits import CHUNK
-from ..dtypes.codebook import CodebookTensor, look_up
-from ..dtypes.float8 import Float8Tensor
-from ..dtypes.intx import IntxTensor
+from ..dtypes.operand import Operand
 from .anywhere import compiling
 
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
-Packed = IntxTensor | Float8Tensor | CodebookTensor
-_PACKED = (IntxTensor, Float8Tensor, CodebookTensor)
 
-
-def in_chunks(w: QTensor) -> bool:
-    """Whether the rows of a weight are chunks of whole words, and no chunk has more than one scale."""
-    if not isinstance(w, _PACKED) or w.numel() == 0:
-        return False
-    (n, k), q = w.shape, w.qdata
-    qparams = [t for t in (w.scale, getattr(w, "zero_point", None)) if t is not None]
-    return (
+def in_chunks(w: QTensor) -> Operand | None:
+    """The operand of a weight whose rows are chunks of whole words, where no chunk has more than one scale; else None."""
+    operand = w.spec.operand(w)
+    if operand is None or operand.kind == "int4pack" or w.dim() != 2 or w.numel() == 0:
+        return None
+    (n, k), q = w.shape, operand.codes
+    qparams = [t for t in (operand.scale, operand.zero_point) if t is not None]
+    whole = (
         k % CHUNK == 0
-        and q.shape == (n, k * bits(w) // 8)
+        and q.shape == (n, k * operand.bits // 8)
         and (q.stride(0) % 4, q.stride(1), q.storage_offset() % 4) == (0, 1, 0)
         and all(t.shape[0] in (1, n) and k // t.shape[1] % CHUNK == 0 for t in qparams)
     )
+    return operand if whole else None
 
 
-def fast(w: QTensor) -> bool:
-    """Whether to read a weight by `numbers` rather than to `decode` it."""
-    return (AVX2 or AVX512) and compiling() and in_chunks(w)
-
-
-def bits(w: QTensor) -> int:
-    """Bits of an element."""
-    width: int = getattr(w.spec, "bits", 8)
-    return width
+def fast(w: QTensor) -> Operand | None:
+    """The operand of a weight to read by `numbers` rather than to `decode`."""
+    return in_chunks(w) if (AVX2 or AVX512) and compiling() else None
 
 
 def sections(width: int) -> list[tuple[int, int]]:
@@ -64,33 +55,33 @@ def sections(width: int) -> list[tuple[int, int]]:
     return [(size, sum(sizes[:i])) for i, size in enumerate(sizes)]
 
 
-def words(w: Packed) -> Tensor:
+def words(w: Operand) -> Tensor:
     """The packed elements as int32: (n, groups, chunks of a group, words of a chunk)."""
-    return w.qdata.view(torch.int32).view(w.shape[0], w.scale.shape[1], -1, bits(w))
+    return w.codes.view(torch.int32).view(*_groups(w), -1, w.bits)
 
 
-def numbers(w: Packed) -> Tensor:
+def _groups(w: Operand) -> tuple[int, int]:
+    """Rows, and groups of a row."""
+    return w.codes.shape[0], w.scale.shape[1]
+
+
+def numbers(w: Operand) -> Tensor:
     """The elements before zero point and scale, float32: (n, groups, chunks of a group, 2, ..., lanes)."""
-    if bits(w) < 8:
-        q = _codes_512(w) if AVX512 else _codes(words(w), bits(w))
+    if w.bits < 8:
+        q = _codes_512(w) if AVX512 else _codes(words(w), w.bits)
     elif AVX512:
-        q = _from_bytes(w.qdata.view(w.shape[0], w.scale.shape[1], -1, 2, 16))
+        q = _from_bytes(w.codes.view(*_groups(w), -1, 2, 16))
     else:
-        q = from_top(top_bytes(words(w)), w.qdata.dtype).unflatten(-2, (2, 2))
-    return look_up(w.table, q) if isinstance(w, CodebookTensor) else q.float()
+        q = from_top(top_bytes(words(w)), w.codes.dtype).unflatten(-2, (2, 2))
+    return w.read(q)
 
 
-def zero(w: QTensor, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:
+def zero(w: Operand, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:
     """What is to be subtracted from `numbers`: (n, groups), (1, groups) or one number."""
-    if not isinstance(w, IntxTensor):
-        return 0.0
-    offset = 2.0 ** (w.spec.bits - 1) if w.spec.signed and w.spec.bits < 8 else 0.0
-    if w.zero_point is None:
-        return offset - 0.5 if w.spec.is_binary else offset
-    return as_floats(w.zero_point) + offset
+    return float(w.offset) if w.zero_point is None else as_floats(w.zero_point) + float(w.offset)
 
 
-def scaled(q: Tensor, w: Packed) -> Tensor:
+def scaled(q: Tensor, w: Operand) -> Tensor:
     """(q - zero) * scale, float32. q: `numbers` of the weight, or `halves` of them."""
     z, scale = zero(w), dense(w.scale).float()
     broad = (...,) + (None,) * (q.dim() - 2)
@@ -132,24 +123,24 @@ def interleaved(x: Tensor) -> Tensor:
 # AVX-512
 
 
-def halves(w: Packed) -> tuple[Tensor, ...]:
+def halves(w: Operand) -> tuple[Tensor, ...]:
     """`numbers` of the first and of the second half of each chunk: (n, groups, chunks of a group, 16) each."""
-    if bits(w) != 4:
+    if w.bits != 4:
         return numbers(w).unbind(-2)
     q = _bytes(w)
     codes = q & 15, q >> 4
-    return tuple(look_up(w.table, c) if isinstance(w, CodebookTensor) else c.float() for c in codes)
+    return tuple(map(w.read, codes))
 
 
-def nibbles_and_bytes(w: Packed) -> tuple[Tensor, Tensor]:
+def nibbles_and_bytes(w: Operand) -> tuple[Tensor, Tensor]:
     """Of codes of 4 bits: the low nibbles, and the bytes that hold them, float32: (n, groups, chunks of a group, 16)."""
     q = _bytes(w)
     return (q & 15).float(), q.float()
 
 
-def _bytes(w: Packed) -> Tensor:
+def _bytes(w: Operand) -> Tensor:
     """Of codes of 4 bits: the bytes, int32."""
-    return w.qdata.view(w.shape[0], w.scale.shape[1], -1, 16).to(torch.int32)
+    return w.codes.view(*_groups(w), -1, 16).to(torch.int32)
 
 
 def _from_bytes(q: Tensor) -> Tensor:
@@ -163,13 +154,13 @@ def _from_bytes(q: Tensor) -> Tensor:
     return (word & (-(2**31) | (0x7F << shift))).view(torch.float32) * bias
 
 
-def _codes_512(w: Packed) -> Tensor:
+def _codes_512(w: Operand) -> Tensor:
     """Codes of fewer than 8 bits in their order, int32: (n, groups, chunks of a group, 2, 16)."""
     lane, half = arange(16), arange(2).view(2, 1)  # element 16 half + lane
-    in_bytes = w.qdata.view(w.shape[0], w.scale.shape[1], -1, 1, 4 * bits(w))
+    in_bytes = w.codes.view(*_groups(w), -1, 1, 4 * w.bits)
     in_words = words(w).unsqueeze(-1).unsqueeze(-1)  # (n, groups, chunks of a group, words, 1, 1)
     codes = None
-    for size, start in sections(bits(w)):
+    for size, start in sections(w.bits):
         if size == 4:
             part = in_bytes[..., 4 * start : 4 * start + 16].to(torch.int32) >> (4 * half)
         elif size == 2:

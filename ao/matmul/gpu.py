@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,53 +10,55 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor
 from ..dtypes.bits import CHUNK, packed_dim
-from ..dtypes.float8 import Float8, Float8Tensor
-from ..dtypes.intx import Intx, IntxTensor
+from ..dtypes.operand import Cast, Operand
 from ..dtypes.tracing import known
-from .anywhere import compiling, int_mm_accepts, per_row, quantize_act, quantized_act, scaled_mm_accepts
-from .kernels.device import cuda_capability
-
-_TRITON = find_spec("triton") is not None
-
-
-def _has_kernels(device: torch.device) -> bool:
-    return _TRITON and cuda_capability(device) >= (8, 0)
+from .anywhere import compiling, float8_operand, int8_operand, quantize_act, quantized_act, row_cast
+from .integers import integer_product, takes
+from .kernels.device import has_float8, has_kernels, is_hopper, on_its_device
+from .path import Path, Product
 
 
-def _packed(x: Tensor, w: QTensor) -> bool:
-    """Whether the Triton kernels read this weight: contiguous 4- or 8-bit codes, scales per row or group."""
-    if not (
-        _has_kernels(x.device)
-        and (isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits in (4, 8)))
-        and w.numel() < 2**31
-    ):
-        return False
+def _linear_codes(w: QTensor) -> Operand | None:
+    """The operand of a weight (N, K) with codes of 4 or 8 bits, along K, whose numbers are codes less a zero point."""
+    operand = w.spec.operand(w)
+    if operand is None or operand.kind not in ("affine", "float") or operand.bits not in (4, 8) or w.dim() != 2:
+        return None
+    if operand.offset not in (0, 8 if operand.bits == 4 else 0) or isinstance(operand.scale, QTensor):
+        return None
+    return operand if packed_dim(operand.codes.shape, w.shape) == 1 else None
+
+
+def _packed(w: QTensor) -> Operand | None:
+    """The operand of a weight that the Triton kernels read: contiguous 4- or 8-bit codes, scales per row or group."""
+    operand = _linear_codes(w) if has_kernels(w.device) and w.numel() < 2**31 else None
+    if operand is None:
+        return None
     n, k = (int(size) for size in w.shape)  # int: a graph may have any number of tokens, but one shape of the weight
-    group = 128 if w.scale.shape[1] == 1 else k // w.scale.shape[1]
-    return (
+    groups = operand.scale.shape[1]
+    group = 128 if groups == 1 else k // groups
+    fits = (
         group in (32, 64, 128, 256)
         and k % group == 0
-        and w.scale.shape[0] == n
-        and packed_dim(w.qdata.shape, w.shape) == 1
+        and operand.scale.shape[0] == n
         and all(t.is_contiguous() for t in w.fields().values())
     )
+    return operand if fits else None
 
 
-def _weight(w: QTensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    assert isinstance(w, (IntxTensor, Float8Tensor))
-    zero_point = w.zero_point if isinstance(w, IntxTensor) else None
-    # Signed codes of fewer than 8 bits are stored with an offset.
-    offset = 8 if isinstance(w, IntxTensor) and w.spec.bits == 4 and w.spec.signed else 0
-    return w.qdata, w.scale, zero_point, offset
+def _weight(operand: Operand | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """What the kernels read of a weight."""
+    assert operand is not None
+    return operand.codes, operand.scale, operand.zero_point, int(operand.offset)
 
 
 def gemv_accepts(x: Tensor, w: QTensor) -> bool:
+    if not (known(x.shape[0] == 1) and x.dtype in (torch.bfloat16, torch.float16)):
+        return False
+    operand = _packed(w)
     return (
-        known(x.shape[0] == 1)
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and (w.spec.act is None or per_row(w.spec.act, (Intx, Float8)))
-        and _packed(x, w)
-        and not (isinstance(w, Float8Tensor) and w.scale.shape[1] > 1)
+        operand is not None
+        and (w.spec.act is None or row_cast(w) is not None)
+        and not (operand.kind == "float" and operand.scale.shape[1] > 1)
     )
 
 
@@ -72,31 +71,31 @@ def gemv(x: Tensor, w: QTensor) -> Tensor:
     """
     from .kernels import ampere  # Triton is there only with a GPU build of PyTorch
 
-    if not compiling() and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):  # Triton launches on the current one; compiled code sees to that
-            return gemv(x, w)
-    if w.spec.act is None or _quantized_in_kernel(w):
-        return ampere.gemv(x.contiguous(), *_weight(w), w.spec.act is not None)
+    product = ampere.gemv if compiling() else on_its_device(ampere.gemv)  # compiled code sees to that itself
+    operand = w.spec.operand(w)
+    if w.spec.act is None or _quantized_in_kernel(w, operand):
+        return product(x.contiguous(), *_weight(operand), w.spec.act is not None)
     codes, scale = _codes(x, w)
-    return (ampere.gemv(codes, *_weight(w), False).float() * scale).to(x.dtype)
+    return (product(codes, *_weight(operand), False).float() * scale).to(x.dtype)
 
 
 def _codes(x: Tensor, w: QTensor) -> tuple[Tensor, Tensor]:
     """The codes of an activation (1, K) less its zero point, bfloat16, and its scale, float32."""
     act = quantize_act(x, w)
-    codes = act["qdata"].float()
-    if "zero_point" in act:
-        codes = codes - act["zero_point"].float()
-    return codes.to(torch.bfloat16), act["scale"].float()
+    codes = act.codes.float()
+    if act.zero_point is not None:
+        codes = codes - act.zero_point.float()
+    return codes.to(torch.bfloat16), act.scale.float()
 
 
-def gemv_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor]:
+def gemv_launch(x: Tensor, w: QTensor) -> Product:
     """`gemv` for eager mode, with all that depends on the form of the weight decided."""
     from .kernels import ampere
 
     n, k = w.shape
-    in_kernel = w.spec.act is not None and _quantized_in_kernel(w)
-    run = _launched(w, ampere.gemv_launch(n, k, *_weight(w), in_kernel))
+    operand = w.spec.operand(w)
+    in_kernel = w.spec.act is not None and _quantized_in_kernel(w, operand)
+    run = _launched(w, ampere.gemv_launch(n, k, *_weight(operand), in_kernel))
     if w.spec.act is None or in_kernel:
         return run
 
@@ -107,29 +106,25 @@ def gemv_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor]:
     return of_codes
 
 
-def _launched(w: QTensor, run: Callable[..., Tensor]) -> Callable[[Tensor, QTensor], Tensor]:
-    """`run` of x and the fields of a weight like `w`, on its device."""
-    index, has_zero = w.device.index, getattr(w, "zero_point", None) is not None
-    current = torch._C._cuda_getDevice
+def _launched(w: QTensor, run: Callable[..., Tensor]) -> Product:
+    """`run` of x and the codes, scale and zero point of a weight like `w`, on its device."""
+    operand = w.spec.operand  # of the same Spec: the choice is one of the form
 
-    def launched(x: Tensor, w: Any) -> Tensor:
-        if current() != index:
-            with torch.cuda.device(index):  # Triton launches on the current one
-                return launched(x, w)
-        return run(x.contiguous(), w.qdata, w.scale, w.zero_point if has_zero else None)
+    def launched(x: Tensor, w: QTensor) -> Tensor:
+        codes, scale, zero_point, *_ = operand(w)  # type: ignore[misc]
+        return run(x.contiguous(), codes, scale, zero_point)
 
-    return launched
+    return on_its_device(launched)
 
 
-def _quantized_in_kernel(w: QTensor) -> bool:
+def _quantized_in_kernel(w: QTensor, operand: Operand | None) -> bool:
     """Whether `gemv` quantizes the activation itself: per row or whole, which is the same for one token."""
-    return w.qdata.shape == w.shape and _is_default_act(w)  # type: ignore[attr-defined]
+    return operand is not None and operand.bits == 8 and _is_default_act(w, operand)
 
 
 def fused_accepts(x: Tensor, w: QTensor) -> bool:
-    if not (x.dtype == torch.bfloat16 and w.spec.act is None and _packed(x, w)):
-        return False
-    if isinstance(w, IntxTensor) and w.zero_point is not None and w.zero_point.is_floating_point():
+    operand = _packed(w) if x.dtype == torch.bfloat16 and w.spec.act is None else None
+    if operand is None or (operand.zero_point is not None and operand.zero_point.is_floating_point()):
         return False  # q - z would not be exact in bfloat16
     return known(x.shape[0] > 1, otherwise=True)
 
@@ -143,10 +138,10 @@ def fused(x: Tensor, w: QTensor) -> Tensor:
     """
     from .kernels import operators
 
-    return operators.fused(x.contiguous(), *_weight(w))
+    return operators.fused(x.contiguous(), *_weight(w.spec.operand(w)))
 
 
-def fused_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor]:
+def fused_launch(x: Tensor, w: QTensor) -> Product:
     """`fused` for eager mode.
 
     Few tokens are one launch: another one, for the sum of parts of K, takes longer than what they save, so that the host would
@@ -155,20 +150,21 @@ def fused_launch(x: Tensor, w: QTensor) -> Callable[[Tensor, QTensor], Tensor]:
     from .kernels import ampere, operators
 
     (m, k), n = x.shape, w.shape[0]
-    qdata, scale, zero_point, offset = _weight(w)
+    qdata, scale, zero_point, offset = _weight(w.spec.operand(w))
     records = torch._C._cuda_isCurrentStreamCapturing
+    of_hopper = operators.is_for_hopper(m, k, qdata, scale, zero_point)
 
     def at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        return operators.fused_at_once(x, qdata, scale, zero_point, offset, not records())
+        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, not records())
 
-    if m > 16 or operators.is_for_hopper(m, k, qdata, scale, zero_point):
+    if m > 16 or of_hopper:
         return _launched(w, at_once)
     few = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
     return _launched(w, lambda *args: at_once(*args) if records() else few(*args))
 
 
 def decode_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.dtype.itemsize == 2 and _packed(x, w)
+    return x.dtype.itemsize == 2 and _packed(w) is not None
 
 
 def decode(x: Tensor, w: QTensor) -> Tensor:
@@ -178,21 +174,77 @@ def decode(x: Tensor, w: QTensor) -> Tensor:
 
 def decoded(w: QTensor, dtype: torch.dtype) -> Tensor:
     """`w.decode_scaled(dtype)`, (N, K), on a GPU by one kernel where it knows the format."""
-    if w.pre_scale is not None or dtype.itemsize != 2 or w.dim() != 2 or not _packed(w, w):
+    operand = _packed(w) if w.pre_scale is None and dtype.itemsize == 2 else None
+    if operand is None:
         return w.decode_scaled(dtype)
     from .kernels import operators
 
-    qdata, scale, zero_point, offset = _weight(w)
-    return operators.decoded(qdata, scale, zero_point, offset, int(w.shape[1]), dtype)
+    return operators.decoded(*_weight(operand), int(w.shape[1]), dtype)
+
+
+def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
+    return int8_operand(w) is not None and takes(w.device, w.shape[0], w.shape[1]) and known(x.numel() > 0, True)
+
+
+def int_mm(x: Tensor, w: QTensor) -> Tensor:
+    """((q_x - z) @ q_w.T) * scale_x * scale_w, with the sum over K in int32."""
+    operand, act = int8_operand(w), quantize_act(x, w)
+    assert operand is not None
+    tokens, q = x.shape[0], act.codes
+    if act.zero_point is not None:
+        # One more row, of ones, so that the same product gives the column sums that the zero point multiplies.
+        q = torch.cat([q, q.new_ones(1, q.shape[1])])
+    total = integer_product(q, operand.codes).float()  # (M, N), or one more row
+    out = total[:tokens]
+    if act.zero_point is not None:
+        out = out - act.zero_point.float() * total[tokens:]
+    return (out * act.scale.float() * operand.scale.float().t()).to(x.dtype)
+
+
+def scaled_mm_accepts(x: Tensor, w: QTensor) -> bool:
+    operand, act = float8_operand(w), row_cast(w)
+    return (
+        operand is not None
+        and act is not None
+        and w.shape[0] % 16 == 0
+        and w.shape[1] % 16 == 0
+        and torch.float8_e4m3fn in (operand.codes.dtype, act.dtype)
+        and known(x.numel() > 0, True)
+        and has_float8(x.device)
+    )
+
+
+def scaled_mm(x: Tensor, w: QTensor) -> Tensor:
+    """(q_x @ q_w.T) * scale_x * scale_w with float8 operands and a float32 sum."""
+    operand, act = float8_operand(w), quantize_act(x, w)
+    assert operand is not None
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    total = torch._scaled_mm(act.codes, operand.codes.t(), one, one, out_dtype=torch.float32)
+    return (total * act.scale * operand.scale.t()).to(x.dtype)
+
+
+def int4pack_accepts(x: Tensor, w: QTensor) -> bool:
+    operand = w.spec.operand(w)
+    return operand is not None and operand.kind == "int4pack" and w.spec.act is None and known(x.numel() > 0, True)
+
+
+def int4pack(x: Tensor, w: QTensor) -> Tensor:
+    """ATen's int4 product on its own layout, in bfloat16."""
+    operand = w.spec.operand(w)
+    assert operand is not None
+    group = x.shape[1] // operand.scale.shape[0]  # scale: (K / group, N, 2)
+    return torch._weight_int4pack_mm(x.bfloat16(), operand.codes, group, operand.scale).to(x.dtype)
 
 
 def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
+    act = row_cast(w)
     return (
-        _has_kernels(x.device)
+        act is not None
+        and not act.zero_point
+        and has_kernels(x.device)
         and x.dtype in (torch.bfloat16, torch.float16)
-        and isinstance(w, (IntxTensor, Float8Tensor))
         and all(t.is_contiguous() for t in w.fields().values())
-        and (scaled_mm_accepts(x, w) or (int_mm_accepts(x, w) and w.spec.act.symmetric))  # type: ignore[union-attr]
+        and (scaled_mm_accepts(x, w) or int_mm_accepts(x, w))
     )
 
 
@@ -204,46 +256,43 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     """
     from .kernels import operators
 
-    assert isinstance(w, (IntxTensor, Float8Tensor))
-    columns = w.scale.float().expand(w.shape[0], 1).contiguous()
-    if _quantized_by_operator(x, w):
-        return operators.dynamic_product(x.contiguous(), w.qdata, columns, w.spec.act.block == (-1, -1))  # type: ignore[union-attr]
-    act = quantize_act(x, w)
-    rows = act["scale"].float().expand(x.shape[0], 1).contiguous()
-    return operators.scaled_product(act["qdata"], rows, w.qdata, columns, x.dtype)
+    operand, act = w.spec.operand(w), w.spec.act
+    assert operand is not None and act is not None
+    columns = operand.scale.float().expand(w.shape[0], 1).contiguous()
+    if _is_default_act(w, operand) and w.shape[1] <= 65536 and is_hopper(x.device):
+        return operators.dynamic_product(x.contiguous(), operand.codes, columns, act.block == (-1, -1))
+    q = quantize_act(x, w)
+    rows = q.scale.float().expand(x.shape[0], 1).contiguous()
+    return operators.scaled_product(q.codes, rows, operand.codes, columns, x.dtype)
 
 
-_ACTS = {torch.int8: Intx(8), torch.float8_e4m3fn: Float8()}
+_CASTS = {
+    torch.int8: Cast(torch.int8, -128, 127, levels=127.5),
+    torch.float8_e4m3fn: Cast(torch.float8_e4m3fn, -448, 448, levels=448),
+}
+"""What the kernels that quantize an activation do, by the dtype of the weight."""
 
 
-def _is_default_act(w: QTensor) -> bool:
-    """Whether the activation is quantized dynamically, per row or whole, with the defaults of `Intx(8)` or `Float8()`."""
-    act = _ACTS.get(w.qdata.dtype)  # type: ignore[attr-defined]
-    return w.act_scale is None and act is not None and w.spec.act in (act, replace(act, block=(-1, -1)))  # type: ignore[call-arg]
-
-
-def _quantized_by_operator(x: Tensor, w: IntxTensor | Float8Tensor) -> bool:
-    """Whether one operator quantizes the activation and multiplies."""
-    return _is_default_act(w) and w.shape[1] <= 65536 and cuda_capability(x.device)[0] == 9
+def _is_default_act(w: QTensor, operand: Operand) -> bool:
+    """Whether the activation is quantized dynamically, per row or whole, as a kernel does it."""
+    cast = row_cast(w)
+    return w.act_scale is None and cast is not None and cast == _CASTS.get(operand.codes.dtype)
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:
-    return (
-        x.device.type == "cuda"
-        and known(x.shape[0] == 1)
-        and compiling()
-        and w.spec.act is None
-        and (isinstance(w, Float8Tensor) or (isinstance(w, IntxTensor) and w.spec.bits in (4, 8)))
-        and w.scale.shape[0] in (1, w.shape[0])
-        and x.shape[1] % _gemv_group(w) == 0
-        and _gemv_group(w) % CHUNK == 0
-        and packed_dim(w.qdata.shape, w.shape) == 1
-    )
+    if not (known(x.shape[0] == 1) and compiling() and w.spec.act is None):
+        return False
+    operand = _linear_codes(w)
+    if operand is None or operand.scale.shape[0] not in (1, w.shape[0]):
+        return False
+    group = _gemv_group(w, operand)
+    return x.shape[1] % group == 0 and group % CHUNK == 0
 
 
-def _gemv_group(w: IntxTensor | Float8Tensor) -> int:
+def _gemv_group(w: QTensor, operand: Operand) -> int:
     """The elements that are summed before a scale is applied: a group, or a piece of a row that is a short reduction."""
-    return w.shape[1] // w.scale.shape[1] if w.scale.shape[1] > 1 else 128
+    groups = operand.scale.shape[1]
+    return w.shape[1] // groups if groups > 1 else 128
 
 
 def sums(x: Tensor, w: QTensor) -> Tensor:
@@ -251,20 +300,33 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
 
     One reduction over the whole row would load scale and zero point once per element.
     """
-    assert isinstance(w, (IntxTensor, Float8Tensor))
-    n, group = w.shape[0], _gemv_group(w)
+    operand = w.spec.operand(w)
+    assert operand is not None
+    n, group = w.shape[0], _gemv_group(w, operand)
     xs = x.float().view(-1, group)  # (K / group, group)
-    zero: Tensor | int = 0
-    if isinstance(w, IntxTensor) and w.spec.bits == 4:
+    zero: Tensor | int = int(operand.offset)
+    if operand.bits == 4:
         # Both halves of a byte from one load: (N, K / group, chunks of a group, 16), see bits.py.
-        pairs = w.qdata.view(n, -1, group // CHUNK, CHUNK // 2)
+        pairs = operand.codes.view(n, -1, group // CHUNK, CHUNK // 2)
         low, high = xs.view(-1, group // CHUNK, 2, CHUNK // 2).unbind(2)
         sums = ((pairs & 15).float() * low + (pairs >> 4).float() * high).sum((-1, -2))  # (N, K / group)
-        zero = 8 if w.spec.signed else 0  # signed codes are stored with an offset
     else:
-        sums = (w.qdata.view(n, -1, group).float() * xs).sum(-1)
-    if isinstance(w, IntxTensor) and w.zero_point is not None:
-        zero = w.zero_point.float() + zero
+        sums = (operand.codes.view(n, -1, group).float() * xs).sum(-1)
+    if operand.zero_point is not None:
+        zero = operand.zero_point.float() + zero
     if not isinstance(zero, int) or zero:
         sums = sums - zero * xs.sum(-1)
-    return (sums * w.scale.float()).sum(-1).unsqueeze(0).to(x.dtype)
+    return (sums * operand.scale.float()).sum(-1).unsqueeze(0).to(x.dtype)
+
+
+PATHS = (
+    Path(gemv_accepts, gemv, launch=gemv_launch, operator=True),
+    Path(fused_accepts, fused, launch=fused_launch, operator=True),
+    Path(sums_accepts, sums, few=True),
+    Path(scaled_product_accepts, scaled_product, operator=True),
+    Path(int_mm_accepts, int_mm),
+    Path(scaled_mm_accepts, scaled_mm),
+    Path(int4pack_accepts, int4pack),
+    Path(decode_accepts, decode, operator=True),
+)
+"""In the order in which they are asked."""

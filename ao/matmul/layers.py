@@ -1,19 +1,26 @@
-"""Layers whose weight is quantized, at no cost on the way to the product.
+"""Layers whose weights are quantized, at no cost on the way to the product.
 
-`quantize_` and the loaders give a layer with a QTensor for a weight the class that is here for its own class: the same layer
-in all but its `forward`, which goes straight to the product. `F.linear` on the weight would be right as well, and slower: in
-eager mode by PyTorch's way to a tensor subclass; and a graph that holds a subclass is one whose inputs are taken apart in
-Python at every call. So a traced forward gives the compiler the plain fields of the weight, by way of an operator that
-stands for the product and is written out before the compiler sees it.
+`quantize_` and the loaders give a module with a QTensor for a parameter the class that is here for its own class: the same
+module in all but how it reads that parameter. A graph that holds a subclass is one whose inputs are taken apart in Python at
+every call. So a traced module gives the compiler the plain fields of the weight, by way of an operator that stands for what is
+made of them, and is written out before the compiler sees it.
 
-The class has the name of the layer's own, is an `isinstance` of it, and is pickled as it. The weight stays a parameter: if
-another one is put in its place, of any kind, the layer goes on working.
+- `nn.Linear` has another `forward`, which goes straight to the product. `F.linear` on the weight would be right as well, and
+  slower: in eager mode by PyTorch's way to a tensor subclass.
+- Any other module, an embedding, a convolution, transformers' `Conv1D` and mixtures of experts, keeps its `forward`, and reads
+  the parameter through a property.
+- A class of somebody else that is derived from `nn.Linear` and has a `forward` of its own stays as it is, since libraries ask
+  for the types of linear layers.
+
+The class has the name of the module's own, is an `isinstance` of it, and is pickled as it. The weight stays a parameter: if
+another one is put in its place, of any kind, the module goes on working. A weight that is trained enters a graph as it is, for
+its gradient.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,76 +28,126 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes.base import QTensor, sources_digest
+from . import form as forms
+from .form import Form, form_of
 from .linear import linear
 
-# The form of a weight: how to make it of plain tensors.
-
-_Form = tuple[type[QTensor], Any, torch.dtype, tuple[int, ...], bool, tuple[tuple[str, Any], ...]]
-
-_FORMS: dict[str, _Form] = {}
-
-
-def _form(w: QTensor) -> _Form:
-    fields = ((name, _form(t) if isinstance(t, QTensor) else None) for name, t in w.fields().items())
-    return type(w), w.spec, w.dtype, tuple(w.shape), w.whole, tuple(fields)
-
-
-def _paths(form: _Form, start: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The attributes that lead to each plain tensor."""
-    for name, inner in form[-1]:
-        if inner is None:
-            yield (*start, name)
-        else:
-            yield from _paths(inner, (*start, name))
-
-
-def _made(form: _Form, tensors: Iterator[Tensor]) -> QTensor:
-    cls, spec, dtype, shape, whole, fields = form
-    made = {name: next(tensors) if inner is None else _made(inner, tensors) for name, inner in fields}
-    return cls(spec, dtype, shape, whole, **made)
+_FORMS: dict[str, Form] = {}
+"""Of the weights in graphs, by name."""
 
 
 @functools.cache
-def _register(form: _Form) -> tuple[tuple[tuple[str, ...], ...], str]:
-    """The paths of a form, and its name in a graph. The name is all that tells a compiler's cache how the product is made."""
+def _register(form: Form) -> tuple[tuple[tuple[str, ...], ...], str]:
+    """The ways to the plain tensors of a weight, and the name of its form in a graph, which is all that tells a compiler's cache
+    how the product is made."""
     name = f"{form} {sources_digest()}"
     _FORMS[name] = form
-    return tuple(_paths(form)), name
+    return tuple(forms.names(form)), name
 
 
 def _linear(x: Tensor, fields: list[Tensor], bias: Tensor | None, form: str) -> Tensor:
     """`linear` of a weight given as its fields."""
-    return linear(x, _made(_FORMS[form], iter(fields)), bias)
+    return linear(x, _weight(fields, form), bias)
 
 
-# CompositeImplicit: whatever is below Dynamo sees what the product is made of.
-torch.library.define(
-    "ao::linear", "(Tensor x, Tensor[] fields, Tensor? bias, str form) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-torch.library.impl("ao::linear", "CompositeImplicitAutograd", _linear)
+def _weight(fields: list[Tensor], form: str) -> Tensor:
+    """A weight given as its fields."""
+    return forms.made(_FORMS[form], iter(fields))
 
 
-class QuantizedLayer:
-    """What a linear layer has before its own class, so that its weight may be quantized at no cost."""
+def _define(name: str, schema: str, function: Callable[..., Tensor]) -> None:
+    torch.library.define(f"ao::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    # CompositeImplicit: whatever is below Dynamo sees what it is made of.
+    torch.library.impl(f"ao::{name}", "CompositeImplicitAutograd", function)
+
+
+_define("linear", "(Tensor x, Tensor[] fields, Tensor? bias, str form) -> Tensor", _linear)
+_define("weight", "(Tensor[] fields, str form) -> Tensor", _weight)
+
+
+class _QuantizedModule:
+    """What a module with quantized parameters has before its own class."""
 
     _parameters: dict[str, Any]
+    own_class: type[nn.Module]
+    quantized_names: tuple[str, ...]
+
+    def extra_repr(self) -> str:
+        """What a printed model says of it: that of its own class, and the formats of its parameters."""
+        own = self.own_class.extra_repr(self)  # type: ignore[arg-type]
+        found = ((name, self._parameters.get(name)) for name in self.quantized_names)
+        formats = (f"{name}={p.spec}" for name, p in found if isinstance(p, QTensor))
+        return ", ".join(part for part in (own, *formats) if part)
+
+    def _fields_in_graph(self, name: str) -> tuple[list[Tensor], str] | None:
+        """In a graph that is traced: the fields of a parameter and the name of its form. None where it enters as it is."""
+        weight: Any = self._parameters.get(name)
+        # Not is_exporting(), which Dynamo takes for True before torch 2.13.
+        form = None if torch.compiler._is_exporting_flag else self._form_in_graph(name)
+        if form is None or (weight.requires_grad and torch.is_grad_enabled()):
+            return None
+        fields = []
+        for path in form[0]:
+            t = weight
+            for field in path:
+                t = getattr(t, field)
+            fields.append(t)
+        return fields, form[1]
+
+    def _form_in_graph(self, name: str) -> tuple[tuple[tuple[str, ...], ...], str] | None:
+        weight = self._parameters.get(name)
+        return _register(form_of(weight)) if isinstance(weight, QTensor) else None
+
+    # What torch.compiler.assume_constant_result does, which imports the compiler.
+    _form_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to()`, `.half()` and their like. nn.Module would exchange a tensor subclass for another, which PyTorch refuses where
+        anything refers to the parameter weakly, such as an exported program; its fields can always be exchanged."""
+        weights = {name: w for name, w in self._parameters.items() if isinstance(w, QTensor)}
+        moved = {}
+        with torch.no_grad():
+            for name, w in weights.items():
+                moved[name] = fn(w), None if w.grad is None else fn(w.grad)
+        self._parameters.update(dict.fromkeys(weights))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[misc]
+        finally:
+            self._parameters.update(weights)
+        weight: Any
+        for name, weight in weights.items():
+            data, grad = moved[name]
+            if data.device == weight.device:
+                weight.data = data
+            else:  # Tied layers go on sharing the parameter, unless something refers to it weakly.
+                other = nn.Parameter(data, weight.requires_grad)
+                try:
+                    torch.utils.swap_tensors(weight, other)
+                except RuntimeError:
+                    weight = self._parameters[name] = other
+            weight.grad = grad
+        return self
+
+
+def _reduced(self: Any, protocol: Any) -> Any:
+    """How a module is pickled: as one of its own class."""
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _remade, (self.own_class, self.quantized_names), state
+
+
+class QuantizedLayer(_QuantizedModule):
+    """What a linear layer has before its own class, so that its weight may be quantized at no cost."""
+
     bias: Any  # Tensor or None
     weight: Any
 
     def product(self, input: Tensor) -> Tensor:
         """`F.linear(input, self.weight, self.bias)`, whatever the weight is. input: (..., K) -> (..., N)."""
         if torch.compiler.is_compiling():
-            # Not is_exporting(), which Dynamo takes for True before torch 2.13.
-            form = None if torch.compiler._is_exporting_flag else self._weight_form()
-            if form is None:
+            parts = self._fields_in_graph("weight")
+            if parts is None:
                 return F.linear(input, self.weight, self.bias)
-            fields = []
-            for path in form[0]:
-                t: Any = self.weight
-                for name in path:
-                    t = getattr(t, name)
-                fields.append(t)
-            return torch.ops.ao.linear(input, fields, self.bias, form[1])
+            return torch.ops.ao.linear(input, parts[0], self.bias, parts[1])
         parameters = self._parameters
         weight = parameters.get("weight")
         if not isinstance(weight, QTensor):
@@ -99,63 +156,57 @@ class QuantizedLayer:
             return linear(input, weight, self.bias)
         return linear(input, weight, parameters["bias"])
 
-    def _weight_form(self) -> tuple[tuple[tuple[str, ...], ...], str] | None:
-        weight = self._parameters.get("weight")
-        return _register(_form(weight)) if isinstance(weight, QTensor) else None
-
-    # What torch.compiler.assume_constant_result does, which imports the compiler.
-    _weight_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`.to()`, `.half()` and their like. nn.Module would exchange a tensor subclass for another, which PyTorch refuses where
-        anything refers to the parameter weakly, such as an exported program; its fields can always be exchanged."""
-        weight = self._parameters.get("weight")
-        if not isinstance(weight, QTensor):
-            return super()._apply(fn, recurse)  # type: ignore[misc]
-        with torch.no_grad():
-            moved = fn(weight)
-            grad = None if weight.grad is None else fn(weight.grad)
-            same = moved.device == weight.device
-        self._parameters["weight"] = None
-        try:
-            super()._apply(fn, recurse)  # type: ignore[misc]
-        finally:
-            self._parameters["weight"] = weight
-        if same:
-            weight.data = moved
-        else:  # Tied layers go on sharing the parameter, unless something refers to it weakly.
-            other = nn.Parameter(moved, weight.requires_grad)
-            try:
-                torch.utils.swap_tensors(weight, other)
-            except RuntimeError:
-                weight = self._parameters["weight"] = other
-        weight.grad = grad
-        return self
-
 
 class _QuantizedLinear(QuantizedLayer):
     """`nn.Linear` over a quantized weight."""
 
-    own_class: type[nn.Module]
     forward = QuantizedLayer.product
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _remade, (self.own_class,), self.__dict__
+    __reduce_ex__ = _reduced
 
 
-def _remade(cls: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(_class_of(cls) or cls)  # type: ignore[arg-type]
+def _parameter(name: str) -> property:
+    """The parameter `name`, which a graph gets as its fields."""
+
+    def read(self: Any) -> Any:
+        if name not in self._parameters:  # parametrizations and FSDP1 have it elsewhere
+            if name in self.__dict__:
+                return self.__dict__[name]
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        if torch.compiler.is_compiling():
+            parts = self._fields_in_graph(name)
+            if parts is not None:
+                return torch.ops.ao.weight(*parts)
+        return self._parameters[name]
+
+    def write(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def remove(self: Any) -> None:
+        del self.__dict__[name]
+
+    return property(read, write, remove)
+
+
+def _remade(cls: type[nn.Module], names: tuple[str, ...] = ("weight",)) -> nn.Module:
+    """A module whose own class is `cls`, to which its attributes come."""
+    return nn.Module.__new__(_class_of(cls, names))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _class_of(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class for a layer of class `cls` with a quantized weight; None for a layer that is not known."""
-    kinds: dict[Callable[..., Any], type[QuantizedLayer]] = {nn.Linear.forward: _QuantizedLinear}
-    kind = kinds.get(cls.forward)
-    if kind is None:
-        return None
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "own_class": cls}
-    made: Any = type(cls.__name__, (kind, cls), names)
+def _class_of(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The class for a module of class `cls` whose parameters `names` are quantized."""
+    own: dict[str, Any] = {
+        "__module__": cls.__module__, "__qualname__": cls.__qualname__, "own_class": cls, "quantized_names": names
+    }  # fmt: skip
+    pickled_otherwise = cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
+    if cls.forward is nn.Linear.forward and names == ("weight",):
+        base: type = _QuantizedLinear
+    elif issubclass(cls, nn.Linear) or pickled_otherwise:
+        return cls
+    else:
+        base = _QuantizedModule
+        own |= {"__reduce_ex__": _reduced, **{name: _parameter(name) for name in names}}
+    made: Any = type(cls.__name__, (base, cls), own)
     return made
 
 
@@ -172,13 +223,14 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) 
 
 
 def adopt(module: nn.Module) -> None:
-    """Give a layer the class that its weight needs: that of a quantized layer, or its own again."""
+    """Give a module the class that its parameters need: that of one with quantized ones, or its own again."""
     own = layer_class(module)
-    if not isinstance(module._parameters.get("weight"), QTensor):
+    names = tuple(name for name, p in module._parameters.items() if isinstance(p, QTensor))
+    if not names:
         wanted = own
-    elif isinstance(module, QuantizedLayer):
-        return
+    elif isinstance(module, _QuantizedModule) and own is type(module):
+        return  # of a class that was derived from one of these, by FSDP2 or parametrizations, or that is one
     else:
-        wanted = _class_of(own) or own  # type: ignore[arg-type]
+        wanted = _class_of(own, names)  # type: ignore[arg-type]
     if wanted is not type(module):
         module.__class__ = wanted

@@ -2,26 +2,35 @@
 
 Every product and every embedding comes here: what users call (`__torch_function__`, doors.py), what PyTorch calls itself
 (`__torch_dispatch__`: inference mode, DTensor, exported graphs), and the backward of the one autograd.Function of a product.
-A product takes the first path in `PATHS` that accepts it:
+A product takes the first path in `PATHS` of its device that accepts it:
 
-    onnx        in a graph that becomes an ONNX model: its standard operators
-    words       a few tokens on a CPU, compiled: codes read as words, sums lane by lane; nothing dense is stored
-    int8pack    up to three tokens on a CPU, int8 weight: ATen's own product
-    kept        up to 64 tokens on a CPU in eager mode, 4 bits in groups: ATen's own product, on a copy that is kept
-    gemv        one token on a GPU, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
-    fused       2 to 64 tokens on a GPU (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way
-                to the tensor cores, or feed them 8 bits
-    sums        one token on a GPU, compiled: sums over each group, then over the groups; nothing dense is stored
-    scaled_product  8-bit activation x 8-bit weight on a GPU: int_mm or scaled_mm with the scales in the same kernel
-    int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
-    scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
-    float8      the same product in float32, where the chip has no float8
-    int4pack    ATen's int4 product, for weights in its own layout
-    decode      on a GPU: decode the weight by one kernel, then a floating-point product
-    pieces      on a CPU: decode the weight, a large one in row pieces, then a floating-point product
-    dequantize  decode the weight, then a floating-point product; always accepts
+    on a CPU
+        words       a few tokens, compiled: codes read as words, sums lane by lane; nothing dense is stored
+        int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
+        sums        what `words` computes, with AVX-512
+        int8pack    up to three tokens, int8 weight: ATen's own product
+        kept        up to 64 tokens in eager mode, 4 bits in groups: ATen's own product, on a copy that is kept
+        split       int8 weight: the activation as two int8 numbers, two products of integers
+        int4pack    ATen's int4 product, for weights in its own layout
+        pieces      decode the weight, a large one in row pieces, then a floating-point product
+    on a GPU of NVIDIA or AMD
+        gemv        one token, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
+        fused       2 to 64 tokens (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way to the tensor
+                    cores, or feed them 8 bits
+        sums        one token, compiled: sums over each group, then over the groups; nothing dense is stored
+        scaled_product  8-bit activation x 8-bit weight: int_mm or scaled_mm with the scales in the same kernel
+        int_mm      as on a CPU
+        scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
+        int4pack    as on a CPU
+        decode      decode the weight by one kernel, then a floating-point product
+    on any device, after those
+        float8      float8 x float8 in float32, where the chip has no float8
+        dequantize  decode the weight, then a floating-point product; always accepts
+    in a graph that becomes an ONNX model
+        standard_operators  those that ONNX has
 
-The paths themselves are in anywhere.py, cpu.py, gpu.py and onnx.py.
+The paths themselves are in cpu.py, gpu.py, anywhere.py and onnx.py. What they know of a weight is its operand
+(ao/dtypes/operand.py), and never its format.
 
 Autograd: the weight is kept packed and decoded again in backward, so that a frozen quantized weight costs a training run
 its packed bytes and no more. Activation quantization is straight-through.
@@ -36,71 +45,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.jit._trace import is_tracing
 
+from ..dtypes import onnx_mode
 from ..dtypes.base import OPS, QTensor, as_bytes
 from ..dtypes.ops import gather
 from ..dtypes.pieces import is_eager
 from . import anywhere, cpu, gpu, onnx
+from .form import key_of
+from .path import Path, Product
 from .shared_graph import inlined
 
 aten = torch.ops.aten
 
-Path = Callable[[Tensor, QTensor], Tensor]
-
-PATHS: list[tuple[str, Callable[[Tensor, QTensor], bool], Path]] = [
-    ("onnx", onnx.accepts, onnx.product),
-    ("words", cpu.words_accepts, cpu.words),
-    ("int_mm", cpu.int_mm_accepts, cpu.int_mm),
-    ("sums", cpu.sums_accepts, cpu.sums),
-    ("int8pack", cpu.int8pack_accepts, cpu.int8pack),
-    ("kept", cpu.kept_accepts, cpu.kept),
-    ("split", cpu.split_accepts, cpu.split),
-    ("gemv", gpu.gemv_accepts, gpu.gemv),
-    ("fused", gpu.fused_accepts, gpu.fused),
-    ("sums", gpu.sums_accepts, gpu.sums),
-    ("scaled_product", gpu.scaled_product_accepts, gpu.scaled_product),
-    ("int_mm", anywhere.int_mm_accepts, anywhere.int_mm),
-    ("scaled_mm", anywhere.scaled_mm_accepts, anywhere.scaled_mm),
-    ("int4pack", cpu.int4pack_accepts, cpu.int4pack),
-    ("int4pack", anywhere.int4pack_accepts, anywhere.int4pack),
-    ("decode", gpu.decode_accepts, gpu.decode),
-    ("pieces", cpu.pieces_accepts, cpu.pieces),
-    ("float8", anywhere.float8_accepts, anywhere.float8),
-    ("dequantize", lambda x, w: True, anywhere.dequantize),
-]
-"""Each path with its name and what it accepts, in the order in which they are asked. x: (M, K), w: (N, K)."""
-
-
-_OPERATORS = {"gemv", "fused", "scaled_product", "decode"}
-"""Those that call operators of ours: an exported program runs where nobody defines them."""
-
-_BY_TOKENS = {"words", "int8pack", "sums"}
-"""Those that are for a few tokens only: an exported program has one graph for any number."""
+PATHS: dict[str, tuple[Path, ...]] = {"cpu": cpu.PATHS, "cuda": gpu.PATHS, "onnx": onnx.PATHS, "": anywhere.PATHS}
+"""The paths of each type of device, in the order in which they are asked; then come those of "", which any device has."""
 
 
 def path_name(x: Tensor, w: QTensor) -> str:
     """The name of the path that `F.linear(x, w)` takes. x: (..., K), w: (N, K)."""
-    return _path(x.reshape(-1, x.shape[-1]), w)[0]
+    return _path(x.reshape(-1, x.shape[-1]), w).name
 
 
-def _path(x: Tensor, w: QTensor) -> tuple[str, Path]:
+def _path(x: Tensor, w: QTensor) -> Path:
     """The first path that accepts. x: (M, K), w: (N, K)."""
-    out = set()
+    own = PATHS.get("onnx" if onnx_mode.exporting() else x.device.type, ())
     if torch.compiler.is_exporting():
-        out = _OPERATORS | (_BY_TOKENS if isinstance(x.shape[0], torch.SymInt) else set())
-    return next((name, path) for name, accepts, path in PATHS if name not in out and accepts(x, w))
+        any_number = isinstance(x.shape[0], torch.SymInt)
+        own = tuple(p for p in own if not (p.operator or (p.few and any_number)))
+    return next(p for p in (*own, *PATHS[""]) if p.accepts(x, w))
 
 
 def _product(x: Tensor, w: QTensor) -> Tensor:
     """x: (..., K), w: (N, K) -> (..., N)."""
-    if is_eager(x) and not is_tracing():
+    if is_eager(x, or_recorded=False):
         return chosen(x, w)(x, w)
     if w.pre_scale is not None:
         x = _scaled(x, w)
+    if (other := w.spec.rearranged(x, w)) is not None:
+        return _product(*other)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    _, path = _path(rows, w)
-    return path(rows, w).reshape(*x.shape[:-1], w.shape[0])
+    return _path(rows, w).run(rows, w).reshape(*x.shape[:-1], w.shape[0])
 
 
 def _scaled(x: Tensor, w: QTensor) -> Tensor:
@@ -108,10 +92,10 @@ def _scaled(x: Tensor, w: QTensor) -> Tensor:
     return (x.float() * w.pre_scale.float()).to(x.dtype)
 
 
-_CHOICES: dict[tuple[Any, ...], dict[tuple[int, int, torch.dtype], Path]] = {}
+_CHOICES: dict[Any, dict[tuple[int, int, torch.dtype], Product]] = {}
 
 
-def chosen(x: Tensor, w: QTensor) -> Path:
+def chosen(x: Tensor, w: QTensor) -> Product:
     """The product of x (..., K) with w (N, K) in eager mode, decided once for weights of one form and a class of M.
 
     The choice is kept in the weight itself, so that asking again takes a microsecond. Raises ValueError where K differs.
@@ -122,7 +106,7 @@ def chosen(x: Tensor, w: QTensor) -> Path:
     key = k, tokens if tokens <= 16 else 1 << (tokens - 1).bit_length(), x.dtype
     choices = w.__dict__.get("choices")
     if choices is None:
-        choices = w.choices = _CHOICES.setdefault(_form(w), {})  # type: ignore[attr-defined]
+        choices = w.choices = _CHOICES.setdefault(key_of(w), {})  # type: ignore[attr-defined]
     choice = choices.get(key)
     if choice is None:
         _check_fits(x, w)
@@ -130,31 +114,25 @@ def chosen(x: Tensor, w: QTensor) -> Path:
     return choice
 
 
-def _form(w: QTensor) -> tuple[Any, ...]:
-    """What a choice depends on."""
-    fields = ((name, t.shape, t.stride(), t.dtype) for name, t in w.fields().items())
-    return type(w), w.spec, w.shape, w.device, *fields
-
-
-_LAUNCHES = {"gemv": gpu.gemv_launch, "fused": gpu.fused_launch}
-"""Of the paths that have a shorter way in eager mode: what makes it, for a form of the weight."""
-
-
-def _choose(x: Tensor, w: QTensor) -> Path:
+def _choose(x: Tensor, w: QTensor) -> Product:
     """x: (M, K), w: (N, K) -> a function of x (..., K) and any weight of this form."""
     if w.pre_scale is not None:
         plain = _choose(x, w.like(w.shape, w.dtype, {n: t for n, t in w.fields().items() if n != "pre_scale"}))
         return lambda x, w: plain(_scaled(x, w), w)
     if w.dim() == 1:
         return lambda x, w: F.linear(x, decoded(w, x.dtype))
-    name, path = _path(x, w)
-    if name in _LAUNCHES:
-        return _LAUNCHES[name](x, w)
+    if (other := w.spec.rearranged(x, w)) is not None:
+        inner = _choose(*other)
+        return lambda x, w: inner(*w.spec.rearranged(x, w))  # type: ignore[misc]
+    path = _path(x, w)
+    if path.launch is not None:
+        return path.launch(x, w)
+    product = path.run
 
     def run(x: Tensor, w: QTensor) -> Tensor:
         if x.dim() == 2:
-            return path(x, w)
-        return path(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
+            return product(x, w)
+        return product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
 
     return run
 
@@ -264,7 +242,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(w, QTensor):
         return F.linear(_plain(x), w, _plain(bias))
     plain = not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
-    if plain and is_eager(x) and not is_tracing():
+    if plain and is_eager(x, or_recorded=False):
         out = chosen(x, w)(x, w)  # nothing else to see to: the short way
         return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
     x = _plain(x)

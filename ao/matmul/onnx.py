@@ -18,38 +18,34 @@ from torch import Tensor
 
 from ..dtypes import onnx_mode
 from ..dtypes.base import QTensor
-from ..dtypes.float8 import Float8Tensor
-from ..dtypes.intx import IntxTensor
+from ..dtypes.operand import Operand
 from . import anywhere
+from .path import Path
 
 UINT4, INT4 = 21, 22
 """ONNX's numbers of its 4-bit types, which PyTorch has no names for."""
 
 
-def accepts(x: Tensor, w: QTensor) -> bool:
-    return onnx_mode.exporting()
-
-
-def product(x: Tensor, w: QTensor) -> Tensor:
+def standard_operators(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T, the activation quantized where the weight's Spec wants it. x: (M, K), w: (N, K) -> (M, N)."""
     if "opaque" in w.roles.values():
         raise NotImplementedError(
             f"ONNX has no product in the layout of {w.spec}, a kernel's own; quantize with the default layout for export"
         )
-    if anywhere.int_mm_accepts(x, w) and w.spec.act.symmetric:  # type: ignore[union-attr]
-        return _int_mm(x, w)
+    operand, act = anywhere.int8_operand(w), anywhere.row_cast(w)
+    if operand is not None and act is not None and not act.zero_point:
+        return _int_mm(x, w, operand)
     if anywhere.float8_accepts(x, w):
         return anywhere.float8(x, w)
     return F.linear(anywhere.quantized_act(x, w), weight(w, x.dtype))
 
 
-def _int_mm(x: Tensor, w: QTensor) -> Tensor:
+def _int_mm(x: Tensor, w: QTensor, operand: Operand) -> Tensor:
     """(q_x @ q_w.T) * scale_x * scale_w, the sum in int32."""
-    assert isinstance(w, IntxTensor)
     act = anywhere.quantize_act(x, w)
-    operands = (act["qdata"], w.qdata.t())
+    operands = (act.codes, operand.codes.t())
     total = torch.onnx.ops.symbolic("MatMulInteger", operands, dtype=torch.int32, shape=(x.shape[0], w.shape[0]))
-    return (total.float() * act["scale"].float() * w.scale.float().t()).to(x.dtype)
+    return (total.float() * act.scale.float() * operand.scale.float().t()).to(x.dtype)
 
 
 def weight(w: QTensor, dtype: torch.dtype) -> Tensor:
@@ -66,34 +62,36 @@ def weight(w: QTensor, dtype: torch.dtype) -> Tensor:
 
 def decodes_table(w: QTensor) -> bool:
     """Whether an embedding decodes all rows before it looks some up: onnxruntime gathers no float8."""
-    return isinstance(w, Float8Tensor) and onnx_mode.exporting()
+    if not onnx_mode.exporting():
+        return False
+    operand = w.spec.operand(w)
+    return operand is not None and operand.kind == "float"
 
 
 def _linear_fields(w: QTensor) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]] | None:
     """Codes, scale, zero point and attributes of a `DequantizeLinear` that decodes `w`, or None where there is none."""
-    bits, signed, zero_point = 8, True, None
-    if isinstance(w, IntxTensor) and w.spec.bits in (4, 8):
-        bits, signed, zero_point = w.spec.bits, w.spec.signed, w.zero_point
-    elif not isinstance(w, Float8Tensor):
+    operand = w.spec.operand(w)
+    if operand is None or operand.kind not in ("affine", "float") or operand.bits not in (4, 8) or w.dim() != 2:
         return None
-    if w.dim() != 2 or (zero_point is not None and zero_point.is_floating_point()):
+    codes, scale, zero_point, _, bits, *_ = operand
+    signed = operand.offset == 8 if bits == 4 else codes.dtype != torch.uint8
+    if operand.offset not in (0, 8 if bits == 4 else 0) or isinstance(scale, QTensor):
         return None
-    rows, groups = w.scale.shape
+    if zero_point is not None and zero_point.is_floating_point():
+        return None
+    rows, groups = scale.shape
     if (bits == 4 or groups > 1) and not onnx_mode.packs_int4.get():
         return None
     if rows not in (1, w.shape[0]) or (rows == 1 and groups > 1):
         return None
     if bits == 4:
-        qdata = _int4(w.qdata, tuple(w.shape), signed, packed=True)
+        codes = _int4(codes, tuple(w.shape), signed, packed=True)
         zero_point = None if zero_point is None else _int4(zero_point, tuple(zero_point.shape), signed, packed=False)
-    else:
-        qdata = w.qdata
     if groups > 1:
-        return qdata, w.scale.float(), zero_point, {"axis": 1, "block_size": w.shape[1] // groups}
+        return codes, scale.float(), zero_point, {"axis": 1, "block_size": w.shape[1] // groups}
     shape = () if rows == 1 else (rows,)
-    scale, zero_point = (None if t is None else t.reshape(shape) for t in (w.scale.float(), zero_point))
-    assert scale is not None
-    return qdata, scale, zero_point, {"axis": 0}
+    zero_point = None if zero_point is None else zero_point.reshape(shape)
+    return codes, scale.float().reshape(shape), zero_point, {"axis": 0}
 
 
 def _int4(t: Tensor, shape: tuple[int, ...], signed: bool, packed: bool) -> Tensor:
@@ -105,3 +103,6 @@ def _int4(t: Tensor, shape: tuple[int, ...], signed: bool, packed: bool) -> Tens
     return torch.onnx.ops.symbolic(
         "ao::Int4", (t,), attributes, dtype=INT4 if signed else UINT4, shape=shape, version=1
     )
+
+
+PATHS = (Path(lambda x, w: True, standard_operators),)

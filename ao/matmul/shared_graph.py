@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..dtypes.base import QTensor
+from .form import form_of, key_of, leaves, made
 
 try:
     from torch._higher_order_ops.invoke_subgraph import invoke_subgraph_infer
@@ -64,9 +65,9 @@ def shared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         from torch.fx.experimental.symbolic_shapes import free_symbols  # sympy: only where something is traced
 
         subgraphs = _subgraphs.setdefault(context, {})
-        operands = [t for a in args for t in _operands(a)]
+        operands = [t for a in args for t in leaves(a)]
         symbols = free_symbols(operands)
-        key = (function, *symbols, *(_form(a) for a in args))
+        key = (function, *symbols, *map(key_of, args))
         subgraph = subgraphs.setdefault(key, _Subgraph(_of_operands(function, args)))
         if get_proxy_mode() is None and subgraph.result is not None:
             # Nothing is recorded: the compiler asks what the result looks like, and does so several times for each call.
@@ -103,24 +104,8 @@ def _of_operands(function: Callable[..., Tensor], args: tuple[Any, ...]) -> Call
     return call
 
 
-def _form(a: Any) -> Any:
-    """What distinguishes an argument from others, the numbers in tensors left out."""
-    if isinstance(a, QTensor):
-        return type(a), a.spec, str(a.shape), a.dtype, a.whole, *((name, _form(t)) for name, t in a.fields().items())
-    return (str(a.shape), str(a.stride()), a.dtype, a.device) if isinstance(a, Tensor) else a
-
-
-def _operands(a: Any) -> Iterator[Tensor]:
-    """The plain tensors in an argument."""
-    if isinstance(a, QTensor):
-        for t in a.fields().values():
-            yield from _operands(t)
-    elif isinstance(a, Tensor):
-        yield a
-
-
 def _filled(a: Any, operands: Iterator[Tensor]) -> Any:
     """`a` with other tensors in it."""
     if isinstance(a, QTensor):
-        return a.map(lambda t: _filled(t, operands))
+        return made(form_of(a), operands)
     return next(operands) if isinstance(a, Tensor) else a

@@ -1,12 +1,29 @@
 """Optimizers with states of 4 to 8 bits: drop-ins for torch.optim."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .adam import Adam4bit, Adam8bit, AdamFp8, AdamW, AdamW4bit, AdamW8bit, AdamWFp8
-from .checkpoint import load_state_dict, save_state_dict
 from .lion import Lion8bit
-from .offload import CPUOffloadOptimizer
 from .optimizer import LowBitOptimizer
 from .sgd import SGD8bit
 from .stochastic_rounding import stochastic_round
+
+if TYPE_CHECKING:
+    from .checkpoint import load_state_dict, save_state_dict
+    from .offload import CPUOffloadOptimizer
+else:
+    _LATER = {"CPUOffloadOptimizer": "offload", "load_state_dict": "checkpoint", "save_state_dict": "checkpoint"}
+
+    def __getattr__(name: str) -> Any:
+        """The names whose modules are imported when they are asked for."""
+        if name in _LATER:
+            return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "Adam4bit",

@@ -63,7 +63,7 @@ from .report import Report, compute_error, get_model_size_in_bytes
 from .rules import FqnToConfig, ModuleFqnToConfig
 from .sensitivity import Sensitivity, sensitivity
 
-__all__ = [
+__all__: list[str] = [
     "ALL_AUTOQUANT_CLASS_LIST",
     "AWQ",
     "DEFAULT_AUTOQUANT_CLASS_LIST",

@@ -50,6 +50,19 @@ class Config:
         """The recipe that `algorithm` names. Raises ValueError for a name that is none."""
         return parse_recipe(self.algorithm, f"{type(self).__name__}: algorithm")
 
+    def with_recipe(self, algorithm: str | Recipe) -> Config:
+        """The same config with another algorithm. Raises ValueError for a name that is none."""
+        return dataclasses.replace(self, algorithm=algorithm)
+
+    @property
+    def quant_method(self) -> Any:
+        """What transformers asks of its own configs. Raises AttributeError, which says what to give it."""
+        name = type(self).__name__
+        raise AttributeError(
+            f"{name} is no config of transformers: import ao.integrations.transformers before from_pretrained, which then takes "
+            f"quantization_config={name}(...), or give AoConfig({name}(...)) of that module"
+        )
+
     def weight(self, shape: tuple[int, ...]) -> Spec:
         """The Spec of a weight of `shape`."""
         raise NotImplementedError
@@ -94,7 +107,7 @@ VALUES: dict[str, type] = {c.__name__: c for base in (Granularity, Layout) for c
 VALUES |= {c.__name__: c for c in RECIPES}
 """What a config of this library is made of, beside numbers and strings."""
 
-_ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
+ENUMS: dict[str, type[Enum]] = {e.__name__: e for e in (MappingType, ZeroPointDomain)}
 
 
 def to_json(value: Any) -> Any:
@@ -132,7 +145,7 @@ def from_json(value: Any) -> Any:
     if "dtype" in value:
         return getattr(torch, value["dtype"])
     if "enum" in value:
-        return _ENUMS[value["enum"]][value["name"]]
+        return ENUMS[value["enum"]][value["name"]]
     if "map" in value:
         return {k: from_json(v) for k, v in value["map"]}
     raise ValueError(f"cannot read {value!r} in a config; a newer version of ao may have written this")

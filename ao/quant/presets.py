@@ -257,7 +257,7 @@ class UIntXWeightOnlyConfig(Config):
     zero_point_domain: INT, FLOAT, or NONE for an integer, and a fraction with an algorithm.
     """
 
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.uint4  # type: ignore[attr-defined]
     group_size: int = 64
     pack_dim: int = -1
     use_hqq: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,24 @@ from .config import Config, ModelConfig
 from .coverage import is_linear
 from .job import Job, check, jobs_of, require_statistics
 from .progress import progress
-from .report import Report, Row
+from .read_format import read_format
+from .report import Report, Row, storage_bytes
 from .slots import Filter
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 
 
+@runtime_checkable
+class Conversion(Protocol):
+    """A config that changes layers by itself: one of training in low precision (ao.train)."""
+
+    def convert_layers(self, model: nn.Module, filter_fn: Filter | None = None) -> list[str]:
+        """Change the layers that the filter takes, and return their names."""
+
+
 def quantize_(
     model: nn.Module,
-    config: Config | Spec,
+    config: Config | Spec | Conversion | str,
     filter_fn: Filter | None = None,
     device: torch.device | str | int | None = None,
     *,
@@ -32,8 +42,10 @@ def quantize_(
     """Quantize the weights of a model in place.
 
     model: any module. Its layers stay what they are; their `weight` becomes a QTensor.
-    config: a config such as `Int4WeightOnlyConfig()`, a Spec such as `Intx(bits=3, block=(1, 64))`, or rules by name
-        (`FqnToConfig`).
+    config: a config such as `Int4WeightOnlyConfig()`, a Spec such as `Intx(bits=3, block=(1, 64))`, rules by name
+        (`FqnToConfig`), the name of a format: those of `ao formats` ("int4-g128"), of configs ("int4_weight_only"), with
+        recipes ("int4-g128+gptq"); or a config of training in low precision, such as
+        `ao.train.Int8WeightOnlyQuantizedTrainingConfig()`.
     filter_fn: `(module, fully qualified name) -> bool`, which layers to quantize; by default what multiplies as a linear layer
         does: every `nn.Linear`, transformers' `Conv1D` (GPT-2), and the experts of a mixture, 3-D parameters of (E, N, K).
         Layers with a floating-point `weight` of two or more dims qualify: linears, embeddings, convolutions; and experts.
@@ -58,9 +70,13 @@ def quantize_(
     batch), and for a layer that a filter or a rule asks for and that cannot compute with a quantized weight (weight
     normalization, pruning, standardized convolutions); and TypeError for what is not a config.
     """
+    if isinstance(config, str):
+        config = read_format(config)
     batches = None if calibration_data is None else _batches(calibration_data)
     if isinstance(config, ModelConfig):
         return config.apply(model, filter_fn, batches)
+    if isinstance(config, Conversion) and not isinstance(config, (Config, Spec)):
+        return _convert_layers(model, config, filter_fn, device, batches)
     report = Report()
     jobs = jobs_of(model, config, filter_fn, report)
     for job in jobs:
@@ -84,6 +100,33 @@ def quantize_(
         module.__dict__.pop(ATTRIBUTE, None)
     if target is not None:
         model.to(target)
+    report.measure(model)
+    return report
+
+
+def _convert_layers(
+    model: nn.Module,
+    config: Conversion,
+    filter_fn: Filter | None,
+    device: torch.device | str | int | None,
+    batches: list[Batch] | None,
+) -> Report:
+    """`quantize_` with a config of training. Layers on their way to a device are moved first: they are not made smaller."""
+    if isinstance(config, type):
+        raise TypeError(f"quantize_ takes a config, and {config.__name__} is a class; call it first")
+    if batches is not None:
+        raise ValueError(f"quantize_: {type(config).__name__} needs no calibration_data; leave it out")
+    if device is not None:
+        model.to(device)
+    sizes = {id(module): storage_bytes(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    report = Report()
+    for name in config.convert_layers(model, filter_fn):
+        layer = model.get_submodule(name)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        form = repr(weight.spec) if isinstance(weight, QTensor) else str(weight.dtype).removeprefix("torch.")
+        size = sizes[id(layer)], storage_bytes(weight)
+        row = Row(f"{name}.weight" if name else "weight", tuple(weight.shape), form, *size, type(config).__name__)
+        report.rows.append(row)
     report.measure(model)
     return report
 

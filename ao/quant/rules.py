@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..dtypes import Spec
-from .algorithms.recipe import RoundToNearest
+from .algorithms.recipe import Recipe, RoundToNearest
 from .config import Config, ModelConfig, to_json
+from .read_format import read_format, with_recipe
 
 
 @dataclass(frozen=True)
 class FqnToConfig(Config):
     """A config per layer or per parameter, by fully qualified name.
 
-    fqn_to_config: name -> config, Spec, or None to leave the layer alone. A layer's weight takes the first that matches:
+    fqn_to_config: name -> config, Spec, name of a format, or None to leave the layer alone. A layer's weight takes the first
+        that matches:
         1. the exact name of the parameter ("model.embed.weight"; also parameters of other names, such as 3-D experts)
         2. the exact name of the module ("model.embed")
         3. "re:" and a regular expression that matches the whole name of the parameter, in the order given
@@ -27,8 +29,8 @@ class FqnToConfig(Config):
     Raises ValueError when both are given and differ. `quantize_` raises for a rule that matches nothing.
     """
 
-    fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
-    module_fqn_to_config: Mapping[str, Config | Spec | None] = field(default_factory=dict)
+    fqn_to_config: Mapping[str, Any] = field(default_factory=dict)
+    module_fqn_to_config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,7 +39,8 @@ class FqnToConfig(Config):
         a, b = dict(self.fqn_to_config), dict(self.module_fqn_to_config)
         if a and b and a != b:
             raise ValueError("FqnToConfig: give fqn_to_config or module_fqn_to_config, not two that differ")
-        object.__setattr__(self, "fqn_to_config", a or b)
+        rules = {k: read_format(v, who=f"FqnToConfig: {k!r}") if isinstance(v, str) else v for k, v in (a or b).items()}
+        object.__setattr__(self, "fqn_to_config", rules)
         object.__setattr__(self, "module_fqn_to_config", {})
         for name, config in self.fqn_to_config.items():
             if not (config is None or isinstance(config, (Config, Spec))) or isinstance(
@@ -55,6 +58,11 @@ class FqnToConfig(Config):
         patterns = [key for key in self.fqn_to_config if key.startswith("re:")]
         exact = [name for name in names if name in self.fqn_to_config]
         return exact + [key for name in names for key in patterns if re.fullmatch(key[3:], name)]
+
+    def with_recipe(self, algorithm: str | Recipe) -> Config:
+        """The same rules, each config with another algorithm."""
+        rules = self.fqn_to_config.items()
+        return FqnToConfig({name: None if each is None else with_recipe(each, algorithm) for name, each in rules})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that `Config.from_dict` reads."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from ao.dtypes import Intx
 
 from .recipe import Gemm, Recipe
+from .training_config import TrainingConfig
 
 TERNARY = Intx(2, (-1, -1), symmetric=True, narrow=True)
 
 
 @dataclass(frozen=True)
-class BitNetTrainingConfig:
+class BitNetTrainingConfig(TrainingConfig):
     """Ternary weights with one scale, int8 activations with one scale per token.
 
     enable_fsdp_ternary_all_gather: under FSDP2, round weights before they are gathered, which moves an eighth of the bytes of

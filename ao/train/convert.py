@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
 
 from torch import nn
 
-from ao.dtypes import QTensor, Spec, blank
-from ao.matmul import layer_class
+from ao.dtypes import QTensor
 
 from .float8_config import Float8LinearConfig
-from .gather import CastOnGather, unwrapped
+from .gather import unwrapped
 from .linear import LowPrecisionLinear
-from .placement import is_dtensor
-from .recipe import Recipe
-from .state_dict import as_it_is_in_state_dict, plain_in_state_dict, rounded_to_nearest
-
-Filter = Callable[[nn.Module, str], bool]
-
-
-@runtime_checkable
-class RecipeConfig(Protocol):
-    """A config that says how the products of a linear layer are computed."""
-
-    def recipe(self) -> Recipe:
-        """The recipe of the layers."""
-
-
-@runtime_checkable
-class WeightConfig(Protocol):
-    """A config that says how the trained weights of a linear layer are stored."""
-
-    def weight(self) -> Spec:
-        """The Spec of the weights."""
-
-
-TrainingConfig = RecipeConfig | WeightConfig
+from .state_dict import as_it_is_in_state_dict
+from .training_config import Filter, LayerConfig, convert_layers
 
 
 def convert_to_float8_training(
@@ -50,7 +26,7 @@ def convert_to_float8_training(
 
 
 def convert_to_low_precision_training(
-    module: nn.Module, config: TrainingConfig, *, module_filter_fn: Filter | None = None
+    module: nn.Module, config: LayerConfig, *, module_filter_fn: Filter | None = None
 ) -> nn.Module:
     """Let the linear layers of a model train by a config, in place; the model is returned.
 
@@ -66,34 +42,7 @@ def convert_to_low_precision_training(
     or quantized before, where a shape does not fit (float8 takes multiples of 16 unless pad_inner_dim), and for tied weights
     where weights change; TypeError for what is no such config.
     """
-    if not isinstance(config, (RecipeConfig, WeightConfig)) or isinstance(config, type):
-        raise TypeError(
-            f"a training config is Float8LinearConfig(), Int8MixedPrecisionTrainingConfig() or the like, got {config!r}"
-        )
-    layers = []
-    for name, layer in _linears(module):
-        if module_filter_fn is None or module_filter_fn(layer, name):
-            layers.append((name, layer))
-    if not layers:
-        raise ValueError(
-            "no layer to convert: the model has no nn.Linear"
-            + ("" if module_filter_fn is None else " that module_filter_fn takes")
-        )
-    recipe = config.recipe() if isinstance(config, RecipeConfig) else None
-    spec = recipe.gather if recipe else config.weight()  # type: ignore[union-attr]
-    holders = _holders(module)
-    for name, layer in layers:
-        _check(name or "the module", layer, recipe, spec, holders)
-    for _, layer in layers:
-        if recipe is not None:
-            layer.__class__ = LowPrecisionLinear
-            layer.recipe = recipe  # type: ignore[assignment]
-        if spec is not None:
-            weight = layer.weight.detach()
-            new = rounded_to_nearest(weight, spec) if recipe is None else CastOnGather(weight, spec)
-            layer.weight = nn.Parameter(new, requires_grad=layer.weight.requires_grad)
-            if recipe is None:
-                plain_in_state_dict(layer)
+    convert_layers(module, config, module_filter_fn)
     return module
 
 
@@ -143,50 +92,3 @@ def auto_module_filter(recipe: str = "tensorwise", exclude: Sequence[str] = ()) 
         return not (n <= 2048 or k <= 1024 or (n <= 4096 and k <= 2048))
 
     return keeps
-
-
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Layers that compute `F.linear` and nothing else; a subclass may do more."""
-    for name, layer in module.named_modules():
-        if layer_class(layer) in (nn.Linear, LowPrecisionLinear) or type(layer).__name__ == "FSDPLinear":
-            yield name, layer
-
-
-def _holders(module: nn.Module) -> dict[int, list[str]]:
-    holders: dict[int, list[str]] = {}
-    for prefix, layer in module.named_modules():
-        for name, p in layer._parameters.items():
-            if p is not None:
-                holders.setdefault(id(p), []).append(f"{prefix}.{name}" if prefix else name)
-    return holders
-
-
-def _check(
-    name: str, layer: nn.Linear, recipe: Recipe | None, spec: Spec | None, holders: dict[int, list[str]]
-) -> None:
-    weight = layer.weight
-    if type(layer) is LowPrecisionLinear:
-        raise ValueError(f"{name} trains in low precision already; call convert_from_low_precision_training first")
-    if layer_class(layer) is not nn.Linear:
-        raise ValueError(f"{name} is a {type(layer).__name__}; convert the model before fully_shard")
-    if isinstance(weight, QTensor) or (is_dtensor(weight) and isinstance(weight._local_tensor, QTensor)):  # type: ignore[attr-defined]
-        raise ValueError(f"{name}: the weight is quantized already; call ao.dequantize_ first, or leave it out")
-    n, k = weight.shape
-    if recipe is not None and recipe.uses_float8 and not recipe.pad and (n % 16 or k % 16):
-        raise ValueError(
-            f"{name}: float8 products need multiples of 16, and the weight has shape {(n, k)}; leave the layer out with "
-            "module_filter_fn, or use pad_inner_dim=True"
-        )
-    if spec is None:
-        return
-    if is_dtensor(weight):
-        raise ValueError(f"{name}: the weight is a DTensor already; convert the model before it is sharded")
-    if len(holders[id(weight)]) > 1:
-        raise ValueError(
-            f"{name}: the weight is tied ({', '.join(holders[id(weight)])}), and would be untied; leave the layer out with "
-            "module_filter_fn"
-        )
-    try:
-        blank(spec, (n, k))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

@@ -16,6 +16,7 @@ import torch
 from ao.dtypes import Float8, Spec
 
 from .recipe import Gemm, Recipe
+from .training_config import TrainingConfig
 
 _FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
@@ -84,7 +85,7 @@ class Float8GemmConfig:
 
 
 @dataclass(frozen=True)
-class Float8LinearConfig:
+class Float8LinearConfig(TrainingConfig):
     """Float8 for the three products of a linear layer, `out = input @ weight.T`, `grad_input = grad_output @ weight` and
     `grad_weight = grad_output.T @ input`.
 

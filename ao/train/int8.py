@@ -14,10 +14,11 @@ from typing import Literal
 from ao.dtypes import Intx, Spec
 
 from .recipe import Gemm, Recipe
+from .training_config import TrainingConfig
 
 
 @dataclass(frozen=True)
-class Int8MixedPrecisionTrainingConfig:
+class Int8MixedPrecisionTrainingConfig(TrainingConfig):
     """int8 products in linear layers, each operand with one scale per row of the product: scale = max|row| / 127.
 
     output, grad_input, grad_weight: which of the three products are int8; the others stay in floating point.
@@ -49,7 +50,7 @@ class Int8MixedPrecisionTrainingConfig:
 
 
 @dataclass(frozen=True)
-class Int8WeightOnlyQuantizedTrainingConfig:
+class Int8WeightOnlyQuantizedTrainingConfig(TrainingConfig):
     """Trained weights that are int8 with one float32 scale per row, written with stochastic rounding.
 
     group_size: None for one scale per row, else one per so many elements of it. It must divide in_features.

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ao.dtypes import QTensor
-from ao.matmul import Codes, codes_both, codes_of, codes_of_transposed, has_float8, is_square, scaled_product
+from ao.dtypes import Operand, QTensor
+from ao.matmul import codes_both, codes_of, codes_of_transposed, has_float8, is_square, scaled_product
 
 from .gather import CastOnGather, unwrapped
 from .placement import is_dtensor, on_shards
@@ -160,8 +160,8 @@ class _Gradients(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         g = g.reshape(-1, g.shape[-1])  # (M, N)
         first, second = recipe.grad_input, recipe.grad_weight
-        rows: Codes | Tensor = g
-        columns: Codes | Tensor | None = None
+        rows: Operand | Tensor = g
+        columns: Operand | Tensor | None = None
         if all(wanted) and first.a == second.a and is_square(first.a):
             rows, columns = codes_both(g, first.a)  # type: ignore[arg-type]
         elif wanted[0]:
@@ -173,7 +173,7 @@ class _Gradients(torch.autograd.Function):
         if wanted[1]:
             columns = codes_of_transposed(g, second.a) if columns is None else columns
             if _keeps_codes(recipe):
-                b = Codes(*kept) if len(kept) == 2 else kept[0]
+                b = _joined(kept)
             else:
                 b = codes_of_transposed(kept[0].reshape(-1, shape[-1]), second.b)
             grad_w = _product(columns, b, second, recipe, dtypes[1])
@@ -212,25 +212,34 @@ def _keeps_codes(recipe: Recipe) -> bool:
     return recipe.grad_weight.b == recipe.output.a and is_square(recipe.output.a)
 
 
-def _parts(codes: Codes | Tensor) -> tuple[Tensor, ...]:
-    return tuple(codes) if isinstance(codes, Codes) else (codes,)
+def _parts(codes: Operand | Tensor) -> tuple[Tensor, ...]:
+    return (codes.codes, codes.scale) if isinstance(codes, Operand) else (codes,)
 
 
-def _product(a: Codes | Tensor, b: Codes | Tensor, gemm: Gemm, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+def _joined(parts: tuple[Tensor, ...]) -> Operand | Tensor:
+    """What `_parts` took apart."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale = parts
+    return Operand(codes, scale, None, "float" if codes.is_floating_point() else "affine")
+
+
+def _product(a: Operand | Tensor, b: Operand | Tensor, gemm: Gemm, recipe: Recipe, dtype: torch.dtype) -> Tensor:
     """a @ b.T. a: (M, K), b: (N, K)."""
-    if recipe.pad and isinstance(a, Codes) and isinstance(b, Codes):
-        m, n = a.values.shape[0], b.values.shape[0]
+    if recipe.pad and isinstance(a, Operand) and isinstance(b, Operand):
+        m, n = a.codes.shape[0], b.codes.shape[0]
         a, b = pad_to_16(a), pad_to_16(b)
         return scaled_product(a, b, dtype, fast_accum=gemm.fast_accum, emulate=recipe.emulate)[:m, :n]
     return scaled_product(a, b, dtype, fast_accum=gemm.fast_accum, emulate=recipe.emulate)
 
 
-def pad_to_16(codes: Codes) -> Codes:
+def pad_to_16(codes: Operand) -> Operand:
     """`codes` with zeros after rows and columns up to the next multiple of 16; as they are where a block is part of a row."""
-    values, scale = codes
+    values, scale = codes.codes, codes.scale
     rows, columns = -values.shape[0] % 16, -values.shape[1] % 16
     if not codes.by_row or rows == columns == 0:
         return codes
     # A zero is the byte 0 in every format, and not every format can be padded.
     padded = F.pad(values.view(torch.uint8), (0, columns, 0, rows)).view(values.dtype)
-    return Codes(padded, scale if scale.shape[0] == 1 else F.pad(scale, (0, 0, 0, rows)))
+    scale = scale if scale.shape[0] == 1 else F.pad(scale, (0, 0, 0, rows))
+    return codes._replace(codes=padded, scale=scale)

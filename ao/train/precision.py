@@ -7,11 +7,12 @@ from collections.abc import Callable
 from torch import nn
 
 from .bitnet import BitNetTrainingConfig
-from .convert import TrainingConfig, convert_to_low_precision_training
+from .convert import convert_to_low_precision_training
 from .float8_config import Float8LinearConfig
 from .int8 import Int8MixedPrecisionTrainingConfig, Int8WeightOnlyQuantizedTrainingConfig
+from .training_config import LayerConfig
 
-PRECISIONS: dict[str, TrainingConfig | None] = {
+PRECISIONS: dict[str, LayerConfig | None] = {
     "bf16": None,
     "float8-tensorwise": Float8LinearConfig.from_recipe_name("tensorwise"),
     "float8-rowwise": Float8LinearConfig.from_recipe_name("rowwise"),

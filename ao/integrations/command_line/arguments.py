@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import difflib
 import json
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -49,11 +53,15 @@ def check_readable(option: str, paths: Iterable[Path] | None) -> None:
             file.read(1)
 
 
-def check_model(folder: Path, language: bool = False) -> None:
-    """Raise OSError for what is no model folder, ValueError for a broken config or, if a language model is asked for, another."""
+def check_model(folder: Path, language: bool = False) -> dict[str, Any]:
+    """The config.json of a model folder. Raises OSError for what is no model folder, ValueError for a broken config or, if a
+    language model is asked for, another."""
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
-        raise FileNotFoundError(f"{folder} {what}; give the folder of a Hugging Face model")
+        how = "give the folder of a Hugging Face model"
+        if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            how = f"if it is a name on the hub, download it first: hf download {folder} --local-dir DIR"
+        raise FileNotFoundError(f"{folder} {what}; {how}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         words = "vocab_size" in config or "vocab_size" in config.get("text_config", {})
@@ -61,6 +69,47 @@ def check_model(folder: Path, language: bool = False) -> None:
         raise ValueError(f"{folder / 'config.json'} is no config of a model: {error}") from error
     if language and not words:
         raise ValueError(f"{folder} is no language model: its config.json has no vocab_size")
+    return dict(config)
+
+
+def fit_window(option: str, given: int | None, usual: int, config: dict[str, Any]) -> int:
+    """The tokens of a window: what was given, or at most `usual`. Raises ValueError for more than the model was made for, where
+    its loss would mean nothing."""
+    text = config.get("text_config") or config
+    most = text.get("max_position_embeddings") or text.get("n_positions") or text.get("max_seq_len")
+    if not isinstance(most, int):
+        return usual if given is None else given
+    if given is not None and given > most:
+        raise ValueError(f"{option} {given} is more than the {most} positions of the model; give at most {most}")
+    return min(usual, most) if given is None else given
+
+
+def check_modules(option: str, names: Iterable[str] | None, tensors: Iterable[str]) -> None:
+    """Raise ValueError for a name that fits no module of a model whose stored tensors have the names `tensors`."""
+    own: set[str] = {"lm_head"}  # one that is tied is not stored
+    for tensor in tensors:
+        parts = tensor.split(".")[:-1]
+        own |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+    known = own | {f"{prefix}.{name}" for name in own for prefix in ("model", "transformer", "bert", "vit")}
+    for name in names or ():
+        try:
+            found = any(n.endswith(name) or re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", n) for n in known)
+        except re.error as error:
+            raise ValueError(f"{option} {name!r} is no regular expression: {error}") from error
+        if not found:
+            ends = {each.rpartition(".")[2] for each in own}
+            near = difflib.get_close_matches(name, [*own, *ends], n=3, cutoff=0.5) or sorted(own)[:3]
+            raise ValueError(f"{option} {name!r} fits no module of the model; near to it are {', '.join(near)}")
+
+
+def check_space(option: str, path: Path, wanted: float) -> None:
+    """Raise OSError where fewer than `wanted` bytes are free for what will be written at `path`."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < wanted:
+        raise OSError(
+            f"{option} {path} will take some {wanted / 1e9:,.1f} GB, and {parent} has {free / 1e9:,.1f} GB free"
+        )
 
 
 def check_writable(option: str, path: Path | None) -> None:
@@ -80,16 +129,35 @@ def check_writable(option: str, path: Path | None) -> None:
         raise OSError(f"{option} {path} cannot be written: {parent}: {error.strerror or error}") from error
 
 
-def check_device(name: str) -> Any:
-    """The torch.device of that name. Raises ValueError for one that this machine does not have."""
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mtia", "privateuseone")
+_DRIVERS = ("libcuda.so.1", "libcuda.so", "libamdhip64.so", "nvcuda.dll", "amdhip64.dll")
+"""One of which is there where torch knows a "cuda"."""
+
+
+def check_device(name: str) -> str:
+    """The name of a device that this machine has. Raises ValueError for another."""
+    kind, _, index = name.partition(":")
+    if kind == "meta":
+        raise ValueError(f"--device {name} computes nothing; give cpu, cuda or another that does")
+    if kind not in _DEVICES or (":" in name and not index.isdecimal()):
+        raise ValueError(f"--device {name} is not there: devices are cpu, cuda, cuda:1, mps, xpu and the like")
+    if kind == "cpu":
+        return name
+    if kind == "cuda" and not any(map(_loads, _DRIVERS)):
+        raise ValueError(f"--device {name} is not there: this machine has no driver of a GPU")
     import torch
 
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"--device {name} is not there: {reason}") from error
-    if device.type == "meta":
-        raise ValueError(f"--device {name} computes nothing; give cpu, cuda or another that does")
-    return device
+    return name
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

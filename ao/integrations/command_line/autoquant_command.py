@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import before_the_work, check_device, check_model, check_writable, count
+from .arguments import before_the_work, check_device, check_model, check_writable, count, fit_window
 from .progress import quiet_loading
 from .tables import print_json
 
 NAME = "autoquant"
 HELP = "measure which format is fastest for every layer, and save the plan"
 DETAILS = """The model runs over random token ids of the shapes that you name; every format is timed on every layer, compiled.
-The plan is JSON: `ao.autoquant(model, plan="plan.json")` applies it without measuring.
+The plan is JSON: `ao quantize MODEL_DIR OUT_DIR --plan plan.json` applies it, and so does
+`ao.autoquant(model, plan="plan.json")`, without measuring.
 
 examples:
   ao autoquant Llama-3.1-8B --plan plan.json --tokens 1 128
@@ -23,7 +24,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a language model")
     parser.add_argument("--plan", type=Path, required=True, metavar="FILE.json", help="where to save the plan")
-    parser.add_argument("--tokens", type=count, nargs="+", default=[1, 128], metavar="T", help="default: 1 128")
+    parser.add_argument("--tokens", type=count, nargs="+", metavar="T", help="default: 1 128")
     parser.add_argument("--batch", type=count, default=1, metavar="B", help="default: 1")
     parser.add_argument(
         "--candidates", default="default", choices=["default", "int4", "float8", "all"], help="which formats"
@@ -36,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
-        check_model(args.model, language=True)
+        config = check_model(args.model, language=True)
+        args.tokens = [fit_window("--tokens", t, t, config) for t in args.tokens or ()] or [
+            1, fit_window("--tokens", None, 128, config)
+        ]  # fmt: skip
         check_writable("--plan", args.plan)
         check_device(args.device)
     import torch

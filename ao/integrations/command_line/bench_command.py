@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import before_the_work, check_device, check_model, count
+from .arguments import before_the_work, check_device, check_model, count, fit_window
 from .format_names import config_of
 from .progress import quiet_loading
 from .tables import print_json, print_table
@@ -24,7 +24,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a language model, quantized or not")
     parser.add_argument("--configs", nargs="+", metavar="FORMAT", help="quantize in memory; default: as it is stored")
-    parser.add_argument("--tokens", type=count, nargs="+", default=[1, 128], metavar="T", help="default: 1 128")
+    parser.add_argument("--tokens", type=count, nargs="+", metavar="T", help="default: 1 128")
     parser.add_argument("--batch", type=count, default=1, metavar="B", help="default: 1")
     parser.add_argument("--runs", type=count, default=20, metavar="N", help="of each; default: 20")
     parser.add_argument("--threads", type=count, metavar="N", help="on a CPU; default: PyTorch's")
@@ -36,9 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     names = args.configs or ["as stored"]
     with before_the_work():
-        check_model(args.model, language=True)
+        config = check_model(args.model, language=True)
+        args.tokens = [fit_window("--tokens", t, t, config) for t in args.tokens or ()] or [
+            1, fit_window("--tokens", None, 128, config)
+        ]  # fmt: skip
         configs = {name: config_of(name) for name in names if name != "as stored"}
-        device = check_device(args.device)
+        check_device(args.device)
     import statistics
 
     import torch
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ao.quant.benchmark import interleave, seconds
 
     quiet_loading(args.json)
+    device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     calls: dict[tuple[str, int], Any] = {}

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import at_least, before_the_work, check_device, check_model, check_readable, count
+from .arguments import at_least, before_the_work, check_device, check_model, check_readable, count, fit_window
 from .format_names import config_of
 from .progress import progress_bar, quiet_loading
 from .tables import print_json, print_table
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text, or a JSON list"
     )
     parser.add_argument("--configs", nargs="+", metavar="FORMAT", help="quantize in memory; default: as it is stored")
-    parser.add_argument("--window", type=at_least(2), default=512, metavar="T", help="tokens; default: 512")
+    parser.add_argument("--window", type=at_least(2), metavar="T", help="tokens; default: 512, or what the model takes")
     parser.add_argument("--windows", type=count, metavar="N", help="at most so many; default: all")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
-        check_model(args.model, language=True)
+        config = check_model(args.model, language=True)
+        args.window = fit_window("--window", args.window, 512, config)
         check_readable("--text", args.text)
         configs = {name: config_of(name) for name in args.configs or ["as stored"] if name != "as stored"}
         check_device(args.device)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from . import (
     autoquant_command,
     bench_command,
     completion,
+    convert_command,
     eval_command,
+    export_command,
     format_names,
     inspect_checkpoint,
     quantize_command,
@@ -22,6 +26,8 @@ from .arguments import WrongArguments
 COMMANDS: list[ModuleType] = [
     quantize_command,
     autoquant_command,
+    convert_command,
+    export_command,
     eval_command,
     bench_command,
     inspect_checkpoint,
@@ -43,6 +49,7 @@ Exit codes: 0 done, 1 failed, with the reason on standard error, 2 wrong argumen
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(prog="ao", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"ao {version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
         command = commands.add_parser(
@@ -55,6 +62,13 @@ def parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return top
+
+
+def version() -> str:
+    """That of the package, read from its source: importing it would import torch."""
+    source = Path(__file__).resolve().parents[2] / "__init__.py"
+    found = re.search(r'^__version__ = "(.*)"', source.read_text(encoding="utf-8"), re.MULTILINE)
+    return found.group(1) if found else "unknown"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .arguments import at_least, before_the_work, check_device, check_model, check_readable, check_writable, count
-from .format_names import config_of
+from .arguments import (
+    at_least,
+    before_the_work,
+    check_device,
+    check_model,
+    check_modules,
+    check_readable,
+    check_space,
+    check_writable,
+    count,
+    fit_window,
+)
+from .format_names import RECIPES, check_format, config_of
 from .progress import progress_bar, quiet_loading
 from .safetensors_header import read_header, weight_files
 from .tables import print_json
@@ -34,13 +45,15 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="config.json and safetensors files")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="must not exist yet")
-    parser.add_argument("--config", required=True, metavar="FORMAT", help="a name such as int4-g128, or an expression")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FORMAT", help="a name such as int4-g128, or an expression")
+    what.add_argument("--plan", type=Path, metavar="FILE.json", help="what `ao autoquant` has chosen, layer by layer")
     parser.add_argument("--recipe", metavar="NAME", help="how codes are found: rtn (the default), hqq, gptq, ...")
     parser.add_argument(
         "--data", type=Path, nargs="+", metavar="FILE", help="to calibrate on: plain text or a JSON list"
     )
     parser.add_argument("--samples", type=count, default=128, metavar="N", help="windows of --data; default: 128")
-    parser.add_argument("--window", type=at_least(2), default=512, metavar="T", help="tokens of a window; default: 512")
+    parser.add_argument("--window", type=at_least(2), metavar="T", help="tokens of a window; default: 512")
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="modules that stay as they are, instead of the head")
     parser.add_argument("--include-embedding", action="store_true", help="quantize embedding and head too")
     parser.add_argument("--in-memory", action="store_true", help="load the whole model, as recipes with data do")
@@ -135,17 +148,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
-    """The config, and whether it calibrates. Raises for arguments that do not go together or name what is not there."""
-    check_model(args.model)
+    """The config, and whether it calibrates. Raises for arguments that do not go together or name what is not there.
+
+    What needs no torch is looked at first: a mistake is told at once.
+    """
+    model = check_model(args.model)
     check_readable("--data", args.data)
     check_readable("--text", args.text)
+    check_readable("--plan", [args.plan] if args.plan else None)
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
     check_writable("OUT_DIR", args.out)
     check_writable("--report", args.report)
-    config = config_of(args.config)
-    if config is None:
-        raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
+    if args.data or args.text:
+        args.window = fit_window("--window", args.window, 512, model)
+    stored = {name: t for file in weight_files(args.model) for name, t in read_header(file)[1].items()}
+    check_modules("--skip", args.skip, stored)
+    # A format takes an eighth of 16 bits at least; what stays as it is, is not counted.
+    check_space("OUT_DIR", args.out, sum(t.stop - t.start for t in stored.values()) / 8)
+    check_device(args.device)
+    recipes = (args.recipe or "rtn").split("+")
+    if not set(recipes) <= set(RECIPES):
+        known = ", ".join(sorted(RECIPES))
+        raise ValueError(f"--recipe must be among {known}, or several joined by '+'; got {args.recipe!r}")
+    if args.plan is None:
+        check_format(args.config)
+        config = config_of(args.config)
+        if config is None:
+            raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
+    else:
+        from ao.quant import load_plan
+
+        config = load_plan(args.plan)
     if args.recipe is not None:
         config = with_recipe(config, args.recipe)
     calibrates = needs_data(config)
@@ -156,22 +190,16 @@ def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
         raise ValueError(
             "--data is for recipes that calibrate, such as --recipe gptq, and nothing here does; leave it out"
         )
-    check_device(args.device)
     return config, calibrates
 
 
 def with_recipe(config: Any, recipe: str) -> Any:
     """The same config, or Spec, or rules, with a recipe by name. Raises ValueError for a name that is none."""
-    from ao.quant import FqnToConfig, SpecConfig
+    from ao.quant import read_format
     from ao.quant.algorithms.by_name import parse_recipe
 
     parse_recipe(recipe, "--recipe")
-    if isinstance(config, FqnToConfig):
-        rules = config.fqn_to_config.items()
-        return FqnToConfig({name: None if each is None else with_recipe(each, recipe) for name, each in rules})
-    if hasattr(config, "algorithm"):
-        return replace(config, algorithm=recipe)
-    return SpecConfig(config, algorithm=recipe)
+    return read_format.with_recipe(config, recipe)
 
 
 def needs_data(config: Any) -> bool:

@@ -73,5 +73,14 @@ def weight_files(path: Path) -> list[Path]:
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{path} has no *.safetensors; give a .safetensors file or a model folder")
+        others = sorted(each.name for end in ("bin", "pt", "pth") for each in path.glob(f"*.{end}"))
+        raise FileNotFoundError(
+            f"{path} has no *.safetensors; "
+            + (
+                f"it has {others[0]}, which is a pickle, and ao reads none: load the model with transformers and call "
+                "save_pretrained(), which writes safetensors"
+                if others
+                else "give a .safetensors file or a model folder"
+            )
+        )
     return files

@@ -471,7 +471,7 @@ def gemv_launch(
         start = Launch(kernel, grid, **constants)
 
         def run_float(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-            out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+            out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
             start(index, x, qdata, scale, out, n)
             return out
 
@@ -480,7 +480,7 @@ def gemv_launch(
     start = Launch(kernel, grid, views={1: torch.int32}, **constants)
 
     def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+        out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
         start(index, x, qdata, scale, scale if zero_point is None else zero_point, out, n)
         return out
 
@@ -547,7 +547,7 @@ def fused_launch(
     )  # fmt: skip
 
     def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+        out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
         start(index, x, scale, qdata, scale, scale if zero_point is None else zero_point, out, m, n)
         return out
 

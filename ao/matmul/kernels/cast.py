@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import on_its_device
 from .launch import cdiv, launch
 
 TILE = 128
@@ -81,6 +82,7 @@ def transpose_kernel(
 _FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5, torch.int8: tl.int8}
 
 
+@on_its_device
 def _run(
     x: Tensor, scale: Tensor | None, dtype: torch.dtype, low: float = 0.0, high: float = 0.0, same: Tensor | None = None
 ) -> Tensor:
@@ -96,24 +98,23 @@ def _run(
         scales = 1 if scale.numel() == 1 else 2
         step = m // scale.shape[1] if scale.shape[1] > 1 else max(cdiv(m, TILE), 1) * TILE
     if out.numel():
-        with torch.cuda.device(x.device):  # Triton launches on the current one
-            launch(
-                transpose_kernel, (cdiv(n, TILE), cdiv(m, TILE)), x, x if scale is None else scale,
-                out if same is None else same, out, m, n, step, SCALES=scales, LOW=low, HIGH=high, FORMAT=_FORMATS[dtype],
-                BOTH=same is not None, BM=TILE, BN=TILE, num_warps=8,
-            )  # fmt: skip
+        launch(
+            transpose_kernel, (cdiv(n, TILE), cdiv(m, TILE)), x, x if scale is None else scale,
+            out if same is None else same, out, m, n, step, SCALES=scales, LOW=low, HIGH=high, FORMAT=_FORMATS[dtype],
+            BOTH=same is not None, BM=TILE, BN=TILE, num_warps=8,
+        )  # fmt: skip
     return out.view(dtype)
 
 
+@on_its_device
 def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, low: float, high: float) -> Tensor:
     """cast(clamp(x / scale, low, high)) of `dtype`, outside of any graph. scale: one number; the rest as `cast_transposed`."""
     out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     if out.numel():
-        with torch.cuda.device(x.device):
-            launch(
-                cast_kernel, (cdiv(x.numel(), 4096),), x.contiguous(), scale.float(), out, x.numel(), LOW=low,
-                HIGH=high, FORMAT=_FORMATS[dtype], B=4096, num_warps=8,
-            )  # fmt: skip
+        launch(
+            cast_kernel, (cdiv(x.numel(), 4096),), x.contiguous(), scale.float(), out, x.numel(), LOW=low,
+            HIGH=high, FORMAT=_FORMATS[dtype], B=4096, num_warps=8,
+        )  # fmt: skip
     return out.view(dtype)
 
 

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+VNNI = torch.cpu._is_vnni_supported()
+"""Whether the CPU multiplies int8 in integer units. Without, a sum is many times faster in float32, exact up to 2**24."""
+
+_TRITON = find_spec("triton") is not None
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @functools.cache
@@ -25,7 +36,31 @@ def has_float8(device: torch.device) -> bool:
     return cuda_capability(device) >= (8, 9)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether it has the tensor cores and the copy engine that hopper.py is for."""
+    return cuda_capability(device)[0] == 9
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run: on NVIDIA's GPUs since Ampere. Those of float8 want `has_float8` too."""
+    return _TRITON and cuda_capability(device) >= (8, 0)
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_its_device(function: _F) -> _F:
+    """`function` of a tensor and whatever else, while the tensor's GPU is the current one, on which Triton launches."""
+    current = getattr(torch._C, "_cuda_getDevice", None)  # a build for CPUs has none, and does not call this
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Any) -> Any:
+        if x.device.index == current():  # type: ignore[misc]
+            return function(x, *args)
+        with torch.cuda.device(x.device):
+            return function(x, *args)
+
+    return run  # type: ignore[return-value]

@@ -5,30 +5,23 @@ They are opaque to the compiler, so that one graph serves every number of tokens
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..integers import enough_rows
 from . import ampere, hopper
-from .device import cuda_capability
+from .device import is_hopper, on_its_device
 
 
 def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Callable[..., Tensor]]:
     """Define `ao::name`. `torch.library.custom_op` would do, and take 10 microseconds more at every call."""
 
     def define(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(function)
-        def on_its_device(x: Tensor, *args: object) -> Tensor:
-            if x.device.index == torch.cuda.current_device():
-                return function(x, *args)
-            with torch.cuda.device(x.device):  # Triton launches on the current one
-                return function(x, *args)
-
         torch.library.define(f"ao::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(f"ao::{name}", "CUDA", on_its_device)
+        torch.library.impl(f"ao::{name}", "CUDA", on_its_device(function))
         torch.library.register_fake(f"ao::{name}", fake)
         return getattr(torch.ops.ao, name).default
 
@@ -46,20 +39,22 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     x: (M, K) bfloat16. qdata: (N, K) one-byte or (N, K / 2) 4-bit. scale: (N, K / group) or (N, 1), zero_point alike.
     offset: what to add to zero_point.
     """
-    return fused_at_once(x, qdata, scale, zero_point, offset, False)
+    of_hopper = is_for_hopper(x.shape[0], x.shape[1], qdata, scale, zero_point)
+    return fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, False)
 
 
 def fused_at_once(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, one_launch: bool
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, of_hopper: bool, one_launch: bool
 ) -> Tensor:  # fmt: skip
     """`fused` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N).
 
+    of_hopper: what `is_for_hopper` says of these tokens and this weight.
     one_launch: rather than what is fastest on the GPU, for up to 128 tokens and 4 bits.
     """
     k, n = x.shape[-1], qdata.shape[0]
     rows = x if x.dim() == 2 else x.view(-1, k)
     m = rows.shape[0]
-    of_hopper = is_for_hopper(m, k, qdata, scale, zero_point) and _is_aligned(x, qdata)
+    of_hopper = of_hopper and _is_aligned(x, qdata)
     if of_hopper and qdata.shape[1] == k:
         out = hopper.parts_product(rows, qdata, scale)
     elif of_hopper:
@@ -79,9 +74,10 @@ SOME = 512
 
 
 def is_for_hopper(m: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
-    """Whether hopper.py has the kernel that is the fastest for m tokens and this weight (N, k)."""
+    """Whether hopper.py has the kernel that is the fastest for m tokens and this weight (N, k): the same for all m of a class, up
+    to 16 and from there to the next power of two, for which eager mode decides it once."""
     n = qdata.shape[0]
-    if m > SOME or k % 128 or n % 64 or k > 65536 or cuda_capability(qdata.device)[0] != 9:
+    if m > SOME or k % 128 or n % 64 or k > 65536 or not is_hopper(qdata.device):
         return False
     if qdata.shape[1] == k:
         exact = qdata.dtype in (torch.int8, torch.float8_e4m3fn)
@@ -130,7 +126,7 @@ def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool) -> T
 
 def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     (m, k), n = x.shape, qdata.shape[0]
-    copied = cuda_capability(x.device)[0] == 9 and k % 128 == 0 and _is_aligned(x, qdata)
+    copied = is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
     few = (
         256 if qdata.dtype.is_floating_point and dtype == torch.bfloat16 else 512
     )  # beyond, cuBLAS is faster in float8
@@ -141,7 +137,7 @@ def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dty
             return ampere.fused(x, rows, qdata, columns, None, 0, dtype)
         if m > 128 and copied:
             return hopper.int8_product(x, rows, qdata, columns, dtype)
-        total = torch._int_mm(F.pad(x, (0, 0, 0, 32 - m)) if m <= 16 else x, qdata.t())  # it takes more than 16 rows
+        total = torch._int_mm(enough_rows(x), qdata.t())
     elif m > 256 and dtype == torch.bfloat16:
         return torch._scaled_mm(x, qdata.t(), rows, columns.t(), out_dtype=dtype, use_fast_accum=True)
     else:
@@ -150,6 +146,6 @@ def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dty
     return ampere.scaled(total, rows, columns, dtype, m)
 
 
-def _is_aligned(*tensors: Tensor) -> bool:
-    """Whether the copy engine can read them: it wants addresses that are multiples of 16 bytes."""
-    return all(t.data_ptr() % 16 == 0 for t in tensors)
+def _is_aligned(a: Tensor, b: Tensor) -> bool:
+    """Whether the copy engine can read both: it wants addresses that are multiples of 16 bytes."""
+    return (a.data_ptr() | b.data_ptr()) % 16 == 0

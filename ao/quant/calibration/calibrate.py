@@ -21,6 +21,7 @@ from torch import nn
 from ...dtypes import Spec
 from ..config import Config
 from ..job import jobs_of
+from ..read_format import read_format
 from ..report import Report
 from ..slots import Filter
 from .statistics import ATTRIBUTE, OBSERVERS, Statistics, check_finite_inputs, first_tensor
@@ -29,7 +30,7 @@ from .statistics import ATTRIBUTE, OBSERVERS, Statistics, check_finite_inputs, f
 @contextmanager
 def calibrate(
     model: nn.Module,
-    config: Config | Spec | None = None,
+    config: Config | Spec | str | None = None,
     filter_fn: Filter | None = None,
     observers: Iterable[str] | None = None,
 ) -> Iterator[Mapping[str, Statistics]]:
@@ -37,7 +38,8 @@ def calibrate(
 
     What `torch.compile` made runs eagerly in the context, so that nothing passes unseen.
 
-    config: watch what this config needs, in the layers that it would quantize; None watches everything.
+    config: watch what this config, or the format of this name, needs, in the layers that it would quantize; None watches
+        everything.
     filter_fn: `(module, fully qualified name) -> bool`, which layers to watch; by default those that `quantize_`
         takes and, without a config, every `nn.Linear`.
     observers: names of `OBSERVERS` instead: "minmax", "moving_average", "histogram" (percentile and MSE), "channels" and
@@ -50,6 +52,8 @@ def calibrate(
     Raises ValueError for an unknown observer and, from the model's call, for a layer whose inputs are not finite; then
     nothing that was seen is kept.
     """
+    if isinstance(config, str):
+        config = read_format(config, who="calibrate")
     unknown = sorted(set(observers or ()) - OBSERVERS.keys())
     if unknown:
         raise ValueError(f"calibrate: observers must be among {', '.join(OBSERVERS)}; got {', '.join(unknown)}")

@@ -15,6 +15,7 @@ from ..algorithms.recipe import Recipe, RoundToNearest
 from ..calibration.sequential import Batch
 from ..config import VALUES, Config, ModelConfig
 from ..granularity import Granularity, MappingType, PerAxis, PerGroup, PerRow, PerToken, ZeroPointDomain
+from ..read_format import read_format
 from ..report import Report
 from ..slots import Filter
 from .convert import convert, unprepare
@@ -116,9 +117,9 @@ class QATConfig(ModelConfig):
     """Quantization-aware training: `quantize_(m, QATConfig(c, step="prepare"))`, train, `quantize_(m, QATConfig(c,
     step="convert"))`.
 
-    base_config: what the model is to become: a config, a Spec, or rules by name (`FqnToConfig`). Its `algorithm` says where
-        training starts: "rtn", "hqq", or "gptq" with `quantize_(..., calibration_data=)`, whose codes and qparams it takes
-        over. The qparams are then trained along.
+    base_config: what the model is to become: a config, a Spec, the name of a format, or rules by name (`FqnToConfig`).
+        Its `algorithm` says where training starts: "rtn", "hqq", or "gptq" with `quantize_(..., calibration_data=)`, whose
+        codes and qparams it takes over. The qparams are then trained along.
     activation_config, weight_config: a `FakeQuantizeConfig` or a Spec each, in place of base_config.
     step: "prepare", or "convert" (which may leave the configs out: the layers know what they were prepared for).
     range_learning: train scales and zero points of the weights too (LSQ); None does so where they come from an algorithm.
@@ -133,7 +134,7 @@ class QATConfig(ModelConfig):
     Raises ValueError for settings that contradict each other.
     """
 
-    base_config: Config | Spec | None = None
+    base_config: Config | Spec | str | None = None
     activation_config: Part | None = None
     weight_config: Part | None = None
     step: Literal["prepare", "convert"] = "prepare"
@@ -146,6 +147,8 @@ class QATConfig(ModelConfig):
         custom = self.activation_config is not None or self.weight_config is not None
         if self.step not in ("prepare", "convert"):
             raise ValueError(f"QATConfig: step must be 'prepare' or 'convert', got {self.step!r}")
+        if isinstance(self.base_config, str):
+            object.__setattr__(self, "base_config", read_format(self.base_config, who="QATConfig"))
         if isinstance(self.base_config, (IntxFakeQuantizeConfig, QATConfig)):
             raise ValueError(
                 f"QATConfig: base_config is a config for quantize_, such as Int4WeightOnlyConfig(), got {self.base_config}; "
@@ -175,9 +178,9 @@ class QATConfig(ModelConfig):
         return base.recipe if isinstance(base, Config) else super().recipe
 
     def apply(self, model: nn.Module, filter_fn: Filter | None, batches: Sequence[Batch] | None) -> Report:
+        base: Any = self.base_config  # a name was read in __post_init__
         if self.step == "convert":
-            return convert(model, self.base_config, filter_fn)
-        base = self.base_config
+            return convert(model, base, filter_fn)
         learning = self.range_learning
         if base is None:
             assert self.weight_config is not None

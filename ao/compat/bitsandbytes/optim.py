@@ -1,0 +1,275 @@
+"""bitsandbytes' optimizers over those of `ao.optim`.
+
+A name without a number has states of `optim_bits`, 32 by default; 8bit and 32bit say it. "Paged" ones keep their states on the
+device of the parameters: ao has none that move by themselves, and `ao.optim.CPUOffloadOptimizer` for states in host memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ... import optim as _optim
+from ...dtypes import Spec
+
+
+class GlobalOptimManager:
+    """Settings of single parameters: `GlobalOptimManager.get_instance().override_config(embedding.weight, "optim_bits", 32)`."""
+
+    _instance: ClassVar[GlobalOptimManager | None] = None
+
+    def __init__(self) -> None:
+        self._full: list[Callable[[], Any]] = []
+
+    @classmethod
+    def get_instance(cls) -> GlobalOptimManager:
+        """The one manager."""
+        if cls._instance is None:
+            cls._instance = cls()
+        return cls._instance
+
+    def register_parameters(self, params: Any) -> None:
+        """Accepted: parameters need not be known beforehand."""
+
+    def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
+        """Settings of `module.param_name`, which may be another parameter by the time an optimizer is made."""
+        reference = weakref.ref(module)
+        if _bits(config) == 32:
+            self._full.append(lambda: getattr(reference(), param_name, None))
+
+    def override_config(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        key: str | None = None,
+        value: Any = None,
+        key_value_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Settings of parameters: "optim_bits", 8 or 32. Raises NotImplementedError for another."""
+        bits = _bits({**(key_value_dict or {}), **({} if key is None else {key: value})})
+        for p in [parameters] if isinstance(parameters, Tensor) else parameters:
+            self._full = [known for known in self._full if known() is not p]
+            if bits == 32:
+                self._full.append(weakref.ref(p))
+
+    def keeps_32_bits(self, parameter: Tensor) -> bool:
+        """Whether the states of a parameter stay in 32 bits."""
+        return any(known() is parameter for known in self._full)
+
+
+def _bits(config: Mapping[str, Any]) -> int:
+    unknown = config.keys() - {"optim_bits"}
+    if unknown or config.get("optim_bits", 8) not in (8, 32):
+        raise NotImplementedError(
+            f"ao takes optim_bits=8 or 32 for single parameters, got {dict(config)}; other settings go into a param group"
+        )
+    return int(config.get("optim_bits", 8))
+
+
+_OWN = ("block_size", "bf16_stochastic_round", "maximize", "full_precision", "compile")
+
+
+class _Sized(_optim.LowBitOptimizer):
+    """States of 8 or 32 bits, and 32 for small parameters."""
+
+    def _size(self, bits: int, min_8bit_size: int, old: Mapping[str, Any]) -> dict[str, Any]:
+        """Take the settings about size, refuse what is not here, and return the parameters of ao among the others."""
+        who = type(self).__name__
+        if bits not in (8, 32):
+            raise NotImplementedError(f"{who}: optim_bits must be 8 or 32, got {bits}; ao.optim has 4 bits too")
+        if old.get("percentile_clipping", 100) != 100:
+            raise NotImplementedError(
+                f"{who}: percentile_clipping must be 100, got {old['percentile_clipping']}; clip with "
+                "torch.nn.utils.clip_grad_norm_"
+            )
+        if not old.get("block_wise", True):
+            raise NotImplementedError(f"{who}: block_wise must be True: states of ao have a scale per 256 elements")
+        unknown = old.keys() - {"percentile_clipping", "block_wise", *_OWN}
+        if unknown:
+            raise TypeError(f"{who} has no parameter {sorted(unknown)}")
+        self.optim_bits, self.min_8bit_size = bits, min_8bit_size
+        return {name: old[name] for name in _OWN if name in old}
+
+    def specs(self, group: dict[str, Any], index: int) -> tuple[tuple[str, Spec | None], ...]:
+        """The states of the group's parameter `index`, each with the Spec of its rows or None for float32."""
+        p = group["params"][index]
+        small = p.numel() < self.min_8bit_size
+        full = self.optim_bits == 32 or small or GlobalOptimManager.get_instance().keeps_32_bits(p)
+        return tuple((name, None if full else spec) for name, spec in super().specs(group, index))
+
+
+class Adam(_Sized, _optim.Adam8bit):
+    """Adam. Weight decay is decoupled, as in AdamW.
+
+    optim_bits: of the states, 8 or 32. min_8bit_size: smaller parameters have states of 32 bits, as have those below 4096
+    elements in any case. is_paged, args: accepted. percentile_clipping, block_wise: 100 and True, the only ones. Those of
+    `ao.optim.Adam8bit` are taken too.
+    """
+
+    decoupled = True
+    bits: ClassVar[int | None] = None
+    decay: ClassVar[float] = 0.0
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        *,
+        is_paged: bool = False,
+        **old: Any,
+    ) -> None:
+        own = self._size(optim_bits if self.bits is None else self.bits, min_8bit_size, old)
+        weight_decay = self.decay if weight_decay is None else weight_decay
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **own)
+
+
+class AdamW(Adam):
+    """`Adam` whose weight_decay is 0.01 by default."""
+
+    decay = 1e-2
+
+
+class Lion(_Sized, _optim.Lion8bit):
+    """Lion. The parameters are those of `Adam`."""
+
+    bits: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        *,
+        is_paged: bool = False,
+        **old: Any,
+    ) -> None:
+        own = self._size(optim_bits if self.bits is None else self.bits, min_8bit_size, old)
+        super().__init__(params, lr, betas, weight_decay, **own)
+
+
+class SGD(_Sized, _optim.SGD8bit):
+    """SGD with momentum. The parameters are those of `Adam`."""
+
+    bits: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **old: Any,
+    ) -> None:
+        own = self._size(optim_bits if self.bits is None else self.bits, min_8bit_size, old)
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **own)
+
+
+class Adam8bit(Adam):
+    """`Adam` with 8-bit states."""
+
+    bits = 8
+
+
+class Adam32bit(Adam):
+    """`Adam` with 32-bit states."""
+
+    bits = 32
+
+
+class AdamW8bit(AdamW):
+    """`AdamW` with 8-bit states."""
+
+    bits = 8
+
+
+class AdamW32bit(AdamW):
+    """`AdamW` with 32-bit states."""
+
+    bits = 32
+
+
+class Lion8bit(Lion):
+    """`Lion` with an 8-bit state."""
+
+    bits = 8
+
+
+class Lion32bit(Lion):
+    """`Lion` with a 32-bit state."""
+
+    bits = 32
+
+
+class SGD8bit(SGD):
+    """`SGD` with an 8-bit state."""
+
+    bits = 8
+
+
+class SGD32bit(SGD):
+    """`SGD` with a 32-bit state."""
+
+    bits = 32
+
+
+PagedAdam, PagedAdam8bit, PagedAdam32bit = Adam, Adam8bit, Adam32bit
+PagedAdamW, PagedAdamW8bit, PagedAdamW32bit = AdamW, AdamW8bit, AdamW32bit
+PagedLion, PagedLion8bit, PagedLion32bit = Lion, Lion8bit, Lion32bit
+
+MISSING = ("AdEMAMix", "Adagrad", "LAMB", "LARS", "RMSprop")
+"""The rules that ao does not have, each with its 8bit, 32bit and paged names."""
+
+
+def __getattr__(name: str) -> Any:
+    """Raises NotImplementedError for a rule that ao does not have."""
+    rule = name.removeprefix("Paged").removesuffix("8bit").removesuffix("32bit")
+    if rule in MISSING:
+        raise NotImplementedError(
+            f"ao has no {rule}: use AdamW8bit, Lion8bit or SGD8bit, write the rule for ao.optim.LowBitOptimizer, or take it from "
+            "torch.optim in 32 bits"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "Adam8bit",
+    "Adam32bit",
+    "AdamW",
+    "AdamW8bit",
+    "AdamW32bit",
+    "GlobalOptimManager",
+    "Lion",
+    "Lion8bit",
+    "Lion32bit",
+    "PagedAdam",
+    "PagedAdam8bit",
+    "PagedAdam32bit",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedAdamW32bit",
+    "PagedLion",
+    "PagedLion8bit",
+    "PagedLion32bit",
+    "SGD8bit",
+    "SGD32bit",
+]

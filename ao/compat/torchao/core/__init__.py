@@ -1,0 +1,1 @@
+"""torchao.core: what a config is."""

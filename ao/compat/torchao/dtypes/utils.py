@@ -1,0 +1,116 @@
+"""torchao.dtypes.utils: layouts. `ao` has one packing per format; a layout that is only a packing has no effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ao.dtypes import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
+
+__all__ = [
+    "BlockSparseLayout",
+    "CutlassInt4PackedLayout",
+    "CutlassSemiSparseLayout",
+    "Float8Layout",
+    "FloatxTensorCoreLayout",
+    "GemlitePackedLayout",
+    "Int4CPULayout",
+    "Int4XPULayout",
+    "Int8DynamicActInt4WeightCPULayout",
+    "Layout",
+    "MarlinQQQLayout",
+    "MarlinSparseLayout",
+    "PackedLinearInt8DynamicActivationIntxWeightLayout",
+    "PlainLayout",
+    "QDQLayout",
+    "SemiSparseLayout",
+    "TensorCoreTiledLayout",
+    "UintxLayout",
+]
+
+
+@dataclass(frozen=True)
+class UintxLayout(Layout):
+    """Packed integers of fewer than 8 bits: what `ao` always has."""
+
+    dtype: torch.dtype | None = None
+    pack_dim: int = -1
+
+
+@dataclass(frozen=True)
+class Float8Layout(Layout):
+    """float8 codes: what `ao` always has."""
+
+    mm_config: Any = None
+
+
+@dataclass(frozen=True)
+class QDQLayout(Layout):
+    """The canonical packing."""
+
+
+@dataclass(frozen=True)
+class MarlinQQQLayout(Layout):
+    """The canonical packing."""
+
+
+@dataclass(frozen=True)
+class CutlassInt4PackedLayout(Layout):
+    """The canonical packing."""
+
+
+@dataclass(frozen=True)
+class GemlitePackedLayout(Layout):
+    """The canonical packing."""
+
+    group_size: int | None = 128
+    bit_width: int = 4
+    packing_bitwidth: int | None = None
+    mode: str = "weight_only"
+
+
+@dataclass(frozen=True)
+class Int8DynamicActInt4WeightCPULayout(Layout):
+    """The canonical packing."""
+
+
+@dataclass(frozen=True)
+class PackedLinearInt8DynamicActivationIntxWeightLayout(Layout):
+    """The canonical packing."""
+
+    target: str = "auto"
+
+
+# Not layouts of ao: a config that is given one raises when it is used.
+
+
+@dataclass(frozen=True)
+class SemiSparseLayout:
+    """2:4 sparse weights, which `ao` does not have."""
+
+
+@dataclass(frozen=True)
+class CutlassSemiSparseLayout:
+    """2:4 sparse weights, which `ao` does not have."""
+
+
+@dataclass(frozen=True)
+class BlockSparseLayout:
+    """Block-sparse weights, which `ao` does not have."""
+
+    blocksize: int = 64
+
+
+@dataclass(frozen=True)
+class MarlinSparseLayout:
+    """2:4 sparse int4 weights, which `ao` does not have."""
+
+
+@dataclass(frozen=True)
+class FloatxTensorCoreLayout:
+    """Floats of 3 to 7 bits, which `ao` does not have."""
+
+    ebits: int
+    mbits: int

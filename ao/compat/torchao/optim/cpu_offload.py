@@ -1,0 +1,5 @@
+"""torchao.optim.cpu_offload."""
+
+from . import CPUOffloadOptimizer
+
+__all__ = ["CPUOffloadOptimizer"]

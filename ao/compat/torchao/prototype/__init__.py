@@ -1,0 +1,1 @@
+"""torchao.prototype: what it had, or has, before it is settled there."""

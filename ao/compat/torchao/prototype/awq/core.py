@@ -1,0 +1,5 @@
+"""torchao.prototype.awq.core."""
+
+from . import AWQObservedLinear
+
+__all__ = ["AWQObservedLinear"]

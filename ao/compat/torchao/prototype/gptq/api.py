@@ -1,0 +1,5 @@
+"""torchao.prototype.gptq.api."""
+
+from . import GPTQConfig
+
+__all__ = ["GPTQConfig"]

@@ -1,0 +1,1 @@
+"""torchao.quantization.prototype: where `qat` was before."""

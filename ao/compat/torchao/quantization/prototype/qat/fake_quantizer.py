@@ -1,0 +1,7 @@
+"""torchao.quantization.prototype.qat.fake_quantizer."""
+
+from ...qat.fake_quantizer import FakeQuantizer
+
+__all__ = [
+    "FakeQuantizer",
+]

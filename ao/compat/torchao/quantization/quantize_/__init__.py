@@ -1,0 +1,1 @@
+"""torchao.quantization.quantize_: formats and their settings. The function of this name is in `quant_api`."""

@@ -1,0 +1,112 @@
+"""How a quantized matrix multiplies: what ao.matmul reads of a format, so that it need not know the format.
+
+`Spec.operand` gives an `Operand`, whose `kind` is one of a few ways from codes to numbers; a path or a kernel of ao.matmul knows
+kinds, widths and shapes. A format of your own that gives an operand has every path that reads such codes. `Spec.cast` says the
+same of an activation before it is quantized: which bytes it becomes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .onnx_mode import exporting
+from .pieces import is_eager
+
+Kind = Literal["affine", "float", "minifloat", "table", "int4pack"]
+
+
+class Operand(NamedTuple):
+    """A matrix (N, K) as a product reads it.
+
+    codes: (N, K), a byte each, or codes of fewer bits packed by `pack` along the dim where they are shorter.
+    scale: one per block; of the rank of the data. It may be a QTensor that dequantizes to it.
+    zero_point: like scale, or None.
+    kind: how a code becomes a number:
+
+        "affine"    x = (code - offset - zero_point) * scale; the dtype of codes of 8 bits says whether they have a sign
+        "float"     x = code * scale, where codes are float8
+        "minifloat"  x = minifloat(code) * scale, where codes are a sign, exponent and mantissa bits
+        "table"     x = table[code] * scale
+        "int4pack"  codes and scale are in the layout of ATen's int4 product on their device: only that product reads them
+
+    bits: of a code.
+    offset: what the codes are stored with; signed ones of fewer than 8 bits with 2**(bits - 1).
+    table: (2**bits,) float32.
+    exponent: bits of the exponent of a minifloat; its mantissa has bits - 1 - exponent.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    kind: Kind = "affine"
+    bits: int = 8
+    offset: float = 0
+    table: Tensor | None = None
+    exponent: int = 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether numbers are codes less a zero point, times a scale."""
+        return self.kind in ("affine", "float")
+
+    def read(self, codes: Tensor) -> Tensor:
+        """What codes that were unpacked (int32; of 8 bits their own dtype) are before zero point and scale, float32."""
+        if self.kind == "table":
+            assert self.table is not None
+            return look_up(self.table, codes)
+        return (
+            minifloat(codes, self.exponent, self.bits - 1 - self.exponent)
+            if self.kind == "minifloat"
+            else codes.float()
+        )
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row, or the whole matrix, has one scale, so that it can be applied to the sum over K."""
+        return self.scale.shape[1] == 1 and self.scale.shape[0] in (1, self.codes.shape[0])
+
+    @property
+    def plain(self) -> bool:
+        """Whether codes are bytes that, times the scale, are the numbers: without a zero point or a table."""
+        whole = self.bits == 8 and self.zero_point is None and not self.offset
+        return whole and (self.kind == "affine" or self.kind == "float")
+
+    def t(self) -> Operand:
+        """The transpose, of codes of a byte each without a zero point."""
+        return self._replace(codes=self.codes.t(), scale=self.scale.t())
+
+
+class Cast(NamedTuple):
+    """How a Spec makes codes of a byte: code = cast(clamp(round(x / scale) + zero_point, low, high)).
+
+    dtype: of the codes, int8, uint8 or float8, to which the cast rounds.
+    zero_point: whether there is one.
+    levels: scale = max|x| / levels in float32; None where a scale is chosen otherwise.
+    nearest: whether to round half to even, rather than at random.
+    """
+
+    dtype: torch.dtype
+    low: float
+    high: float
+    zero_point: bool = False
+    levels: float | None = None
+    nearest: bool = True
+
+
+def minifloat(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
+    """Sign, exponent and mantissa, from the high bit down, as float32: the bits of the magnitude moved to their places there, and
+    then a power of two for the difference of the biases. Numbers below the normal ones come out right as well."""
+    word = codes.to(torch.int32)
+    size = (word & (2 ** (exponent + mantissa) - 1)) << (23 - mantissa)
+    value = size.view(torch.float32) * 2.0 ** (128 - 2 ** (exponent - 1))
+    return (((word >> (exponent + mantissa)) << 31) | value.view(torch.int32)).view(torch.float32)
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """table[codes]. Codes are in bounds: a compiler need not check each of them."""
+    if exporting():
+        return table[codes.long()]
+    return table[codes.int()] if is_eager(codes) else torch.ops.aten._unsafe_index(table, [codes.int()])

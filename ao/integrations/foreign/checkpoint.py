@@ -1,0 +1,84 @@
+"""A model folder that another library has quantized: which parameters its files hold, and each as a tensor of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats
+from .reader import Reader, Source, reader_for
+
+READERS = (awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats)
+"""The modules that register readers."""
+
+
+class ForeignCheckpoint:
+    """The quantized parameters among the stored tensors of a folder.
+
+    config: the `quantization_config`. names: of all stored tensors.
+    sources: full name of a parameter -> what is stored of it. ignored: stored names that are of no use to the model.
+    """
+
+    def __init__(self, config: Mapping[str, Any], names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        self.reader: Reader = reader_for(config)
+        self.sources: dict[str, Source] = {s.parameter: s for s in self.reader.sources(self.names)}
+        if not self.sources:
+            raise ValueError(
+                f"the config says quant_method {config.get('quant_method')!r}, and the files hold no tensor of such a weight"
+            )
+        self.ignored = self.reader.ignored(self.names)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The full names of the quantized parameters."""
+        return list(self.sources)
+
+    def stored_names(self, parameter: str) -> list[str]:
+        """What is stored of a parameter."""
+        return list(self.sources[parameter].parts.values())
+
+    def make(
+        self, parameter: str, get: Callable[[str], Tensor], dtype: torch.dtype, shape: torch.Size | None = None
+    ) -> Tensor:
+        """The parameter. get: what is stored under a name. Raises ValueError as `Reader.read` does."""
+        return self.reader.read(self.sources[parameter], get, dtype, shape)
+
+    @property
+    def plain(self) -> frozenset[str]:
+        """Stored names that are of no quantized parameter, and of use."""
+        return self.names - {n for s in self.sources.values() for n in s.parts.values()} - self.ignored
+
+
+def quantization_config(folder: Path) -> dict[str, Any] | None:
+    """How the model in `folder` is quantized, as its config.json or a file beside it says; None where nothing does.
+
+    Raises ValueError for a file that is no JSON object.
+    """
+    config = _json(folder / "config.json")
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            return dict(config[key])
+    text = config.get("text_config") or {}
+    if text.get("quantization_config"):
+        return dict(text["quantization_config"])
+    if (folder / "hf_quant_config.json").is_file():
+        return {"quant_method": "modelopt", **_json(folder / "hf_quant_config.json")}
+    if (folder / "quanto_qmap.json").is_file():
+        return {"quant_method": "quanto"}
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return found

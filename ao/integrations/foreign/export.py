@@ -1,0 +1,251 @@
+"""A folder of ours in a form that serving engines read without us: compressed-tensors, or GPTQ.
+
+Only what maps exactly is written, but for GPTQ's scales, which are float16. What does not map is refused before anything is
+written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...dtypes import Float8, FloatX, Intx, QTensor, Spec, dense, packed_dim, unpack
+from ...dtypes.checkpoint import read_header, stored_names, unflatten
+from ...quant import Report, is_linear
+from ...quant.report import Row
+from ..command_line.safetensors_header import read_header as read_tensors
+from ..command_line.safetensors_header import weight_files
+from ..folder_quantizer import Shards, copy_others, skeleton
+from ..target_folder import check_absent, new_folder
+from .words import to_words
+
+__all__ = ["FORMS", "export_folder"]
+
+FORMS = ("compressed-tensors", "gptq")
+
+Parts = dict[str, Tensor]
+
+
+def export_folder(
+    source: Path,
+    target: Path,
+    form: Literal["compressed-tensors", "gptq"] = "compressed-tensors",
+    *,
+    max_shard_bytes: int = 2 * 10**9,
+    progress: Callable[[int], object] | None = None,
+) -> Report:
+    """Write `target`, a folder in the form of another library, with the weights of `source`, a folder of ours.
+
+    form: "compressed-tensors" takes integers of 2 to 8 bits per row or group (pack-quantized), also with 8-bit activations
+        (int-quantized), float8 per row or tensor (float-quantized) and NVFP4 (nvfp4-pack-quantized), each layer as it is. "gptq"
+        takes integers of 2, 3, 4 or 8 bits in groups, of one width and group for all layers, and rounds scales to float16.
+    max_shard_bytes: of a file. progress: called with the bytes of every stored tensor that is done.
+
+    Raises FileNotFoundError and FileExistsError for wrong folders, and ValueError, with the name of the first, for a folder that
+    is not of ours and for a weight that has no such form. Nothing is left behind then.
+    """
+    if form not in FORMS:
+        raise ValueError(f"export_folder: form must be one of {', '.join(FORMS)}, got {form!r}")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json; give the folder of a Hugging Face model")
+    check_absent(target)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if (config.get("quantization_config") or {}).get("quant_method") != "ao":
+        raise ValueError(f"{source} is no folder that ao has quantized; use `ao quantize` first")
+    files = weight_files(source)
+    places: dict[str, Path] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for file in files:
+        metadata, tensors = read_tensors(file)
+        places |= dict.fromkeys(tensors, file)
+        entries |= {n: e for n, e in read_header(metadata).items() if e is not None and "same_as" not in e}
+    specs = {name: Spec.from_dict(entry["spec"]) for name, entry in entries.items()}
+    groups = _groups(specs, form)
+    fields = {field for name, entry in entries.items() for field in (name, *stored_names(name, entry))}
+    report = Report()
+    with contextlib.ExitStack() as stack, new_folder(target) as part:
+        handles = {file: stack.enter_context(_open(file)) for file in files}
+
+        def get(name: str) -> Tensor:
+            t: Tensor = handles[places[name]].get_tensor(name)
+            if progress is not None:
+                progress(t.nbytes)
+            return t
+
+        shards = Shards(part, max_shard_bytes)
+        for name, entry in entries.items():
+            q = unflatten(name, entry, get)
+            assert isinstance(q, QTensor)
+            stem = name.removesuffix("weight")
+            try:
+                parts = (_compressed if form == "compressed-tensors" else _gptq)(q)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            for end, t in parts.items():
+                shards.add(stem + end, t)
+            after = sum(t.nbytes for t in parts.values())
+            report.rows.append(Row(name, tuple(q.shape), repr(q.spec), q.nbytes_packed, after, "rtn"))
+        for name in places.keys() - fields:
+            shards.add(name, get(name))
+        shards.finish()
+        copy_others(source, part)
+        quantized = {name.removesuffix(".weight") for names in groups.values() for name in names}
+        linear = {n for n, m in skeleton(source).named_modules() if is_linear(m, n)}
+        config["quantization_config"] = _config(groups, sorted(linear - quantized), form)
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if form == "gptq":
+        report.notes.append("scales are rounded to float16, as GPTQ has them: by at most 2**-11 of their value")
+    return report
+
+
+def _open(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")
+
+
+def _groups(specs: Mapping[str, Spec], form: str) -> dict[str, list[str]]:
+    """How a layer is quantized, as JSON -> the layers. Raises ValueError for what has no such form."""
+    groups: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        try:
+            if not name.endswith(".weight"):
+                raise ValueError("only the weights of layers are exported, and this is another parameter")
+            scheme = _scheme(spec) if form == "compressed-tensors" else _gptq_scheme(spec)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(name.removesuffix(".weight"))
+    if form == "gptq" and len(groups) > 1:
+        one, two = (names[0] for names in list(groups.values())[:2])
+        raise ValueError(f"{one} and {two} differ in bits or groups, and GPTQ has the same for all layers")
+    return groups
+
+
+def _scheme(spec: Spec) -> dict[str, Any]:
+    """The group of a compressed-tensors config."""
+    weights: dict[str, Any] = {"dynamic": False, "observer": "minmax"}
+    act = spec.act
+    if isinstance(spec, Intx) and spec.bits >= 2 and spec.zero_point == "int":
+        by_row = spec.block == (1, -1)
+        if not by_row and not (len(spec.block) == 2 and spec.block[0] == 1 and spec.block[1] > 0):
+            raise ValueError(f"{spec}: blocks of {spec.block}; rows and groups of a row are exported")
+        how = {"strategy": "channel"} if by_row else {"strategy": "group", "group_size": spec.block[1]}
+        weights |= {"num_bits": spec.bits, "type": "int", "symmetric": bool(spec.symmetric), **how}
+        form = "int-quantized" if act is not None else "pack-quantized"
+        if act is not None and (not isinstance(act, Intx) or act.bits != 8 or act.block != (1, -1) or spec.bits != 8):
+            raise ValueError(f"{spec}: 8-bit weights with 8-bit dynamic activations are exported, no others")
+    elif isinstance(spec, Float8) and spec.format == "e4m3" and spec.block in ((1, -1), (-1, -1)):
+        strategy = "channel" if spec.block == (1, -1) else "tensor"
+        weights |= {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+        form = "float-quantized"
+        if act is not None and act not in (Float8("e4m3", (1, -1)), Float8("e4m3", (-1, -1))):
+            raise ValueError(f"{spec}: activations of {act} are not exported")
+    elif (
+        isinstance(spec, FloatX)
+        and spec.scale_spec == Float8(block=(-1, -1))
+        and (spec.bits, spec.block) == (4, (1, 16))
+    ):
+        weights |= {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+        form = "nvfp4-pack-quantized"
+    else:
+        raise ValueError(f"{spec} has no form in compressed-tensors")
+    inputs = None
+    if isinstance(act, (Intx, Float8)):
+        kind = "int" if isinstance(act, Intx) else "float"
+        symmetric = bool(act.symmetric) if isinstance(act, Intx) else True
+        strategy = "token" if act.block == (1, -1) else "tensor"
+        inputs = {"num_bits": 8, "type": kind, "symmetric": symmetric, "strategy": strategy, "dynamic": True}
+    return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": form}
+
+
+def _gptq_scheme(spec: Spec) -> dict[str, Any]:
+    fits = isinstance(spec, Intx) and spec.bits in (2, 3, 4, 8) and spec.zero_point == "int" and spec.act is None
+    if not fits or len(spec.block) != 2 or spec.block[0] != 1:
+        raise ValueError(f"{spec} has no form in GPTQ, which takes integers of 2, 3, 4 or 8 bits per row or group")
+    assert isinstance(spec, Intx)
+    return {"bits": spec.bits, "group_size": spec.block[1], "sym": bool(spec.symmetric)}
+
+
+def _config(groups: Mapping[str, list[str]], plain: list[str], form: str) -> dict[str, Any]:
+    if form == "gptq":
+        (scheme,) = map(json.loads, groups)
+        return {
+            "quant_method": "gptq", "checkpoint_format": "gptq_v2", "desc_act": False, "lm_head": False, **scheme,
+        }  # fmt: skip
+    schemes = [json.loads(scheme) for scheme in groups]
+    targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
+    forms = {scheme["format"] for scheme in schemes}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+        "config_groups": {f"group_{i}": {"targets": t, **s} for i, (t, s) in enumerate(zip(targets, schemes))},
+        "ignore": plain,
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+        "version": "0.17.0",
+    }
+
+
+def _codes(q: Any) -> tuple[Tensor, Tensor | None]:
+    """Codes and zero points of an integer weight as unsigned numbers from 0 to 2**bits - 1: (N, K), (N, G)."""
+    middle = 2 ** (q.spec.bits - 1)
+    codes = unpack(q.qdata, q.spec.bits, packed_dim(q.qdata.shape, q.shape))
+    if q.spec.bits == 8 and q.spec.signed:
+        codes = (codes.view(torch.uint8) ^ 128).contiguous()
+    if q.zero_point is None:
+        return codes, None
+    return codes, (q.zero_point.to(torch.int16) + (middle if q.spec.signed else 0)).to(torch.uint8)
+
+
+def _compressed(q: Any) -> Parts:
+    """The tensors of a weight in compressed-tensors' form."""
+    spec = q.spec
+    if isinstance(spec, Float8):
+        return {"weight": q.qdata, "weight_scale": q.scale if spec.block == (1, -1) else q.scale.reshape(1)}
+    if isinstance(spec, FloatX):
+        codes = unpack(q.qdata, 4, packed_dim(q.qdata.shape, q.shape))
+        packed = codes[:, ::2] | (codes[:, 1::2] << 4)
+        return {
+            "weight_packed": packed,
+            "weight_scale": q.scale.qdata,
+            "weight_global_scale": 1 / q.scale.scale.reshape(1),
+        }
+    codes, zeros = _codes(q)
+    middle = 2 ** (spec.bits - 1)
+    if spec.act is not None:
+        parts = {"weight": (codes.to(torch.int16) - middle).to(torch.int8), "weight_scale": dense(q.scale)}
+        return (
+            parts if zeros is None else {**parts, "weight_zero_point": (zeros.to(torch.int16) - middle).to(torch.int8)}
+        )
+    parts = {
+        "weight_packed": to_words(codes, spec.bits, padded=True),
+        "weight_scale": dense(q.scale),
+        "weight_shape": torch.tensor(q.shape),
+    }
+    if zeros is not None:
+        parts["weight_zero_point"] = to_words(zeros.t().contiguous(), spec.bits, padded=True).t().contiguous()
+    return parts
+
+
+def _gptq(q: Any) -> Parts:
+    """The tensors of a weight in GPTQ's second form."""
+    codes, zeros = _codes(q)
+    bits, groups = q.spec.bits, q.scale.shape[1]
+    if (codes.shape[1] * bits) % 32 or (codes.shape[0] * bits) % 32:
+        raise ValueError(f"a weight of shape {tuple(q.shape)} in {bits} bits fills no whole words, as GPTQ needs")
+    zeros = torch.full(q.scale.shape, 2 ** (bits - 1), dtype=torch.uint8) if zeros is None else zeros
+    scales = dense(q.scale).half()
+    if not scales.isfinite().all() or bool(((scales == 0) & (q.scale != 0)).any()):
+        raise ValueError("float16, in which GPTQ has its scales, does not hold those of this weight")
+    return {
+        "qweight": to_words(codes, bits).t().contiguous(),
+        "qzeros": to_words(zeros.t().contiguous(), bits),
+        "scales": scales.t().contiguous(),
+        "g_idx": (torch.arange(codes.shape[1]) // (codes.shape[1] // groups)).int(),
+    }

@@ -1,0 +1,337 @@
+"""Folders that other libraries have quantized: loaded as they are stored, converted, and what is wrong with them said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import ao
+from ao.dtypes import Float8, Intx, QTensor
+from ao.integrations.command_line.program import main
+from ao.integrations.foreign.convert import convert_folder
+from ao.integrations.foreign.export import export_folder
+from ao.integrations.foreign.words import to_words
+from ao.integrations.transformers import AoConfig
+
+GROUP = 32
+
+
+def gptq(w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a weight in GPTQ's form, 4 bits in groups, and what they decode to."""
+    blocks = w.float().unflatten(1, (-1, GROUP))
+    lo, hi = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    scale = ((hi - lo) / 15).half().float()
+    zero = (-lo / scale).round().clamp(1, 15)
+    codes = (blocks / scale[..., None] + zero[..., None]).round().clamp(0, 15)
+    dense = ((codes - zero[..., None]) * scale[..., None]).flatten(1)
+    return {
+        "qweight": to_words(codes.flatten(1).to(torch.uint8), 4).t().contiguous(),
+        "qzeros": to_words((zero.t() - 1).to(torch.uint8).contiguous(), 4),
+        "scales": scale.t().contiguous().half(),
+        "g_idx": (torch.arange(w.shape[1]) // GROUP).int(),
+    }, dense
+
+
+def blocks_of_float8(w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """DeepSeek's form, in blocks of 32 x 32."""
+    blocks = w.float().reshape(w.shape[0] // 32, 32, w.shape[1] // 32, 32)
+    scale = blocks.abs().amax((1, 3)) / 448
+    q = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    dense = (q.float() * scale[:, None, :, None]).reshape(w.shape)
+    return {"weight": q.reshape(w.shape), "weight_scale_inv": scale}, dense
+
+
+def packed(w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """compressed-tensors' pack-quantized, symmetric, 4 bits per row."""
+    scale = (w.float().abs().amax(1, keepdim=True) / 7).bfloat16()
+    codes = (w.float() / scale.float()).round().clamp(-8, 7)
+    return {
+        "weight_packed": to_words((codes + 8).to(torch.uint8), 4),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(w.shape),
+    }, codes * scale.float()
+
+
+KINDS: dict[str, Any] = {
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}),
+    "fp8": (blocks_of_float8, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}),
+    "compressed-tensors": (
+        packed,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "version": "0.12.2",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}},
+            "ignore": ["lm_head"],
+        },
+    ),
+}
+
+
+def make(folder: Path, kind: str) -> nn.Module:
+    """Write a Llama in the form of another library, and return the model with the weights that it decodes to."""
+    torch.manual_seed(0)
+    pack, config = KINDS[kind]
+    model = hf_models.llama().bfloat16().eval()
+    stored: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                parts, dense = pack(p)
+                p.copy_(dense)
+                stored |= {f"{name.removesuffix('weight')}{part}": t for part, t in parts.items()}
+            else:
+                stored[name] = p.detach().clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
+    return model
+
+
+def load(folder: Path, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_stored(kind, tmp_path):
+    dense = make(tmp_path / "theirs", kind)
+    model = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    plain = dict(dense.named_parameters())
+    packed_names = [n for n, p in model.named_parameters() if isinstance(p, QTensor)]
+    assert packed_names == [n for n in plain if n.endswith("_proj.weight")]
+    for name, p in model.named_parameters():
+        assert torch.equal(p.dequantize() if isinstance(p, QTensor) else p, plain[name]), name
+    if kind == "fp8":
+        assert model.model.layers[0].mlp.up_proj.weight.spec == Float8("e4m3", (32, 32), act=Float8("e4m3", (1, 128)))
+        return  # its activations are quantized
+    with torch.no_grad():
+        ours, theirs = model(hf_models.IDS).logits, dense(hf_models.IDS).logits
+    assert ao.compute_error(theirs, ours) > 35
+    words = model.generate(hf_models.IDS, max_new_tokens=8, do_sample=False)
+    assert words.shape == (1, 18)
+    model.save_pretrained(tmp_path / "ours")
+    again = load(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(again(hf_models.IDS).logits, ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert(kind, tmp_path, capsys):
+    dense = make(tmp_path / "theirs", kind)
+    (tmp_path / "theirs" / "quantize_config.json").write_text("{}")
+    (tmp_path / "theirs" / "LICENSE").write_text("theirs")
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    sizes = [sum(layer[key] for layer in told["layers"]) for key in ("bytes_before", "bytes_after")]
+    assert len(told["layers"]) == 14 and sizes[1] < 1.03 * sizes[0]
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["LICENSE", "config.json", "model.safetensors"]
+    model = load(tmp_path / "ours")
+    for name, p in dense.named_parameters():
+        mine = model.get_parameter(name)
+        assert torch.equal(mine.dequantize() if isinstance(mine, QTensor) else mine, p), name
+
+
+EXPORTED = {
+    "int4": ("compressed-tensors", ao.Int4WeightOnlyConfig(group_size=32)),
+    "int4-symmetric": ("compressed-tensors", Intx(4, (1, 32), symmetric=True, scale_dtype="bfloat16")),
+    "int8": ("compressed-tensors", ao.Int8WeightOnlyConfig()),
+    "int8-dynamic": ("compressed-tensors", ao.Int8DynamicActivationInt8WeightConfig()),
+    "int3": ("compressed-tensors", Intx(3, (1, 32))),
+    "float8": ("compressed-tensors", ao.Float8WeightOnlyConfig()),
+    "float8-dynamic": ("compressed-tensors", ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())),
+    "nvfp4": ("compressed-tensors", ao.NVFP4WeightOnlyConfig()),
+    "gptq-int4": ("gptq", ao.Int4WeightOnlyConfig(group_size=32)),
+    "gptq-int8": ("gptq", Intx(8, (1, 32))),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_and_back(name, tmp_path):
+    """What is written reads as what it was."""
+    form, config = EXPORTED[name]
+    torch.manual_seed(0)
+    hf_models.llama().bfloat16().save_pretrained(tmp_path / "plain")
+    ours = load(tmp_path / "plain", quantization_config=AoConfig(config))
+    ours.save_pretrained(tmp_path / "ours")
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", form, "--json"]) == 0
+    told = json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]
+    assert told["quant_method"] == form
+    again = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    for key, p in ours.named_parameters():
+        other = again.get_parameter(key)
+        if not isinstance(p, QTensor):
+            assert torch.equal(p, other)
+        elif form == "gptq" or name == "nvfp4":  # whose scales are rounded, or inverted
+            assert torch.allclose(p.decode(), other.decode(), rtol=2**-10 if form == "gptq" else 1e-6, atol=1e-7)
+        else:
+            assert torch.equal(p.decode(), other.decode()) and p.spec.act == other.spec.act
+
+
+def test_compressed_tensors_reads_what_is_exported(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    torch.manual_seed(0)
+    hf_models.llama().bfloat16().save_pretrained(tmp_path / "plain")
+    for name in (
+        "int4-symmetric",
+        "int8",
+        "float8",
+    ):  # transformers cannot load zero points, also of that library's own
+        ours = load(tmp_path / "plain", quantization_config=AoConfig(EXPORTED[name][1]))
+        ours.save_pretrained(tmp_path / name)
+        assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-theirs"), "--json"]) == 0
+        theirs = load(tmp_path / f"{name}-theirs")
+        with torch.no_grad():
+            assert ao.compute_error(ours(hf_models.IDS).logits, theirs(hf_models.IDS).logits) > 30
+
+
+def test_export_refuses(tmp_path):
+    hf_models.llama().save_pretrained(tmp_path / "plain")
+    rules = ao.FqnToConfig(
+        {"model.layers.0.mlp.up_proj": ao.NF4WeightOnlyConfig(), "_default": ao.Int8WeightOnlyConfig()}
+    )
+    load(tmp_path / "plain", quantization_config=AoConfig(rules)).save_pretrained(tmp_path / "ours")
+    for form, why in (
+        ("compressed-tensors", r"layers.0.mlp.up_proj.weight: Codebook.* has no form in compressed-tensors"),
+        ("gptq", r"layers.0.mlp.up_proj.weight: Codebook.* has no form in GPTQ"),
+        ("awq", "form must be one of compressed-tensors, gptq, got 'awq'"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            export_folder(tmp_path / "ours", tmp_path / "out", form)
+    with pytest.raises(ValueError, match="no folder that ao has quantized"):
+        export_folder(tmp_path / "plain", tmp_path / "out")
+    rules = ao.FqnToConfig({"model.layers.0.mlp.up_proj": Intx(4, (1, 32)), "_default": Intx(8, (1, 32))})
+    load(tmp_path / "plain", quantization_config=AoConfig(rules)).save_pretrained(tmp_path / "mixed")
+    with pytest.raises(ValueError, match="differ in bits or groups"):
+        export_folder(tmp_path / "mixed", tmp_path / "out", "gptq")
+    export_folder(tmp_path / "mixed", tmp_path / "out")
+    again = load(tmp_path / "out", quantization_config=AoConfig("as_stored"))
+    assert {p.spec.bits for p in again.parameters() if isinstance(p, QTensor)} == {4, 8}
+
+
+def test_compiled_as_eager(tmp_path):
+    make(tmp_path / "theirs", "gptq")
+    part = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored")).model.layers[0].mlp
+    x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert ao.compute_error(part(x), torch.compile(part, fullgraph=True)(x)) > 35
+
+
+def change(folder: Path, **tensors: Tensor | None) -> None:
+    """Put tensors in place of others, or take them out."""
+    stored = load_file(folder / "model.safetensors")
+    for name, t in tensors.items():
+        stored.pop(name, None)
+        if t is not None:
+            stored[name] = t
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_bad_folders_leave_nothing(tmp_path):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    make(theirs, "gptq")
+    name = "model.layers.1.mlp.up_proj"
+    good = load_file(theirs / "model.safetensors")
+    for tensors, why in (
+        ({f"{name}.scales": None}, rf"{name}.weight: cannot read its gptq tensors .*'scales'"),
+        ({f"{name}.scales": torch.ones(3, 5)}, "scales of shape"),
+        ({f"{name}.qweight": good[f"{name}.qweight"][:4].contiguous()}, "up_proj.weight: cannot read"),
+    ):
+        save_file(good, theirs / "model.safetensors", metadata={"format": "pt"})
+        change(theirs, **tensors)
+        with pytest.raises(ValueError, match=why):
+            convert_folder(theirs, ours)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs"]
+        with pytest.raises(RuntimeError):
+            load(theirs, quantization_config=AoConfig("as_stored"))
+    (theirs / "model.safetensors").write_bytes((theirs / "model.safetensors").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="is cut short"):
+        convert_folder(theirs, ours)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_what_is_not_for_it(tmp_path):
+    hf_models.llama().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="is not quantized; use `ao quantize`"):
+        convert_folder(tmp_path / "plain", tmp_path / "out")
+    with pytest.raises(ValueError, match="'as_stored' is for checkpoints that another library has quantized"):
+        load(tmp_path / "plain", quantization_config=AoConfig("as_stored"))
+    make(tmp_path / "theirs", "gptq")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    config["quantization_config"]["quant_method"] = "aqlm"
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="and this one is of 'aqlm'"):
+        convert_folder(tmp_path / "theirs", tmp_path / "out")
+    load(tmp_path / "plain", quantization_config=AoConfig(Intx(8))).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="a folder of ao's already"):
+        convert_folder(tmp_path / "ours", tmp_path / "out")
+    assert isinstance(
+        load(tmp_path / "ours", quantization_config=AoConfig("as_stored")).model.layers[0].mlp.up_proj.weight, QTensor
+    )
+
+
+def test_gguf_file(tmp_path, capsys):
+    """A file of two types: rows of attention in llama.cpp's order come back, and one type is stored decoded."""
+    gguf = pytest.importorskip("gguf")
+    model = hf_models.llama(hidden_size=256, intermediate_size=256, num_key_value_heads=2, head_dim=64)
+    path = tmp_path / "model.gguf"
+    write_gguf(gguf, path, model, {"ffn_down": "TQ2_0"})
+    assert main(["convert", str(path), str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["layers"]) == 13 and "stored decoded, in bfloat16: TQ2_0: blk.0.ffn_down.weight" in told["notes"][0]
+    theirs = load(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    ours = load(tmp_path / "out")
+    for name, p in theirs.named_parameters():
+        mine = ours.get_parameter(name)
+        assert torch.equal(mine.decode(), p) if isinstance(mine, QTensor) else torch.equal(mine, p.bfloat16()), name
+
+
+def write_gguf(gguf: Any, path: Path, model: nn.Module, kinds: dict[str, str]) -> None:
+    """The model as llama.cpp has it: Q4_0, or `kinds` by part."""
+    c: Any = model.config
+    w = gguf.GGUFWriter(str(path), "llama")
+    w.add_name("tiny")
+    for add, value in (
+        (w.add_block_count, c.num_hidden_layers), (w.add_context_length, 128), (w.add_embedding_length, c.hidden_size),
+        (w.add_feed_forward_length, c.intermediate_size), (w.add_head_count, c.num_attention_heads),
+        (w.add_head_count_kv, c.num_key_value_heads), (w.add_layer_norm_rms_eps, c.rms_norm_eps),
+        (w.add_rope_freq_base, 10000.0), (w.add_vocab_size, c.vocab_size), (w.add_rope_dimension_count, c.head_dim),
+        (w.add_key_length, c.head_dim), (w.add_value_length, c.head_dim),
+    ):  # fmt: skip
+        add(value)
+    w.add_tokenizer_model("llama")
+    w.add_token_list([f"w{i}" for i in range(c.vocab_size)])
+    w.add_token_scores([0.0] * c.vocab_size)
+    w.add_token_types([1] * c.vocab_size)
+    parts = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    for i in range(c.num_hidden_layers):
+        names |= {f"model.layers.{i}.{a}.weight": f"blk.{i}.{b}.weight" for a, b in parts.items()}
+    for name, p in model.named_parameters():
+        t = p.detach().float()
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            t = t.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        array = t.contiguous().numpy()
+        if array.ndim == 1:
+            w.add_tensor(names[name], array)
+            continue
+        kind = next((k for part, k in kinds.items() if part in names[name]), "Q4_0")
+        form = gguf.GGMLQuantizationType[kind]
+        w.add_tensor(names[name], gguf.quantize(array, form), raw_dtype=form)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()

@@ -83,7 +83,7 @@ def saved(folders, tmp_path_factory) -> dict[tuple[str, str], tuple[Path, torch.
                     assert torch.equal(q, q.spec.quantize(p)), p_name
             assert not torch.equal(out, hf_models.output(name, plain))
             folder = tmp_path_factory.mktemp(f"{name}-{form}")
-            model.save_pretrained(folder, max_shard_size="40KB" if form in ("int4", "nf4") else "5GB")
+            model.save_pretrained(folder, max_shard_size="60KB" if form in ("int4", "nf4") else "5GB")
             made[name, form] = folder, out, hf_models.generated(name, model)
     return made
 
@@ -381,10 +381,10 @@ def test_a_part_of_a_checkpoint_and_a_head_that_is_new(saved, folders):
 
 
 def test_dtypes(folders, saved):
-    """Scales stay in the dtype of their Spec; what the weight dequantizes to follows the model."""
+    """Scales stay in float32; what the weight dequantizes to follows the model."""
     model = load("llama", folders["llama"], quantization_config=AoConfig(INT4), dtype=torch.float16)
     w = model.model.layers[0].mlp.up_proj.weight
-    assert model.dtype == w.dtype == torch.float16 and w.scale.dtype == torch.bfloat16 and not w.requires_grad
+    assert model.dtype == w.dtype == torch.float16 and w.scale.dtype == torch.float32 and not w.requires_grad
     again = load("llama", saved["llama", "int4"][0], dtype=torch.float32)
     w, q = again.model.layers[0].mlp.up_proj.weight, ao.load(saved["llama", "int4"][0])
     assert w.dtype == torch.float32 and torch.equal(w.scale, q["model.layers.0.mlp.up_proj.weight"].scale)
@@ -685,7 +685,7 @@ def test_what_ao_save_wrote_is_loaded(saved, tmp_path):
     folder = saved["llama", "int4"][0]
     model = load("llama", folder)
     model.config.save_pretrained(tmp_path)
-    ao.save(model, tmp_path, max_shard_size=40_000)
+    ao.save(model, tmp_path, max_shard_size=60_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     again = load("llama", tmp_path)
     assert torch.equal(hf_models.output("llama", again), hf_models.output("llama", model))

@@ -56,14 +56,14 @@ from ao.quant import (
 from ao.quant.job import jobs_by_name
 from ao.quant.qat import QATConfig
 
-UINT4 = Intx(4, (1, 128), signed=False, scale_dtype="bfloat16")
+UINT4 = Intx(4, (1, 128), signed=False)
 # config -> the weight's Spec, and the error in dB that a small network must stay above
 CONFIGS: list[tuple[Config, object, float]] = [
     (Int8WeightOnlyConfig(), Intx(8), 38),
     (Int8WeightOnlyConfig(group_size=64), Intx(8, (1, 64)), 39),
     (Int8WeightOnlyConfig(granularity=PerTensor()), Intx(8, (-1, -1)), 36),
     (Int4WeightOnlyConfig(), UINT4, 15),
-    (Int4WeightOnlyConfig(group_size=32), Intx(4, (1, 32), signed=False, scale_dtype="bfloat16"), 15),
+    (Int4WeightOnlyConfig(group_size=32), Intx(4, (1, 32), signed=False), 15),
     (Int4WeightOnlyConfig(zero_point_domain=ZeroPointDomain.FLOAT), Intx(4, (1, 128), signed=False, zero_point="float"), 15),
     (Int4WeightOnlyConfig(layout=Int4CPULayout()), Int4Prepacked("cpu", (1, 128)), 15),
     (Int4WeightOnlyConfig(layout=Int4XPULayout()), UINT4, 15),
@@ -83,7 +83,7 @@ CONFIGS: list[tuple[Config, object, float]] = [
     (IntxWeightOnlyConfig(torch.int6, PerGroup(32)), Intx(6, (1, 32), symmetric=True), 26),
     (IntxWeightOnlyConfig(torch.int5, PerAxis(1), MappingType.SYMMETRIC_NO_CLIPPING_ERR, torch.bfloat16),
      Intx(5, (-1, 1), symmetric=True, clip=False, scale_dtype="bfloat16"), 18),
-    (UIntXWeightOnlyConfig(torch.uint3), Intx(3, (1, 64), signed=False, scale_dtype="bfloat16"), 8),
+    (UIntXWeightOnlyConfig(torch.uint3), Intx(3, (1, 64), signed=False), 8),
     (UIntXWeightOnlyConfig(torch.uint7), Intx(7, (1, 64), signed=False), 33),
     (GemliteUIntXWeightOnlyConfig(), UINT4, 15),
     (GemliteUIntXWeightOnlyConfig(group_size=None, bit_width=8, mode="dynamic"), Intx(8, act=Intx(8)), 33),
@@ -453,7 +453,7 @@ def test_a_failed_call_leaves_the_model_as_it_was():
     with pytest.raises(ValueError) as error:
         quantize_(model, Int4WeightOnlyConfig(group_size=32))
     assert str(error.value) == (
-        "odd.weight: Intx(bits=4, block=(1, 32), signed=False, scale_dtype='bfloat16'): dim 1 of shape (64, 100) is not a "
+        "odd.weight: Intx(bits=4, block=(1, 32), signed=False): dim 1 of shape (64, 100) is not a "
         "multiple of its block 32; use block=(1, 4), -1 for the whole dim, or leave this tensor out"
     )
     assert all(type(p) is nn.Parameter and torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -535,7 +535,7 @@ def test_jobs_by_name():
     assert {name: planned.spec for name, planned in specs.items()} == {
         "embed.weight": Intx(8),
         "head.weight": Intx(8),
-        "up.weight": Intx(4, (1, 32), signed=False, scale_dtype="bfloat16"),
+        "up.weight": Intx(4, (1, 32), signed=False),
     }
     assert not len(report) and not any(isinstance(p, QTensor) for p in model.parameters())
     specs, report = jobs_by_name(model, Intx(8), lambda module, name: name == "up")

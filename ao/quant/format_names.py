@@ -17,8 +17,8 @@ class Format:
 
 FORMATS = {
     "int8": Format("Int8WeightOnlyConfig()", 8.01, "half of bfloat16, next to no loss"),
-    "int4-g128": Format("Int4WeightOnlyConfig(group_size=128)", 4.19, "the usual choice for decoding"),
-    "int4-g32": Format("Int4WeightOnlyConfig(group_size=32)", 4.75, "4 bits, with less loss"),
+    "int4-g128": Format("Int4WeightOnlyConfig(group_size=128)", 4.31, "the usual choice for decoding"),
+    "int4-g32": Format("Int4WeightOnlyConfig(group_size=32)", 5.25, "4 bits, with less loss"),
     "float8": Format("Float8WeightOnlyConfig()", 8.01, "weights with a wide range"),
     "int8-dynamic": Format("Int8DynamicActivationInt8WeightConfig()", 8.01, "faster prefill and large batches"),
     "float8-dynamic": Format(
@@ -31,7 +31,7 @@ FORMATS = {
     "fp6": Format("FP6", 6.01, "6-bit floats with a scale per row"),
     "mxfp8": Format("MXFP8", 8.25, "8-bit floats in blocks of 32 (OCP)"),
     "int6": Format("IntxWeightOnlyConfig(weight_dtype=torch.int6, granularity=PerGroup(128))", 6.25, ""),
-    "uint5": Format("UIntXWeightOnlyConfig(torch.uint5, group_size=128)", 5.19, ""),
+    "uint5": Format("UIntXWeightOnlyConfig(torch.uint5, group_size=128)", 5.31, ""),
     "int3": Format("Intx(bits=3, block=(1, 128))", 3.31, "needs a recipe such as gptq"),
     "int2": Format("Intx(bits=2, block=(1, 128))", 2.31, "needs a recipe and training"),
 }

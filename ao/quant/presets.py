@@ -68,17 +68,16 @@ def _mapping(mapping: MappingType) -> dict[str, Any]:
     }
 
 
-def _zero_point(config: Config, domain: ZeroPointDomain, bits: int) -> dict[str, Any]:
-    """The fields of `Intx` that say what an asymmetric weight's scale and zero point are.
+def _zero_point(config: Config, domain: ZeroPointDomain) -> dict[str, Any]:
+    """The fields of `Intx` that say what an asymmetric weight's zero point is.
 
-    Where nothing was asked for, round-to-nearest and "clip" take an integer zero point, and recipes, whose point is accuracy, a
-    fraction. Scales of 16 bits are bfloat16, which has the range of float32: weights of 1e-20 or 1e30 keep theirs. Codes are
-    found under the rounded scale, whose 8 bits move the end of a range of up to 6 bits by an eighth of a step at most; beside 7
-    or 8 bits it would show.
+    Where nothing was asked for, round-to-nearest and "clip" take an integer, and recipes, whose point is accuracy, a fraction;
+    that one and the scale in 16 bits each take less memory than a float32 scale and an integer. They are bfloat16, which has
+    the range of float32: weights of 1e-20 or 1e30 keep their scales.
     """
     integer = domain is ZeroPointDomain.NONE and isinstance(config.recipe, (RoundToNearest, Clip))
     if integer or domain is ZeroPointDomain.INT:
-        return {"zero_point": "int", "scale_dtype": "bfloat16" if bits <= 6 else "float32"}
+        return {"zero_point": "int"}
     return {"zero_point": "float", "scale_dtype": "float32" if domain is ZeroPointDomain.FLOAT else "bfloat16"}
 
 
@@ -114,7 +113,7 @@ class Int8WeightOnlyConfig(Config):
 
 @dataclass(frozen=True)
 class Int4WeightOnlyConfig(Config):
-    """Asymmetric int4 weights in groups: 4 + 24 / group_size bits per element, on every device; 4 + 32 / group_size with an
+    """Asymmetric int4 weights in groups: 4 + 40 / group_size bits per element, on every device; 4 + 32 / group_size with an
     algorithm other than "clip".
 
     group_size: elements of a row that share a scale.
@@ -151,7 +150,7 @@ class Int4WeightOnlyConfig(Config):
             return Int4Prepacked("cuda", block, self.layout.inner_k_tiles)
         if isinstance(self.layout, Int4CPULayout):
             return Int4Prepacked("cpu", block)
-        return Intx(4, block, signed=False, symmetric=False, **_zero_point(self, self.zero_point_domain, 4))
+        return Intx(4, block, signed=False, symmetric=False, **_zero_point(self, self.zero_point_domain))
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -217,8 +216,8 @@ class IntxWeightOnlyConfig(Config):
     weight_dtype: torch.int1 to torch.int8.
     granularity: PerAxis(0) or PerRow() (a scale per row), PerGroup(g), PerTensor(), PerBlock(...).
     mapping_type: of the weight.
-    scale_dtype: torch.float32, torch.bfloat16 or torch.float16; None for float32, but bfloat16 beside a zero point
-        and up to 6 bits, or one that an algorithm finds.
+    scale_dtype: torch.float32, torch.bfloat16 or torch.float16; None for float32, but bfloat16 beside a zero point that
+        is a fraction.
     zero_point_domain: of an asymmetric weight: INT, FLOAT, or NONE for an integer, and a fraction with an algorithm.
     """
 
@@ -239,7 +238,7 @@ class IntxWeightOnlyConfig(Config):
     def weight(self, shape: tuple[int, ...]) -> Spec:
         settings, bits = _mapping(self.mapping_type), _int_bits(self, "weight_dtype", "int")
         if not settings["symmetric"]:
-            settings |= _zero_point(self, self.zero_point_domain, bits)
+            settings |= _zero_point(self, self.zero_point_domain)
         if self.scale_dtype is not None:
             settings["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
         return Intx(bits, self.granularity.block(), **settings)
@@ -247,8 +246,8 @@ class IntxWeightOnlyConfig(Config):
 
 @dataclass(frozen=True)
 class UIntXWeightOnlyConfig(Config):
-    """Unsigned asymmetric integer weights of 1 to 8 bits in groups, packed: bits + 24 / group_size bits per element
-    (7 and 8 bits: bits + 40 / group_size); bits + 32 / group_size with an algorithm other than "clip".
+    """Unsigned asymmetric integer weights of 1 to 8 bits in groups, packed: bits + 40 / group_size bits per element;
+    bits + 32 / group_size with an algorithm other than "clip".
 
     dtype: torch.uint1 to torch.uint8.
     group_size: elements of a row that share a scale.
@@ -273,7 +272,7 @@ class UIntXWeightOnlyConfig(Config):
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         bits = _int_bits(self, "dtype", "uint")
-        zero_point = _zero_point(self, self.zero_point_domain, bits)
+        zero_point = _zero_point(self, self.zero_point_domain)
         return Intx(bits, (1, self.group_size), signed=False, symmetric=False, **zero_point)
 
     @functools.cached_property
@@ -306,7 +305,7 @@ class GemliteUIntXWeightOnlyConfig(Config):
         block = (1, self.group_size or -1)
         if self.bit_width == 8:
             return Intx(8, block)
-        return Intx(4, block, signed=False, symmetric=False, scale_dtype="bfloat16")
+        return Intx(4, block, signed=False, symmetric=False)
 
     def act(self) -> Spec | None:
         return Intx(8, (1, -1)) if self.mode == "dynamic" else None

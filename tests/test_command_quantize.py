@@ -164,7 +164,7 @@ def test_refusals(source, batches, tmp_path, capsys):
     for words, reason in (
         (["--config", "int8", "--recipe", "gptq"], "--recipe gptq needs texts to calibrate on; give --data FILE"),
         (["--config", "Int8StaticActivationInt8WeightConfig()"], "needs texts to calibrate on"),
-        (["--config", "int8", "--recipe", "gtpq"], "--recipe must be among awq, bias_correction, gptq, hqq"),
+        (["--config", "int8", "--recipe", "gtpq"], "--recipe must be among awq, bias_correction, clip, gptq, hqq"),
         (["--config", "int8", "--recipe", "gptq+awq", *data], "must come last"),
         (["--config", "int8", "--recipe", "hqq", *data], "--data is for recipes that calibrate"),
         (["--config", "int8", "--recipe", "gptq", "--data", tmp_path / "absent"], "absent"),

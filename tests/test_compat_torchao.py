@@ -446,7 +446,9 @@ def test_quantization_aware_training_of_ranges_embeddings_and_nothing():
             qat.QATConfig(**bad)
     with pytest.raises(ValueError, match="embedding"):
         quantize_(
-            both, qat.QATConfig(activation_config=learned, weight_config=learned), lambda m, _: type(m) is nn.Embedding
+            both,
+            qat.QATConfig(activation_config=learned, weight_config=learned),
+            lambda m, _: isinstance(m, nn.Embedding),
         )
 
 

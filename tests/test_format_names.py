@@ -68,7 +68,7 @@ def test_what_is_no_name(wrong, said):
 
 
 def test_the_list():
-    assert tuple(cls.name for cls in KNOWN) == RECIPES
+    assert {cls.name for cls in KNOWN} == set(RECIPES)
     assert split_recipe("int4-g128+awq+gptq") == ("int4-g128", "awq+gptq") and split_recipe("a+b") == ("a+b", "")
     assert "qat" not in config_classes() and "int8weightonly" in config_classes()
     assert not [name for name in ALIASES if name in FORMATS]

@@ -25,7 +25,16 @@ HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "t
 # What needs Triton, and is imported inside the functions that launch it.
 KERNELS = {"launch", "ampere", "hopper", "cast", "operators"}
 # Where the public names of ao are.
-ROOMS = {"dtypes", "matmul", "optim", "quant", "quant.qat", "train"}
+ROOMS = {
+    "dtypes",
+    "matmul",
+    "optim",
+    "quant",
+    "quant.qat",
+    "train",
+    "integrations.foreign.bitsandbytes",
+    "integrations.foreign.reader",
+}
 # A dtype that is made of another one says so here.
 BUILT_ON = {
     "codebook": {"intx"},

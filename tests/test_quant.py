@@ -84,6 +84,7 @@ CONFIGS: list[tuple[Config, object, float]] = [
     (IntxWeightOnlyConfig(torch.int5, PerAxis(1), MappingType.SYMMETRIC_NO_CLIPPING_ERR, torch.bfloat16),
      Intx(5, (-1, 1), symmetric=True, clip=False, scale_dtype="bfloat16"), 18),
     (UIntXWeightOnlyConfig(torch.uint3), Intx(3, (1, 64), signed=False), 8),
+    (UIntXWeightOnlyConfig(torch.uint7), Intx(7, (1, 64), signed=False), 33),
     (GemliteUIntXWeightOnlyConfig(), UINT4, 15),
     (GemliteUIntXWeightOnlyConfig(group_size=None, bit_width=8, mode="dynamic"), Intx(8, act=Intx(8)), 33),
     (NF4WeightOnlyConfig(), NF4, 15),
@@ -452,8 +453,8 @@ def test_a_failed_call_leaves_the_model_as_it_was():
     with pytest.raises(ValueError) as error:
         quantize_(model, Int4WeightOnlyConfig(group_size=32))
     assert str(error.value) == (
-        "odd.weight: Intx(bits=4, block=(1, 32), signed=False): dim 1 of shape (64, 100) is not a multiple of its block 32; "
-        "use block=(1, 4), -1 for the whole dim, or leave this tensor out"
+        "odd.weight: Intx(bits=4, block=(1, 32), signed=False): dim 1 of shape (64, 100) is not a "
+        "multiple of its block 32; use block=(1, 4), -1 for the whole dim, or leave this tensor out"
     )
     assert all(type(p) is nn.Parameter and torch.equal(p, before[name]) for name, p in model.named_parameters())
     with torch.no_grad():

@@ -15,12 +15,13 @@ from lm import VOCAB, batches, but_head, divergence, lm
 from torch import nn
 
 import ao
-from ao.dtypes import Float8, Int4CPULayout, Intx, QTensor
+from ao.dtypes import MXFP4, NF4, NVFP4, Codebook, Float8, Int4CPULayout, Intx, QTensor
 from ao.quant import (
     AWQ,
     GPTQ,
     HQQ,
     BiasCorrection,
+    Clip,
     FqnToConfig,
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt4WeightConfig,
@@ -33,11 +34,13 @@ from ao.quant import (
     SpecConfig,
     UIntXWeightOnlyConfig,
     ZeroPointDomain,
+    compute_error,
     config_from_dict,
     config_to_dict,
     quantize_,
     rotate_,
 )
+from ao.quant.algorithms import clip
 from ao.quant.algorithms.by_name import parse_recipe
 from ao.quant.algorithms.factor import Factored
 from ao.quant.algorithms.hadamard import random_hadamard
@@ -89,7 +92,8 @@ def takes(spec) -> bool:
 def test_every_format(spec, device):
     w, x = weight().to(device), data().to(device)
     results = {}
-    for name, recipe in {"rtn": parse_recipe("rtn"), "hqq": HQQ(2.0), "plain": PLAIN, "gptq": GPTQ()}.items():
+    recipes = {"rtn": parse_recipe("rtn"), "clip": Clip(), "hqq": HQQ(2.0), "plain": PLAIN, "gptq": GPTQ()}
+    for name, recipe in recipes.items():
         found = recipe.quantize(w, spec, seen(x))
         # What is stored decodes to what the recipe worked with, bit for bit.
         q = spec.wrap(spec.encode(found.values, **found.qparams), torch.float32, w.shape)
@@ -100,11 +104,55 @@ def test_every_format(spec, device):
         results[name] = found.values
     output = {name: error(values.cpu(), data()) for name, values in results.items()}
     square = {name: float((values - w).norm()) for name, values in results.items()}
-    assert square["hqq"] <= square["rtn"] * 1.0001
+    assert square["hqq"] <= square["rtn"] * 1.0001 and square["clip"] <= square["rtn"] * 1.0001
     assert output["plain"] < output["rtn"]
     assert (
         output["gptq"] < (0.9 if spec.bits < 8 else 1.0) * output["plain"] if hasattr(spec, "bits") else output["plain"]
     )
+
+
+@pytest.mark.parametrize(
+    ("spec", "least"),
+    [
+        (Intx(2, (1, 32), scale_dtype="bfloat16"), 9.4),  # 7.8 dB rounded to nearest
+        (Intx(3, (1, 32), scale_dtype="bfloat16"), 15.7),  # 15.2
+        (Intx(4, (1, 32), scale_dtype="bfloat16"), 22.1),  # 21.8
+        (Intx(4, (1, 128), scale_dtype="bfloat16"), 20.3),  # 19.9
+        (Intx(3, (1, 32), zero_point="float", scale_dtype="bfloat16"), 16.5),  # 15.5
+        (NF4, 21.2),  # 20.7
+        (NVFP4, 21.3),  # 20.4
+        (MXFP4, 19.0),  # 18.8
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_clip_on_normal_weights(spec, least):
+    w = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    found = Clip().quantize(w, spec, None)
+    assert float(compute_error(w, found.values)) > least
+    # Whatever the size of the numbers is, whose squares float32 need not hold.
+    if isinstance(spec, Intx):
+        for power in (2.0**80, 2.0**-80):
+            assert torch.equal(Clip().quantize(w * power, spec, None).values, found.values * power)
+
+
+def test_clip_works_in_pieces(monkeypatch):
+    """Large weights are searched in parts that cut no block, with the same result."""
+    w = torch.randn(6, 64, 96)
+    specs = [Intx(4, (1, 32)), Intx(3, (16, 32)), Intx(4, (-1, -1)), Codebook("nf4", (1, 32))]
+    whole = [Clip().quantize(w, spec, None).values for spec in specs]
+    monkeypatch.setitem(clip.PIECES, "cpu", 7000)
+    for spec, expected in zip(specs, whole):
+        assert torch.equal(Clip().quantize(w, spec, None).values, expected)
+        assert Clip().quantize(w[:0] if spec.block != (-1, -1) else w, spec, None).values.dim() == 3
+
+
+def test_presets_keep_their_size_with_clip():
+    for config in (Int4WeightOnlyConfig, lambda **kw: UIntXWeightOnlyConfig(torch.uint2, 32, **kw)):
+        assert config(algorithm="clip").weight((64, 128)) == config().weight((64, 128))
+    model = nn.Sequential(nn.Linear(128, 64))
+    report = quantize_(model, UIntXWeightOnlyConfig(torch.uint2, 32, algorithm="clip"))
+    assert report.rows[0].algorithm == "clip" and model[0].weight.nbytes_packed == 128 * 64 * (2 + 40 / 32) / 8
+    assert model[0].weight.zero_point.dtype == torch.uint8
 
 
 def test_hqq_finds_the_grid_that_made_the_weight():

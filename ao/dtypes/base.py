@@ -426,7 +426,7 @@ class QTensor(torch.Tensor):
         if isinstance(spec, QTensor):
             made: Any = torch.nn.Parameter(spec, **fields)
             return made
-        first = _first(fields)
+        first: Tensor = next(t for t in fields.values() if t is not None)  # each dtype has one that is always there
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=_strides(shape, first), dtype=dtype, device=first.device, requires_grad=False
         )
@@ -681,13 +681,6 @@ def _read_roles(cls: type[QTensor]) -> Iterator[tuple[str, str]]:
         for hint in (hints[name], *getattr(hints[name], "__args__", ())):
             if getattr(hint, "__metadata__", None):
                 yield name, hint.__metadata__[0]
-
-
-def _first(fields: Mapping[str, Tensor | None]) -> Tensor:
-    for t in fields.values():
-        if t is not None:
-            return t
-    raise TypeError("a QTensor needs at least one field")
 
 
 def _strides(shape: torch.Size | tuple[int, ...], first: Tensor) -> list[int]:

@@ -61,7 +61,7 @@ ALIASES = {
 }
 """What others call them -> one of FORMATS, or an expression."""
 
-RECIPES = ("rtn", "hqq", "gptq", "awq", "smoothquant", "bias_correction")
+RECIPES = ("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction")
 """Names of recipes, which may be joined by "+", and follow the name of a format: "int4-g128+gptq"."""
 
 PLAIN = ("bf16", "float32")

@@ -27,6 +27,7 @@ from ..dtypes import (
     nf4_spec,
 )
 from .algorithms.by_name import parse_recipe
+from .algorithms.clip import Clip
 from .algorithms.recipe import Recipe, RoundToNearest
 from .calibration.observers import RangeMethod
 from .calibration.statistics import RANGES
@@ -70,11 +71,12 @@ def _mapping(mapping: MappingType) -> dict[str, Any]:
 def _zero_point(config: Config, domain: ZeroPointDomain) -> dict[str, Any]:
     """The fields of `Intx` that say what an asymmetric weight's zero point is.
 
-    Where nothing was asked for, round-to-nearest takes an integer, and recipes, whose point is accuracy, a fraction; that one
-    and the scale in 16 bits each take less memory than a float32 scale and an integer. They are bfloat16, which has the range
-    of float32: weights of 1e-20 or 1e30 keep their scales.
+    Where nothing was asked for, round-to-nearest and "clip" take an integer, and recipes, whose point is accuracy, a fraction;
+    that one and the scale in 16 bits each take less memory than a float32 scale and an integer. They are bfloat16, which has
+    the range of float32: weights of 1e-20 or 1e30 keep their scales.
     """
-    if domain is ZeroPointDomain.INT or (domain is ZeroPointDomain.NONE and config.recipe == RoundToNearest()):
+    integer = domain is ZeroPointDomain.NONE and isinstance(config.recipe, (RoundToNearest, Clip))
+    if integer or domain is ZeroPointDomain.INT:
         return {"zero_point": "int"}
     return {"zero_point": "float", "scale_dtype": "float32" if domain is ZeroPointDomain.FLOAT else "bfloat16"}
 
@@ -112,7 +114,7 @@ class Int8WeightOnlyConfig(Config):
 @dataclass(frozen=True)
 class Int4WeightOnlyConfig(Config):
     """Asymmetric int4 weights in groups: 4 + 40 / group_size bits per element, on every device; 4 + 32 / group_size with an
-    algorithm.
+    algorithm other than "clip".
 
     group_size: elements of a row that share a scale.
     layout: PlainLayout(), or a device's own: TensorCoreTiledLayout() (CUDA, bfloat16), Int4CPULayout(). Int4XPULayout()
@@ -214,8 +216,8 @@ class IntxWeightOnlyConfig(Config):
     weight_dtype: torch.int1 to torch.int8.
     granularity: PerAxis(0) or PerRow() (a scale per row), PerGroup(g), PerTensor(), PerBlock(...).
     mapping_type: of the weight.
-    scale_dtype: torch.float32, torch.bfloat16 or torch.float16; None for float32, but bfloat16 beside a zero point that an
-        algorithm finds.
+    scale_dtype: torch.float32, torch.bfloat16 or torch.float16; None for float32, but bfloat16 beside a zero point that
+        is a fraction.
     zero_point_domain: of an asymmetric weight: INT, FLOAT, or NONE for an integer, and a fraction with an algorithm.
     """
 
@@ -234,18 +236,18 @@ class IntxWeightOnlyConfig(Config):
         _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
-        settings = _mapping(self.mapping_type)
+        settings, bits = _mapping(self.mapping_type), _int_bits(self, "weight_dtype", "int")
         if not settings["symmetric"]:
             settings |= _zero_point(self, self.zero_point_domain)
         if self.scale_dtype is not None:
             settings["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
-        return Intx(_int_bits(self, "weight_dtype", "int"), self.granularity.block(), **settings)
+        return Intx(bits, self.granularity.block(), **settings)
 
 
 @dataclass(frozen=True)
 class UIntXWeightOnlyConfig(Config):
     """Unsigned asymmetric integer weights of 1 to 8 bits in groups, packed: bits + 40 / group_size bits per element;
-    bits + 32 / group_size with an algorithm.
+    bits + 32 / group_size with an algorithm other than "clip".
 
     dtype: torch.uint1 to torch.uint8.
     group_size: elements of a row that share a scale.
@@ -269,8 +271,9 @@ class UIntXWeightOnlyConfig(Config):
             raise ValueError(f"UIntXWeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
+        bits = _int_bits(self, "dtype", "uint")
         zero_point = _zero_point(self, self.zero_point_domain)
-        return Intx(_int_bits(self, "dtype", "uint"), (1, self.group_size), signed=False, symmetric=False, **zero_point)
+        return Intx(bits, (1, self.group_size), signed=False, symmetric=False, **zero_point)
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -300,7 +303,9 @@ class GemliteUIntXWeightOnlyConfig(Config):
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         block = (1, self.group_size or -1)
-        return Intx(8, block) if self.bit_width == 8 else Intx(4, block, signed=False, symmetric=False)
+        if self.bit_width == 8:
+            return Intx(8, block)
+        return Intx(4, block, signed=False, symmetric=False)
 
     def act(self) -> Spec | None:
         return Intx(8, (1, -1)) if self.mode == "dynamic" else None

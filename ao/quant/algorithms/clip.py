@@ -10,7 +10,7 @@ keeps the middle of the range where it is, and the best is kept, block by block:
 where m is the middle of the range. Codes and qparams take the bits that they took, and any format with a scale per block can
 be cut. It gains the more, the fewer bits there are and the larger the blocks are.
 
-Cost: two to three dozen roundings of the weight. They are done in pieces, so that memory does not grow with them.
+Cost: some twenty roundings of the weight. They are done in pieces, so that memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from torch import Tensor
 from ...dtypes import Spec, dense, in_blocks, to_blocks
 from ..calibration.statistics import Statistics
 from .hqq import Qparams, check_scaled, magnitude
-from .recipe import Recipe, Rounded
+from .recipe import Recipe, Rounded, RoundToNearest
+
+PIECES = {"cpu": 2**19}
+"""The elements that are searched at a time, by kind of device: on a CPU, temporaries then stay in cache."""
+
+LARGE_PIECE = 2**24
+"""The same on other devices, where a launch costs more."""
 
 CUTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 WIDER = (1.2, 1.5, 2.0)
@@ -45,6 +51,8 @@ class Clip(Recipe):
         check_scaled(spec, shape, "Clip")
 
     def quantize(self, weight: Tensor, spec: Spec, seen: Statistics | None) -> Rounded:
+        if weight.numel() == 0:
+            return RoundToNearest().quantize(weight, spec, seen)
         found = [_search(part.float(), spec) for part in _parts(weight, spec)]
         qparams = spec.stored(**{name: torch.cat([each[name] for each in found]) for name in found[0]})
         return Rounded(spec.round(weight.float(), **qparams), qparams)
@@ -53,9 +61,7 @@ class Clip(Recipe):
 def _parts(weight: Tensor, spec: Spec) -> Iterator[Tensor]:
     """A weight in pieces along its first dim that cut no block."""
     tile = weight.shape[0] // spec.grid(weight.shape)[0]
-    long = (
-        weight.shape[0] * (2**20 if weight.device.type == "cpu" else 2**24) // max(weight.numel(), 1)
-    )  # the first dim of a piece
+    long = weight.shape[0] * PIECES.get(weight.device.type, LARGE_PIECE) // weight.numel()  # the first dim of a piece
     yield from weight.split(max(long // tile, 1) * tile)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import io
 import json
@@ -196,16 +197,21 @@ def _sparse_int4():
     quantize_(model(), tq.int4_weight_only(layout=MarlinSparseLayout()))
 
 
-def _mx():
-    from ao.compat.torchao.prototype.mx_formats import MXFPInferenceConfig
+def test_small_floats():
+    from ao.compat.torchao.prototype.mx_formats import MXFPInferenceConfig, NVFP4InferenceConfig, NVFP4WeightOnlyConfig
 
-    quantize_(model(), MXFPInferenceConfig())
-
-
-def _nvfp4():
-    from ao.compat.torchao.prototype.mx_formats import NVFP4InferenceConfig
-
-    quantize_(model(), NVFP4InferenceConfig())
+    for config, spec in (
+        (
+            MXFPInferenceConfig(),
+            ao.dtypes.FloatX(4, 3, scale_rule="rceil", act=ao.dtypes.FloatX(4, 3, scale_rule="rceil")),
+        ),
+        (NVFP4InferenceConfig(), dataclasses.replace(ao.NVFP4, act=ao.NVFP4)),
+        (NVFP4WeightOnlyConfig(), ao.NVFP4),
+        (tq.fpx_weight_only(3, 2), ao.FP6),
+    ):
+        m = model()
+        quantize_(m, config)
+        assert m[0].weight.spec == spec
 
 
 def _sparsify():
@@ -223,11 +229,8 @@ def _sparse_training():
 @pytest.mark.parametrize(
     "use",
     [
-        lambda: quantize_(model(), tq.fpx_weight_only(3, 2)),
         lambda: quantize_(model(), tq.int8_dynamic_activation_int8_semi_sparse_weight()),
         _sparse_int4,
-        _mx,
-        _nvfp4,
         _sparsify,
         _sparse_training,
     ],

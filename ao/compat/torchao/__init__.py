@@ -6,7 +6,7 @@
 
 Its names from release 0.9 on are here, also those that it has taken away since. Each is a name of `ao`, or a few lines that
 translate parameters; `NAMES` says which. What chooses kernels and packings is accepted and has no effect. Where `ao` does not
-have a format (MX, NVFP4, floats of 3 to 7 bits, sparse weights), the name is here, and using it raises NotImplementedError.
+have a format (sparse weights), the name is here, and using it raises NotImplementedError.
 
 Differences that remain: `quantize_` returns a report; two-step recipes remember what the model was called with, and quantize
 block by block; checkpoints of that library are not read.

@@ -470,16 +470,15 @@ class Int8StaticActivationInt8WeightConfig(AOBaseConfig):
 
 @dataclass
 class FPXWeightOnlyConfig(Translated):
-    """Floats of 3 to 7 bits, which `ao` does not have: using it raises."""
+    """Floats of `ebits` exponent and `mbits` mantissa bits, with a scale per row."""
 
     ebits: int
     mbits: int
     set_inductor_config: bool = True
 
     def to_ao(self) -> Config | Spec:
-        """Raises NotImplementedError."""
-        bits = 1 + self.ebits + self.mbits
-        raise not_here(f"FPXWeightOnlyConfig({self.ebits}, {self.mbits})", f"UIntXWeightOnlyConfig(torch.uint{bits})")
+        """The same in `ao`."""
+        return ao.FPXWeightOnlyConfig(self.ebits, self.mbits)
 
 
 @dataclass

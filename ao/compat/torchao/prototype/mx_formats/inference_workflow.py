@@ -1,4 +1,4 @@
-"""torchao.prototype.mx_formats.inference_workflow: configs of MX and NVFP4. Using one raises NotImplementedError."""
+"""torchao.prototype.mx_formats.inference_workflow: configs of MX and NVFP4."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+import ao
+
 from ...core.config import Translated
 from ...quantization.quantize_.common import KernelPreference
-from ...quantization.specs import not_here
 from .config import MXGemmKernelChoice, ScaleCalculationMode
 
 __all__ = [
@@ -21,6 +22,11 @@ __all__ = [
     "NVFP4MMConfig",
     "NVFP4WeightOnlyConfig",
 ]
+
+
+def _element(dtype: Any) -> Any:
+    """ "e3m2" of torchao's "fp6_e3m2"; a dtype of torch as it is."""
+    return dtype.rpartition("_")[2] if isinstance(dtype, str) else dtype
 
 
 class NVFP4MMConfig(Enum):
@@ -43,8 +49,13 @@ class MXDynamicActivationMXWeightConfig(Translated):
     set_inductor_config: bool = True
 
     def to_ao(self) -> Any:
-        """Raises NotImplementedError."""
-        raise not_here(type(self).__name__, "Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())")
+        """The same in `ao`."""
+        return ao.MXDynamicActivationMXWeightConfig(
+            weight_dtype=_element(self.weight_dtype),
+            block_size=self.block_size,
+            scale_rule=self.scaling_mode.value,
+            activation_dtype=_element(self.activation_dtype),
+        )
 
 
 class MXFPInferenceConfig(MXDynamicActivationMXWeightConfig):
@@ -61,8 +72,11 @@ class NVFP4DynamicActivationNVFP4WeightConfig(Translated):
     mm_config: NVFP4MMConfig = NVFP4MMConfig.DYNAMIC
 
     def to_ao(self) -> Any:
-        """Raises NotImplementedError."""
-        raise not_here(type(self).__name__, "Int8DynamicActivationInt4WeightConfig(group_size=32)")
+        """The same in `ao`."""
+        per_tensor = self.use_dynamic_per_tensor_scale
+        if self.mm_config is NVFP4MMConfig.WEIGHT_ONLY:
+            return ao.NVFP4WeightOnlyConfig(per_tensor)
+        return ao.NVFP4DynamicActivationNVFP4WeightConfig(per_tensor)
 
 
 class NVFP4InferenceConfig(NVFP4DynamicActivationNVFP4WeightConfig):
@@ -76,5 +90,5 @@ class NVFP4WeightOnlyConfig(Translated):
     use_dynamic_per_tensor_scale: bool = True
 
     def to_ao(self) -> Any:
-        """Raises NotImplementedError."""
-        raise not_here(type(self).__name__, "Int4WeightOnlyConfig(group_size=32), or ao.NF4WeightOnlyConfig")
+        """The same in `ao`."""
+        return ao.NVFP4WeightOnlyConfig(self.use_dynamic_per_tensor_scale)

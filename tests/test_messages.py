@@ -151,8 +151,8 @@ RuntimeError: out is torch.float16, and the result torch.float32; give an out of
         self.assertExpectedInline(
             "\n".join(message(t) for t in tries),
             """\
-ValueError: gate.weight: Intx(bits=4, block=(1, 128), signed=False): dim 1 of shape (64, 100) is not a multiple of its block 128; use block=(1, 4), -1 for the whole dim, or leave this tensor out
-ValueError: gate.weight: Codebook(table='nf4'): dim 1 of shape (64, 100) is not a multiple of its block 64; use block=(1, 4), -1 for the whole dim, or leave this tensor out
+ValueError: gate.weight: Intx(bits=4, block=(1, 128), signed=False): dim 1 of shape (64, 100) is not a multiple of its block 128; use group_size=4, give unsupported='skip', or leave it out with filter_fn (--skip)
+ValueError: gate.weight: Codebook(table='nf4'): dim 1 of shape (64, 100) is not a multiple of its block 64; use blocks of 4, give unsupported='skip', or leave it out with filter_fn (--skip)
 ValueError: FqnToConfig: the rule 'gates' matches no layer; the nearest names are gate, gate.weight
 TypeError: quantize_ takes a config such as Int4WeightOnlyConfig() or a Spec such as Intx(bits=4), got <class 'ao.quant.presets.Int4WeightOnlyConfig'>; call it first
 ValueError: Int4WeightOnlyConfig: layout must be one of Layout, got 'plain'""",

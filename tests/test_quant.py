@@ -454,7 +454,7 @@ def test_a_failed_call_leaves_the_model_as_it_was():
         quantize_(model, Int4WeightOnlyConfig(group_size=32))
     assert str(error.value) == (
         "odd.weight: Intx(bits=4, block=(1, 32), signed=False): dim 1 of shape (64, 100) is not a "
-        "multiple of its block 32; use block=(1, 4), -1 for the whole dim, or leave this tensor out"
+        "multiple of its block 32; use group_size=4, give unsupported='skip', or leave it out with filter_fn (--skip)"
     )
     assert all(type(p) is nn.Parameter and torch.equal(p, before[name]) for name, p in model.named_parameters())
     with torch.no_grad():
@@ -468,6 +468,19 @@ def test_skipping_on_request():
     model = nn.Sequential(nn.Linear(100, 64), nn.Linear(64, 64))
     report = quantize_(model, Int4WeightOnlyConfig(group_size=32, unsupported="skip"))
     assert len(report) == 1 and "not a multiple" in report.skipped["0.weight"]
+
+
+def test_shapes_are_told_in_the_words_of_the_config():
+    model = nn.Sequential(nn.Linear(96, 32))
+    with pytest.raises(
+        ValueError, match=r"0.weight: .*; use group_size=32, give unsupported='skip', or leave it out with filter_fn"
+    ):
+        quantize_(model, Int4WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"0.weight: .*; use block=\(1, 32\)"):
+        quantize_(model, Intx(4, (1, 128)))
+    for size in (None, 0, "32"):
+        with pytest.raises(ValueError, match="Int4WeightOnlyConfig: group_size must be a number"):
+            Int4WeightOnlyConfig(group_size=size)
 
 
 def test_misuse():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -161,7 +162,7 @@ def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job 
         if skips and not isinstance(p, QTensor):
             report.skipped.update(dict.fromkeys([slot.fqn for slot in slots], str(error)))
             return None
-        raise ValueError(f"{slots[0].fqn}: {error}") from None
+        raise ValueError(f"{slots[0].fqn}: {_in_words_of(config, str(error))}") from None
     if linear and spec.act is not None:
         return Job(slots, spec, recipe, config.act_scale(), config.act_range())
     return Job(slots, spec, recipe)
@@ -204,6 +205,15 @@ def check_values(fqn: str, weight: Tensor, spec: Spec | None = None) -> None:
             spec.check_range(weight.detach())
         except ValueError as error:
             raise ValueError(f"{fqn}: {error}") from None
+
+
+def _in_words_of(config: object, error: str) -> str:
+    """An error of a Spec in the words of a config: whoever gave group_size is told of group_size, and of the ways out."""
+    fits = re.search(r"; use block=\(1, (\d+)\), -1 for the whole dim, or leave this tensor out$", error)
+    if fits is None or not isinstance(config, Config) or isinstance(config, SpecConfig):
+        return error
+    size = f"group_size={fits[1]}" if hasattr(config, "group_size") else f"blocks of {fits[1]}"
+    return f"{error[: fits.start()]}; use {size}, give unsupported='skip', or leave it out with filter_fn (--skip)"
 
 
 def require_statistics(jobs: list[Job]) -> None:

@@ -53,6 +53,13 @@ def _one_of(config: Config, name: str, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{type(config).__name__}: {name} must be one of {shown}, got {value!r}")
 
 
+def _group_size(config: Config, size: Any) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+        raise ValueError(
+            f"{type(config).__name__}: group_size must be a number such as 128, or -1 for the whole row, got {size!r}"
+        )
+
+
 def _int_bits(config: Config, name: str, prefix: str) -> int:
     text = str(getattr(config, name)).removeprefix("torch.")
     if text.startswith(prefix) and text[len(prefix) :] in "12345678":
@@ -133,6 +140,7 @@ class Int4WeightOnlyConfig(Config):
         super().__post_init__()
         _one_of(self, "layout", (Layout,))
         _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
+        _group_size(self, self.group_size)
         if self.use_hqq and self.algorithm not in ("rtn", "hqq"):
             raise ValueError(f"Int4WeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
         if (
@@ -264,6 +272,7 @@ class UIntXWeightOnlyConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _group_size(self, self.group_size)
         _int_bits(self, "dtype", "uint")
         _one_of(self, "pack_dim", (-1,))
         _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))

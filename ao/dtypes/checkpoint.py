@@ -104,6 +104,9 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", mm
     mmap: on the CPU, map the files, so that a page is read when it is first used. Writing to such a tensor leaves the
         file alone. False reads everything now.
 
+    Without `assign=True` a model whose parameters are plain takes the decoded values and stays as large as it was: PyTorch copies
+    into what is there. A model that is quantized already takes the codes.
+
     requires_grad is False throughout. A tied tensor is one object under all of its names: an nn.Parameter if all of
     them were, since load_state_dict(assign=True) keeps a Parameter, but would wrap a tensor anew for every name.
     Raises FileNotFoundError for a path or a shard that is not there; ValueError for a file that is damaged, was not

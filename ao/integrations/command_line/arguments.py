@@ -76,9 +76,14 @@ def fit_window(option: str, given: int | None, usual: int, config: dict[str, Any
     """The tokens of a window: what was given, or at most `usual`. Raises ValueError for more than the model was made for, where
     its loss would mean nothing."""
     text = config.get("text_config") or config
-    most = text.get("max_position_embeddings") or text.get("n_positions") or text.get("max_seq_len")
-    if not isinstance(most, int):
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+    most = next((text[name] for name in names if isinstance(text.get(name), int)), None)
+    if most is None:
         return usual if given is None else given
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if isinstance(scaling, dict) and "original_max_position_embeddings" not in scaling:
+        factor = scaling.get("factor")
+        most = int(most * factor) if isinstance(factor, (int, float)) and factor > 1 else most
     if given is not None and given > most:
         raise ValueError(f"{option} {given} is more than the {most} positions of the model; give at most {most}")
     return min(usual, most) if given is None else given
@@ -93,7 +98,9 @@ def check_modules(option: str, names: Iterable[str] | None, tensors: Iterable[st
     known = own | {f"{prefix}.{name}" for name in own for prefix in ("model", "transformer", "bert", "vit")}
     for name in names or ():
         try:
-            found = any(n.endswith(name) or re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", n) for n in known)
+            # The checkpoint of an inner model names its layers without the first part of the name that they have in the whole.
+            forms = [form for form in (name, name.partition(".")[2]) if form]
+            found = any(n.endswith(f) or re.match(rf"(?:{f})(?:(?<=\.)|(?=\.|$))", n) for f in forms for n in known)
         except re.error as error:
             raise ValueError(f"{option} {name!r} is no regular expression: {error}") from error
         if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -171,12 +172,22 @@ def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
     if not set(recipes) <= set(RECIPES):
         known = ", ".join(sorted(RECIPES))
         raise ValueError(f"--recipe must be among {known}, or several joined by '+'; got {args.recipe!r}")
+    if not args.data and not set(recipes) <= {"rtn", "hqq", "clip"}:
+        raise ValueError(
+            f"--recipe {args.recipe} needs texts to calibrate on; give --data FILE, plain text or a JSON list of strings"
+        )
     if args.plan is None:
         check_format(args.config)
         config = config_of(args.config)
         if config is None:
             raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
     else:
+        try:
+            json.loads(args.plan.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"--plan {args.plan} holds no plan (a JSON object of layer name -> config or null): {error}"
+            ) from error
         from ao.quant import load_plan
 
         config = load_plan(args.plan)

@@ -214,6 +214,18 @@ def test_small_floats():
         assert m[0].weight.spec == spec
 
 
+def test_a_tensor_of_small_floats():
+    from ao.compat.torchao.dtypes import PlainLayout, to_affine_quantized_fpx
+    from ao.compat.torchao.dtypes.utils import FloatxTensorCoreLayout
+
+    w = torch.randn(16, 64)
+    q = to_affine_quantized_fpx(w, FloatxTensorCoreLayout(3, 2))
+    assert q.spec == ao.FP6
+    torch.testing.assert_close(q.dequantize(), ao.FP6.quantize(w).dequantize(), rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match="FloatxTensorCoreLayout"):
+        to_affine_quantized_fpx(w, PlainLayout())
+
+
 def _sparsify():
     from ao.compat.torchao.sparsity import semi_sparse_weight, sparsify_
 

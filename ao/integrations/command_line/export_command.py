@@ -14,7 +14,7 @@ from .tables import print_json
 
 NAME = "export"
 HELP = "write a quantized folder in the form of compressed-tensors or GPTQ, for vLLM, SGLang and others"
-DETAILS = """compressed-tensors takes integers per row or group, 8-bit weights with 8-bit activations, float8 and NVFP4, exactly.
+DETAILS = """compressed-tensors takes integers per row or group, 8-bit weights with 8-bit activations, float8 and NVFP4.
 GPTQ takes integers in groups of one width, and rounds scales to float16. What has no such form is refused.
 
 examples:

@@ -1,7 +1,7 @@
 """A folder of ours in a form that serving engines read without us: compressed-tensors, or GPTQ.
 
-Only what maps exactly is written, but for GPTQ's scales, which are float16. What does not map is refused before anything is
-written.
+Only what maps exactly is written, but for GPTQ's scales, which are float16, and NVFP4's second scale, which is stored as its
+inverse in float32. What does not map is refused before anything is written.
 """
 
 from __future__ import annotations

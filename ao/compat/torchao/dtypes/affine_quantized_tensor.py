@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ao import HQQ, Float8, MappingType, QTensor, ZeroPointDomain
+from ao import HQQ, Float8, FPXWeightOnlyConfig, MappingType, QTensor, ZeroPointDomain
 from ao.dtypes import Layout, PlainLayout
 
 from ..kinds import Kind
 from ..quantization.specs import FLOAT8, block_in, intx, not_here
+from .utils import FloatxTensorCoreLayout
 
 __all__ = [
     "AffineQuantizedTensor",
@@ -123,10 +124,10 @@ def to_affine_quantized_floatx_static(
 
 
 def to_affine_quantized_fpx(input_float: Tensor, _layout: Any) -> QTensor:
-    """Floats of 3 to 7 bits, which `ao` does not have: raises NotImplementedError."""
-    raise not_here(
-        f"to_affine_quantized_fpx({_layout})", "to_affine_quantized_intx, or to_affine_quantized_floatx for float8"
-    )
+    """Quantize a matrix to the floats of a FloatxTensorCoreLayout. Raises NotImplementedError for other layouts."""
+    if not isinstance(_layout, FloatxTensorCoreLayout):
+        raise not_here(f"_layout={_layout!r}", "FloatxTensorCoreLayout(ebits, mbits)")
+    return FPXWeightOnlyConfig(_layout.ebits, _layout.mbits).weight(input_float.shape).quantize(input_float)
 
 
 def _no_sparsity(layout: Any) -> None:

@@ -110,7 +110,7 @@ class MarlinSparseLayout:
 
 @dataclass(frozen=True)
 class FloatxTensorCoreLayout:
-    """Floats of 3 to 7 bits, which `ao` does not have."""
+    """Floats of 1 + ebits + mbits bits with a scale per row: what `to_affine_quantized_fpx` takes."""
 
     ebits: int
     mbits: int

@@ -216,6 +216,10 @@ class E8M0(Spec):
         half = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 2), 1 << (_MANTISSA - 1))
         return {"qdata": _byte((bits + half) >> _MANTISSA, x)}
 
+    def operand(self, q: Any) -> Operand:
+        """Powers of two, which multiply as scales."""
+        return Operand(q.qdata, q.qdata, None, "power")
+
 
 class E8M0Tensor(QTensor, spec=E8M0):
     """x = 2**(qdata - 127).

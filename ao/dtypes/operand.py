@@ -15,7 +15,7 @@ from torch import Tensor
 from .onnx_mode import exporting
 from .pieces import is_eager
 
-Kind = Literal["affine", "float", "minifloat", "table", "int4pack"]
+Kind = Literal["affine", "float", "minifloat", "table", "power", "int4pack"]
 
 
 class Operand(NamedTuple):
@@ -30,6 +30,7 @@ class Operand(NamedTuple):
         "float"     x = code * scale, where codes are float8
         "minifloat"  x = minifloat(code) * scale, where codes are a sign, exponent and mantissa bits
         "table"     x = table[code] * scale
+        "power"     x = 2**(code - 127); there is no scale beside it: what codes of scales are
         "int4pack"  codes and scale are in the layout of ATen's int4 product on their device: only that product reads them
 
     bits: of a code.

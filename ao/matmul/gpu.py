@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +164,82 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     return _launched(w, lambda *args: at_once(*args) if records() else few(*args))
 
 
+def _reads(w: QTensor) -> bool:
+    """Whether the kernels for any format read a weight."""
+    if not has_kernels(w.device):
+        return False
+    from .kernels import template
+
+    return template.reading_of(w) is not None
+
+
+def _read(w: QTensor) -> Any:
+    """The reading of such a weight, and its fields."""
+    from .kernels import template
+
+    read = template.reading_of(w)
+    assert read is not None
+    return read
+
+
+def gemv_codes_accepts(x: Tensor, w: QTensor) -> bool:
+    if not (known(x.shape[0] == 1) and x.dtype in (torch.bfloat16, torch.float16) and _reads(w)):
+        return False
+    from .kernels import template
+
+    return template.reads_one_token(_read(w)[0])
+
+
+def gemv_codes(x: Tensor, w: QTensor) -> Tensor:
+    """As `gemv`, for integers of 1 to 7 bits, tables of 16 numbers and floats of 4 bits, with scales of any kind."""
+    from .kernels import template
+
+    reading, fields = _read(w)
+    product = template.gemv if compiling() else on_its_device(template.gemv)
+    return product(quantized_act(x, w).contiguous(), *fields, reading.text)
+
+
+def gemv_codes_launch(x: Tensor, w: QTensor) -> Product:
+    """`gemv_codes` for eager mode."""
+    from .kernels import template
+
+    return _read_anew(w, template.gemv_launch(*_read(w)))
+
+
+def _read_anew(w: QTensor, run: Callable[[Tensor, Any], Tensor]) -> Product:
+    """`run` of x and the fields of a weight like `w`, on its device."""
+    from .kernels.template import fields_of
+
+    if w.spec.act is None:
+        return on_its_device(lambda x, w: run(x.contiguous(), fields_of(w)))
+    return on_its_device(lambda x, w: run(_rows_quantized(x, w), fields_of(w)))
+
+
+def _rows_quantized(x: Tensor, w: QTensor) -> Tensor:
+    return quantized_act(x.reshape(-1, x.shape[-1]), w).view(x.shape)
+
+
+def few_accepts(x: Tensor, w: QTensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16) and _reads(w)
+
+
+def few(x: Tensor, w: QTensor) -> Tensor:
+    """x @ decode(w).T, in any format. Up to 64 tokens the weights are decoded in registers, a tile at a time; beyond, to memory,
+    by one kernel."""
+    from .kernels import operators
+
+    reading, fields = _read(w)
+    return operators.few(quantized_act(x, w).contiguous(), *fields, reading.text)
+
+
+def few_launch(x: Tensor, w: QTensor) -> Product:
+    """`few` for eager mode."""
+    from .kernels import operators
+
+    reading, _ = _read(w)
+    return _read_anew(w, lambda x, fields: operators.few_at_once(x, fields, reading))
+
+
 def decode_accepts(x: Tensor, w: QTensor) -> bool:
     return x.dtype.itemsize == 2 and _packed(w) is not None
 
@@ -174,12 +251,16 @@ def decode(x: Tensor, w: QTensor) -> Tensor:
 
 def decoded(w: QTensor, dtype: torch.dtype) -> Tensor:
     """`w.decode_scaled(dtype)`, (N, K), on a GPU by one kernel where it knows the format."""
-    operand = _packed(w) if w.pre_scale is None and dtype.itemsize == 2 else None
-    if operand is None:
+    if w.pre_scale is not None or dtype.itemsize != 2 or not has_kernels(w.device):
         return w.decode_scaled(dtype)
     from .kernels import operators
 
-    return operators.decoded(*_weight(operand), int(w.shape[1]), dtype)
+    if (operand := _packed(w)) is not None:
+        return operators.decoded(*_weight(operand), int(w.shape[1]), dtype)
+    if not _reads(w):
+        return w.decode_scaled(dtype)
+    reading, fields = _read(w)
+    return operators.decoded_codes(*fields, reading.text, dtype)
 
 
 def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
@@ -322,11 +403,13 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
 PATHS = (
     Path(gemv_accepts, gemv, launch=gemv_launch, operator=True),
     Path(fused_accepts, fused, launch=fused_launch, operator=True),
+    Path(gemv_codes_accepts, gemv_codes, launch=gemv_codes_launch, operator=True),
     Path(sums_accepts, sums, few=True),
     Path(scaled_product_accepts, scaled_product, operator=True),
     Path(int_mm_accepts, int_mm),
     Path(scaled_mm_accepts, scaled_mm),
     Path(int4pack_accepts, int4pack),
     Path(decode_accepts, decode, operator=True),
+    Path(few_accepts, few, launch=few_launch, operator=True),
 )
 """In the order in which they are asked."""

@@ -17,12 +17,14 @@ A product takes the first path in `PATHS` of its device that accepts it:
         gemv        one token, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
         fused       2 to 64 tokens (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way to the tensor
                     cores, or feed them 8 bits
+        gemv_codes  one token, other integers of 1 to 7 bits, tables and floats of 4 bits: the kernel template
         sums        one token, compiled: sums over each group, then over the groups; nothing dense is stored
         scaled_product  8-bit activation x 8-bit weight: int_mm or scaled_mm with the scales in the same kernel
         int_mm      as on a CPU
         scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
         int4pack    as on a CPU
-        decode      decode the weight by one kernel, then a floating-point product
+        decode      4- and 8-bit weights: decode by one kernel, then a floating-point product
+        few         any other format that has an operand: decoded on the way to the tensor cores, beyond 64 tokens to memory
     on any device, after those
         float8      float8 x float8 in float32, where the chip has no float8
         dequantize  decode the weight, then a floating-point product; always accepts

@@ -92,26 +92,26 @@ def _larger(a, b):
 
 @triton.jit
 def _largest(x):
-    """(J, 4, 4) -> (J,): NaN where there is one, which then makes the sum NaN."""
+    """(J, W, 4) -> (J,): NaN where there is one, which then makes the sum NaN."""
     return tl.reduce(tl.reduce(x, 2, _larger), 1, _larger)
 
 
 @triton.jit
 def _fixed_point(x, f):
-    """(J, 4, 4) float32, f (J,) -> 0x4B400080 + round(x * f), whose last 16 bits are round(x * f) + 128."""
+    """(J, W, 4) float32, f (J,) -> 0x4B400080 + round(x * f), whose last 16 bits are round(x * f) + 128."""
     return (x * f[:, None, None] + 12583040.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _bytes(i):
-    """(J, 4, 4) int32 i + 128 -> the high and the low bytes of i = 256 high + low, both signed, 4 to a word: (4 J,)."""
+    """(J, W, 4) int32 i + 128 -> the high and the low bytes of i = 256 high + low, both signed, 4 to a word: (J W,)."""
     high, low = tl.inline_asm_elementwise(
         """{ .reg .b32 a, b; prmt.b32 a, $8, $9, 0x5410; prmt.b32 b, $10, $11, 0x5410; prmt.b32 $0, a, b, 0x7531;
         prmt.b32 a, a, b, 0x6420; xor.b32 $4, a, 0x80808080;
         mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }""",
         "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [i], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
     )  # fmt: skip
-    words: tl.constexpr = i.shape[0] * 4
+    words: tl.constexpr = i.shape[0] * i.shape[1]
     return tl.reshape(tl.sum(high, 2), (words,)), tl.reshape(tl.sum(low, 2), (words,))
 
 

@@ -6,13 +6,14 @@ They are opaque to the compiler, so that one graph serves every number of tokens
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, hopper
+from . import ampere, hopper, template
 from .device import is_hopper, on_its_device
 
 
@@ -95,6 +96,41 @@ def decoded(
 ) -> Tensor:  # fmt: skip
     """The weight (N, k) as `dtype`, a 16-bit one; the fields as in `fused`."""
     return ampere.decoded(qdata, scale, zero_point, offset, k, dtype)
+
+
+_FIELDS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor? outer_scale, Tensor? outer_zero_point"
+
+
+@_operator(
+    "few",
+    f"(Tensor x, {_FIELDS}, str reading) -> Tensor",
+    lambda x, codes, *_: x.new_empty(x.shape[0], codes.shape[0]),
+)
+def few(x: Tensor, *fields: Any) -> Tensor:
+    """x @ decode(w).T -> (M, N) by the kernels of template.py. x: (M, K) of 16 bits."""
+    return few_at_once(x, fields[:6], template.reading_from(fields[6]))
+
+
+def few_at_once(x: Tensor, fields: template.Fields, reading: template.Reading) -> Tensor:
+    """`few` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
+    rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    if rows.shape[0] <= 3 and template.reads_one_token(reading):
+        out = template.gemv_each(rows, reading, fields)
+    elif rows.shape[0] <= FEW:
+        out = template.few(rows, reading, fields)
+    else:
+        out = F.linear(rows, template.decoded(reading, fields, x.dtype))
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], reading.n)
+
+
+@_operator(
+    "decoded_codes",
+    f"({_FIELDS}, str reading, ScalarType dtype) -> Tensor",
+    lambda codes, *rest: codes.new_empty(template.reading_from(rest[-2])[:2], dtype=rest[-1]),
+)
+def decoded_codes(*fields: Any) -> Tensor:
+    """The weight (N, K) as `dtype`, a 16-bit one, by the kernel of template.py."""
+    return template.decoded(template.reading_from(fields[6]), fields[:6], fields[7])
 
 
 @_operator(

@@ -1,0 +1,137 @@
+"""The kernels for any format, on a GPU: each by its name against plain PyTorch, over random shapes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import weight
+
+from ao import compute_error
+from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Codebook, Float8, FloatX, Intx
+from ao.matmul import path_name
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+ONE_TOKEN = [
+    *(
+        Intx(bits, (1, group), signed=signed)
+        for bits in (1, 2, 3, 5, 6, 7)
+        for group, signed in ((64, True), (16, False))
+    ),
+    Intx(4, (1, 16)),
+    Intx(4, (8, 32)),
+    Intx(3),
+    Intx(2, (-1, -1)),
+    Intx(1, (1, 64), symmetric=True),
+    Intx(2, (1, 32), signed=False, zero_point="float"),
+    Intx(3, (1, 48), scale_dtype="bfloat16"),
+    NF4,
+    Codebook("nf4", (1, 64), Intx(8, (1, 3), signed=False, symmetric=False, zero_point="float")),
+    Codebook(tuple(float(i**3) for i in range(-8, 8)), (1, 32)),
+    MXFP4,
+    NVFP4,
+    FloatX(2, 1, (1, 16), "e4m3"),
+    FloatX(3, 0, (1, 32), "bfloat16"),
+]
+"""Formats that the kernel for one token takes, but for those of ampere.py."""
+
+OTHERS = [
+    FP6,
+    MXFP6,
+    MXFP8,
+    FloatX(2, 2),
+    Float8(block=(1, 48)),
+    Float8("e5m2", (16, 32)),
+    Intx(8, (1, 16)),
+    Intx(8, (16, 16), signed=False),
+    Codebook((-1.0, -0.2, 0.1, 1.0), (1, 32)),
+    Intx(8, (1, 96), zero_point="float", symmetric=False),
+]
+"""Formats that it does not take."""
+
+
+def shape(seed):
+    """Random (N, K), with rows that are no power of two."""
+    draw = random.Random(seed)
+    return 16 * draw.randint(1, 40), 384 * draw.randint(1, 9)
+
+
+def worst(x, q, out):
+    """The worst row, in dB, against float32 arithmetic on the decoded weight."""
+    expected = x.float() @ q.dequantize().float().t()
+    return min(compute_error(e, o).item() for e, o in zip(expected, out.float()))
+
+
+def case(spec, n, k, m, dtype=torch.bfloat16):
+    """Rows of x that differ a thousandfold, with an outlier."""
+    x = weight((m, k), 1) * torch.logspace(-1.5, 1.5, m).unsqueeze(1)
+    x[:, 3] *= 50
+    return x.to(dtype).cuda(), spec.quantize(weight((n, k), 2, dtype=dtype).cuda())
+
+
+@pytest.mark.parametrize("spec", ONE_TOKEN, ids=str)
+def test_one_token(spec):
+    for dtype in (torch.bfloat16, torch.float16):
+        x, q = case(spec, *shape(dtype == torch.float16), 1, dtype)
+        assert path_name(x, q) == "gemv_codes"
+        assert worst(x, q, F.linear(x, q)) > 46
+
+
+@pytest.mark.parametrize("spec", [*ONE_TOKEN, *OTHERS], ids=str)
+def test_a_few_tokens(spec):
+    for m in (3, 64):
+        x, q = case(spec, *shape(m), m)
+        assert path_name(x, q) == "few"
+        assert worst(x, q, F.linear(x, q)) > 42
+
+
+@pytest.mark.parametrize("spec", [*ONE_TOKEN, *OTHERS], ids=str)
+def test_many_tokens(spec):
+    x, q = case(spec, *shape(1), 100)
+    assert torch.equal(F.linear(x, q), F.linear(x, q.dequantize()))  # the decoder's numbers are those of `decode`
+
+
+@pytest.mark.parametrize("spec", OTHERS, ids=str)
+def test_one_token_of_other_formats(spec):
+    x, q = case(spec, *shape(2), 1)
+    assert path_name(x, q) == "few"
+    assert worst(x, q, F.linear(x, q)) > 42
+
+
+def test_rows_that_end_in_half_a_chunk():
+    """No kernel reads those."""
+    for spec in (Intx(4), Intx(3, (1, 16))):
+        x, q = case(spec, 64, 4304, 5)
+        assert path_name(x, q) == "dequantize"
+        assert worst(x, q, F.linear(x, q)) > 42
+
+
+@pytest.mark.parametrize("spec", [Intx(3, (1, 64)), NF4, MXFP4, NVFP4, FP6, Intx(8, (1, 16))], ids=str)
+def test_compiled(spec):
+    compiled = torch.compile(F.linear, fullgraph=True, dynamic=False)
+    for m in (1, 5):
+        x, q = case(spec, 96, 768, m)
+        assert worst(x, q, compiled(x, q)) > 42
+
+
+@pytest.mark.parametrize("spec", [Intx(3, (1, 64)), NF4, MXFP4, NVFP4], ids=str)
+def test_zeros_and_nan(spec):
+    x, q = case(spec, 64, 512, 1)
+    assert torch.equal(F.linear(torch.zeros_like(x), q), torch.zeros(1, 64, dtype=x.dtype, device="cuda"))
+    x[0, 7] = float("nan")
+    assert F.linear(x, q).isnan().all()
+    assert F.linear(x.expand(4, -1), q).isnan().all()
+
+
+def test_quantized_activations_of_any_width():
+    spec = Intx(4, (1, 16), act=Intx(8, (1, -1), symmetric=False))
+    for m in (1, 7):
+        x, q = case(spec, 96, 512, m)
+        expected = F.linear(spec.act.quantize(x.float()).dequantize(), q.dequantize().float())
+        assert compute_error(expected, F.linear(x, q).float()) > 40

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .arguments import before_the_work, check_model, check_space, check_writable
+from .arguments import before_the_work, check_model, check_space, check_writable, quantized_by
 from .progress import progress_bar
 from .quantize_command import size
 from .safetensors_header import read_header, weight_files
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
-        check_model(args.model)
+        if quantized_by(args.model, check_model(args.model)) != "ao":
+            raise ValueError(f"{args.model} is no folder that ao has quantized; use `ao quantize` first")
         if args.out.exists():
             raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
         check_writable("OUT_DIR", args.out)

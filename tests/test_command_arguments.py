@@ -50,6 +50,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("[")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "numbers.json").write_text('{"a.b": 3}')
+    (tmp_path / "none.json").write_text('{"a.b": null}')
     (tmp_path / "group.json").write_text('{"a.b": {"type": "Int8WeightOnlyConfig", "group": 3}}')
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "config.json").write_text(
@@ -103,6 +104,7 @@ CASES = {
     "--plan broken.json": ("quantize model out ", "broken.json holds no plan"),
     "--plan absent.json": ("quantize model out ", "does not exist"),
     "--plan numbers.json": ("quantize model out ", "a.b: 3 is no config"),
+    "--plan none.json": ("quantize model out ", "leaves every layer as it is"),
     "--plan group.json": (
         "quantize model out ",
         "Int8WeightOnlyConfig has no parameter 'group'; near to it is group_size",

@@ -105,6 +105,8 @@ def check_plan(path: Path, recipe: str | None = None) -> bool:
         raise ValueError(
             f"--plan {path} holds no plan (a JSON object of layer name -> config or null): {error}"
         ) from None
+    if all(config is None for config in table.values()):
+        raise ValueError(f"--plan {path} leaves every layer as it is; there is nothing to quantize")
     return calibrates
 
 

@@ -235,7 +235,7 @@ def _facts(args: argparse.Namespace, batches: int, tokens: int) -> dict[str, str
         where = (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"{args.device} ({torch.get_num_threads()} threads)"
+            else f"{args.device} ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
         )
         facts["latency"] = (
             f"one linear layer, compiled, weights not in the cache, on {where}, torch {torch.__version__}"

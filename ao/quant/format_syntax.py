@@ -216,9 +216,13 @@ def _class_of(name: str) -> Known:
     what = known(name)
     if what is not None:
         return what
-    near = difflib.get_close_matches(name, [*filter(known, _places()), *named_specs()], 2)
+    near = [
+        each
+        for each in difflib.get_close_matches(name, [*_places(), *named_specs()], 6)
+        if each in named_specs() or known(each)
+    ]
     raise ValueError(
-        f"ao has no {name} that says how to quantize" + (f"; near to it: {' and '.join(near)}" if near else "")
+        f"ao has no {name} that says how to quantize" + (f"; near to it: {' and '.join(near[:2])}" if near else "")
     )
 
 

@@ -488,7 +488,6 @@ class FPXWeightOnlyConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _size(self, "block_size")
         self.weight(())
 
     def weight(self, shape: tuple[int, ...]) -> FloatX:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def signature(name: str, found: Found) -> str:
         return call(name, parameters(found.module, node) or [], "")
     if isinstance(node, ast.AnnAssign):
         return f"{name}: {ast.unparse(node.annotation)}"
-    value = ast.unparse(node.value)
+    value = re.sub(r"\.called\('\w+'\)$", "", ast.unparse(node.value))
     return f"{name} = {value}" if len(value) < 100 else name
 
 

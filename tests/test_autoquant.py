@@ -222,6 +222,17 @@ def quantized_like(model: nn.Module, other: nn.Module) -> nn.Module:
 # Recording.
 
 
+class Two(nn.Module):
+    """A model without `len()`: compiled, it is neither true nor false."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Net(), Net()
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
 @pytest.mark.parametrize("how", ["wrapper", "in place", "part", "forward", "later"])
 def test_recording_runs_eagerly(times, how):
     """Whichever way a model is compiled, its first call records every product and nothing compiles."""
@@ -233,7 +244,7 @@ def test_recording_runs_eagerly(times, how):
         compiled += 1
         return gm
 
-    model = inner = nn.Sequential(Net(), Net())
+    model = inner = Two()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     want, x = copy.deepcopy(model), torch.randn(4, K)
     if how == "wrapper":
@@ -241,7 +252,7 @@ def test_recording_runs_eagerly(times, how):
     elif how == "in place":
         model.compile(backend=backend)
     elif how == "part":
-        model[0] = torch.compile(model[0], backend=backend)
+        model.a = torch.compile(model.a, backend=backend)
     elif how == "forward":
         model.forward = torch.compile(model.forward, backend=backend)
     given = model
@@ -259,7 +270,7 @@ def test_recording_runs_eagerly(times, how):
     report = model.autoquant_report
     assert sum(c.config is not None for c in report.choices) == 4 and report.mode == "compiled"
     # The plan fits the plain model.
-    plain = nn.Sequential(Net(), Net())
+    plain = Two()
     plain.load_state_dict(state)
     autoquant(plain, plan=report.plan)
     assert list(specs(plain).values()) == list(specs(inner).values())

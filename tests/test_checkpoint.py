@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -550,6 +551,22 @@ def test_an_exception_leaves_no_trace(before, after, error, tmp_path, monkeypatc
             save(AFTER, folder, max_shard_size=LIMITS[after])
         assert files(folder) == listing
         assert_same(BEFORE, load(folder))
+
+
+def test_a_full_disk_is_an_os_error_with_the_name(tmp_path):
+    """safetensors' own error is no OSError, and `except OSError` is what people write."""
+    pytest.importorskip("resource", reason="limits of a process are POSIX")
+    code = """
+import resource, sys, torch, ao
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    ao.save({"t": torch.zeros(1000)}, sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors")], capture_output=True, text=True)
+    assert ran.stdout.startswith(f"{tmp_path / 'm.safetensors'} cannot be written: File too large"), ran.stderr
+    assert files(tmp_path) == []
 
 
 def test_an_interrupt_after_the_index_keeps_what_it_lists(tmp_path, monkeypatch):

@@ -49,6 +49,13 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "short.txt").write_text("word")
     (tmp_path / "broken.json").write_text("[")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "numbers.json").write_text('{"a.b": 3}')
+    (tmp_path / "none.json").write_text('{"a.b": null}')
+    (tmp_path / "group.json").write_text('{"a.b": {"type": "Int8WeightOnlyConfig", "group": 3}}')
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "config.json").write_text(
+        '{"model_type": "vit", "quantization_config": {"quant_method": "gptq"}}'
+    )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
@@ -96,6 +103,38 @@ CASES = {
     "--recipe gtpq": (QUANTIZE, "--recipe must be among"),
     "--plan broken.json": ("quantize model out ", "broken.json holds no plan"),
     "--plan absent.json": ("quantize model out ", "does not exist"),
+    "--plan numbers.json": ("quantize model out ", "a.b: 3 is no config"),
+    "--plan none.json": ("quantize model out ", "leaves every layer as it is"),
+    "--plan group.json": (
+        "quantize model out ",
+        "Int8WeightOnlyConfig has no parameter 'group'; near to it is group_size",
+    ),
+    "--config  bf16": ("quantize model out ", "quantizes nothing"),
+    "--config Int8WeightOnlyConfig(group=3)": (
+        "quantize model out ",
+        "has no parameter 'group'; near to it is group_size",
+    ),
+    "--config Int8WeightOnlyConfg()": ("quantize model out ", "near to it: Int8WeightOnlyConfig"),
+    "--config Intx(bits=9)": ("quantize model out ", "Intx: bits must be 1 to 8, got 9"),
+    "--config Intx(bits=3": ("quantize model out ", "was never closed"),
+    "--config Intx(3,(1,64),zero_point='no')": ("quantize model out ", "zero_point must be one of int, float"),
+    "--config Int4WeightOnlyConfig(group_size=0)": ("quantize model out ", "group_size must be a number such as 128"),
+    "--config FPXWeightOnlyConfig()": ("quantize model out ", "FPXWeightOnlyConfig needs ebits and mbits"),
+    "--config FqnToConfig({'a':Intx(bit=3)})": (
+        "quantize model out ",
+        "Intx has no parameter 'bit'; near to it is bits",
+    ),
+    "--config IntxWeightOnlyConfig(torch.int9)": ("quantize model out ", "torch.int9 is no dtype"),
+    "--recipe gptq": (QUANTIZE, "needs texts to calibrate on"),
+    "--recipe gptq+awq": (QUANTIZE, "'gptq' decides the codes, and must come last"),
+    "--data text.txt": (QUANTIZE, "nothing here does"),
+    "--config int4+gptq": ("quantize model out ", "needs texts to calibrate on"),
+    "--config int8_static_activation_int8_weight": ("quantize model out ", "needs texts to calibrate on"),
+    "--config Int4WeightOnlyConfig(algorithm=GPTQ())": ("quantize model out ", "needs texts to calibrate on"),
+    "--configs Intx(bitz=3)": ("eval model --text text.txt ", "Intx has no parameter 'bitz'"),
+    "model new": ("convert ", "is not quantized; use `ao quantize`"),
+    "model  new": ("export ", "is no folder that ao has quantized"),
+    "--config  int8": ("quantize done new ", "is quantized already"),
 }
 
 
@@ -140,22 +179,24 @@ def test_a_full_disk_is_found_before_the_work(folder, monkeypatch, capsys):
     assert "OUT_DIR out will take some" in capsys.readouterr().err
 
 
+ANSWERS = ["--help", "--version", "formats", "quantize --help", "completion bash", "inspect model"]
+
+
 def test_mistakes_are_told_without_torch(folder):
     """Nothing that takes a second to import comes along for what needs none of it."""
     code = (
-        "import sys; sys.argv[0] = 'ao'; import ao_command\n"
-        "try: ao_command.main()\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+        "import sys, ao_command\n"
+        "for line in sys.stdin:\n"
+        "    sys.argv = ['ao', *line.split()]\n"
+        "    try: ao_command.main()\n"
+        "    except SystemExit: pass\n"
+        "    print(f'\\n{line.strip()} imports', sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
-    for words in (
-        "--help", "--version", "formats", "quantize --help", "quantize model out --config int9",
-        "quantize absent out --config int8",
-        "quantize model out --config int8 --skip mpl", "quantize model out --config int8 --device nonsense",
-        "bench model --configs int9", "eval model --text text.txt --window 65", "autoquant model --plan other",
-    ):  # fmt: skip
-        ran = subprocess.run(
-            [sys.executable, "-c", code, *words.split()],
-            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        )  # fmt: skip
-        assert ran.stdout.endswith("[]\n"), (words, ran.stdout[-300:], ran.stderr[-300:])
+    lines = [*ANSWERS, *(start + words for words, (start, _) in CASES.items() if "cuda" not in words)]
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    said = [line for line in ran.stdout.splitlines() if " imports [" in line]
+    assert ran.returncode == 0 and len(said) == len(lines), ran.stderr
+    assert [line for line in said if not line.endswith(" imports []")] == []

@@ -272,3 +272,15 @@ def test_on_a_gpu(recipe, source, tmp_path):
         ao.compute_error(logits(load_model(source)), made)
         > ao.compute_error(logits(load_model(source)), logits(load_model(tmp_path / "cpu"))) - 3
     )
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(source, tmp_path, monkeypatch, capsys):
+    import safetensors.torch
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "serialize_file", full)
+    assert command(source, tmp_path / "out", "--config", "int8") == 1
+    assert "cannot be written: No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

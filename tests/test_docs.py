@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from ranks import spawn
 
 import ao
 from ao.integrations.command_line.program import main
@@ -26,35 +31,62 @@ RUN = [
     for page in PAGES
     if "```python\n" in page.read_text() and page.stem not in ("huggingface", "CONTRIBUTING") and page.name != "api.md"
 ]
-"""Blocks marked `python`, and lines of `bash` that begin with `ao `, run as they stand, one after the other, in an empty folder.
-Those marked `py` need several processes, and the words before them say so. The page on Hugging Face has a test of its own,
-test_docs_huggingface.py."""
+"""Blocks marked `python`, and lines of `bash` that begin with `ao ` or `eval`, run as they stand, in order, in an empty
+folder. The page on Hugging Face has a test of its own, test_docs_huggingface.py."""
+INSTALLS = ("README.md", "quickstart.md", "performance.md", "CONTRIBUTING.md")
+"""Pages with lines of `bash` that set up a machine or measure one."""
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
-def test_snippets_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path / "cache"))
+def run_page(page, folder):
     names = {"__name__": page.stem}
     for kind, block in re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(), re.S | re.M):
         if kind == "python":
             exec(compile(block, str(page), "exec"), names)
-        elif page.name in ("README.md", "quickstart.md"):
-            for line in block.splitlines():
-                if line.startswith("ao "):
-                    assert main(shlex.split(line, comments=True)[1:]) == 0, line
+            continue
+        for line in block.splitlines():
+            if line.startswith("ao "):
+                assert main(shlex.split(line, comments=True)[1:]) == 0, line
+            elif line.startswith("eval "):
+                program = f'ao() {{ {sys.executable} -m ao "$@"; }}'
+                subprocess.run(
+                    ["bash", "-ec", f"{program}\n{line}"], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+                )
+            else:
+                assert page.name in INSTALLS, line
 
 
-def test_blocks_that_do_not_run_are_python():
+@pytest.mark.parametrize("page", [page for page in RUN if page.stem != "training"], ids=lambda page: page.stem)
+def test_snippets_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path / "cache"))
+    if page.stem == "command-line":  # what its lines compile, they also run
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    run_page(page, tmp_path)
+
+
+def training(rank, page, folder):
+    os.chdir(folder)
+    run_page(page, folder)
+
+
+def test_snippets_of_training_run(tmp_path):
+    """One of its blocks is for torchrun, which starts a process with these variables."""
+    spawn(training, 1, ROOT / "docs" / "training.md", tmp_path, backend=None)
+
+
+def test_blocks_that_do_not_run():
+    """There are none but the signatures of api.md: another fence would hide them from the tests above."""
     for page in (p for p in PAGES if p.name != "api.md"):
-        for block in re.findall(r"^```py\n(.*?)^```", page.read_text(), re.S | re.M):
-            ast.parse(block)
+        kinds = set(
+            re.findall(r"^```(\w*)\n", re.sub(r"^```python.*?^```", "", page.read_text(), flags=re.S | re.M), re.M)
+        )
+        assert kinds <= {"", "bash"}, page.name
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "huggingface"], ids=lambda page: page.stem)
 def test_names_exist(page):
     """What the other blocks import from ao is there, and so is what they call in it."""
-    for block in re.findall(r"^```py(?:thon)?\n(.*?)^```", page.read_text(), re.S | re.M):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M):
         names = {"ao": ao}
         exec("\n".join(re.findall(r"^from ao\b.*$", block, re.M)), names)
         for name in re.findall(r"\bao((?:\.\w+)+)\(", block):

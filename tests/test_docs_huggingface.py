@@ -1,24 +1,21 @@
-"""The snippets of docs/huggingface.md, one after the other, on tiny models."""
+"""The snippets of docs/huggingface.md, as they stand, one after the other; autoquant's timers are replaced."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from ao.quant.autoquant import end_to_end, timing
 
-transformers = pytest.importorskip("transformers", reason="needs transformers")
-
-import hf_models  # noqa: E402
+pytest.importorskip("transformers", reason="needs transformers")
 
 PAGE = (Path(__file__).parent.parent / "docs" / "huggingface.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_snippets(tmp_path, monkeypatch):
     for module in ("peft", "accelerate", "onnxscript"):
@@ -35,20 +32,8 @@ def test_snippets(tmp_path, monkeypatch):
         return end_to_end.Comparison(2.0, 1.0, 0.01)
 
     monkeypatch.setattr(end_to_end, "compare", compare)
-    hf_models.llama(hidden_size=128, intermediate_size=256).save_pretrained(tmp_path / "tiny")
-    ids = torch.arange(3, 13)
-    names = {
-        "name": str(tmp_path / "tiny"),
-        "prompt": ids[None],
-        "data": [{"input_ids": ids, "labels": ids}] * 8,
-        "folder": str(tmp_path / "unet"),
-    }
-    assert len(SNIPPETS) == 9
+    names: dict[str, object] = {}
     for snippet in SNIPPETS:
-        if "diffusers" in snippet:
-            diffusers = pytest.importorskip("diffusers", reason="the page uses diffusers")
-            diffusers.UNet2DConditionModel(
-                sample_size=8, layers_per_block=1, block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",),
-                up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
-            ).save_pretrained(names["folder"])  # fmt: skip
+        if "diffusers" in snippet and importlib.util.find_spec("diffusers") is None:
+            continue
         exec(compile(snippet, "docs/huggingface.md", "exec"), names)

@@ -217,6 +217,30 @@ def test_export_refuses(tmp_path):
     assert {p.spec.bits for p in again.parameters() if isinstance(p, QTensor)} == {4, 8}
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (
+            ao.Int4WeightOnlyConfig(group_size=32, algorithm="gptq"),
+            "zero points are fractions; quantize with whole ones",
+        ),
+        (
+            ao.SpecConfig(Intx(4, (1, 32), symmetric=True), algorithm="awq"),
+            "its recipe scales the channels of the input",
+        ),
+        (ao.Int8StaticActivationInt8WeightConfig(), "its activations have a static scale"),
+    ],
+)
+def test_what_recipes_leave_beside_the_codes_is_not_lost(tmp_path, config, why):
+    """These have no place in the form: written without them, the model would compute something else."""
+    model = hf_models.llama()
+    ao.quantize_(model, config, calibration_data=[hf_models.IDS])
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=f"layers.0.*{why}"):
+        export_folder(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_compiled_as_eager(tmp_path):
     make(tmp_path / "theirs", "gptq")
     part = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored")).model.layers[0].mlp

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+from enum import Enum
+
 import pytest
 import torch
+from cases import CASES
 from torch import nn
 
 import ao
+from ao.quant import format_syntax
 from ao.quant.algorithms.by_name import RECIPES as KNOWN
+from ao.quant.config import ENUMS, VALUES
 from ao.quant.format_names import ALIASES, FORMATS, RECIPES, split_recipe
 from ao.quant.qat import QATConfig
 from ao.quant.read_format import config_classes, read_format
+
+KNOWN_CLASSES = [
+    (name, cls)
+    for name, cls in {**ao.Config.registry, **ao.Spec.registry, **VALUES, **ENUMS}.items()
+    if cls.__module__.startswith(("ao.quant.", "ao.dtypes.")) and ".qat." not in cls.__module__
+    if name not in ("Granularity", "Layout", "ModelConfig")
+]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +70,12 @@ def test_parameters_of_a_name():
         ("bf16", "nothing is quantized by it"),
         ("int4-g128+foo", "unknown format"),
         ("int4-g128++gptq", "unknown format"),
-        ("__import__('os').system('true')", "unknown format"),
-        ("QATConfig()", "which is no config|unknown format|needs base_config"),
+        ("__import__('os').system('true')", "cannot be called here"),
+        ("QATConfig()", "format 'QATConfig"),
+        ("Int8WeightOnlyConfig(group=3)", "has no parameter 'group'; near to it is group_size. It has group_size, "),
+        ("FPXWeightOnlyConfig(3)", "FPXWeightOnlyConfig needs mbits"),
+        ("FPXWeightOnlyConfig(3, 2, 1)", "takes 2 arguments without a name at most, got 3"),
+        ("FPXWeightOnlyConfig(3, 2, ebits=3)", "got two values for ebits"),
     ],
 )
 def test_what_is_no_name(wrong, said):
@@ -65,6 +83,50 @@ def test_what_is_no_name(wrong, said):
     with pytest.raises(ValueError, match=said):
         ao.quantize_(model, wrong)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("name", [name for name, _ in KNOWN_CLASSES])
+def test_sources_tell_what_classes_are(name):
+    """The command line reads the sources; Python imports them."""
+    cls, read = dict(KNOWN_CLASSES)[name], format_syntax.known(name)
+    assert read is not None
+    if issubclass(cls, Enum):
+        assert read.members == tuple(cls.__members__)
+        return
+    parameters = inspect.signature(cls).parameters.values()
+    assert [(p.name, p.required, p.positional) for p in read.parameters] == [
+        (p.name, p.default is p.empty, p.kind is not p.KEYWORD_ONLY) for p in parameters
+    ]
+
+
+def test_named_formats_print_as_they_are_called():
+    for spec, name in ao.Spec.named.items():
+        assert getattr(ao, name) == spec and repr(spec) == name == format_syntax.spec_label(spec.to_dict())
+        assert read_format(name) == spec and read_format(name.lower()) == spec
+    assert sorted(ao.Spec.named.values()) == list(format_syntax.named_specs())
+    assert repr(ao.FPXWeightOnlyConfig(3, 2).weight((64, 64))) == "FP6"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_labels_of_stored_specs(case):
+    """What `ao inspect` prints, without torch, is what Python prints; long tables are told by their length."""
+    label = format_syntax.spec_label(json.loads(json.dumps(case.spec.to_dict())))
+    assert label == repr(case.spec) or " numbers" in label
+
+
+def test_expressions_that_python_takes_are_taken():
+    for expression in [
+        *(form.expression for form in FORMATS.values()),
+        *(each for each in ALIASES.values() if "(" in each),
+        "Float8DynamicActivationFloat8WeightConfig(granularity=(PerRow(), PerTensor()))",
+        "Codebook((-1.0, 0.0, 0.5, 1.0), (1, 32))",
+        "SpecConfig(NF4, algorithm='hqq')",
+        "Int4WeightOnlyConfig(algorithm=AWQ(rounding=GPTQ()))",
+        "Int8DynamicActivationInt8WeightConfig(act_mapping_type=MappingType.ASYMMETRIC)",
+        "Intx(bits=4, block=(1, -1), act=Intx(8))",
+    ]:
+        assert isinstance(read_format(expression), (ao.Config, ao.Spec))
+        format_syntax.check_expression(expression)
 
 
 def test_the_list():

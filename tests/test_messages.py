@@ -12,7 +12,7 @@ from cases import weight
 from torch import nn
 
 from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, Spec, to_nf4
-from ao.quant import FqnToConfig, Int4WeightOnlyConfig, NF4WeightOnlyConfig, quantize_
+from ao.quant import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, NF4WeightOnlyConfig, quantize_
 
 
 def message(fn: Callable[[], object]) -> str:
@@ -112,9 +112,9 @@ ValueError: cannot take [16:256) of dim 1 of this IntxTensor of shape (64, 256):
 ValueError: cannot take [5:40) of dim 0 of this IntxTensor of shape (64, 256): the dim is quantized in blocks of 32; cut at multiples of 32, or call .dequantize() first
 ValueError: cannot view a tensor of shape (128, 2, 64) as (5461, 3)
 ValueError: cannot view this IntxTensor of shape (256, 64) as (16384,): it is packed in chunks of 32; call .dequantize() first
-NotImplementedError: cannot cat IntxTensor(Intx(bits=4, block=(1, 32)), shape=(64, 256), torch.float32, cpu, 5.25 bits per element) with IntxTensor(Intx(bits=8), shape=(64, 256), torch.float32, cpu, 8.12 bits per element): all must be quantized by the same Spec; call .dequantize() on each first
+NotImplementedError: cannot cat IntxTensor(Intx(bits=4, block=(1, 32)), shape=(64, 256), torch.float32, cpu, 5.25 bits per element) with IntxTensor(Intx(bits=8), shape=(64, 256), torch.float32, cpu, 8.12 bits per element): all must be quantized by the same Spec; call .dequantize() on each first, or leave a layer whose weight the model joins to another out of quantize_, by filter_fn
 NotImplementedError: aten.add.Tensor has no low-bit form for IntxTensor: call .dequantize() first and .quantize() the result, or use an in-place op, which quantizes anew
-NotImplementedError: cannot cat IntxTensor(Intx(bits=4, block=(1, 32)), shape=(64, 256), torch.float32, cpu, 5.25 bits per element) with Tensor: all must be quantized by the same Spec; call .dequantize() on each first
+NotImplementedError: cannot cat IntxTensor(Intx(bits=4, block=(1, 32)), shape=(64, 256), torch.float32, cpu, 5.25 bits per element) with Tensor: all must be quantized by the same Spec; call .dequantize() on each first, or leave a layer whose weight the model joins to another out of quantize_, by filter_fn
 NotImplementedError: Int4PrepackedTensor.qdata is in a device-specific layout that cannot be cut or reordered; do this before quantizing, or quantize with the default layout
 TypeError: Int4Prepacked(kernel='cuda') lays out weights for cuda, and this one is on cpu; move it there first, pass device= to quantize_, or use the default layout, which serves every device
 ValueError: this IntxTensor of shape (8, 256) is a view that shares the scales of its blocks with elements outside of it, so it cannot be quantized anew in place; write to the whole tensor, or .clone() the view
@@ -144,6 +144,13 @@ RuntimeError: out is torch.float16, and the result torch.float32; give an out of
         tries: list[Callable[[], object]] = [
             lambda: quantize_(model, Int4WeightOnlyConfig()),
             lambda: quantize_(model, NF4WeightOnlyConfig()),
+            lambda: quantize_(model, "mxfp4"),
+            lambda: quantize_(model, Intx(3, (1, 32))),
+            lambda: quantize_(nn.Linear(9, 3), "fp6"),
+            lambda: quantize_(torch.zeros(4, 4), "int8"),  # type: ignore[arg-type]
+            lambda: quantize_(model, "int8", "gate"),  # type: ignore[arg-type]
+            lambda: Int8WeightOnlyConfig(group_size=0),
+            lambda: NF4WeightOnlyConfig(block_size="64"),  # type: ignore[arg-type]
             lambda: quantize_(model, FqnToConfig({"gates": Intx(8)})),
             lambda: quantize_(model, Int4WeightOnlyConfig),  # type: ignore[arg-type]
             lambda: Int4WeightOnlyConfig(layout="plain"),  # type: ignore[arg-type]
@@ -153,6 +160,13 @@ RuntimeError: out is torch.float16, and the result torch.float32; give an out of
             """\
 ValueError: gate.weight: Intx(bits=4, block=(1, 128), signed=False): dim 1 of shape (64, 100) is not a multiple of its block 128; use group_size=4, give unsupported='skip', or leave it out with filter_fn (--skip)
 ValueError: gate.weight: Codebook(table='nf4'): dim 1 of shape (64, 100) is not a multiple of its block 64; use blocks of 4, give unsupported='skip', or leave it out with filter_fn (--skip)
+ValueError: gate.weight: MXFP4: dim 1 of shape (64, 100) is not a multiple of its block 32; give SpecConfig(MXFP4, unsupported='skip'), or leave it out with filter_fn (--skip)
+ValueError: gate.weight: Intx(bits=3, block=(1, 32)): dim 1 of shape (64, 100) is not a multiple of its block 32; use block=(1, 4), give SpecConfig(Intx(bits=3, block=(1, 32)), unsupported='skip'), or leave it out with filter_fn (--skip)
+ValueError: weight: FP6: no dim of shape (3, 9) is a multiple of 8, so nothing can be packed; use 8 bits, give SpecConfig(FP6, unsupported='skip'), or leave it out with filter_fn (--skip)
+TypeError: quantize_ takes a model, an nn.Module, got Tensor; a tensor is for Spec.quantize
+TypeError: quantize_: filter_fn must be a function (module, name) -> bool, got 'gate'; FqnToConfig({name: config, ...}) takes names
+ValueError: Int8WeightOnlyConfig: group_size must be a number such as 128, or -1 for the whole row, got 0
+ValueError: NF4WeightOnlyConfig: block_size must be a number such as 128, or -1 for the whole row, got '64'
 ValueError: FqnToConfig: the rule 'gates' matches no layer; the nearest names are gate, gate.weight
 TypeError: quantize_ takes a config such as Int4WeightOnlyConfig() or a Spec such as Intx(bits=4), got <class 'ao.quant.presets.Int4WeightOnlyConfig'>; call it first
 ValueError: Int4WeightOnlyConfig: layout must be one of Layout, got 'plain'""",

@@ -41,7 +41,7 @@ def test_every_format_is_a_config():
     assert formats.config_of("bf16") is None
     assert formats.config_of("Intx(bits=5, block=(1, 64))") == ao.Intx(5, (1, 64))
     for wrong in ("int9", "Intx(", "torch.int8"):
-        with pytest.raises(ValueError, match="the format 'torch.int8' makes|unknown format"):
+        with pytest.raises(ValueError, match="format"):
             formats.config_of(wrong)
 
 

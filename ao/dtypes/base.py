@@ -32,7 +32,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ OPS: dict[Any, Callable[..., Any]] = {}
 """What an ATen operator means for a QTensor; ops.py, sharding.py and ao.matmul fill it. Operators of other libraries are known
 by name: they are there once the library is."""
 
+_S = TypeVar("_S", bound="Spec")
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -81,7 +83,7 @@ class Spec:
 
     registry: ClassVar[dict[str, type[Spec]]] = {}
     named: ClassVar[dict[Spec, str]] = {}
-    """Specs that print as a name, under which they are public."""
+    """Specs that print as a name, under which they are public; see `called`."""
     tensor_type: ClassVar[type[QTensor]]
 
     if TYPE_CHECKING:  # A field here would come before those of a subclass.
@@ -198,6 +200,11 @@ class Spec:
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`quantize(x).dequantize()` with a straight-through gradient: d out / d x = 1 (arXiv:1308.3432)."""
         return _FakeQuantize.apply(x, self)
+
+    def called(self: _S, name: str) -> _S:
+        """The same, which prints as `name` from now on, and is a format by that name: `quantize_(model, name)`."""
+        Spec.named[self] = name
+        return self
 
     def settings(self) -> dict[str, Any]:
         """The first field of the dtype, and those that differ from their defaults: what repr shows."""

@@ -42,10 +42,13 @@ def block_grid(block: Sequence[int], shape: Sequence[int], who: object = "block"
         if b < 1:
             raise ValueError(f"{who}: block={block}: a block is a positive size, or -1 for the whole dim")
         if size % b:
-            fits = tuple(math.gcd(b, size) if d == dim else b for d, b in enumerate(block))
+            common = math.gcd(b, size)
+            fitting = common if common > 1 else max(d for d in range(1, min(b, size) + 1) if size % d == 0)
+            fits = tuple(fitting if d == dim else b for d, b in enumerate(block))
+            use = f"block={fits}, " if fitting > 1 else ""
             raise ValueError(
                 f"{who}: dim {dim} of shape {tuple(shape)} is not a multiple of its block {b}; "
-                f"use block={fits}, -1 for the whole dim, or leave this tensor out"
+                f"use {use}-1 for the whole dim, or leave this tensor out"
             )
         grid.append(size // b)
     return tuple(grid)

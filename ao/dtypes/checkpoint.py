@@ -328,10 +328,27 @@ def _write(path: Path, part: Part) -> None:
     tensors = apart(leaves)
     save_file = _safetensors().torch.save_file
     try:
-        _replace(path, lambda file: save_file(tensors, file, metadata=_metadata(entries)))
+        with writing(path):
+            _replace(path, lambda file: save_file(tensors, file, metadata=_metadata(entries)))
     except KeyError as e:
         names = [name for name, t in tensors.items() if t.dtype in e.args]
         raise TypeError(f"ao.save: safetensors has no {e}, the dtype of {names}; convert it first") from e
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a disk refuses is an OSError with the name of the file: safetensors' own error is none, and others lack the name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except Exception as error:
+        found = re.search(r"I/O error: (.*)", str(error))
+        if found is None:
+            raise
+        raise OSError(f"{path} cannot be written: {found[1]}") from error
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

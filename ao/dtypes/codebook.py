@@ -197,10 +197,8 @@ class CodebookTensor(QTensor, spec=Codebook):
         return values.to(dtype).reshape(self.shape)
 
 
-NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float"))
+NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float")).called("NF4")
 """QLoRA's NormalFloat: blocks of 64, the scales of a row quantized to 8 bits with a row scale and offset."""
-
-Spec.named[NF4] = "NF4"
 
 NF4Tensor = CodebookTensor
 

@@ -243,17 +243,17 @@ def _byte(exponent: Tensor, number: Tensor) -> Tensor:
     return torch.where(number.isfinite(), exponent.clamp(0, 254), 255).to(torch.uint8)
 
 
-MXFP4 = FloatX(2, 1)
+MXFP4 = FloatX(2, 1).called("MXFP4")
 """4-bit floats in blocks of 32 that share a power of two (OCP MX): 4.25 bits per element."""
 
-MXFP6 = FloatX(2, 3)
+MXFP6 = FloatX(2, 3).called("MXFP6")
 """6-bit floats of 3 mantissa bits in blocks of 32 (OCP MX): 6.25 bits."""
 
-MXFP8 = FloatX(4, 3)
+MXFP8 = FloatX(4, 3).called("MXFP8")
 """e4m3 in blocks of 32 (OCP MX): 8.25 bits."""
 
-NVFP4 = FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)))
+NVFP4 = FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1))).called("NVFP4")
 """4-bit floats in blocks of 16 with e4m3 scales, and a float32 scale per tensor: 4.5 bits."""
 
-FP6 = FloatX(3, 2, (1, -1), "float32")
+FP6 = FloatX(3, 2, (1, -1), "float32").called("FP6")
 """6-bit floats with a scale per row (FP6-LLM)."""

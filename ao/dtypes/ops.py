@@ -393,7 +393,8 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> QTensor:
         if not isinstance(t, QTensor) or type(t) is not type(first) or t.spec != first.spec:
             raise NotImplementedError(
                 f"cannot cat {first} with {t if isinstance(t, QTensor) else type(t).__name__}: "
-                "all must be quantized by the same Spec; call .dequantize() on each first"
+                "all must be quantized by the same Spec; call .dequantize() on each first, or leave a layer "
+                "whose weight the model joins to another out of quantize_, by filter_fn"
             )
     parts: list[QTensor] = list(tensors)  # type: ignore[arg-type]
     fields: dict[str, Tensor] = {}

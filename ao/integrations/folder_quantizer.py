@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec
-from ..dtypes.checkpoint import INDEX, SINGLE, flatten
+from ..dtypes.checkpoint import INDEX, SINGLE, flatten, writing
 from ..quant import Config, Report, quantize_
 from ..quant.report import storage_bytes
 from .command_line.safetensors_header import read_header, weight_files
@@ -205,7 +205,8 @@ class Shards:
 
         leaves, metadata = flatten(self.pending)
         path = self.folder / f"part-{len(self.written) + 1:05}.safetensors"
-        save_file({name: t.contiguous() for name, t in leaves.items()}, path, metadata=metadata)
+        with writing(path):
+            save_file({name: t.contiguous() for name, t in leaves.items()}, path, metadata=metadata)
         self.written.append(list(leaves))
         self.total += self.pending_bytes
         self.pending, self.pending_bytes = {}, 0

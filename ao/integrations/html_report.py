@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ao.dtypes import QTensor
+from ao.dtypes.checkpoint import writing
 from ao.quant import Report, compute_error
 
 __all__ = ["LayerRecord", "Measure", "Page", "layer_record", "layer_records", "page_of", "page_text", "write_page"]
@@ -107,8 +108,9 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        with writing(path):
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

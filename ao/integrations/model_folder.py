@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .command_line.texts import read_texts
 from .folder_quantizer import skeleton
 
 __all__ = ["calibration_batches", "load_model", "perplexity", "read_texts", "token_windows"]
@@ -32,27 +32,6 @@ def load_model(
     cls = type(skeleton(folder))
     more = {} if config is None else {"quantization_config": AoConfig(config)}
     return cls.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, **more).to(device).eval()
-
-
-def read_texts(paths: Iterable[Path]) -> list[str]:
-    """Documents: of a `.json` file a list of strings, of any other file its text.
-
-    Raises ValueError for a JSON file that holds something else, and for a file that is no text.
-    """
-    texts: list[str] = []
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-            found = json.loads(text) if path.suffix == ".json" else None
-        except ValueError as error:
-            raise ValueError(f"{path} is no {'JSON' if path.suffix == '.json' else 'UTF-8 text'}: {error}") from error
-        if path.suffix != ".json":
-            texts.append(text)
-            continue
-        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-            raise ValueError(f"{path} must hold a JSON list of strings")
-        texts += found
-    return texts
 
 
 def token_windows(folder: Path, texts: Iterable[str], length: int, most: int | None = None) -> list[Tensor]:

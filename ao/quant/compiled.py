@@ -16,7 +16,8 @@ Function = Callable[..., Any]
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside of what `torch.compile(module)` returns, or the model itself."""
-    return model._modules.get("_orig_mod") or model
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 def is_compiled(model: nn.Module) -> bool:

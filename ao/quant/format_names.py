@@ -29,6 +29,7 @@ FORMATS = {
     "nvfp4": Format("NVFP4", 4.5, "4-bit floats in blocks of 16 (NVIDIA)"),
     "mxfp4": Format("MXFP4", 4.25, "4-bit floats in blocks of 32 (OCP)"),
     "fp6": Format("FP6", 6.01, "6-bit floats with a scale per row"),
+    "mxfp6": Format("MXFP6", 6.25, "6-bit floats in blocks of 32 (OCP)"),
     "mxfp8": Format("MXFP8", 8.25, "8-bit floats in blocks of 32 (OCP)"),
     "int6": Format("IntxWeightOnlyConfig(weight_dtype=torch.int6, granularity=PerGroup(128))", 6.25, ""),
     "uint5": Format("UIntXWeightOnlyConfig(torch.uint5, group_size=128)", 5.31, ""),
@@ -60,6 +61,9 @@ ALIASES = {
 
 RECIPES = ("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction")
 """Names of recipes, which may be joined by "+", and follow the name of a format: "int4-g128+gptq"."""
+
+WITHOUT_DATA = ("rtn", "clip", "hqq")
+"""The recipes that need none to calibrate on."""
 
 PLAIN = ("bf16", "float32")
 """Names of what is not quantized."""

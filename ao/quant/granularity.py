@@ -66,8 +66,10 @@ class PerGroup(Granularity):
     group_size: int
 
     def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise ValueError(f"PerGroup: group_size must be positive, got {self.group_size}")
+        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
+            raise ValueError(
+                f"PerGroup: group_size must be a number such as 128, or -1 for the whole row, got {self.group_size!r}"
+            )
 
     def block(self) -> tuple[int, ...]:
         return (1, self.group_size)

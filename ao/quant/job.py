@@ -209,11 +209,20 @@ def check_values(fqn: str, weight: Tensor, spec: Spec | None = None) -> None:
 
 def _in_words_of(config: object, error: str) -> str:
     """An error of a Spec in the words of a config: whoever gave group_size is told of group_size, and of the ways out."""
-    fits = re.search(r"; use block=\(1, (\d+)\), -1 for the whole dim, or leave this tensor out$", error)
-    if fits is None or not isinstance(config, Config) or isinstance(config, SpecConfig):
+    fits = re.search(r"; use (?:block=\(1, (\d+)\), )?-1 for the whole dim, or leave this tensor out$", error)
+    packs = re.search(r", so nothing can be packed(?=; use 8 bits$)", error)
+    if not isinstance(config, Config) or (fits is None and packs is None):
         return error
-    size = f"group_size={fits[1]}" if hasattr(config, "group_size") else f"blocks of {fits[1]}"
-    return f"{error[: fits.start()]}; use {size}, give unsupported='skip', or leave it out with filter_fn (--skip)"
+    if fits is None:
+        use = "use 8 bits"
+    elif isinstance(config, SpecConfig):
+        # A format that has a name has the block that belongs to it.
+        use = "" if config.spec in Spec.named else f"use block=(1, {fits[1] or -1})"
+    else:
+        use = f"use {'group_size=' if hasattr(config, 'group_size') else 'blocks of '}{fits[1] or -1}"
+    skip = f"SpecConfig({config.spec}, unsupported='skip')" if isinstance(config, SpecConfig) else "unsupported='skip'"
+    said = error[: fits.start() if fits is not None else packs.end() if packs is not None else None]
+    return f"{said}; {use}{', ' * bool(use)}give {skip}, or leave it out with filter_fn (--skip)"
 
 
 def require_statistics(jobs: list[Job]) -> None:

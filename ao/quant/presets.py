@@ -53,10 +53,12 @@ def _one_of(config: Config, name: str, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{type(config).__name__}: {name} must be one of {shown}, got {value!r}")
 
 
-def _group_size(config: Config, size: Any) -> None:
+def _size(config: Config, name: str = "group_size") -> None:
+    """Raise ValueError for what is no size of a group. None, where it is the default or has a meaning, is for the caller."""
+    size = getattr(config, name)
     if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
         raise ValueError(
-            f"{type(config).__name__}: group_size must be a number such as 128, or -1 for the whole row, got {size!r}"
+            f"{type(config).__name__}: {name} must be a number such as 128, or -1 for the whole row, got {size!r}"
         )
 
 
@@ -113,6 +115,8 @@ class Int8WeightOnlyConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of(self, "granularity", (PerRow, PerTensor, PerGroup, PerAxis))
+        if self.group_size is not None:
+            _size(self)
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return Intx(8, self.granularity.block() if self.group_size is None else (1, self.group_size))
@@ -140,7 +144,7 @@ class Int4WeightOnlyConfig(Config):
         super().__post_init__()
         _one_of(self, "layout", (Layout,))
         _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
-        _group_size(self, self.group_size)
+        _size(self)
         if self.use_hqq and self.algorithm not in ("rtn", "hqq"):
             raise ValueError(f"Int4WeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
         if (
@@ -209,6 +213,8 @@ class Int8DynamicActivationInt4WeightConfig(Config):
         _one_of(self, "layout", (PlainLayout,))
         _one_of(self, "mapping_type", tuple(MappingType))
         _one_of(self, "act_mapping_type", tuple(MappingType))
+        if self.group_size is not None:
+            _size(self)
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return Intx(4, (1, self.group_size or -1), **_mapping(self.mapping_type))
@@ -272,7 +278,7 @@ class UIntXWeightOnlyConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _group_size(self, self.group_size)
+        _size(self)
         _int_bits(self, "dtype", "uint")
         _one_of(self, "pack_dim", (-1,))
         _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
@@ -309,6 +315,8 @@ class GemliteUIntXWeightOnlyConfig(Config):
         _one_of(self, "bit_width", (4, 8))
         _one_of(self, "packing_bitwidth", (None, 8, 16, 32))
         _one_of(self, "mode", ("weight_only", "dynamic"))
+        if self.group_size is not None:
+            _size(self)
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         block = (1, self.group_size or -1)
@@ -330,6 +338,11 @@ class NF4WeightOnlyConfig(Config):
 
     block_size: int = 64
     scaler_block_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _size(self, "block_size")
+        _size(self, "scaler_block_size")
 
     def weight(self, shape: tuple[int, ...]) -> Codebook:
         return nf4_spec(shape, self.block_size, self.scaler_block_size)
@@ -511,6 +524,7 @@ class MXFPWeightOnlyConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _size(self, "block_size")
         self.weight(())
 
     def weight(self, shape: tuple[int, ...]) -> FloatX:

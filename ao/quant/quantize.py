@@ -68,8 +68,17 @@ def quantize_(
     quantized already or not finite, for a rule that matches nothing, for a layer that needs calibration and had none, or
     nothing but zeros where a static scale is asked for, for calibration data that gives a layer NaN or infinite inputs (with the
     batch), and for a layer that a filter or a rule asks for and that cannot compute with a quantized weight (weight
-    normalization, pruning, standardized convolutions); and TypeError for what is not a config.
+    normalization, pruning, standardized convolutions); and TypeError for what is not a model, a config or a filter.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"quantize_ takes a model, an nn.Module, got {type(model).__name__}; a tensor is for Spec.quantize"
+        )
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"quantize_: filter_fn must be a function (module, name) -> bool, got {filter_fn!r}; "
+            "FqnToConfig({name: config, ...}) takes names"
+        )
     if isinstance(config, str):
         config = read_format(config)
     batches = None if calibration_data is None else _batches(calibration_data)
@@ -83,7 +92,7 @@ def quantize_(
         check(job)
     if batches is None:
         require_statistics(jobs)
-    target = None if device is None else torch.empty(0, device=device).device
+    target = None if device is None else _there(device)
     rows: dict[str, Row] = {}
 
     def finish(job: Job, seen: Statistics | None) -> None:
@@ -104,6 +113,14 @@ def quantize_(
     return report
 
 
+def _there(device: torch.device | str | int) -> torch.device:
+    """A device that this machine has. Raises ValueError for another."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"quantize_: device={device!r} is not there: {str(error).splitlines()[0]}") from error
+
+
 def _convert_layers(
     model: nn.Module,
     config: Conversion,
@@ -117,7 +134,7 @@ def _convert_layers(
     if batches is not None:
         raise ValueError(f"quantize_: {type(config).__name__} needs no calibration_data; leave it out")
     if device is not None:
-        model.to(device)
+        model.to(_there(device))
     sizes = {id(module): storage_bytes(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     report = Report()
     for name in config.convert_layers(model, filter_fn):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ..dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Spec
+from ..dtypes import Spec
 from .algorithms.recipe import Recipe
 from .config import ENUMS, VALUES, Config, ModelConfig, SpecConfig
 from .format_names import ALIASES, FORMATS, PLAIN, split_recipe
+from .format_syntax import Parameter, problem_of_call
 from .presets import Int4WeightOnlyConfig  # noqa: F401  the configs are known once they are defined
 
 
@@ -32,20 +34,23 @@ def read_format(name: str, parameters: Mapping[str, Any] | None = None, who: str
     head, recipe = split_recipe(name)
     expression = _expression(head)
     if expression is None:
-        config: Any = config_classes()[_plain(head)](**(parameters or {}))
+        config: Any = _made(config_classes()[_plain(head)], **(parameters or {}))
     else:
         try:
             config = _value(ast.parse(expression, mode="eval").body)
         except (SyntaxError, ValueError, TypeError) as error:
+            if "(" in head:
+                raise ValueError(f"{who}: format {name!r}: {error}") from None
             raise ValueError(
                 f"{who}: unknown format {name!r}{_near(head)}: give one of {', '.join(FORMATS)}, the name of a config such as "
                 f"'int8_weight_only', or an expression such as 'Int4WeightOnlyConfig(group_size=64)'"
-                + (f" ({error})" if "(" in head else "")
             ) from None
         if not isinstance(config, (Config, Spec)):
             raise ValueError(f"{who}: the format {name!r} makes {config!r}, which is no config and no Spec")
         if parameters:
-            config = dataclasses.replace(config, **parameters)
+            config = _made(
+                type(config), **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)} | dict(parameters)
+            )
     return with_recipe(config, recipe) if recipe else config
 
 
@@ -79,18 +84,33 @@ def _near(name: str) -> str:
     return f", and near to {' and '.join(near)}" if near else ""
 
 
-_NAMED = {"FP6": FP6, "MXFP4": MXFP4, "MXFP6": MXFP6, "MXFP8": MXFP8, "NF4": NF4, "NVFP4": NVFP4}
+def _made(cls: type, *args: Any, **keywords: Any) -> Any:
+    """`cls` of these arguments. Raises TypeError, which names the parameter that is wrong."""
+    if dataclasses.is_dataclass(cls):
+        parameters = [
+            Parameter(p.name, p.default is p.empty, p.kind is not p.KEYWORD_ONLY)
+            for p in inspect.signature(cls).parameters.values()
+        ]
+        problem = problem_of_call(cls.__name__, parameters, len(args), keywords)
+        if problem:
+            raise TypeError(problem)
+    return cls(*args, **keywords)
+
+
+def _named() -> dict[str, Spec]:
+    """The Specs that are public by a name of their own, such as NF4."""
+    return {name: spec for spec, name in Spec.named.items()}
 
 
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call):
-        function = _value(node.func)
+        function = _value(node.func) if isinstance(node.func, ast.Name) else None
         if not isinstance(function, type):
             raise ValueError(f"{ast.unparse(node.func)} cannot be called here")
         keywords = {keyword.arg: _value(keyword.value) for keyword in node.keywords if keyword.arg is not None}
-        return function(*map(_value, node.args), **keywords)
+        return _made(function, *map(_value, node.args), **keywords)
     if isinstance(node, ast.Name):
-        known = {**Config.registry, **Spec.registry, **VALUES, **ENUMS, **_NAMED}
+        known = {**Config.registry, **Spec.registry, **VALUES, **ENUMS, **_named()}
         if node.id not in known:
             raise ValueError(f"ao has no {node.id} that says how to quantize")
         return known[node.id]
@@ -104,4 +124,7 @@ def _value(node: ast.expr) -> Any:
         return tuple(map(_value, node.elts))
     if isinstance(node, ast.Dict):
         return {ast.literal_eval(k): _value(v) for k, v in zip(node.keys, node.values) if k is not None}
-    return ast.literal_eval(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"{ast.unparse(node)} is neither a literal nor a name of ao or torch") from None

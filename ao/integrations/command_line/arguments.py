@@ -72,6 +72,16 @@ def check_model(folder: Path, language: bool = False) -> dict[str, Any]:
     return dict(config)
 
 
+def quantized_by(folder: Path, config: dict[str, Any]) -> str:
+    """The library that has quantized a model folder with this config.json, as far as its files say; "" where none has."""
+    text = config.get("text_config") or {}
+    found = config.get("quantization_config") or config.get("compression_config") or text.get("quantization_config")
+    if found:
+        return str(found.get("quant_method") or "another") if isinstance(found, dict) else "another"
+    files = {"hf_quant_config.json": "modelopt", "quanto_qmap.json": "quanto"}
+    return next((library for file, library in files.items() if (folder / file).is_file()), "")
+
+
 def fit_window(option: str, given: int | None, usual: int, config: dict[str, Any]) -> int:
     """The tokens of a window: what was given, or at most `usual`. Raises ValueError for more than the model was made for, where
     its loss would mean nothing."""

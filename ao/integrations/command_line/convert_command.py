@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .arguments import before_the_work, check_model, check_readable, check_space, check_writable
+from .arguments import before_the_work, check_model, check_readable, check_space, check_writable, quantized_by
 from .progress import progress_bar, quiet_loading
 from .quantize_command import size
 from .safetensors_header import read_header, weight_files
@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
         is_file = args.model.suffix == ".gguf"
-        check_readable("MODEL", [args.model]) if is_file else check_model(args.model)
+        if is_file:
+            check_readable("MODEL", [args.model])
+        elif not quantized_by(args.model, check_model(args.model)):
+            raise ValueError(f"{args.model} is not quantized; use `ao quantize`")
         if args.out.exists():
             raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
         check_writable("OUT_DIR", args.out)

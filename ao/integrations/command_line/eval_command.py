@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import at_least, before_the_work, check_device, check_model, check_readable, count, fit_window
+from .arguments import at_least, before_the_work, check_device, check_model, count, fit_window
 from .format_names import config_of
 from .progress import progress_bar, quiet_loading
 from .tables import print_json, print_table
+from .texts import check_texts
 
 NAME = "eval"
 HELP = "perplexity of a language model, as it is and in other formats"
@@ -36,14 +37,14 @@ def run(args: argparse.Namespace) -> int:
     with before_the_work():
         config = check_model(args.model, language=True)
         args.window = fit_window("--window", args.window, 512, config)
-        check_readable("--text", args.text)
+        texts = check_texts("--text", args.text, args.model)
         configs = {name: config_of(name) for name in args.configs or ["as stored"] if name != "as stored"}
         check_device(args.device)
         from ao import get_model_size_in_bytes
-        from ao.integrations.model_folder import load_model, perplexity, read_texts, token_windows
+        from ao.integrations.model_folder import load_model, perplexity, token_windows
 
         quiet_loading(args.json)
-        windows = token_windows(args.model, read_texts(args.text), args.window, args.windows)
+        windows = token_windows(args.model, texts, args.window, args.windows)
     tokens = sum(window.shape[1] - 1 for window in windows)
     rows: list[dict[str, Any]] = []
     for name in args.configs or ["as stored"]:

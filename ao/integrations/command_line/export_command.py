@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .arguments import before_the_work, check_model, check_space, check_writable
+from .arguments import before_the_work, check_model, check_space, check_writable, quantized_by
 from .progress import progress_bar
 from .quantize_command import size
 from .safetensors_header import read_header, weight_files
@@ -15,10 +15,11 @@ from .tables import print_json
 NAME = "export"
 HELP = "write a quantized folder in the form of compressed-tensors or GPTQ, for vLLM, SGLang and others"
 DETAILS = """compressed-tensors takes integers per row or group, 8-bit weights with 8-bit activations, float8 and NVFP4.
-GPTQ takes integers in groups of one width, and rounds scales to float16. What has no such form is refused.
+GPTQ takes integers in groups of one width, and rounds scales to float16. What has no such form is refused, such as zero
+points that are fractions, which configs have under a recipe unless they say otherwise.
 
 examples:
-  ao quantize Llama-3.1-8B int4 --config int4-g128 --recipe gptq --data notes.txt
+  ao quantize Llama-3.1-8B int4 --config 'Intx(bits=4, block=(1, 128), symmetric=True)' --recipe gptq --data notes.txt
   ao export int4 for-vllm
   ao export int4 for-anyone --to gptq"""
 
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
-        check_model(args.model)
+        if quantized_by(args.model, check_model(args.model)) != "ao":
+            raise ValueError(f"{args.model} is no folder that ao has quantized; use `ao quantize` first")
         if args.out.exists():
             raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
         check_writable("OUT_DIR", args.out)

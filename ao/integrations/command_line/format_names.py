@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import re
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +24,11 @@ A recipe may follow: int4-g128+gptq. quantize_(model, "int4-g128") and AoConfig(
 bits: what an element of a 4096 x 4096 weight takes, scales included."""
 
 
-def _list() -> Any:
-    """The module of the names, loaded by its place: its package imports torch."""
-    name = "ao_format_names"
+def by_place(module: str) -> Any:
+    """A module of ao/quant, loaded by its place: its package imports torch."""
+    name = f"ao_{module}"
     if name not in sys.modules:
-        path = Path(__file__).resolve().parents[2] / "quant" / "format_names.py"
+        path = Path(__file__).resolve().parents[2] / "quant" / f"{module}.py"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -36,9 +36,14 @@ def _list() -> Any:
     return sys.modules[name]
 
 
-FORMATS: dict[str, Any] = _list().FORMATS
-RECIPES: tuple[str, ...] = _list().RECIPES
-PLAIN: tuple[str, ...] = _list().PLAIN
+_names = by_place("format_names")
+_syntax = by_place("format_syntax")
+
+FORMATS: dict[str, Any] = _names.FORMATS
+RECIPES: tuple[str, ...] = _names.RECIPES
+WITHOUT_DATA: tuple[str, ...] = _names.WITHOUT_DATA
+PLAIN: tuple[str, ...] = _names.PLAIN
+check_recipe = _syntax.check_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,22 +59,59 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_format(name: str) -> None:
-    """Raise ValueError for what can be no format, without importing what knows all of them."""
-    head = _list().split_recipe(name)[0]
-    presets = Path(__file__).resolve().parents[2] / "quant" / "presets.py"
-    configs = re.findall(r"^class (\w+)Config\(", presets.read_text(encoding="utf-8"), re.MULTILINE)
-    known = [*PLAIN, *FORMATS, *_list().ALIASES]
-    plain = head.lower().replace("_", "").removesuffix("config")
-    if "(" in head or head.lower() in known or plain in map(str.lower, configs) or head in ("NF4", "NVFP4", "FP6"):
-        return
-    if re.fullmatch(r"MXFP[468]", head):
-        return
-    near = difflib.get_close_matches(head, known, n=2)
-    raise ValueError(
-        f"unknown format {name!r}{', and near to ' + ' and '.join(near) if near else ''}: give one of "
-        f"{', '.join([*PLAIN, *FORMATS])}, or an expression such as 'Int4WeightOnlyConfig(group_size=64)'"
-    )
+def check_format(name: str, recipe: str | None = None) -> bool:
+    """Whether the format called `name` needs texts to calibrate on. Raises ValueError for what is none, and names the parameter
+    that is wrong. It imports nothing.
+
+    recipe: which takes the place of that of the format.
+    """
+    head, own = _names.split_recipe(name)
+    recipe = recipe or own or None
+    known = [*PLAIN, *FORMATS, *_names.ALIASES]
+    expression = head if "(" in head else _names.ALIASES.get(head.lower(), head)
+    expression = FORMATS[expression.lower()].expression if expression.lower() in FORMATS else expression
+    configs = {_plain(each): f"{each}()" for each in _syntax.config_names()}
+    expression = configs.get(_plain(expression), expression)
+    if head not in PLAIN and "(" not in expression and expression not in _syntax.named_specs():
+        near = difflib.get_close_matches(head, known, n=2)
+        raise ValueError(
+            f"unknown format {name!r}{', and near to ' + ' and '.join(near) if near else ''}: give one of "
+            f"{', '.join([*PLAIN, *FORMATS])}, or an expression such as 'Int4WeightOnlyConfig(group_size=64)'"
+        )
+    try:
+        if recipe is not None:
+            check_recipe(recipe)
+        if head in PLAIN:
+            return False
+        _syntax.check_expression(expression)
+    except ValueError as error:
+        raise ValueError(f"format {name!r}: {error}") from None
+    return bool(_syntax.needs_data(expression, WITHOUT_DATA, recipe))
+
+
+def check_plan(path: Path, recipe: str | None = None) -> bool:
+    """`check_format` of all configs of a plan. Raises ValueError for a file that holds none."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError(f"it holds {type(table).__name__}")
+        calibrates = False
+        for name, config in table.items():
+            try:
+                calibrates |= config is not None and _syntax.dict_needs_data(config, WITHOUT_DATA, recipe)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    except ValueError as error:
+        raise ValueError(
+            f"--plan {path} holds no plan (a JSON object of layer name -> config or null): {error}"
+        ) from None
+    if all(config is None for config in table.values()):
+        raise ValueError(f"--plan {path} leaves every layer as it is; there is nothing to quantize")
+    return calibrates
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").removesuffix("config")
 
 
 def config_of(name: str) -> Any:

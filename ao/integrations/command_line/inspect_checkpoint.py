@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import before_the_work
+from .format_names import by_place
 from .safetensors_header import Stored, read_header, weight_files
 from .tables import print_json, print_table
 
@@ -116,7 +117,7 @@ def inspect(path: Path) -> list[Row]:
             try:
                 leaves = {leaf: stored.pop(leaf) for leaf in _leaves(name, entry)}
                 size, shape = sum(t.stop - t.start for _, t in leaves.values()), tuple(entry["shape"])
-                label, dtype = spec_label(entry["spec"]), entry["dtype"]
+                label, dtype = by_place("format_syntax").spec_label(entry["spec"]), entry["dtype"]
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}: {name!r} lacks a field that its header describes ({error})") from error
             limits = None
@@ -157,18 +158,6 @@ def _leaves(name: str, entry: Mapping[str, Any] | None) -> Iterator[str]:
     else:
         for field, inner in entry["fields"].items():
             yield from _leaves(f"{name}.{field}", inner)
-
-
-def spec_label(spec: Mapping[str, Any]) -> str:
-    """A Spec in a few words, from the dict that `Spec.to_dict` wrote: its first settings, and the activation's."""
-    shown = []
-    for key, value in spec.items():
-        if key in ("bits", "format", "block") or (key == "table" and isinstance(value, str)):
-            shown.append(f"{key}={tuple(value) if isinstance(value, list) else value!r}")
-        elif key == "table":
-            shown.append(f"table of {len(value)}")
-    act = f", act={spec_label(spec['act'])}" if spec.get("act") else ""
-    return f"{spec['type']}({', '.join(shown)}{act})"
 
 
 _DTYPES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ from .arguments import (
     check_writable,
     count,
     fit_window,
+    quantized_by,
 )
-from .format_names import RECIPES, check_format, config_of
+from .format_names import PLAIN, check_format, check_plan, check_recipe, config_of
 from .progress import progress_bar, quiet_loading
 from .safetensors_header import read_header, weight_files
 from .tables import print_json
+from .texts import check_texts
 
 NAME = "quantize"
 HELP = "quantize a Hugging Face model folder"
@@ -76,13 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
-        config, calibrates = _checked(args)
-        from ao.integrations.model_folder import calibration_batches, load_model, perplexity, read_texts, token_windows
+        data, texts = _check(args)
+        config, calibrates = _config(args)
+        from ao.integrations.model_folder import calibration_batches, load_model, perplexity, token_windows
 
         quiet_loading(args.json)
-        data = read_texts(args.data) if args.data else []
         batches = calibration_batches(args.model, data, args.window, args.samples) if args.data else None
-        windows = token_windows(args.model, read_texts(args.text), args.window) if args.text else []
+        windows = token_windows(args.model, texts, args.window) if args.text else []
     from ao.integrations import html_report
     from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in_memory
     from ao.integrations.layer_latency import LargestLayers, layer_latencies
@@ -148,19 +149,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
-    """The config, and whether it calibrates. Raises for arguments that do not go together or name what is not there.
+def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The texts of --data and --text. Raises for arguments that do not go together or name what is not there.
 
-    What needs no torch is looked at first: a mistake is told at once.
+    Nothing here imports torch: a mistake is told at once.
     """
     model = check_model(args.model)
-    check_readable("--data", args.data)
-    check_readable("--text", args.text)
+    if quantized_by(args.model, model):
+        raise ValueError(f"{args.model} is quantized already; give the folder of the model as it was trained")
     check_readable("--plan", [args.plan] if args.plan else None)
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
     check_writable("OUT_DIR", args.out)
     check_writable("--report", args.report)
+    data = check_texts("--data", args.data, args.model) if args.data else []
+    texts = check_texts("--text", args.text, args.model) if args.text else []
     if args.data or args.text:
         args.window = fit_window("--window", args.window, 512, model)
     stored = {name: t for file in weight_files(args.model) for name, t in read_header(file)[1].items()}
@@ -168,32 +171,17 @@ def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
     # A format takes an eighth of 16 bits at least; what stays as it is, is not counted.
     check_space("OUT_DIR", args.out, sum(t.stop - t.start for t in stored.values()) / 8)
     check_device(args.device)
-    recipes = (args.recipe or "rtn").split("+")
-    if not set(recipes) <= set(RECIPES):
-        known = ", ".join(sorted(RECIPES))
-        raise ValueError(f"--recipe must be among {known}, or several joined by '+'; got {args.recipe!r}")
-    if not args.data and not set(recipes) <= {"rtn", "hqq", "clip"}:
-        raise ValueError(
-            f"--recipe {args.recipe} needs texts to calibrate on; give --data FILE, plain text or a JSON list of strings"
-        )
-    if args.plan is None:
-        check_format(args.config)
-        config = config_of(args.config)
-        if config is None:
-            raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
-    else:
-        try:
-            json.loads(args.plan.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"--plan {args.plan} holds no plan (a JSON object of layer name -> config or null): {error}"
-            ) from error
-        from ao.quant import load_plan
-
-        config = load_plan(args.plan)
     if args.recipe is not None:
-        config = with_recipe(config, args.recipe)
-    calibrates = needs_data(config)
+        try:
+            check_recipe(args.recipe)
+        except ValueError as error:
+            raise ValueError(f"--recipe {error}") from None
+    if args.plan is not None:
+        calibrates = check_plan(args.plan, args.recipe)
+    elif args.config in PLAIN:
+        raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
+    else:
+        calibrates = check_format(args.config, args.recipe)
     if calibrates and not args.data:
         what = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config!r}"
         raise ValueError(f"{what} needs texts to calibrate on; give --data FILE, plain text or a JSON list of strings")
@@ -201,7 +189,20 @@ def _checked(args: argparse.Namespace) -> tuple[Any, bool]:
         raise ValueError(
             "--data is for recipes that calibrate, such as --recipe gptq, and nothing here does; leave it out"
         )
-    return config, calibrates
+    return data, texts
+
+
+def _config(args: argparse.Namespace) -> tuple[Any, bool]:
+    """The config, and whether it calibrates."""
+    if args.plan is None:
+        config = config_of(args.config)
+    else:
+        from ao.quant import load_plan
+
+        config = load_plan(args.plan)
+    if args.recipe is not None:
+        config = with_recipe(config, args.recipe)
+    return config, needs_data(config)
 
 
 def with_recipe(config: Any, recipe: str) -> Any:
@@ -234,7 +235,7 @@ def _facts(args: argparse.Namespace, batches: int, tokens: int) -> dict[str, str
         where = (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"{args.device} ({torch.get_num_threads()} threads)"
+            else f"{args.device} ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
         )
         facts["latency"] = (
             f"one linear layer, compiled, weights not in the cache, on {where}, torch {torch.__version__}"

@@ -31,6 +31,12 @@ FORMS = ("compressed-tensors", "gptq")
 
 Parts = dict[str, Tensor]
 
+_BESIDE = {
+    "pre_scale": "its recipe scales the channels of the input (awq and smoothquant do; gptq, hqq and clip do not)",
+    "act_scale": "its activations have a static scale",
+}
+"""Fields that change what a layer computes and are no part of its weight."""
+
 
 def export_folder(
     source: Path,
@@ -66,6 +72,10 @@ def export_folder(
         places |= dict.fromkeys(tensors, file)
         entries |= {n: e for n, e in read_header(metadata).items() if e is not None and "same_as" not in e}
     specs = {name: Spec.from_dict(entry["spec"]) for name, entry in entries.items()}
+    for name, entry in entries.items():
+        for field, what in _BESIDE.items():
+            if field in entry["fields"]:
+                raise ValueError(f"{name}: {what}, which {form} has no place for")
     groups = _groups(specs, form)
     fields = {field for name, entry in entries.items() for field in (name, *stored_names(name, entry))}
     report = Report()
@@ -154,7 +164,7 @@ def _scheme(spec: Spec) -> dict[str, Any]:
         weights |= {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
         form = "nvfp4-pack-quantized"
     else:
-        raise ValueError(f"{spec} has no form in compressed-tensors")
+        raise ValueError(f"{spec} has no form in compressed-tensors{_whole(spec)}")
     inputs = None
     if isinstance(act, (Intx, Float8)):
         kind = "int" if isinstance(act, Intx) else "float"
@@ -164,10 +174,22 @@ def _scheme(spec: Spec) -> dict[str, Any]:
     return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": form}
 
 
+def _whole(spec: Spec) -> str:
+    """What to do where zero points are fractions, as recipes have them unless they are told otherwise."""
+    if not isinstance(spec, Intx) or spec.zero_point != "float":
+        return ""
+    return (
+        ": its zero points are fractions; quantize with whole ones (zero_point_domain=ZeroPointDomain.INT) or without any, as "
+        "'Intx(bits=4, block=(1, 128), symmetric=True)'"
+    )
+
+
 def _gptq_scheme(spec: Spec) -> dict[str, Any]:
     fits = isinstance(spec, Intx) and spec.bits in (2, 3, 4, 8) and spec.zero_point == "int" and spec.act is None
     if not fits or len(spec.block) != 2 or spec.block[0] != 1:
-        raise ValueError(f"{spec} has no form in GPTQ, which takes integers of 2, 3, 4 or 8 bits per row or group")
+        raise ValueError(
+            f"{spec} has no form in GPTQ, which takes integers of 2, 3, 4 or 8 bits per row or group{_whole(spec)}"
+        )
     assert isinstance(spec, Intx)
     return {"bits": spec.bits, "group_size": spec.block[1], "sym": bool(spec.symmetric)}
 

@@ -175,7 +175,8 @@ class _Session:
 
     def _record(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = None
-        self.caller = compiled_caller(unwrapped(self.model)) or self.caller
+        caller = compiled_caller(unwrapped(self.model))
+        self.caller = self.caller if caller is None else caller
         signature = signature_of((args, kwargs))
         if signature not in self.signatures and len(self.calls) < CALLS and len(self.signatures) < 4 * CALLS:
             try:

@@ -19,7 +19,7 @@ from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .float8 import Float8
 from .operand import Operand, minifloat
-from .rounding import reciprocal, round_to
+from .rounding import narrow, reciprocal, round_to
 
 _MANTISSA, _BIAS = 23, 127
 """Of float32."""
@@ -183,7 +183,7 @@ class FloatXTensor(QTensor, spec=FloatX):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), shape)
-        return (self.spec.values(codes) * in_blocks(_wide(self.scale))).to(dtype).reshape(self.shape)
+        return narrow(self.spec.values(codes) * in_blocks(_wide(self.scale)), dtype).reshape(self.shape)
 
 
 def _wide(scale: Tensor) -> Tensor:

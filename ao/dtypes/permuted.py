@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Opaque, QTensor, Spec, dense
+from .rounding import narrow
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,4 +67,4 @@ class PermutedTensor(QTensor, spec=Permuted):
     spec: Permuted
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return dense(self.qdata)[..., torch.argsort(self.order)].to(dtype)
+        return narrow(dense(self.qdata)[..., torch.argsort(self.order)], dtype)

@@ -106,7 +106,9 @@ def by_way_of(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` (float32) as `dtype`. Half a step more than the largest number of float16 is that number, not infinity."""
+    """`x` (float32) as `dtype`. A step more than the largest number of float16 is that number, not infinity: less than twice as
+    much. What is larger, and an infinity, is infinite, as in any tensor."""
     if dtype == torch.float16:
-        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+        top = torch.finfo(dtype).max
+        x = torch.where(x.abs() < 2 * top, x.clamp(-top, top), x)
     return x.to(dtype)

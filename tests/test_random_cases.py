@@ -108,3 +108,53 @@ def test_the_largest_numbers_of_float16(case):
         assert torch.equal(wide.half().dequantize(), wide.dequantize().half())
     w[0, 3] = torch.inf
     assert not case.spec.quantize(w).dequantize().isfinite().all()
+
+
+def test_a_transform_over_a_layer_of_one_output():
+    """Below autograd the strides tell forward from backward, which quantizes no gradient, also where a dim has one element."""
+    for spec in (Intx(8, act=Intx(8)), Float8(act=Float8()), Intx(4, (1, 32), act=Intx(8))):
+        for shape in ((1, 64), (2, 64), (64, 32)):
+            q, x, g = spec.quantize(weight(shape)), weight((3, shape[1]), 1), weight((3, shape[0]), 2)
+            found = torch.func.grad(lambda x, q=q, g=g: (torch.matmul(x, other=q.mT) * g).sum())(x)
+            assert compute_error(g @ q.dequantize(), found) > 100
+            half = torch.func.grad(lambda x, q=q: (x @ q.t()).sum())(x.half())
+            assert half.dtype == torch.float16 and compute_error(q.dequantize().sum(0).expand(3, -1), half) > 50
+
+
+@every
+def test_a_view_that_is_turned_is_written(case):
+    """Also where the blocks of scales that are quantized themselves are no squares."""
+    for shape in ((128, 256), (32, 512)):
+        q = case.spec.quantize(weight(shape))
+        expected = q.dequantize()
+        q.mT.mul_(2)
+        assert torch.equal(q.dequantize(), case.spec.quantize(2 * expected).dequantize())
+
+
+def test_models_side_by_side():
+    """torch.func.stack_module_state and vmap over it, also where activations are quantized."""
+    for case in CASES:
+        models = [torch.nn.Sequential(torch.nn.Linear(256, 128)) for _ in range(2)]
+        for seed, model in enumerate(models):
+            model[0].weight = torch.nn.Parameter(
+                case.spec.quantize((1 + seed) * weight(seed=seed)), requires_grad=False
+            )
+        x = weight((4, 256), 3)
+        stacked, _ = torch.func.stack_module_state(models)
+        run = torch.func.vmap(lambda p, model=models[0], x=x: torch.func.functional_call(model, p, (x,)))
+        assert compute_error(torch.stack([model(x) for model in models]), run(stacked)) > 60
+
+
+def test_weights_with_static_activations_are_joined_only_where_they_agree():
+    spec = Intx(8, act=Intx(8))
+    one, other = (spec.quantize(weight(), act_scale=torch.tensor(s)) for s in (0.01, 0.02))
+    assert torch.equal(torch.cat([one, one.clone()]).act_scale, one.act_scale)
+    with pytest.raises(NotImplementedError, match="field act_scale is one for the whole tensor"):
+        torch.cat([one, other])
+
+
+def test_reading_in_autocast_goes_by_way_of_no_narrow_input():
+    q, x = Intx(8).quantize(1e6 * weight((8, 64))), weight((3, 64), 1, torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.einsum("bk,nk->bn", x, q)
+    assert y.dtype == torch.bfloat16 and compute_error(x.float() @ q.dequantize().t(), y.float()) > 40

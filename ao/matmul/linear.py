@@ -437,11 +437,18 @@ def embedding(
 def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
     if isinstance(w, QTensor) and not isinstance(x, QTensor):
         turned = w.t()
-        if turned.is_contiguous():
+        if turned.stride() == (turned.shape[1], 1):  # which tells more than is_contiguous() where a dim has one element
             return linear(x, turned)
         # The other orientation is a backward, g @ w: no activation to quantize.
         return x @ gpu.decoded(anew(w), x.dtype)
-    return torch.mm(_plain(x), _plain(w))
+    return _aten_reading(aten.mm.default)(x, w)
+
+
+def _aten_bmm(x: Tensor, w: Tensor) -> Tensor:
+    """As `_aten_mm`, of models side by side, each of which quantizes its own activations. x: (E, M, K), w: (E, K, N)."""
+    if isinstance(w, QTensor) and w.spec.act is not None and not isinstance(x, QTensor) and w.mT.is_contiguous():
+        x = torch.stack([_activation(rows, each) for rows, each in zip(x, w.mT)])  # type: ignore[arg-type]
+    return _aten_reading(aten.bmm.default)(x, w)
 
 
 def _aten_addmm(bias: Tensor, x: Tensor, w: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -471,11 +478,12 @@ OPS.update(
     {
         aten.mm.default: _aten_mm,
         aten.addmm.default: _aten_addmm,
+        aten.bmm.default: _aten_bmm,
         aten.linear.default: _aten_linear,
         aten.embedding.default: _aten_embedding,
     }
 )
-for _op in (aten.mv, aten.dot, aten.bmm, aten._trilinear, aten.convolution, aten.convolution_backward):
+for _op in (aten.mv, aten.dot, aten._trilinear, aten.convolution, aten.convolution_backward):
     OPS[_op.default] = _aten_reading(_op.default)
 
 

@@ -151,10 +151,3 @@ def test_weights_with_static_activations_are_joined_only_where_they_agree():
     assert torch.equal(torch.cat([one, one.clone()]).act_scale, one.act_scale)
     with pytest.raises(NotImplementedError, match="field act_scale is one for the whole tensor"):
         torch.cat([one, other])
-
-
-def test_reading_in_autocast_goes_by_way_of_no_narrow_input():
-    q, x = Intx(8).quantize(1e6 * weight((8, 64))), weight((3, 64), 1, torch.float16)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = torch.einsum("bk,nk->bn", x, q)
-    assert y.dtype == torch.bfloat16 and compute_error(x.float() @ q.dequantize().t(), y.float()) > 40

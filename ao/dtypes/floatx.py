@@ -109,7 +109,8 @@ class FloatX(Spec):
         if self.scale_spec is not None:
             return {"scale": self.scale_spec.quantize(scale)}
         if self.scale == "e4m3":
-            return {"scale": scale.clamp(max=448.0).to(torch.float8_e4m3fn)}
+            largest = torch.where(scale.isinf(), torch.nan, scale.clamp(max=448.0))  # an infinity is not hidden
+            return {"scale": largest.to(torch.float8_e4m3fn)}
         if self.scale == "e8m0":
             return {"scale": E8M0().quantize(scale)}
         return {"scale": round_to(scale, getattr(torch, self.scale))}

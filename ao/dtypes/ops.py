@@ -141,16 +141,20 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
             return target
         source = source.decode_scaled()
     values = source.to(target.device, torch.float32, non_blocking=non_blocking).expand(target.shape)
-    d = _packed(target)
-    if d is not None and d != pack_dim(target.shape, 1):
-        # Codes are packed along a dim that `encode` would not choose for this shape: a transposed view. Turn it back.
-        copy_(transpose(target, d, -1), values.transpose(d, -1))
-        return target
     fields = target.fields()
-    order = sorted(range(target.dim()), key=lambda d: -target.stride(d))
-    if order != list(range(target.dim())) and any(isinstance(t, QTensor) for t in fields.values()):
+    nested = any(isinstance(t, QTensor) for t in fields.values())
+    first = next(iter(fields.values()))
+    order = (
+        sorted(range(target.dim()), key=lambda d: -first.stride(d)) if nested and first.dim() == target.dim() else []
+    )
+    if order != sorted(order):
         # Blocks of scales that are quantized themselves are those of the tensor as it was before it was turned.
         copy_(permute(target, order), values.permute(order))
+        return target
+    d = _packed(target)
+    if d is not None and d != pack_dim(target.shape, 1) and not nested:
+        # Codes are packed along a dim that `encode` would not choose for this shape: a transposed view. Turn it back.
+        copy_(transpose(target, d, -1), values.transpose(d, -1))
         return target
     if any(role == "opaque" and name in fields for name, role in type(target).roles.items()):
         raise NotImplementedError(
@@ -166,6 +170,8 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     made = quantize_fields(target.spec, values, target.spec.grid_of(target), target.pre_scale)
     for name, new in made.items():
         if new is not None:
+            if d is not None and target.roles[name] == "elements" and new.shape != fields[name].shape:
+                new = packed_along(new, target.shape, d)
             _put_blocks(fields[name], new, kept)
     return target
 

@@ -97,7 +97,8 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     cut = {torch.bfloat16: 16, torch.float16: 13}[dtype]
     bits = x.view(torch.int32)
     bits = (bits + (2 ** (cut - 1) - 1) + ((bits >> cut) & 1)) & -(2**cut)
-    return bits.view(torch.float32).to(dtype)
+    # A NaN whose bits are all set would be carried over to 0.
+    return torch.where(x.isnan(), x, bits.view(torch.float32)).to(dtype)
 
 
 def by_way_of(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,9 +39,7 @@ def reading(function: Door) -> Door:
                     f"{function.__name__}: {q.spec} quantizes activations, which only a linear layer and products of two "
                     "matrices do; use a format that quantizes weights alone, or do not quantize this layer"
                 )
-        given = next((t for t in leaves if _is_plain_float(t)), None)
-        # Autocast casts the weight, too, and not by way of the dtype of an input, which may be narrower than what it casts to.
-        dtype = None if given is None or torch.is_autocast_enabled(given.device.type) else given.dtype
+        dtype = next((t.dtype for t in leaves if _is_plain_float(t)), None)
         args, kwargs = tree_map_only(QTensor, lambda q: decoded(q, dtype), (args, kwargs))
         if out is None:
             return function(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from cases import CASES, weight
 from random_cases import KINDS, judge
 
-from ao.dtypes import Float8, Intx
+from ao.dtypes import Float8, Intx, Shifted
+from ao.dtypes.permuted import Permuted
 from ao.quant import compute_error
 
 PART = 50
@@ -151,3 +153,31 @@ def test_weights_with_static_activations_are_joined_only_where_they_agree():
     assert torch.equal(torch.cat([one, one.clone()]).act_scale, one.act_scale)
     with pytest.raises(NotImplementedError, match="field act_scale is one for the whole tensor"):
         torch.cat([one, other])
+
+
+@pytest.mark.parametrize("inner", [Intx(4, (1, 32)), Intx(8), Shifted(5, (1, 32))], ids=str)
+def test_a_weight_in_another_order(inner):
+    """Its transpose multiplies as any, and what is written keeps the order, and unchanged numbers their bits."""
+    spec, order = Permuted(inner), torch.randperm(64)
+    w = weight((96, 64))
+    fields = {"qdata": inner.quantize(w[:, order]), "order": order.int()}
+    q = spec.wrap(fields, torch.float32, w.shape)
+    d, x, y = q.dequantize(), weight((3, 64), 1), weight((3, 96), 2)
+    assert compute_error(w, d) > 15 and torch.equal(q.t().dequantize(), d.t()) and torch.equal(q.t().t(), q)
+    for expected, found in (
+        (x @ d.t(), x @ q.t()),
+        (y @ d, y @ q),
+        (d @ x.t(), q @ x.t()),
+        (x @ d.t(), F.linear(x, q)),
+    ):
+        assert compute_error(expected, found) > 100
+    assert torch.equal(q.permute(1, 0).dequantize(), d.t()) and torch.equal(q.transpose(0, 0).dequantize(), d)
+    before = copy.deepcopy(q)
+    q.copy_(d).mul_(1)
+    assert torch.equal(q, before)
+    q.t().mul_(2)
+    assert torch.equal(q.order, before.order) and compute_error(2 * d, q.dequantize()) > 20
+    optimizer = torch.optim.SGD([torch.nn.Parameter(q)], lr=0.5)
+    optimizer.param_groups[0]["params"][0].grad = q.dequantize()
+    optimizer.step()
+    assert compute_error(d, q.dequantize()) > 15

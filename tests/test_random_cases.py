@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from cases import CASES, weight
 from random_cases import KINDS, judge
 
+import ao
 from ao.dtypes import Float8, Intx, Shifted
+from ao.dtypes.lattice import lattice
 from ao.dtypes.permuted import Permuted
 from ao.quant import compute_error
 
@@ -181,3 +183,31 @@ def test_a_weight_in_another_order(inner):
     optimizer.param_groups[0]["params"][0].grad = q.dequantize()
     optimizer.step()
     assert compute_error(d, q.dequantize()) > 15
+
+
+def test_a_vector_is_written_where_it_changes():
+    """Blocks that are as they were stay, and what all share, such as the table of a codebook, is no block."""
+    for case in CASES:
+        spec = case.spec
+        try:
+            q = spec.quantize(weight((512,)))
+        except ValueError:
+            continue
+        values = q.dequantize()
+        values[:256] *= 2
+        q.copy_(values)
+        if 256 % lattice(q, 0).whole == 0:
+            assert torch.equal(q.dequantize()[256:], values[256:])
+
+
+def test_a_corrected_bias_is_finite():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8, dtype=torch.float16))
+    model[0].weight.data.mul_(200000)
+    report = ao.quantize_(
+        model,
+        ao.Int4WeightOnlyConfig(group_size=32, algorithm="bias_correction"),
+        calibration_data=[torch.full((8, 64), 60000.0, dtype=torch.float16)],
+    )
+    assert model[0].bias.isfinite().all() and "its bias is not corrected: it would be beyond the range" in str(
+        report.notes
+    )

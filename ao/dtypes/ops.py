@@ -145,7 +145,7 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     nested = any(isinstance(t, QTensor) for t in fields.values())
     first = next(iter(fields.values()))
     order = (
-        sorted(range(target.dim()), key=lambda d: -first.stride(d)) if nested and first.dim() == target.dim() else []
+        sorted(range(target.dim()), key=lambda d: -first.stride()[d]) if nested and first.dim() == target.dim() else []
     )
     if order != sorted(order):
         # Blocks of scales that are quantized themselves are those of the tensor as it was before it was turned.
@@ -169,7 +169,7 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         kept = kept if kept.any() else None
     made = quantize_fields(target.spec, values, target.spec.grid_of(target), target.pre_scale)
     for name, new in made.items():
-        if new is not None:
+        if new is not None and target.roles[name] != "shared":
             if d is not None and target.roles[name] == "elements" and new.shape != fields[name].shape:
                 new = packed_along(new, target.shape, d)
             _put_blocks(fields[name], new, kept)

@@ -447,7 +447,7 @@ def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
 def _aten_bmm(x: Tensor, w: Tensor) -> Tensor:
     """As `_aten_mm`, of models side by side, each of which quantizes its own activations. x: (E, M, K), w: (E, K, N)."""
     if isinstance(w, QTensor) and w.spec.act is not None and not isinstance(x, QTensor) and w.mT.is_contiguous():
-        x = torch.stack([_activation(rows, each) for rows, each in zip(x, w.mT)])  # type: ignore[arg-type]
+        x = torch.stack([_activation(rows, each) for rows, each in zip(x, w.mT)])
     return _aten_reading(aten.bmm.default)(x, w)
 
 

@@ -617,9 +617,10 @@ def multiplied(case: Case) -> str:
         if "out" in str(error) and ("autocast" in mode or mode in ("gradients on", "trained", "func")):
             return "refused"  # by PyTorch, also for plain tensors
         raise
+    given = x.dtype
     if "autocast" in mode and x.dtype != torch.float64:
         x = x.to(getattr(torch, mode.split()[0]))
-    _judge_product(case, x, w, y)
+    _judge_product(case, x, w, y, given)
     return "held"
 
 
@@ -665,8 +666,11 @@ def _bound(a: Tensor, b: Tensor, dtype: torch.dtype, smallest: float = 0.0) -> T
     return PRECISION[dtype] * largest * total + tiny
 
 
-def _judge_product(case: Case, x: Tensor, w: Any, y: Tensor) -> None:
-    """y = x @ w.T, where the format quantizes x first if it says so. x: (..., K), w: (N, K)."""
+def _judge_product(case: Case, x: Tensor, w: Any, y: Tensor, before: torch.dtype) -> None:
+    """y = x @ w.T, where the format quantizes x first if it says so. x: (..., K), w: (N, K).
+
+    before: the dtype of x before autocast. What reads a weight otherwise than by a product of two matrices gets it in that dtype.
+    """
     said = " ".join(case.said)
     by_elements = ("einsum" in said and w.shape[1] == 1) or ("tensordot" in said and w.shape[0] == 1)
     case.must(y.dtype == x.dtype or by_elements, f"the result is {y.dtype}")
@@ -677,18 +681,21 @@ def _judge_product(case: Case, x: Tensor, w: Any, y: Tensor) -> None:
     if w.spec.act is not None and w.spec.act.block != (1, -1) and not x.isfinite().all():
         return  # One scale for all rows.
     d, given = w.decode_scaled(), x
+    coarse = torch.bfloat16 if before == torch.bfloat16 else y.dtype
     if w.spec.act is not None and x.numel() and d.numel():
         times = None if w.pre_scale is None or w.pre_scale.shape[0] != 1 else w.pre_scale[0].float()
         rows = x if times is None else (x.float() * times).to(x.dtype)
         x = w.spec.act.quantize(rows.reshape(-1, x.shape[-1])).decode().view(x.shape)
         d = d if times is None else w.decode()
     reference = x.double() @ d.double().t()
-    near = (y.double() - reference).abs() <= _bound(_finite(x), _finite(d), y.dtype)
+    near = (y.double() - reference).abs() <= _bound(_finite(x), _finite(d), coarse, SMALLEST[before])
     highest = torch.finfo(y.dtype).max
     if w.spec.act is not None:
         highest = min(highest, torch.finfo(torch.float32).max)
     large = reference.abs() + 2 * PRECISION[y.dtype] * reference.abs() > highest
-    if given.dtype == torch.float16:
+    total = _finite(x).double().abs() @ _finite(d).double().abs().t()
+    large = large | (total > 0.1 * highest)  # sums in another order, or of codes, may pass the limit on the way
+    if torch.float16 in (given.dtype, before):
         large = large | (d.abs().amax(-1) > 65504) if d.numel() else large  # reading casts to the dtype of the input
     if w.pre_scale is not None and w.pre_scale.shape[0] == 1:
         # What a format multiplies its input by is to be in the range of the input's dtype.

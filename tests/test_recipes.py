@@ -606,6 +606,18 @@ def test_smoothquant_of_unusual_weights(size):
     assert max(results) - min(results) < 1.5 and min(results) > 35
 
 
+@pytest.mark.parametrize("algorithm", ["rtn", "clip", "hqq", "gptq", "awq", "bias_correction"])
+def test_numbers_beyond_float32_are_refused(algorithm):
+    """Every algorithm computes in float32, where they would be infinite."""
+    model = nn.Sequential(nn.Linear(K, N, dtype=torch.float64))
+    model[0].weight.data *= 1e100
+    before = model[0].weight
+    data = [torch.randn(8, K, dtype=torch.float64) for _ in range(2)]
+    with pytest.raises(ValueError, match="0.weight: .*beyond (its|the) range"):
+        quantize_(model, Int4WeightOnlyConfig(group_size=32, algorithm=algorithm), calibration_data=data)
+    assert model[0].weight is before
+
+
 def test_float16_scales_that_do_not_fit_are_refused():
     config = IntxWeightOnlyConfig(torch.int4, PerGroup(32), scale_dtype=torch.float16)
     for size in (1e-8, 1e6):

@@ -22,7 +22,7 @@ from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, expand, in_blocks, mean, to_blocks
 from .intx import Intx
 from .operand import Operand, look_up
-from .rounding import reciprocal, round_to
+from .rounding import narrow, reciprocal, round_to
 
 
 def _dynamic() -> tuple[float, ...]:
@@ -194,7 +194,7 @@ class CodebookTensor(QTensor, spec=Codebook):
         values = look_up(self.table, codes) * in_blocks(dense(self.scale).float())
         if self.offset is not None:
             values = values.reshape(self.shape) + expand(self.offset, self.shape)
-        return values.to(dtype).reshape(self.shape)
+        return narrow(values, dtype).reshape(self.shape)
 
 
 NF4 = Codebook("nf4", (1, 64), Intx(8, (1, -1), signed=False, symmetric=False, zero_point="float")).called("NF4")

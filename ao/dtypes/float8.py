@@ -16,7 +16,7 @@ from .base import Elements, PerBlock, QTensor, Spec
 from .blocks import amax_abs, in_blocks, to_blocks
 from .onnx_mode import exporting
 from .operand import Cast, Operand
-from .rounding import power_of_two_above, reciprocal
+from .rounding import narrow, power_of_two_above, reciprocal
 
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -113,4 +113,4 @@ class Float8Tensor(QTensor, spec=Float8):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         qdata = self.qdata.float() if exporting() else self.qdata  # onnxruntime reshapes no float8
         values = to_blocks(qdata, self.scale.shape).float() * in_blocks(self.scale)
-        return values.to(dtype).reshape(self.shape)
+        return narrow(values, dtype).reshape(self.shape)

@@ -19,7 +19,7 @@ from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .float8 import Float8
 from .operand import Operand, minifloat
-from .rounding import reciprocal, round_to
+from .rounding import narrow, reciprocal, round_to
 
 _MANTISSA, _BIAS = 23, 127
 """Of float32."""
@@ -109,7 +109,8 @@ class FloatX(Spec):
         if self.scale_spec is not None:
             return {"scale": self.scale_spec.quantize(scale)}
         if self.scale == "e4m3":
-            return {"scale": scale.clamp(max=448.0).to(torch.float8_e4m3fn)}
+            largest = torch.where(scale.isinf(), torch.nan, scale.clamp(max=448.0))  # an infinity is not hidden
+            return {"scale": largest.to(torch.float8_e4m3fn)}
         if self.scale == "e8m0":
             return {"scale": E8M0().quantize(scale)}
         return {"scale": round_to(scale, getattr(torch, self.scale))}
@@ -183,7 +184,7 @@ class FloatXTensor(QTensor, spec=FloatX):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), shape)
-        return (self.spec.values(codes) * in_blocks(_wide(self.scale))).to(dtype).reshape(self.shape)
+        return narrow(self.spec.values(codes) * in_blocks(_wide(self.scale)), dtype).reshape(self.shape)
 
 
 def _wide(scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
-from .rounding import reciprocal
+from .rounding import narrow, reciprocal
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,4 +76,4 @@ class MappedTensor(QTensor, spec=Mapped):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
-        return (self.spec.entries(codes) * in_blocks(self.scale)).to(dtype).reshape(self.shape)
+        return narrow(self.spec.entries(codes) * in_blocks(self.scale), dtype).reshape(self.shape)

@@ -15,7 +15,7 @@ from .blocks import expand, spans, to_blocks
 from .lattice import lattice
 from .pieces import boxes, is_eager, part, piece_size
 from .rounding import by_way_of
-from .views import implements, map_ranked, refuse, resized, slice_, transpose, view
+from .views import implements, map_ranked, permute, refuse, resized, slice_, transpose, view
 
 aten = torch.ops.aten
 
@@ -141,12 +141,21 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
             return target
         source = source.decode_scaled()
     values = source.to(target.device, torch.float32, non_blocking=non_blocking).expand(target.shape)
+    fields = target.fields()
+    nested = any(isinstance(t, QTensor) for t in fields.values())
+    first = next(iter(fields.values()))
+    order = (
+        sorted(range(target.dim()), key=lambda d: -first.stride()[d]) if nested and first.dim() == target.dim() else []
+    )
+    if order != sorted(order):
+        # Blocks of scales that are quantized themselves are those of the tensor as it was before it was turned.
+        copy_(permute(target, order), values.permute(order))
+        return target
     d = _packed(target)
-    if d is not None and d != pack_dim(target.shape, 1):
+    if d is not None and d != pack_dim(target.shape, 1) and not nested:
         # Codes are packed along a dim that `encode` would not choose for this shape: a transposed view. Turn it back.
         copy_(transpose(target, d, -1), values.transpose(d, -1))
         return target
-    fields = target.fields()
     if any(role == "opaque" and name in fields for name, role in type(target).roles.items()):
         raise NotImplementedError(
             f"this {type(target).__name__} in a device-specific layout cannot be written in place"
@@ -160,7 +169,9 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         kept = kept if kept.any() else None
     made = quantize_fields(target.spec, values, target.spec.grid_of(target), target.pre_scale)
     for name, new in made.items():
-        if new is not None:
+        if new is not None and target.roles[name] != "shared":
+            if d is not None and target.roles[name] == "elements" and new.shape != fields[name].shape:
+                new = packed_along(new, target.shape, d)
             _put_blocks(fields[name], new, kept)
     return target
 
@@ -404,6 +415,11 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> QTensor:
             raise NotImplementedError(f"cannot cat {type(first).__name__}s: field {name} cannot be joined")
         pieces = [p.fields()[name] for p in parts]
         if role == "shared":
+            if is_eager(t) and not all(torch.equal(t, piece) for piece in pieces if piece is not t):
+                raise NotImplementedError(
+                    f"cannot cat {type(first).__name__}s: field {name} is one for the whole tensor, and they differ in it; "
+                    "call .dequantize() on each first"
+                )
             fields[name] = t
             continue
         if role == "elements":
@@ -414,6 +430,14 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> QTensor:
             pieces = _common_tiles(parts, pieces, d)
         fields[name] = torch.cat(pieces, d)
     return first.like(resized(first.shape, d, sum(p.shape[d] for p in parts)), first.dtype, fields)
+
+
+@implements(aten.stack.default)
+def stack(tensors: Sequence[Tensor], dim: int = 0) -> QTensor:
+    """`cat` along a new dim: models side by side, as torch.func.stack_module_state puts them."""
+    first = next(t for t in tensors if isinstance(t, QTensor))
+    d = dim % (first.dim() + 1)
+    return cat([torch.unsqueeze(t, d) for t in tensors], d)
 
 
 def _common_tiles(parts: Sequence[QTensor], pieces: Sequence[Tensor], dim: int) -> list[Tensor]:

@@ -6,13 +6,16 @@ x @ w.T = x[:, order] @ qdata.T, and decodes as the stored weight does.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Opaque, QTensor, Spec, dense
+from .base import OPS, Opaque, QTensor, Spec, dense
+from .lattice import opaque
+from .rounding import narrow
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,20 +53,67 @@ class Permuted(Spec):
 
     def rearranged(self, x: Tensor, q: Any) -> tuple[Tensor, QTensor] | None:
         """The columns of the activation in the stored order, and the weight as it is stored."""
-        return (x.index_select(-1, q.order), q.qdata) if self.act is None else None
+        return (x.index_select(-1, q.order), q.qdata) if self.act is None and q.order.dim() == 1 else None
 
 
 class PermutedTensor(QTensor, spec=Permuted):
     """x[..., order] = qdata.
 
     qdata: a QTensor of the shape of the tensor.
-    order: (K,) int32, the column that each stored column is.
+    order: (K,) int32, the column that each stored column is; (K, 1) where the tensor is turned, and it is the rows.
     """
 
     qdata: Opaque
     order: Opaque
 
     spec: Permuted
+    own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return dense(self.qdata)[..., torch.argsort(self.order)].to(dtype)
+        back = torch.argsort(self.order.flatten())
+        return narrow(dense(self.qdata).index_select(self.dim_of_order, back), dtype)
+
+    @property
+    def dim_of_order(self) -> int:
+        """The dim whose order is another."""
+        return -1 if self.order.dim() == 1 else 0
+
+
+aten = torch.ops.aten
+
+
+def _turned(q: PermutedTensor) -> QTensor:
+    """The transpose of a matrix."""
+    if q.dim() != 2:
+        raise opaque(q, "qdata")
+    fields = {name: t if name == "act_scale" else t.t() for name, t in q.fields().items() if name != "order"}
+    order = q.order.unsqueeze(-1) if q.order.dim() == 1 else q.order.squeeze(-1)
+    return q.like(q.shape[::-1], q.dtype, {**fields, "order": order})
+
+
+def _transpose(q: PermutedTensor, a: int, b: int) -> Any:
+    return _turned(q) if a % q.dim() != b % q.dim() else OPS[aten.alias.default](q)
+
+
+def _permute(q: PermutedTensor, dims: Sequence[int]) -> Any:
+    return _transpose(q, 0, dims[0]) if q.dim() == 2 else OPS[aten.permute.default](q, dims)
+
+
+def _copy(target: PermutedTensor, source: Tensor, non_blocking: bool = False) -> Any:
+    """The values in the order that is there; what is unchanged stays as it is."""
+    if target.pre_scale is not None or (isinstance(source, PermutedTensor) and source.spec == target.spec):
+        return OPS[aten.copy_.default](target, source, non_blocking)
+    values = source.decode_scaled() if isinstance(source, QTensor) else source
+    values = values.to(target.device, torch.float32).expand(target.shape)
+    target.qdata.copy_(values.index_select(target.dim_of_order, target.order.flatten()))
+    return target
+
+
+PermutedTensor.own_ops.update(
+    {
+        aten.t.default: _turned,
+        aten.transpose.int: _transpose,
+        aten.permute.default: _permute,
+        aten.copy_.default: _copy,
+    }
+)

@@ -97,7 +97,8 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     cut = {torch.bfloat16: 16, torch.float16: 13}[dtype]
     bits = x.view(torch.int32)
     bits = (bits + (2 ** (cut - 1) - 1) + ((bits >> cut) & 1)) & -(2**cut)
-    return bits.view(torch.float32).to(dtype)
+    # A NaN whose bits are all set would be carried over to 0.
+    return torch.where(x.isnan(), x, bits.view(torch.float32)).to(dtype)
 
 
 def by_way_of(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +107,9 @@ def by_way_of(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` (float32) as `dtype`. Half a step more than the largest number of float16 is that number, not infinity."""
+    """`x` (float32) as `dtype`. A step more than the largest number of float16 is that number, not infinity: less than twice as
+    much. What is larger, and an infinity, is infinite, as in any tensor."""
     if dtype == torch.float16:
-        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+        top = torch.finfo(dtype).max
+        x = torch.where(x.abs() < 2 * top, x.clamp(-top, top), x)
     return x.to(dtype)

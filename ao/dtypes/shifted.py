@@ -15,7 +15,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, to_blocks
-from .rounding import reciprocal, round_to
+from .rounding import narrow, reciprocal, round_to
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,4 +117,4 @@ class ShiftedTensor(QTensor, spec=Shifted):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), shape)
-        return self.spec.values(codes.float(), self.scale, self.shift).to(dtype).reshape(self.shape)
+        return narrow(self.spec.values(codes.float(), self.scale, self.shift), dtype).reshape(self.shape)

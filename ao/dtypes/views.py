@@ -100,7 +100,7 @@ def slice_(q: QTensor, dim: int = 0, start: int | None = None, end: int | None =
         return map_ranked(q, resized(q.shape, d, hi - lo), lambda role, t: _cut(role, t, d, n, lo, hi), whole)
 
     def stepped(role: str, t: Tensor) -> Tensor:
-        each = n // max(t.shape[d], 1)
+        each = max(n // max(t.shape[d], 1), 1)
         if role == "per_block" and t.shape[d] == 1:
             return aten.alias(t)
         return aten.slice(t, d, lo // each, -(-hi // each), step // each)

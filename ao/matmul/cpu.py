@@ -188,6 +188,7 @@ def int8pack_accepts(x: Tensor, w: QTensor) -> bool:
         and known(x.shape[0] > 0)
         and known(x.shape[0] < 4)
         and operand.scale.shape == (w.shape[0], 1)
+        and operand.codes.is_contiguous()  # not those of a weight that is turned
         # For other shapes ATen reads beyond the end of the weight, or takes its address to be a multiple of 16, and faults
         # where the weight is mapped from a file.
         and w.shape[0] % 4 == 0

@@ -82,16 +82,28 @@ def _product(x: Tensor, w: QTensor) -> Tensor:
     if is_eager(x, or_recorded=False):
         return chosen(x, w)(x, w)
     if w.pre_scale is not None:
-        x = _scaled(x, w)
+        return _with_multiplier(_product, x, w)
+    if 0 in w.shape:
+        return F.linear(x, w.decode(x.dtype))
     if (other := w.spec.rearranged(x, w)) is not None:
         return _product(*other)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     return _path(rows, w).run(rows, w).reshape(*x.shape[:-1], w.shape[0])
 
 
-def _scaled(x: Tensor, w: QTensor) -> Tensor:
+def _with_multiplier(product: Product, x: Tensor, w: QTensor) -> Tensor:
+    """`product` of x (..., K) and w (N, K) less its `pre_scale`, which is the input's or, where w is turned, the output's."""
     assert w.pre_scale is not None
-    return (x.float() * w.pre_scale.float()).to(x.dtype)
+    scale, plain = w.pre_scale.float(), _without_multiplier(w)
+    if scale.shape[0] == 1:
+        return product((x.float() * scale[0]).to(x.dtype), plain)
+    return (product(x.float(), plain) * scale[:, 0]).to(
+        x.dtype
+    )  # (..., N), which may be more than float16 holds before
+
+
+def _without_multiplier(w: QTensor) -> QTensor:
+    return w.like(w.shape, w.dtype, {name: t for name, t in w.fields().items() if name != "pre_scale"})
 
 
 _CHOICES: dict[Any, dict[tuple[int, int, torch.dtype], Product]] = {}
@@ -112,17 +124,18 @@ def chosen(x: Tensor, w: QTensor) -> Product:
     choice = choices.get(key)
     if choice is None:
         _check_fits(x, w)
-        choice = choices[key] = _choose(x.reshape(-1, k), w)
+        choice = choices[key] = _choose(x.reshape(-1, k) if k else x, w)
     return choice
 
 
 def _choose(x: Tensor, w: QTensor) -> Product:
     """x: (M, K), w: (N, K) -> a function of x (..., K) and any weight of this form."""
-    if w.pre_scale is not None:
-        plain = _choose(x, w.like(w.shape, w.dtype, {n: t for n, t in w.fields().items() if n != "pre_scale"}))
-        return lambda x, w: plain(_scaled(x, w), w)
-    if w.dim() == 1:
+    if w.dim() == 1 or 0 in w.shape:
         return lambda x, w: F.linear(x, decoded(w, x.dtype))
+    if w.pre_scale is not None:
+        wide = x if w.pre_scale.shape[0] == 1 else x.float()
+        plain = _choose(wide, _without_multiplier(w))
+        return lambda x, w: _with_multiplier(plain, x, w)
     if (other := w.spec.rearranged(x, w)) is not None:
         inner = _choose(*other)
         return lambda x, w: inner(*w.spec.rearranged(x, w))  # type: ignore[misc]
@@ -249,7 +262,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
     x = _plain(x)
     _check_fits(x, w)
-    if w.dim() == 1:
+    if w.dim() == 1 or 0 in w.shape:
         return F.linear(x, decoded(w, x.dtype), bias)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -298,6 +311,10 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, w: QTensor) -> Tensor:
         pre_scale = None if w.pre_scale is None else w.pre_scale.float()
+        if pre_scale is not None and pre_scale.shape[-1] != w.shape[-1]:
+            pre_scale = None  # the output's, of a weight that is turned
+        elif pre_scale is not None and pre_scale.numel() == w.shape[-1]:
+            pre_scale = pre_scale.flatten()
         rows = x if pre_scale is None else (x.float() * pre_scale).to(x.dtype)
         rows = anywhere.quantized_act(rows.reshape(-1, x.shape[-1]), w).view(rows.shape)
         return rows if pre_scale is None else (rows.float() / pre_scale).to(x.dtype)
@@ -422,11 +439,18 @@ def embedding(
 def _aten_mm(x: Tensor, w: Tensor) -> Tensor:
     if isinstance(w, QTensor) and not isinstance(x, QTensor):
         turned = w.t()
-        if turned.is_contiguous():
+        if turned.stride() == (turned.shape[1], 1):  # which tells more than is_contiguous() where a dim has one element
             return linear(x, turned)
         # The other orientation is a backward, g @ w: no activation to quantize.
         return x @ gpu.decoded(anew(w), x.dtype)
-    return torch.mm(_plain(x), _plain(w))
+    return _aten_reading(aten.mm.default)(x, w)
+
+
+def _aten_bmm(x: Tensor, w: Tensor) -> Tensor:
+    """As `_aten_mm`, of models side by side, each of which quantizes its own activations. x: (E, M, K), w: (E, K, N)."""
+    if isinstance(w, QTensor) and w.spec.act is not None and not isinstance(x, QTensor) and w.mT.is_contiguous():
+        x = torch.stack([_activation(rows, each) for rows, each in zip(x, w.mT)])
+    return _aten_reading(aten.bmm.default)(x, w)
 
 
 def _aten_addmm(bias: Tensor, x: Tensor, w: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -456,11 +480,12 @@ OPS.update(
     {
         aten.mm.default: _aten_mm,
         aten.addmm.default: _aten_addmm,
+        aten.bmm.default: _aten_bmm,
         aten.linear.default: _aten_linear,
         aten.embedding.default: _aten_embedding,
     }
 )
-for _op in (aten.mv, aten.dot, aten.bmm, aten._trilinear, aten.convolution, aten.convolution_backward):
+for _op in (aten.mv, aten.dot, aten._trilinear, aten.convolution, aten.convolution_backward):
     OPS[_op.default] = _aten_reading(_op.default)
 
 

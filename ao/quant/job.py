@@ -200,6 +200,11 @@ def check_values(fqn: str, weight: Tensor, spec: Spec | None = None) -> None:
         return
     if not is_finite(weight.detach()):
         raise ValueError(f"{fqn}: the weight has NaN or infinite values, which no format here can hold")
+    if weight.dtype == torch.float64 and not is_finite(weight.detach().float()):
+        raise ValueError(
+            f"{fqn}: the weight has numbers up to {weight.detach().abs().max().item():.3g}, which are beyond the range of "
+            "float32, in which formats compute; scale them down first"
+        )
     if spec is not None:
         try:
             spec.check_range(weight.detach())

@@ -166,17 +166,24 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
     new, found = job.quantize(data, seen)
     if found is not None:
         report.notes.extend(f"{job.fqn}: {note}" for note in found.notes)
-        if found.bias is not None:
-            _add_to_bias(job, found.bias)
+        if found.bias is not None and not _add_to_bias(job, found.bias):
+            report.notes.append(f"{job.fqn}: its bias is not corrected: it would be beyond the range of {old.dtype}")
     job.install(nn.Parameter(new, requires_grad=False))
     return job.row(old, new)
 
 
-def _add_to_bias(job: Job, bias: Tensor) -> None:
+def _add_to_bias(job: Job, bias: Tensor) -> bool:
+    """Add `bias` to that of the layer, unless the sum is beyond the range of its dtype; whether it was done."""
+    sums = []
     for owner in job.owners:
         old = owner._parameters.get("bias")
         whole = bias if old is None else old.detach().to(bias) + bias
-        owner._parameters["bias"] = nn.Parameter(whole.to(job.parameter.dtype), requires_grad=False)
+        sums.append(whole.to(job.parameter.dtype))
+    if not all(t.is_meta or bool(t.isfinite().all()) for t in sums):
+        return False
+    for owner, t in zip(job.owners, sums):
+        owner._parameters["bias"] = nn.Parameter(t, requires_grad=False)
+    return True
 
 
 def dequantize_(model: nn.Module, filter_fn: Filter | None = None) -> nn.Module:

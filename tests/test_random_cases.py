@@ -1,0 +1,213 @@
+"""Operators on quantized tensors, on random cases: a few hundred each time, and many on demand (random_cases.py)."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, weight
+from random_cases import KINDS, judge
+
+import ao
+from ao.dtypes import Float8, Intx, Shifted
+from ao.dtypes.lattice import lattice
+from ao.dtypes.permuted import Permuted
+from ao.quant import compute_error
+
+PART = 50
+QUICK = range(0, 400, PART)
+MANY = range(0, 100_000, 1000)
+
+
+def judged(numbers: range) -> Counter[tuple[str, str]]:
+    """How many cases of each kind held, were refused or were none; raises the first three that failed."""
+    found: Counter[tuple[str, str]] = Counter()
+    wrong = []
+    for number in numbers:
+        try:
+            found[judge(number)] += 1
+        except AssertionError as error:
+            wrong.append(str(error))
+            if len(wrong) == 3:
+                break
+    assert not wrong, "\n".join(wrong)
+    return found
+
+
+@pytest.mark.parametrize("start", QUICK)
+def test_some(start):
+    found = judged(range(start, start + PART))
+    held = sum(n for (_, how), n in found.items() if how == "held")
+    assert held > 0.6 * PART
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", MANY)
+def test_many(start):
+    found = judged(range(start, start + 1000))
+    for kind in KINDS:
+        assert found[kind.__name__, "held"] > 0
+
+
+# What such cases found.
+
+every = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.mark.parametrize(
+    "spec, compiled",
+    [
+        (Intx(8), False),
+        (Intx(4, (1, 32)), False),
+        (Float8(), False),
+        (Intx(8, act=Intx(8)), False),
+        (Intx(4, (1, 32)), True),
+    ],
+    ids=str,
+)
+def test_a_multiplier_belongs_to_the_input_or_to_the_output(spec, compiled):
+    """To the output where the weight is turned, also where as many rows as the multiplier has numbers would hide the mistake."""
+    n, k = 32, 64
+    q = spec.quantize(weight((n, k)), pre_scale=weight((1, k), 1).abs() + 0.1)
+    d = q.dequantize()
+    least = 100 if spec.act is None else 28
+
+    def products(x, y):
+        return F.linear(x, q), y @ q, F.linear(x[0], q), y[0] @ q
+
+    run = torch.compile(products, backend="aot_eager") if compiled else products
+    for m in (3,) if compiled else (3, n, k):
+        x, y = weight((m, k), 2), weight((m, n), 3)
+        for expected, found in zip((x @ d.t(), y @ d, x[0] @ d.t(), y[0] @ d), run(x, y), strict=True):
+            assert found.shape == expected.shape and compute_error(expected, found) > least
+
+
+def test_an_int8_weight_that_is_turned():
+    """ATen's product of a few tokens takes no columns for rows."""
+    q = Intx(8, (-1, 1)).quantize(weight((64, 32), dtype=torch.bfloat16)).t()
+    x = weight((2, 64), 1, torch.bfloat16)
+    assert compute_error(x.float() @ q.dequantize().float().t(), F.linear(x, q)) > 40
+
+
+@every
+def test_no_elements(case):
+    """A product of no numbers is 0, as of plain tensors."""
+    q = case.spec.quantize(weight((0, 128))) if case.spec.grid((0, 128)) else None
+    for x, w in ((weight((3, 128)), q), (weight((3, 0)), q.t())):
+        expected = F.linear(x, w.dequantize())
+        assert torch.equal(F.linear(x, w), expected) and torch.equal(F.linear(x.requires_grad_(), w), expected)
+
+
+@every
+def test_the_largest_numbers_of_float16(case):
+    """They stay finite; infinities, and numbers that are far too large, do not become finite."""
+    w = (30000 * weight()).clamp(-65504, 65504).half()
+    q = case.spec.quantize(w)
+    assert q.dequantize().isfinite().all() and case.spec.fake_quantize(w).isfinite().all()
+    wide = case.spec.quantize(1e30 * weight())
+    if wide.dequantize().isfinite().all():
+        assert torch.equal(wide.half().dequantize(), wide.dequantize().half())
+    w[0, 3] = torch.inf
+    assert not case.spec.quantize(w).dequantize().isfinite().all()
+
+
+def test_a_transform_over_a_layer_of_one_output():
+    """Below autograd the strides tell forward from backward, which quantizes no gradient, also where a dim has one element."""
+    for spec in (Intx(8, act=Intx(8)), Float8(act=Float8()), Intx(4, (1, 32), act=Intx(8))):
+        for shape in ((1, 64), (2, 64), (64, 32)):
+            q, x, g = spec.quantize(weight(shape)), weight((3, shape[1]), 1), weight((3, shape[0]), 2)
+            found = torch.func.grad(lambda x, q=q, g=g: (torch.matmul(x, other=q.mT) * g).sum())(x)
+            assert compute_error(g @ q.dequantize(), found) > 100
+            half = torch.func.grad(lambda x, q=q: (x @ q.t()).sum())(x.half())
+            assert half.dtype == torch.float16 and compute_error(q.dequantize().sum(0).expand(3, -1), half) > 50
+
+
+@every
+def test_a_view_that_is_turned_is_written(case):
+    """Also where the blocks of scales that are quantized themselves are no squares."""
+    for shape in ((128, 256), (32, 512)):
+        q = case.spec.quantize(weight(shape))
+        expected = q.dequantize()
+        q.mT.mul_(2)
+        assert torch.equal(q.dequantize(), case.spec.quantize(2 * expected).dequantize())
+
+
+def test_models_side_by_side():
+    """torch.func.stack_module_state and vmap over it, also where activations are quantized."""
+    for case in CASES:
+        models = [torch.nn.Sequential(torch.nn.Linear(256, 128)) for _ in range(2)]
+        for seed, model in enumerate(models):
+            model[0].weight = torch.nn.Parameter(
+                case.spec.quantize((1 + seed) * weight(seed=seed)), requires_grad=False
+            )
+        x = weight((4, 256), 3)
+        stacked, _ = torch.func.stack_module_state(models)
+        run = torch.func.vmap(lambda p, model=models[0], x=x: torch.func.functional_call(model, p, (x,)))
+        assert compute_error(torch.stack([model(x) for model in models]), run(stacked)) > 60
+
+
+def test_weights_with_static_activations_are_joined_only_where_they_agree():
+    spec = Intx(8, act=Intx(8))
+    one, other = (spec.quantize(weight(), act_scale=torch.tensor(s)) for s in (0.01, 0.02))
+    assert torch.equal(torch.cat([one, one.clone()]).act_scale, one.act_scale)
+    with pytest.raises(NotImplementedError, match="field act_scale is one for the whole tensor"):
+        torch.cat([one, other])
+
+
+@pytest.mark.parametrize("inner", [Intx(4, (1, 32)), Intx(8), Shifted(5, (1, 32))], ids=str)
+def test_a_weight_in_another_order(inner):
+    """Its transpose multiplies as any, and what is written keeps the order, and unchanged numbers their bits."""
+    spec, order = Permuted(inner), torch.randperm(64)
+    w = weight((96, 64))
+    fields = {"qdata": inner.quantize(w[:, order]), "order": order.int()}
+    q = spec.wrap(fields, torch.float32, w.shape)
+    d, x, y = q.dequantize(), weight((3, 64), 1), weight((3, 96), 2)
+    assert compute_error(w, d) > 15 and torch.equal(q.t().dequantize(), d.t()) and torch.equal(q.t().t(), q)
+    for expected, found in (
+        (x @ d.t(), x @ q.t()),
+        (y @ d, y @ q),
+        (d @ x.t(), q @ x.t()),
+        (x @ d.t(), F.linear(x, q)),
+    ):
+        assert compute_error(expected, found) > 100
+    assert torch.equal(q.permute(1, 0).dequantize(), d.t()) and torch.equal(q.transpose(0, 0).dequantize(), d)
+    before = copy.deepcopy(q)
+    q.copy_(d).mul_(1)
+    assert torch.equal(q, before)
+    q.t().mul_(2)
+    assert torch.equal(q.order, before.order) and compute_error(2 * d, q.dequantize()) > 20
+    optimizer = torch.optim.SGD([torch.nn.Parameter(q)], lr=0.5)
+    optimizer.param_groups[0]["params"][0].grad = q.dequantize()
+    optimizer.step()
+    assert compute_error(d, q.dequantize()) > 15
+
+
+def test_a_vector_is_written_where_it_changes():
+    """Blocks that are as they were stay, and what all share, such as the table of a codebook, is no block."""
+    for case in CASES:
+        spec = case.spec
+        try:
+            q = spec.quantize(weight((512,)))
+        except ValueError:
+            continue
+        values = q.dequantize()
+        values[:256] *= 2
+        q.copy_(values)
+        if 256 % lattice(q, 0).whole == 0:
+            assert torch.equal(q.dequantize()[256:], values[256:])
+
+
+def test_a_corrected_bias_is_finite():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8, dtype=torch.float16))
+    model[0].weight.data.mul_(200000)
+    report = ao.quantize_(
+        model,
+        ao.Int4WeightOnlyConfig(group_size=32, algorithm="bias_correction"),
+        calibration_data=[torch.full((8, 64), 60000.0, dtype=torch.float16)],
+    )
+    assert model[0].bias.isfinite().all() and "its bias is not corrected: it would be beyond the range" in str(
+        report.notes
+    )

@@ -12,13 +12,15 @@ from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
+from .e8m0 import E8M0, E8M0Tensor
 from .flat import Flat, FlatTensor
 from .float8 import Float8, Float8Tensor
-from .floatx import E8M0, FP6, MXFP4, MXFP6, MXFP8, NVFP4, E8M0Tensor, FloatX, FloatXTensor
+from .floatx import FP6, MXFP4, MXFP6, MXFP8, NVFP4, FloatX, FloatXTensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .mapped import Mapped, MappedTensor
+from .mxint import MXINT8, MXInt, MXIntTensor
 from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
@@ -44,6 +46,7 @@ __all__ = [
     "MXFP4",
     "MXFP6",
     "MXFP8",
+    "MXINT8",
     "NF4",
     "NVFP4",
     "Cast",
@@ -65,6 +68,8 @@ __all__ = [
     "Intx",
     "IntxTensor",
     "Layout",
+    "MXInt",
+    "MXIntTensor",
     "Mapped",
     "MappedTensor",
     "NF4Tensor",

@@ -30,6 +30,7 @@ FORMATS = {
     "mxfp4": Format("MXFP4", 4.25, "4-bit floats in blocks of 32 (OCP)"),
     "fp6": Format("FP6", 6.01, "6-bit floats with a scale per row"),
     "mxfp8": Format("MXFP8", 8.25, "8-bit floats in blocks of 32 (OCP)"),
+    "mxint8": Format("MXINT8", 8.25, "8-bit integers in blocks of 32 (OCP)"),
     "int6": Format("IntxWeightOnlyConfig(weight_dtype=torch.int6, granularity=PerGroup(128))", 6.25, ""),
     "uint5": Format("UIntXWeightOnlyConfig(torch.uint5, group_size=128)", 5.31, ""),
     "int3": Format("Intx(bits=3, block=(1, 128))", 3.31, "needs a recipe such as gptq"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Spec
+from ..dtypes import FP6, MXFP4, MXFP6, MXFP8, MXINT8, NF4, NVFP4, Spec
 from .algorithms.recipe import Recipe
 from .config import ENUMS, VALUES, Config, ModelConfig, SpecConfig
 from .format_names import ALIASES, FORMATS, PLAIN, split_recipe
@@ -79,7 +79,7 @@ def _near(name: str) -> str:
     return f", and near to {' and '.join(near)}" if near else ""
 
 
-_NAMED = {"FP6": FP6, "MXFP4": MXFP4, "MXFP6": MXFP6, "MXFP8": MXFP8, "NF4": NF4, "NVFP4": NVFP4}
+_NAMED = {"FP6": FP6, "MXFP4": MXFP4, "MXFP6": MXFP6, "MXFP8": MXFP8, "MXINT8": MXINT8, "NF4": NF4, "NVFP4": NVFP4}
 
 
 def _value(node: ast.expr) -> Any:

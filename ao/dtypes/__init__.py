@@ -8,7 +8,7 @@ from . import coalesced as _coalesced  # noqa: F401  gives DDP its first broadca
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
-from .bits import pack, pack_dim, packed_dim, unpack
+from .bits import pack, pack_dim, pack_trits, packed_dim, unpack, unpack_trits
 from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
@@ -25,6 +25,7 @@ from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
 from .shifted import Shifted, ShiftedTensor
+from .ternary import Ternary, TernaryTensor
 
 if TYPE_CHECKING:
     from .checkpoint import load, save
@@ -84,6 +85,8 @@ __all__ = [
     "ShiftedTensor",
     "Spec",
     "TensorCoreTiledLayout",
+    "Ternary",
+    "TernaryTensor",
     "amax_abs",
     "amin_amax",
     "blank",
@@ -96,6 +99,7 @@ __all__ = [
     "nf4_spec",
     "pack",
     "pack_dim",
+    "pack_trits",
     "packed_dim",
     "reciprocal",
     "save",
@@ -103,5 +107,6 @@ __all__ = [
     "to_blocks",
     "to_nf4",
     "unpack",
+    "unpack_trits",
     "view_mode",
 ]

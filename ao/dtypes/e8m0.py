@@ -23,13 +23,9 @@ RULES: tuple[str, ...] = get_args(Rule)
 
 @dataclass(frozen=True, repr=False)
 class E8M0(Spec):
-    """Powers of two, 2**(byte - bias), the nearest to x. Byte 255 is NaN. There is no sign and no zero.
-
-    bias: 127 in the specification; more, where the elements have a power of two of their own that scales take over.
-    """
+    """Powers of two, 2**(byte - 127), the nearest to x. Byte 255 is NaN. There is no sign and no zero."""
 
     block: tuple[int, ...] = (1,)
-    bias: int = 127
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """None: a power of two stands for itself."""
@@ -37,13 +33,13 @@ class E8M0(Spec):
 
     def encode(self, x: Tensor) -> dict[str, Tensor | None]:
         """The bytes of `x` (float32)."""
-        bits = (x if self.bias == 127 else x * 2.0 ** (self.bias - 127)).view(torch.int32)
+        bits = x.view(torch.int32)
         half = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 2), 1 << (_MANTISSA - 1))
         return {"qdata": _byte((bits + half) >> _MANTISSA, x)}
 
 
 class E8M0Tensor(QTensor, spec=E8M0):
-    """x = 2**(qdata - bias).
+    """x = 2**(qdata - 127).
 
     qdata: uint8.
     """
@@ -56,11 +52,10 @@ class E8M0Tensor(QTensor, spec=E8M0):
         byte = self.qdata.to(torch.int32)
         # Byte 0 is no normal number of float32.
         bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA) | (byte == 255)
-        power = bits.view(torch.float32)
-        return (power if self.spec.bias == 127 else power * 2.0 ** (127 - self.spec.bias)).to(dtype)
+        return bits.view(torch.float32).to(dtype)
 
 
-def shared_exponent(largest: Tensor, rule: str, maximum: float, emax: int, mantissa: int, bias: int = 127) -> QTensor:
+def shared_exponent(largest: Tensor, rule: str, maximum: float, emax: int, mantissa: int) -> QTensor:
     """The power of two of blocks, in E8M0.
 
     largest: m, the largest magnitude of each block, float32.
@@ -80,7 +75,7 @@ def shared_exponent(largest: Tensor, rule: str, maximum: float, emax: int, manti
     else:
         more = {"floor": 0, "ceil": 2**_MANTISSA - 1, "even": 1 << (_MANTISSA - 1 - mantissa)}[rule]
         byte = _byte(((largest.view(torch.int32) + more) >> _MANTISSA) - emax, largest)
-    return E8M0(bias=bias).wrap({"qdata": byte}, torch.float32, byte.shape)
+    return E8M0().wrap({"qdata": byte}, torch.float32, byte.shape)
 
 
 def wide(scale: Tensor) -> Tensor:
@@ -94,8 +89,7 @@ def divided(blocks: Tensor, scale: Tensor) -> Tensor:
         return blocks * in_blocks(reciprocal(dense(scale)))
     byte = scale.qdata.to(torch.int32)
     power = torch.where(byte == 254, 1 << (_MANTISSA - 1), (254 - byte) << _MANTISSA).view(torch.float32)
-    q = blocks * in_blocks(torch.where(byte == 255, torch.nan, power))
-    return q if scale.spec.bias == 127 else q * 2.0 ** (scale.spec.bias - 127)
+    return blocks * in_blocks(torch.where(byte == 255, torch.nan, power))
 
 
 def _byte(exponent: Tensor, number: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .e8m0 import E8M0, RULES, Rule, divided, shared_exponent, wide
 from .float8 import Float8
 from .operand import Operand, minifloat
-from .rounding import round_to
+from .rounding import random_words, round_to
 
 _MANTISSA, _BIAS = 23, 127
 """Of float32."""
@@ -42,6 +42,8 @@ class FloatX(Spec):
 
     scale_rule: "floor", "ceil", "rceil" or "even", how the power of two for e8m0 is found (`shared_exponent`).
     scale_spec: how to quantize the scales again: NVFP4 is a scale in e4m3 with a float32 scale per tensor.
+    rounding: "nearest", half to even, or "stochastic", to either neighbour so that the mean is kept (rounding.py): of
+        gradients. Where the scale rule lets the largest numbers saturate, their mean is not.
     four_over_six: let each block of an e2m1 format map its maximum to 6 or to 4, whichever has the smaller squared error
         (arXiv:2512.02010).
 
@@ -55,6 +57,7 @@ class FloatX(Spec):
     scale_rule: Rule = "floor"
     scale_spec: Spec | None = None
     four_over_six: bool = False
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
         if not (2 <= self.exponent <= 5 and self.mantissa >= 0 and self.bits <= 8):
@@ -67,6 +70,8 @@ class FloatX(Spec):
             raise ValueError(f"FloatX: scale_rule must be floor, ceil, rceil or even, got {self.scale_rule!r}")
         if self.scale_spec is not None and self.scale != "float32":
             raise ValueError(f"FloatX: scale_spec quantizes float32 scales; leave out scale={self.scale!r}")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"FloatX: rounding must be 'nearest' or 'stochastic', got {self.rounding!r}")
         if self.four_over_six and ((self.exponent, self.mantissa) != (2, 1) or self.scale == "e8m0"):
             raise ValueError("FloatX: four_over_six is for e2m1 with scales that are no powers of two")
 
@@ -136,9 +141,14 @@ class FloatX(Spec):
         size = q.abs().clamp_(max=self.max)
         cut = _MANTISSA - self.mantissa
         bits = size.view(torch.int32)
-        normal = ((bits + (2 ** (cut - 1) - 1) + ((bits >> cut) & 1)) >> cut) - ((_BIAS - self.bias) << self.mantissa)
-        small = (size * 2.0 ** (self.bias - 1 + self.mantissa)).round().to(torch.int32)
-        codes = torch.where(size < 2.0 ** (1 - self.bias), small, normal)
+        steps = size * 2.0 ** (self.bias - 1 + self.mantissa)  # below the normal numbers, where all steps are alike
+        if self.rounding == "nearest":
+            above, small = (2 ** (cut - 1) - 1) + ((bits >> cut) & 1), steps.round()
+        else:
+            word = random_words(to_blocks(x, scale.shape))
+            above, small = word & (2**cut - 1), (steps + (word & 0xFFFF).float() * 2.0**-16).floor()
+        normal = ((bits + above) >> cut) - ((_BIAS - self.bias) << self.mantissa)
+        codes = torch.where(size < 2.0 ** (1 - self.bias), small.to(torch.int32), normal)
         sign = (q.view(torch.int32) >> 31) & (1 << (self.bits - 1))
         return (codes | sign).to(torch.uint8).reshape(x.shape)
 
@@ -148,7 +158,8 @@ class FloatX(Spec):
 
     def operand(self, q: Any) -> Operand:
         """Small floats, also where a byte is one of torch's: packed codes have no infinity and no NaN."""
-        return Operand(q.qdata, q.scale, None, "minifloat", self.bits, exponent=self.exponent)
+        powers = q.scale.qdata if self.scale == "e8m0" else None
+        return Operand(q.qdata, q.scale, None, "minifloat", self.bits, exponent=self.exponent, powers=powers)
 
 
 class FloatXTensor(QTensor, spec=FloatX):

@@ -36,6 +36,7 @@ class Operand(NamedTuple):
     offset: what the codes are stored with; signed ones of fewer than 8 bits with 2**(bits - 1).
     table: (2**bits,) float32.
     exponent: bits of the exponent of a minifloat; its mantissa has bits - 1 - exponent.
+    powers: the scales as bytes, uint8, where they are powers of two, 2**(byte - 127).
     """
 
     codes: Tensor
@@ -46,6 +47,7 @@ class Operand(NamedTuple):
     offset: float = 0
     table: Tensor | None = None
     exponent: int = 0
+    powers: Tensor | None = None
 
     @property
     def linear(self) -> bool:

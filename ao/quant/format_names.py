@@ -31,6 +31,8 @@ FORMATS = {
     "fp6": Format("FP6", 6.01, "6-bit floats with a scale per row"),
     "mxfp8": Format("MXFP8", 8.25, "8-bit floats in blocks of 32 (OCP)"),
     "mxint8": Format("MXINT8", 8.25, "8-bit integers in blocks of 32 (OCP)"),
+    "ternary": Format("TernaryWeightOnlyConfig()", 1.63, "models trained with weights of -1, 0 and 1"),
+    "bitnet": Format("Int8DynamicActivationTernaryWeightConfig()", 1.63, "what bitnet_training trained"),
     "int6": Format("IntxWeightOnlyConfig(weight_dtype=torch.int6, granularity=PerGroup(128))", 6.25, ""),
     "uint5": Format("UIntXWeightOnlyConfig(torch.uint5, group_size=128)", 5.31, ""),
     "int3": Format("Intx(bits=3, block=(1, 128))", 3.31, "needs a recipe such as gptq"),

@@ -25,6 +25,7 @@ from ..dtypes import (
     PlainLayout,
     Spec,
     TensorCoreTiledLayout,
+    Ternary,
     nf4_spec,
 )
 from .algorithms.by_name import parse_recipe
@@ -463,6 +464,39 @@ class Int8StaticActivationInt8WeightConfig(Config):
 
 
 @dataclass(frozen=True)
+class TernaryWeightOnlyConfig(Config):
+    """Weights of -1, 0 and 1 times the mean magnitude (BitNet b1.58, arXiv:2402.17764): 1.625 bits per element, or 2.
+
+    A model that was not trained for it loses nearly all: take one that `ao.train.bitnet_training` or QAT trained.
+
+    packing: "trits", five numbers in a byte, for in_features in multiples of 64, or "bits", two bits each, which read faster.
+    granularity: PerTensor(), PerRow() or PerGroup(g).
+    """
+
+    packing: Literal["trits", "bits"] = "trits"
+    granularity: Granularity = PerTensor()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self, "packing", ("trits", "bits"))
+        _one_of(self, "granularity", (PerTensor, PerRow, PerGroup, PerAxis))
+
+    def weight(self, shape: tuple[int, ...]) -> Ternary:
+        return Ternary(self.granularity.block(), self.packing)
+
+
+@dataclass(frozen=True)
+class Int8DynamicActivationTernaryWeightConfig(TernaryWeightOnlyConfig):
+    """BitNet b1.58: ternary weights and int8 activations, scaled anew per token, scale = max|row| / 127.
+
+    Of a model that `ao.train.bitnet_training` trained it computes what the training did, bit for bit.
+    """
+
+    def act(self) -> Intx:
+        return Intx(8, narrow=True)
+
+
+@dataclass(frozen=True)
 class FPXWeightOnlyConfig(Config):
     """Floats of `ebits` exponent and `mbits` mantissa bits with a scale per row (FP6-LLM, arXiv:2401.14112).
 
@@ -496,7 +530,7 @@ def _mx(config: Config, name: str, block_size: int, rule: Any) -> FloatX | MXInt
     value = getattr(config, name)
     form = _ELEMENTS_OF.get(value, value)
     if form == "int8":
-        return MXInt(8, (1, block_size), rule)
+        return MXInt((1, block_size), rule)
     if form not in _ELEMENTS:
         shown = ", ".join(map(str, (*_ELEMENTS, "int8", *_ELEMENTS_OF)))
         raise ValueError(f"{type(config).__name__}: {name} must be one of {shown}, got {value!r}")

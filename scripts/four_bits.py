@@ -40,7 +40,7 @@ RECIPES = {"rtn": "rounded", "gptq": "GPTQ", "rotation+gptq": "rotation + GPTQ",
 def four_bits(folder: Path = MEASURED) -> str:
     """The formats in the order of their bits; those that were not measured have a dash."""
     data = Numbers(folder / "accuracy-4bit.json")
-    weight = torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     recipes = [recipe for recipe in RECIPES if recipe in data.recipes]
     rows = []
     for label, name in FORMATS.items():

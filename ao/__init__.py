@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import installation as _installation  # noqa: F401  raises if another package called `ao` is mixed with this one
-from .dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Codebook, Float8, FloatX, Intx, QTensor, Spec
+from .dtypes import FP6, MXFP4, MXFP6, MXFP8, MXINT8, NF4, NVFP4, Codebook, Float8, FloatX, Intx, QTensor, Spec
 from .inductor_config import recommended_inductor_config_setter
 from .matmul import path_name
 
@@ -17,6 +17,7 @@ __all__ = [
     "MXFP4",
     "MXFP6",
     "MXFP8",
+    "MXINT8",
     "NF4",
     "NVFP4",
     "Codebook",

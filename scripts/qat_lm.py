@@ -23,7 +23,7 @@ from lm_text import INSTALLED, STDLIB, texts_of, windows
 from torch import Tensor, nn
 
 import ao
-from ao.quant.qat import QATConfig, parameter_groups
+from ao.quant.qat import QATConfig, distillation_loss, parameter_groups
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,8 +84,7 @@ class Distillation:
             with torch.no_grad():
                 target = self.teacher(input_ids=ids, use_cache=False).logits
             logits = self.model(input_ids=ids, use_cache=False).logits
-        target, log_p = F.log_softmax(target.float(), -1), F.log_softmax(logits.float(), -1)
-        loss = F.kl_div(log_p.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
+        loss = distillation_loss(logits, target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()

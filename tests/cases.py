@@ -16,6 +16,7 @@ from ao.dtypes import (
     MXFP4,
     MXFP6,
     MXFP8,
+    MXINT8,
     NF4,
     NVFP4,
     Codebook,
@@ -23,9 +24,11 @@ from ao.dtypes import (
     Float8,
     FloatX,
     Intx,
+    MXInt,
     PositiveSteps,
     Shifted,
     Spec,
+    Ternary,
 )
 
 SHAPE = (128, 256)
@@ -51,6 +54,11 @@ class Case:
 def weight(shape: tuple[int, ...] = SHAPE, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """A normal weight, the same on every machine."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def is_random(precision: str) -> bool:
+    """Whether gradients are rounded at random in a training precision, so that other data next to them changes them."""
+    return "stochastic" in precision or precision in ("mxfp4", "nvfp4")
 
 
 SIXTEENTHS = tuple((i - 8) / 8 for i in range(17) if i != 8)
@@ -95,9 +103,14 @@ CASES = [
     Case(FloatX(2, 1, (1, 32), scale_rule="rceil"), 0.11539),
     Case(MXFP6, 0.02829),
     Case(MXFP8, 0.02937),
+    Case(MXINT8, 0.00825),
+    Case(MXInt(scale_rule="rceil"), 0.00829),
     Case(NVFP4, 0.09521),
     Case(FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)), four_over_six=True), 0.08728),
     Case(FP6, 0.05180),
+    Case(Ternary(), 0.51213),
+    Case(Ternary((1, 64), "bits", "bfloat16"), 0.50800),
+    Case(Ternary(act=Intx(8, narrow=True)), 0.51213),
     Case(Shifted(4, (1, 32), scale_dtype="float16"), 0.07836),
     Case(Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 2), narrow=True, scale_dtype="float16")), 0.02192),
     Case(Shifted(5, (1, 32), scale_spec=BYTE_SCALES, shift_spec=BYTE_SCALES), 0.03790),

@@ -17,8 +17,10 @@ pytest.importorskip("tokenizers")
 
 import accuracy  # noqa: E402
 import eval_lm  # noqa: E402
+import four_bits  # noqa: E402
 import lm_text  # noqa: E402
 import qat_lm  # noqa: E402
+from tables import fill  # noqa: E402
 
 TEXTS = ["the cat sat on the mat . " * 40, "a dog ran in the park , and the cat sat . " * 40]
 
@@ -172,3 +174,10 @@ def test_the_page_is_filled(tmp_path):
 
 def test_the_page_is_what_the_numbers_say():
     accuracy.write(accuracy.PAGE, accuracy.README, accuracy.MEASURED, check=True)
+
+
+def test_the_table_of_four_bits(tmp_path):
+    """As the numbers say; what was not measured has a dash."""
+    fill(four_bits.PAGE, {"four-bits": four_bits.four_bits}, True)
+    lines = four_bits.four_bits(tmp_path).splitlines()
+    assert "Not measured." in lines and any("NVFP4" in line and " 4.50 |" in line for line in lines)

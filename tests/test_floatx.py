@@ -11,7 +11,7 @@ from cases import weight
 from torch.nn import functional as F
 
 import ao
-from ao.dtypes import E8M0, FP6, MXFP4, MXFP6, MXFP8, NVFP4, FloatX, unpack
+from ao.dtypes import E8M0, FP6, MXFP4, MXFP6, MXFP8, MXINT8, NVFP4, FloatX, MXInt, unpack
 
 ELEMENTS = {"fp4": (2, 1), "e4m3": (4, 3), "e5m2": (5, 2), "e3m2": (3, 2), "e2m3": (2, 3)}
 AMAX = (0.0, 1.0, 6.0, 7.0, 7.99, 448.0, 449.0, 1e-40, 3e38, math.nan)
@@ -138,6 +138,7 @@ def test_accuracy():
         "e3m2": FloatX(3, 2),
         "FP6": FP6,
         "MXFP8": MXFP8,
+        "MXINT8": MXINT8,
     }
     assert {name: round(float(ao.compute_error(w, s.quantize(w).dequantize())), 1) for name, s in found.items()} == {
         "MXFP4": 18.8,
@@ -148,12 +149,19 @@ def test_accuracy():
         "e3m2": 25.4,
         "FP6": 25.6,
         "MXFP8": 30.6,
+        "MXINT8": 41.7,
     }
 
 
 def test_bits():
     """Six bits cost six: the bytes of the fields."""
-    for spec, bits in ((MXFP4, 4.25), (MXFP6, 6.25), (MXFP8, 8.25), (FP6, 6 + 32 / 1024)):
+    for spec, bits in (
+        (MXFP4, 4.25),
+        (MXFP6, 6.25),
+        (MXFP8, 8.25),
+        (MXINT8, 8.25),
+        (FP6, 6 + 32 / 1024),
+    ):
         q = spec.quantize(weight((1024, 1024)))
         assert 8 * q.nbytes / q.numel() == pytest.approx(bits)
     assert 8 * NVFP4.quantize(weight((1024, 1024))).nbytes / 2**20 == pytest.approx(4.5 + 32 / 2**20)
@@ -166,6 +174,40 @@ def test_powers_of_two():
     assert q.dequantize()[8] == 2.0**-127 and q.dequantize()[6:8].isnan().all()
 
 
+def test_integers_in_blocks():
+    """OCP: x = q / 64 * 2**(byte - 127), with byte - 127 = floor(log2 max|x|); the lowest code is left out."""
+    x = weight((16, 64)) * 2.0 ** torch.arange(-140, 116, 16)[:, None]
+    x[0, :4] = torch.tensor([0.0, -0.0, 1e-45, -1e-45])
+    x[1, 32:] = 0
+    blocks = x.double().reshape(16, 2, 32)
+    exponent = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-127).log2().floor()
+    step = 2.0 ** (exponent - 6)
+    expected = (blocks / step).round().clamp(-127, 127) * step
+    q = MXINT8.quantize(x)
+    assert torch.equal(q.scale.qdata, (exponent + 127).squeeze(-1).to(torch.uint8))
+    assert torch.equal(q.dequantize().double().reshape(blocks.shape), expected)
+    x[3, 40], x[4, 0] = math.nan, math.inf
+    values = MXINT8.quantize(x).dequantize()
+    assert values[3, 32:].isnan().all() and values[4, :32].isnan().all() and values[3, :32].isfinite().all()
+
+
+@pytest.mark.parametrize("rule", ["floor", "ceil", "rceil", "even"])
+def test_rules_of_integers(rule):
+    """Powers of two for the largest numbers 1, 127 / 64 and just above it, and 1 + 63.5 / 64, which 7 bits round up."""
+    x = torch.zeros(4, 32)
+    x[:, 7] = torch.tensor([1.0, 127 / 64, 127.25 / 64, 127.5 / 64])
+    found = MXInt(scale_rule=rule).quantize(x).scale.qdata.flatten().tolist()
+    assert (
+        found
+        == {
+            "floor": [127, 127, 127, 127],
+            "ceil": [127, 128, 128, 128],
+            "rceil": [127, 127, 128, 128],
+            "even": [127, 127, 127, 128],
+        }[rule]
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -174,6 +216,8 @@ def test_powers_of_two():
         (ao.MXFPWeightOnlyConfig(torch.float8_e4m3fn, scale_rule="floor"), MXFP8),
         (ao.MXFPWeightOnlyConfig(torch.float4_e2m1fn_x2, scale_rule="floor"), MXFP4),
         (ao.MXDynamicActivationMXWeightConfig(), FloatX(4, 3, scale_rule="rceil")),
+        (ao.MXFPWeightOnlyConfig(torch.int8, scale_rule="floor"), MXINT8),
+        (ao.MXDynamicActivationMXWeightConfig("int8", activation_dtype="int8"), MXInt(scale_rule="rceil")),
         (ao.NVFP4WeightOnlyConfig(), NVFP4),
         (ao.NVFP4DynamicActivationNVFP4WeightConfig(four_over_six=True), replace(NVFP4, four_over_six=True)),
     ],
@@ -200,7 +244,8 @@ def test_refused():
         lambda: FloatX(four_over_six=True),
         lambda: ao.FPXWeightOnlyConfig(6, 2),
         lambda: ao.MXFPWeightOnlyConfig("e9m9"),
-        lambda: ao.MXDynamicActivationMXWeightConfig(activation_dtype=torch.int8),
+        lambda: ao.MXDynamicActivationMXWeightConfig(activation_dtype=torch.int4),
+        lambda: MXInt(scale_rule="down"),
     ):
         with pytest.raises(ValueError, match="must be|is for|quantizes float32"):
             make()
@@ -222,3 +267,28 @@ def test_algorithms_take_it():
     for spec in (MXFP4, NVFP4):
         assert error("gptq", spec) < 0.85 * error("rtn", spec)
     assert error("hqq", NVFP4) < 1.02 * error("rtn", NVFP4)
+
+
+@pytest.mark.parametrize("spec", [MXFP4, MXFP8, FloatX(3, 2, (1, -1), "float32")])
+def test_stochastic_rounding(spec):
+    """A number becomes one of its two neighbours, and their mean over many copies is the number, below the normal ones too."""
+    spec = replace(spec, scale_rule="rceil", rounding="stochastic")
+    x = torch.linspace(-1, 1, 64).repeat(512, 1)
+    x[:, ::2] *= 2.0**-6
+    x += 1e-6 * weight(x.shape)  # every copy rounds by itself
+    x[:, 0] = 1.0
+    q = spec.quantize(x)
+    values = q.dequantize()
+    assert torch.equal(values, spec.round(x, scale=q.scale))
+    scale = q.scale.dequantize() if spec.scale == "e8m0" else q.scale
+    steps = spec.values(torch.arange(2**spec.bits, dtype=torch.uint8)).sort().values.unique()
+    steps = steps[steps.abs() <= spec.max]
+    u = (x.reshape(512, scale.shape[1], -1) / scale.unsqueeze(-1)).reshape(x.shape)
+    above = torch.searchsorted(steps, u.contiguous()).clamp(1, len(steps) - 1)
+    near = torch.stack([steps[above - 1], steps[above]])
+    found = (values.reshape(512, scale.shape[1], -1) / scale.unsqueeze(-1)).reshape(x.shape)
+    assert (torch.isclose(found, near[0]) | torch.isclose(found, near[1])).all()
+    gap = (near[1] - near[0]) * scale.amax()
+    assert ((values.mean(0) - x.mean(0)).abs() < 5 * gap.amax(0) / 2 / 512**0.5).all()
+    with pytest.raises(ValueError, match="rounding must be"):
+        FloatX(rounding="up")

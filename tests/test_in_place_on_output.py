@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, weight
+from cases import CASES, is_random, weight
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -91,7 +91,7 @@ def training(precision: str) -> nn.Module:
     return model[0]
 
 
-every_precision = pytest.mark.parametrize("precision", [*(p for p in PRECISIONS if "stochastic" not in p), "qlora"])
+every_precision = pytest.mark.parametrize("precision", [*(p for p in PRECISIONS if not is_random(p)), "qlora"])
 
 
 @every_precision

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, weight
+from cases import CASES, is_random, weight
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
@@ -137,7 +137,7 @@ def test_quantized_parameters():
     check(found, {name: p.grad for name, p in model.named_parameters()})
 
 
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS if "stochastic" not in p])
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if not is_random(p)])
 def test_training(precision):
     """Gradients of parameters and inputs, of a batch and of each sample, as by backward."""
     torch.manual_seed(0)

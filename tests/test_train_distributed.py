@@ -181,8 +181,8 @@ def check_precisions(mesh, parallelize) -> None:
     """Every precision under a parallelism that PyTorch brings: as in a single process, or nearly so where a shard of a weight
     has scales of its own."""
     for name in PRECISIONS:
-        if name == "float8-blockwise":
-            continue  # blocks of 128 do not fit shards of this size
+        if name in ("float8-blockwise", "mxfp4", "nvfp4"):
+            continue  # blocks of 128 do not fit shards of this size; the others are rounded at random
         exact = name in ("bf16", "float8-rowwise") or (parallelize is shard and name != "int8-weight-only")
         after = precompute_bitnet_scale_for_fsdp if name == "bitnet" and parallelize is shard else lambda m: None
         single, model = (convert_to_precision(plain(), name) for _ in range(2))

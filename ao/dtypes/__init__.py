@@ -8,21 +8,24 @@ from . import coalesced as _coalesced  # noqa: F401  gives DDP its first broadca
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
-from .bits import pack, pack_dim, packed_dim, unpack
+from .bits import pack, pack_dim, pack_trits, packed_dim, unpack, unpack_trits
 from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
+from .e8m0 import E8M0, E8M0Tensor
 from .flat import Flat, FlatTensor
 from .float8 import Float8, Float8Tensor
-from .floatx import E8M0, FP6, MXFP4, MXFP6, MXFP8, NVFP4, E8M0Tensor, FloatX, FloatXTensor
+from .floatx import FP6, MXFP4, MXFP6, MXFP8, NVFP4, FloatX, FloatXTensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
 from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
 from .mapped import Mapped, MappedTensor
+from .mxint import MXINT8, MXInt, MXIntTensor
 from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
 from .shifted import Shifted, ShiftedTensor
+from .ternary import Ternary, TernaryTensor
 
 if TYPE_CHECKING:
     from .checkpoint import load, save
@@ -44,6 +47,7 @@ __all__ = [
     "MXFP4",
     "MXFP6",
     "MXFP8",
+    "MXINT8",
     "NF4",
     "NVFP4",
     "Cast",
@@ -65,6 +69,8 @@ __all__ = [
     "Intx",
     "IntxTensor",
     "Layout",
+    "MXInt",
+    "MXIntTensor",
     "Mapped",
     "MappedTensor",
     "NF4Tensor",
@@ -79,6 +85,8 @@ __all__ = [
     "ShiftedTensor",
     "Spec",
     "TensorCoreTiledLayout",
+    "Ternary",
+    "TernaryTensor",
     "amax_abs",
     "amin_amax",
     "blank",
@@ -91,6 +99,7 @@ __all__ = [
     "nf4_spec",
     "pack",
     "pack_dim",
+    "pack_trits",
     "packed_dim",
     "reciprocal",
     "save",
@@ -98,5 +107,6 @@ __all__ = [
     "to_blocks",
     "to_nf4",
     "unpack",
+    "unpack_trits",
     "view_mode",
 ]

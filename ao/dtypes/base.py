@@ -411,6 +411,8 @@ class QTensor(torch.Tensor):
     roles: ClassVar[dict[str, str]] = {}
     unit: ClassVar[int] = CHUNK
     """The elements at which a packed dim of the `Elements` can be cut."""
+    grain: ClassVar[int] = 8
+    """What the size of a packed dim is a multiple of."""
     own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
     """Handlers of ATen operators that come before those in `OPS` where the first argument is of this type."""
 

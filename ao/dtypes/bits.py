@@ -12,6 +12,8 @@ vectors, and nothing is interleaved. Widths that do not divide 8 are the sum of 
 within the chunk, low bits first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1.
 
 The chunk is independent of the block of the scales. It is the unit in which a packed dim can be cut.
+
+Numbers of three values, trits, take less than two bits: 3**5 = 243, so that five fit in a byte (`pack_trits`).
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ def packed_along(packed: Tensor, shape: Sequence[int], dim: int) -> Tensor:
     now = packed_dim(packed.shape, shape)
     if now == dim or packed.shape[now] == shape[now]:
         return packed
+    if packed.shape[now] * TRIT_CHUNK == shape[now] * TRIT_BYTES:
+        return pack_trits(unpack_trits(packed, now), dim)
     bits = 8 * packed.shape[now] // shape[now]
     return pack(unpack(packed, bits, now), bits, dim)
 
@@ -159,3 +163,40 @@ def _unpack_chunks(packed: Tensor, bits: int, chunk: int, shape: Sequence[int] |
         offset += section
     assert codes is not None
     return codes
+
+
+TRIT_CHUNK, TRIT_BYTES = 64, 13
+"""Trits of a chunk, and its bytes: 1.625 bits each. Of the 65 places one stays empty."""
+
+_PLACES = (81, 27, 9, 3, 1)
+"""What a byte counts its trits by."""
+
+
+def pack_trits(trits: Tensor, dim: int = -1) -> Tensor:
+    """Pack numbers 0, 1 and 2 along `dim`, five in a byte: (..., K, ...) integers -> (..., K * 13 / 64, ...) uint8.
+
+    Planar as `pack`: byte `lane` of a chunk has elements lane, lane + 13, ..., lane + 52. With v the five as digits of base 3 a
+    byte is ceil(v * 256 / 243), so that digit i is the integer part of 3 / 256 * (byte * 3**i mod 256): no division.
+    Raises ValueError where K is no multiple of 64.
+    """
+    size = trits.shape[dim]
+    if size % TRIT_CHUNK:
+        raise ValueError(f"cannot pack {size} numbers five in a byte: the size must be a multiple of {TRIT_CHUNK}")
+    t = trits.movedim(dim, -1)
+    lead = t.shape[:-1]
+    t = t.to(torch.int32).reshape(*lead, size // TRIT_CHUNK, TRIT_CHUNK)
+    t = torch.nn.functional.pad(t, (0, 5 * TRIT_BYTES - TRIT_CHUNK)).reshape(*t.shape[:-1], 5, TRIT_BYTES)
+    v = (t * torch.tensor(_PLACES, dtype=torch.int32, device=t.device).unsqueeze(-1)).sum(-2, dtype=torch.int32)
+    packed = ((v * 256 + 242) // 243).to(torch.uint8)  # (..., chunks, 13)
+    return packed.reshape(*lead, size // TRIT_CHUNK * TRIT_BYTES).movedim(-1, dim).contiguous()
+
+
+def unpack_trits(packed: Tensor, dim: int = -1) -> Tensor:
+    """The inverse of `pack_trits`: (..., K * 13 / 64, ...) uint8 -> (..., K, ...) uint8 of 0, 1 and 2."""
+    b = packed.movedim(dim, -1)
+    lead, chunks = b.shape[:-1], b.shape[-1] // TRIT_BYTES
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int16, device=b.device).unsqueeze(-1)
+    b = b.reshape(*lead, chunks, 1, TRIT_BYTES).to(torch.int16)
+    digits = ((b * powers & 255) * 3) >> 8  # (..., chunks, 5, 13)
+    digits = digits.reshape(*lead, chunks, 5 * TRIT_BYTES)[..., :TRIT_CHUNK].to(torch.uint8)
+    return digits.reshape(*lead, chunks * TRIT_CHUNK).movedim(-1, dim)

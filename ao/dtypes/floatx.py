@@ -17,9 +17,10 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
+from .e8m0 import E8M0, RULES, Rule, divided, shared_exponent, wide
 from .float8 import Float8
 from .operand import Operand, minifloat
-from .rounding import narrow, reciprocal, round_to
+from .rounding import narrow, random_words, round_to
 
 _MANTISSA, _BIAS = 23, 127
 """Of float32."""
@@ -39,13 +40,10 @@ class FloatX(Spec):
 
         scale = max|x| / max(format),    q = round(clamp(x / scale, -max, max)), half to even
 
-    scale_rule: the power of two for e8m0, of m = max|x| over the block and emax, the exponent of max(format):
-        "floor"  2**(floor(log2 m) - emax), the text of OCP; the largest numbers of a block may saturate
-        "ceil"   2**(ceil(log2 m) - emax)
-        "rceil"  the next power of two from m / max(format) up; nothing saturates
-        "even"   as "floor", of m rounded to the mantissa of the format
-        Where m is not finite the scale is NaN, and so is the block.
+    scale_rule: "floor", "ceil", "rceil" or "even", how the power of two for e8m0 is found (`shared_exponent`).
     scale_spec: how to quantize the scales again: NVFP4 is a scale in e4m3 with a float32 scale per tensor.
+    rounding: "nearest", half to even, or "stochastic", to either neighbour so that the mean is kept (rounding.py): of
+        gradients. Where the scale rule lets the largest numbers saturate, their mean is not.
     four_over_six: let each block of an e2m1 format map its maximum to 6 or to 4, whichever has the smaller squared error
         (arXiv:2512.02010).
 
@@ -56,9 +54,10 @@ class FloatX(Spec):
     mantissa: int = 1
     block: tuple[int, ...] = (1, 32)
     scale: Literal["float32", "bfloat16", "float16", "e8m0", "e4m3"] = "e8m0"
-    scale_rule: Literal["floor", "ceil", "rceil", "even"] = "floor"
+    scale_rule: Rule = "floor"
     scale_spec: Spec | None = None
     four_over_six: bool = False
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
         if not (2 <= self.exponent <= 5 and self.mantissa >= 0 and self.bits <= 8):
@@ -67,10 +66,12 @@ class FloatX(Spec):
             )
         if self.scale not in _SCALES:
             raise ValueError(f"FloatX: scale must be one of {', '.join(_SCALES)}, got {self.scale!r}")
-        if self.scale_rule not in ("floor", "ceil", "rceil", "even"):
+        if self.scale_rule not in RULES:
             raise ValueError(f"FloatX: scale_rule must be floor, ceil, rceil or even, got {self.scale_rule!r}")
         if self.scale_spec is not None and self.scale != "float32":
             raise ValueError(f"FloatX: scale_spec quantizes float32 scales; leave out scale={self.scale!r}")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"FloatX: rounding must be 'nearest' or 'stochastic', got {self.rounding!r}")
         if self.four_over_six and ((self.exponent, self.mantissa) != (2, 1) or self.scale == "e8m0"):
             raise ValueError("FloatX: four_over_six is for e2m1 with scales that are no powers of two")
 
@@ -99,7 +100,7 @@ class FloatX(Spec):
         """scale of shape `grid`, as it is stored."""
         largest = amax_abs(x, grid)
         if self.scale == "e8m0":
-            return {"scale": self._shared_exponent(largest)}
+            return {"scale": shared_exponent(largest, self.scale_rule, self.max, self.emax, self.mantissa)}
         scale = largest * (1 / self.max)
         return self.stored(scale=self._four_or_six(x, scale) if self.four_over_six else scale)
 
@@ -114,18 +115,6 @@ class FloatX(Spec):
         if self.scale == "e8m0":
             return {"scale": E8M0().quantize(scale)}
         return {"scale": round_to(scale, getattr(torch, self.scale))}
-
-    def _shared_exponent(self, largest: Tensor) -> QTensor:
-        """The power of two of a block whose largest magnitude is `largest`, by `scale_rule`."""
-        if self.scale_rule == "rceil":
-            ratio = largest / self.max
-            bits = ratio.view(torch.int32)
-            above = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 1), 0)  # below 2**-126 a half is e8m0's 0
-            byte = _byte((bits + (2**_MANTISSA - 1) - above) >> _MANTISSA, largest)
-        else:
-            more = {"floor": 0, "ceil": 2**_MANTISSA - 1, "even": 1 << (_MANTISSA - 1 - self.mantissa)}[self.scale_rule]
-            byte = _byte(((largest.view(torch.int32) + more) >> _MANTISSA) - self.emax, largest)
-        return E8M0().wrap({"qdata": byte}, torch.float32, byte.shape)
 
     def _four_or_six(self, x: Tensor, six: Tensor) -> Tensor:
         """Per block, the scale that maps its maximum to 6, or the one to 4 unless it were the largest of all: a second scale
@@ -144,18 +133,23 @@ class FloatX(Spec):
 
     def round(self, x: Tensor, *, scale: Tensor) -> Tensor:
         """The multiples of the scale that `x` (float32) becomes."""
-        values = self.values(to_blocks(self._codes(x, scale), scale.shape)) * in_blocks(_wide(scale))
+        values = self.values(to_blocks(self._codes(x, scale), scale.shape)) * in_blocks(wide(scale))
         return values.reshape(x.shape)
 
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         """Codes, uint8 of the shape of `x`: sign, exponent and mantissa from the high bit down."""
-        q = to_blocks(x, scale.shape) * in_blocks(_inverse(scale))
+        q = divided(to_blocks(x, scale.shape), scale)
         size = q.abs().clamp_(max=self.max)
         cut = _MANTISSA - self.mantissa
         bits = size.view(torch.int32)
-        normal = ((bits + (2 ** (cut - 1) - 1) + ((bits >> cut) & 1)) >> cut) - ((_BIAS - self.bias) << self.mantissa)
-        small = (size * 2.0 ** (self.bias - 1 + self.mantissa)).round().to(torch.int32)
-        codes = torch.where(size < 2.0 ** (1 - self.bias), small, normal)
+        steps = size * 2.0 ** (self.bias - 1 + self.mantissa)  # below the normal numbers, where all steps are alike
+        if self.rounding == "nearest":
+            above, small = (2 ** (cut - 1) - 1) + ((bits >> cut) & 1), steps.round()
+        else:
+            word = random_words(to_blocks(x, scale.shape))
+            above, small = word & (2**cut - 1), (steps + (word & 0xFFFF).float() * 2.0**-16).floor()
+        normal = ((bits + above) >> cut) - ((_BIAS - self.bias) << self.mantissa)
+        codes = torch.where(size < 2.0 ** (1 - self.bias), small.to(torch.int32), normal)
         sign = (q.view(torch.int32) >> 31) & (1 << (self.bits - 1))
         return (codes | sign).to(torch.uint8).reshape(x.shape)
 
@@ -165,7 +159,8 @@ class FloatX(Spec):
 
     def operand(self, q: Any) -> Operand:
         """Small floats, also where a byte is one of torch's: packed codes have no infinity and no NaN."""
-        return Operand(q.qdata, q.scale, None, "minifloat", self.bits, exponent=self.exponent)
+        powers = q.scale.qdata if self.scale == "e8m0" else None
+        return Operand(q.qdata, q.scale, None, "minifloat", self.bits, exponent=self.exponent, powers=powers)
 
 
 class FloatXTensor(QTensor, spec=FloatX):
@@ -184,64 +179,7 @@ class FloatXTensor(QTensor, spec=FloatX):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = blocks_shape(self.scale.shape, self.shape)
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), shape)
-        return narrow(self.spec.values(codes) * in_blocks(_wide(self.scale)), dtype).reshape(self.shape)
-
-
-def _wide(scale: Tensor) -> Tensor:
-    """A stored scale as float32."""
-    return dense(scale).float()
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale."""
-    if not isinstance(scale, E8M0Tensor):
-        return reciprocal(dense(scale))
-    byte = scale.qdata.to(torch.int32)
-    bits = torch.where(byte == 254, 1 << (_MANTISSA - 1), (254 - byte) << _MANTISSA)
-    return torch.where(byte == 255, torch.nan, bits.view(torch.float32))
-
-
-@dataclass(frozen=True, repr=False)
-class E8M0(Spec):
-    """Powers of two, 2**(byte - 127), the nearest to x: what MX has for scales. Byte 255 is NaN. There is no sign and no zero."""
-
-    block: tuple[int, ...] = (1,)
-
-    def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """None: a power of two stands for itself."""
-        return {}
-
-    def encode(self, x: Tensor) -> dict[str, Tensor | None]:
-        """The bytes of `x` (float32)."""
-        bits = x.view(torch.int32)
-        half = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 2), 1 << (_MANTISSA - 1))
-        return {"qdata": _byte((bits + half) >> _MANTISSA, x)}
-
-    def operand(self, q: Any) -> Operand:
-        """Powers of two, which multiply as scales."""
-        return Operand(q.qdata, q.qdata, None, "power")
-
-
-class E8M0Tensor(QTensor, spec=E8M0):
-    """x = 2**(qdata - 127).
-
-    qdata: uint8.
-    """
-
-    qdata: Elements
-
-    spec: E8M0
-
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        byte = self.qdata.to(torch.int32)
-        # Byte 0 is no normal number of float32.
-        bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA) | (byte == 255)
-        return bits.view(torch.float32).to(dtype)
-
-
-def _byte(exponent: Tensor, number: Tensor) -> Tensor:
-    """The byte of 2**(exponent - 127), or NaN where `number` is not finite."""
-    return torch.where(number.isfinite(), exponent.clamp(0, 254), 255).to(torch.uint8)
+        return narrow(self.spec.values(codes) * in_blocks(wide(self.scale)), dtype).reshape(self.shape)
 
 
 MXFP4 = FloatX(2, 1).called("MXFP4")

@@ -22,11 +22,13 @@ class Lattice:
     size: of the dim.
     chunk: the elements of a packed chunk; the last one may be shorter.
     blocks: the elements of a block, for each field and each field of a field that has blocks of more than one.
+    grain: what the size of a packed dim is a multiple of.
     """
 
     size: int
     chunk: int = 1
     blocks: tuple[int, ...] = ()
+    grain: int = 1
 
     @property
     def cut(self) -> int:
@@ -54,7 +56,7 @@ class Lattice:
 
     def can_be(self, size: int) -> bool:
         """Whether the dim of another tensor with these chunks and blocks can have `size` elements."""
-        return size % math.gcd(self.chunk, 8) == 0 and all(b == self.size or size % b == 0 for b in self.blocks)
+        return size % self.grain == 0 and all(b == self.size or size % b == 0 for b in self.blocks)
 
     def _aligned(self, unit: int, start: int, stop: int) -> bool:
         return unit == 1 or (start % unit == 0 and (stop % unit == 0 or stop == self.size))
@@ -63,7 +65,7 @@ class Lattice:
 def lattice(q: QTensor, dim: int) -> Lattice:
     """Where dim `dim` of `q` can be cut. Raises NotImplementedError where a field is in a private layout (`Opaque`)."""
     size = q.shape[dim]
-    chunk, blocks = 1, []
+    chunk, grain, blocks = 1, 1, []
     for name, t in q.fields().items():
         role = q.roles[name]
         if role == "opaque":
@@ -73,7 +75,7 @@ def lattice(q: QTensor, dim: int) -> Lattice:
         f = t.shape[dim]
         each = size // f if f else 1  # elements to one entry of the field
         if role == "elements" and f != size:
-            chunk = math.lcm(chunk, q.unit)
+            chunk, grain = math.lcm(chunk, q.unit), math.lcm(grain, q.grain)
         elif each > 1 and not (
             name == "pre_scale" and f == 1
         ):  # A multiplier is not chosen anew when a view is written.
@@ -81,8 +83,9 @@ def lattice(q: QTensor, dim: int) -> Lattice:
         if hasattr(t, "roles"):  # A QTensor; base.py asks this file, which so cannot import it.
             inner = lattice(t, dim)  # type: ignore[arg-type]
             chunk = math.lcm(chunk, each * inner.chunk) if inner.chunk > 1 else chunk
+            grain = math.lcm(grain, each * inner.grain) if inner.chunk > 1 else grain
             blocks += [each * b for b in inner.blocks]
-    return Lattice(size, chunk, tuple(blocks))
+    return Lattice(size, chunk, tuple(blocks), grain)
 
 
 def opaque(q: QTensor, name: str) -> NotImplementedError:

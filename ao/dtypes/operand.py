@@ -15,7 +15,7 @@ from torch import Tensor
 from .onnx_mode import exporting
 from .pieces import is_eager
 
-Kind = Literal["affine", "float", "minifloat", "table", "power", "int4pack"]
+Kind = Literal["affine", "float", "minifloat", "table", "int4pack"]
 
 
 class Operand(NamedTuple):
@@ -30,13 +30,13 @@ class Operand(NamedTuple):
         "float"     x = code * scale, where codes are float8
         "minifloat"  x = minifloat(code) * scale, where codes are a sign, exponent and mantissa bits
         "table"     x = table[code] * scale
-        "power"     x = 2**(code - 127); there is no scale beside it: what codes of scales are
         "int4pack"  codes and scale are in the layout of ATen's int4 product on their device: only that product reads them
 
     bits: of a code.
     offset: what the codes are stored with; signed ones of fewer than 8 bits with 2**(bits - 1).
     table: (2**bits,) float32.
     exponent: bits of the exponent of a minifloat; its mantissa has bits - 1 - exponent.
+    powers: the scales as bytes, uint8, where they are powers of two, 2**(byte - 127).
     """
 
     codes: Tensor
@@ -47,6 +47,7 @@ class Operand(NamedTuple):
     offset: float = 0
     table: Tensor | None = None
     exponent: int = 0
+    powers: Tensor | None = None
 
     @property
     def linear(self) -> bool:

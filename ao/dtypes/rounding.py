@@ -60,10 +60,15 @@ def stochastic_round(x: Tensor, data: Tensor) -> Tensor:
     a copy of the same numbers on another rank rounds alike, whatever the state of its random generator, as does
     recomputation, and eager and compiled code; and numbers of which a single one changed round anew.
     """
+    word = random_words(data)
+    return (((x * _STEPS).round() + (word & 0xFFFF).view(x.shape).float()) * (1 / _STEPS)).floor()
+
+
+def random_words(data: Tensor) -> Tensor:
+    """32 random bits, int32, for each element of `data` (float32): a hash of it, its position and the sum of all."""
     bits = data.contiguous().view(torch.int32)
     position = torch.arange(bits.numel(), device=bits.device).to(torch.int32).view(bits.shape)
-    word = _mix(bits ^ _mix(position ^ bits.sum().to(torch.int32)))
-    return (((x * _STEPS).round() + (word & 0xFFFF).view(x.shape).float()) * (1 / _STEPS)).floor()
+    return _mix(bits ^ _mix(position ^ bits.sum().to(torch.int32)))
 
 
 def _mix(word: Tensor) -> Tensor:

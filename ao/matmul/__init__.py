@@ -1,6 +1,7 @@
 """How a quantized matrix multiplies: doors.py takes every call, linear.py picks the fastest path of the device."""
 
 from . import doors as _doors  # noqa: F401  gives F.linear and its kin their meaning
+from .block_scaled import swizzle, unswizzle
 from .kernels.device import has_float8
 from .layers import QuantizedLayer, adopt, layer_class, set_parameter
 from .linear import path_name
@@ -19,4 +20,6 @@ __all__ = [
     "path_name",
     "scaled_product",
     "set_parameter",
+    "swizzle",
+    "unswizzle",
 ]

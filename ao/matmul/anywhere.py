@@ -9,6 +9,7 @@ from torch import Tensor
 from ..dtypes.base import QTensor, quantize_fields
 from ..dtypes.operand import Cast, Operand
 from ..dtypes.pieces import is_eager
+from .block_scaled import levels, numbers
 from .path import Path
 
 
@@ -51,6 +52,24 @@ def quantized_act(x: Tensor, w: QTensor) -> Tensor:
         qparams = {name: t for name, t in fields.items() if name != "qdata" and t is not None}
         return act.round(x.float(), **qparams).to(x.dtype)
     return act.wrap(fields, x.dtype, x.shape).decode(x.dtype)
+
+
+def emulates(w: QTensor) -> bool:
+    """Whether weight and activation are small floats in blocks, whose numbers `emulated` multiplies exactly."""
+    act = w.spec.act
+    return act is not None and w.act_scale is None and w.dim() == 2 and levels(w.spec.operand(w)) is not None
+
+
+def act_numbers(x: Tensor, w: QTensor) -> tuple[Tensor, Tensor | None]:
+    """The activation (M, K) as the Spec of the weight rounds it, float32, and what multiplies all of it, or None."""
+    act = w.spec.act
+    assert act is not None
+    fields = _act_fields(x, w)
+    operand = act.operand(_Fields(fields))
+    if levels(operand) is not None:
+        return numbers(operand, x.shape)  # type: ignore[arg-type]
+    qparams = {name: t for name, t in fields.items() if name != "qdata" and t is not None}
+    return act.round(x.float(), **qparams), None
 
 
 def row_cast(w: QTensor) -> Cast | None:

@@ -24,7 +24,8 @@ from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
 from . import cpu_decode
-from .anywhere import compiling, int8_operand, quantize_act, quantized_act
+from .anywhere import act_numbers, compiling, emulates, int8_operand, quantize_act, quantized_act
+from .block_scaled import levels, numbers, times
 from .kernels.device import VNNI
 from .path import Path, Product
 from .shared_graph import shared
@@ -394,6 +395,20 @@ def _integers(w: QTensor) -> Tensor:
     return operand.codes.float()
 
 
+def emulated_accepts(x: Tensor, w: QTensor) -> bool:
+    return emulates(w)
+
+
+@shared
+def emulated(x: Tensor, w: QTensor) -> Tensor:
+    """Small floats in blocks on both sides: their numbers in float32, and what multiplies all of them after the sum."""
+    rows, whole = act_numbers(x, w)
+    found = levels(w.spec.operand(w))
+    assert found is not None
+    total = _by_piece(rows, w, lambda part: numbers(part.spec.operand(part), part.shape)[0])  # type: ignore[arg-type]
+    return times(total, whole, found.whole).to(x.dtype)
+
+
 def pieces_accepts(x: Tensor, w: QTensor) -> bool:
     return x.dtype not in _FLOATS or _pieces(w) > 1 or cpu_decode.fast(w) is not None
 
@@ -496,6 +511,7 @@ PATHS = (
     Path(kept_accepts, kept),
     Path(split_accepts, split),
     Path(int4pack_accepts, int4pack),
+    Path(emulated_accepts, emulated),
     Path(pieces_accepts, pieces),
 )
 """In the order in which they are asked."""

@@ -9,11 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes.base import QTensor
+from ..dtypes.base import QTensor, blank
 from ..dtypes.bits import CHUNK, packed_dim
 from ..dtypes.operand import Cast, Operand
 from ..dtypes.tracing import known
-from .anywhere import compiling, float8_operand, int8_operand, quantize_act, quantized_act, row_cast
+from .anywhere import (
+    act_numbers,
+    compiling,
+    emulates,
+    float8_operand,
+    int8_operand,
+    quantize_act,
+    quantized_act,
+    row_cast,
+)
+from .block_scaled import block_scaled_product, has_block_scaled, multiplies, numbers, times
 from .integers import integer_product, takes
 from .kernels.device import has_float8, has_kernels, is_hopper, on_its_device
 from .path import Path, Product
@@ -240,6 +250,35 @@ def few_launch(x: Tensor, w: QTensor) -> Product:
     return _read_anew(w, lambda x, fields: operators.few_at_once(x, fields, reading))
 
 
+def block_scaled_accepts(x: Tensor, w: QTensor) -> bool:
+    if not (emulates(w) and has_block_scaled(x.device) and known(x.numel() > 0, True)):
+        return False
+    operand, act = w.spec.operand(w), w.spec.act
+    like = None if act is None else act.operand(blank(act, (1, w.shape[1])))
+    return operand is not None and like is not None and multiplies(like, operand)
+
+
+def block_scaled(x: Tensor, w: QTensor) -> Tensor:
+    """Small floats in blocks on both sides, by the chip's product of them."""
+    operand = w.spec.operand(w)
+    assert operand is not None
+    return block_scaled_product(quantize_act(x, w), operand, x.dtype)
+
+
+def emulated_accepts(x: Tensor, w: QTensor) -> bool:
+    return emulates(w)
+
+
+def emulated(x: Tensor, w: QTensor) -> Tensor:
+    """The same where the chip has none: codes times the scales of their blocks are exact in bfloat16, which is multiplied with a
+    sum in float32; what multiplies all of them comes after."""
+    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    operand = w.spec.operand(w)
+    assert operand is not None
+    (a, first), (b, second) = act_numbers(x, w), numbers(operand, w.shape)
+    return times(F.linear(a.to(dtype), b.to(dtype)), first, second).to(x.dtype)
+
+
 def decode_accepts(x: Tensor, w: QTensor) -> bool:
     return x.dtype.itemsize == 2 and _packed(w) is not None
 
@@ -409,6 +448,8 @@ PATHS = (
     Path(int_mm_accepts, int_mm),
     Path(scaled_mm_accepts, scaled_mm),
     Path(int4pack_accepts, int4pack),
+    Path(block_scaled_accepts, block_scaled),
+    Path(emulated_accepts, emulated),
     Path(decode_accepts, decode, operator=True),
     Path(few_accepts, few, launch=few_launch, operator=True),
 )

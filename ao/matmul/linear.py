@@ -12,6 +12,7 @@ A product takes the first path in `PATHS` of its device that accepts it:
         kept        up to 64 tokens in eager mode, 4 bits in groups: ATen's own product, on a copy that is kept
         split       int8 weight: the activation as two int8 numbers, two products of integers
         int4pack    ATen's int4 product, for weights in its own layout
+        emulated    small floats in blocks x the same: their numbers in float32, and what multiplies all of them after the sum
         pieces      decode the weight, a large one in row pieces, then a floating-point product
     on a GPU of NVIDIA or AMD
         gemv        one token, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
@@ -23,6 +24,8 @@ A product takes the first path in `PATHS` of its device that accepts it:
         int_mm      as on a CPU
         scaled_mm   float8 x float8 on the tensor cores of a chip that has them, float32 accumulation
         int4pack    as on a CPU
+        block_scaled  MX and NVFP4 activation x such a weight, on chips that multiply blocks (Blackwell)
+        emulated    the same elsewhere, in bfloat16 with a float32 sum
         decode      4- and 8-bit weights: decode by one kernel, then a floating-point product
         few         any other format that has an operand: decoded on the way to the tensor cores, beyond 64 tokens to memory
     on any device, after those

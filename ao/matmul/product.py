@@ -14,6 +14,7 @@ from ..dtypes.base import QTensor, Spec
 from ..dtypes.bits import packed_dim, unpack
 from ..dtypes.blocks import expand, in_blocks, to_blocks
 from ..dtypes.operand import Cast, Operand
+from .block_scaled import block_scaled_product, has_block_scaled, levels, multiplies, numbers, times
 from .integers import integer_product
 from .kernels.device import has_float8, has_kernels, is_hopper
 
@@ -28,14 +29,30 @@ def codes_of(x: Tensor, spec: Spec | None = None) -> Operand | Tensor:
     """The codes of a matrix: quantized by `spec`, or already a QTensor, whose Spec counts. x: (M, K).
 
     What multiplies as its codes do, float8 and signed integers without a zero point, comes back as an operand of a byte each;
-    any other format as the numbers that its codes stand for, a plain tensor.
+    any other format as the numbers that its codes stand for, a plain tensor, on a CPU in float32.
     """
-    q = x if isinstance(x, QTensor) else spec.quantize(x) if spec is not None else None
-    spec = x.spec if isinstance(x, QTensor) else spec
-    if q is None or spec is None:
-        return x
-    operand = spec.operand(q)
-    return q.dequantize() if operand is None else _bytes(operand, q.shape) or q.dequantize()
+    if not isinstance(x, QTensor) and (spec is None or type(spec).cast is Spec.cast):
+        return x if spec is None else _small(x, spec)
+    own = x.spec if isinstance(x, QTensor) else spec  # not q.spec, which a compiler that makes q does not know
+    assert own is not None
+    q = x if isinstance(x, QTensor) else own.quantize(x)
+    operand = own.operand(q)
+    return (None if operand is None else _bytes(operand, q.shape)) or q.decode_scaled(_whole(q))
+
+
+def _small(x: Tensor, spec: Spec) -> Operand | Tensor:
+    """`spec.quantize(x)` of a format whose codes are no bytes: what the chip multiplies, else the numbers."""
+    if has_block_scaled(x.device):
+        operand = spec.operand(spec.quantize(x))
+        if levels(operand) is not None:
+            return operand  # type: ignore[return-value]
+    wide = x.float()
+    return spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))).to(_whole(x))
+
+
+def _whole(x: Tensor) -> torch.dtype:
+    """The dtype of numbers that were quantized: on a CPU, where speed is no matter, the one that holds all of them."""
+    return torch.float32 if x.device.type == "cpu" else x.dtype
 
 
 def _bytes(a: Operand, shape: torch.Size) -> Operand | None:
@@ -55,7 +72,9 @@ def codes_of_transposed(x: Tensor, spec: Spec | None = None) -> Operand | Tensor
     square = is_square(spec)
     cast_to = _cast_of(x, spec)
     if cast_to is None:
-        return codes_of(x, spec).t() if square else codes_of(x.t(), spec)
+        same = codes_of(x, spec) if square else None
+        # Packed codes cannot be turned.
+        return codes_of(x.t(), spec) if same is None or _is_packed(same) else same.t()
     from .kernels import cast
 
     n, m = x.shape[1], x.shape[0]
@@ -97,6 +116,10 @@ def is_square(spec: Spec | None) -> bool:
     """Whether quantizing by `spec` and transposing commute."""
     block = () if spec is None else spec.block
     return len(block) == 2 and block[0] == block[1] and getattr(spec, "rounding", "nearest") == "nearest"
+
+
+def _is_packed(a: Operand | Tensor) -> bool:
+    return isinstance(a, Operand) and a.bits < 8
 
 
 def _scale(x: Tensor, spec: Spec) -> Tensor:
@@ -143,6 +166,10 @@ def scaled_product(
         # Sums over codes are larger than float16 holds, and need more bits than bfloat16 has.
         with torch.autocast(kind, enabled=False):
             return scaled_product(a, b, dtype, fast_accum=fast_accum, emulate=emulate)
+    if any(isinstance(t, Operand) and t.kind == "minifloat" for t in (a, b)):
+        if isinstance(a, Operand) and isinstance(b, Operand) and not emulate and multiplies(a, b):
+            return block_scaled_product(a, b, dtype)
+        a, b = (_wide(t) if isinstance(t, Operand) and t.kind == "minifloat" else t for t in (a, b))
     if isinstance(a, Operand) and isinstance(b, Operand):
         if a.codes.dtype == b.codes.dtype == torch.int8:
             if a.by_row and b.by_row:
@@ -156,8 +183,16 @@ def scaled_product(
         # Numbers that were quantized may be more than bfloat16 holds: a CPU, where speed is no matter, keeps them whole.
         wide = torch.float32 if a.codes.device.type == "cpu" else dtype
         return torch.mm(decoded(a, wide), decoded(b, wide).t()).to(dtype)
-    x, y = (decoded(t, dtype) if isinstance(t, Operand) else t.to(dtype) for t in (a, b))
-    return torch.mm(x, y.t())
+    plain = (t.dtype for t in (a, b) if isinstance(t, Tensor))
+    wide = torch.float32 if kind == "cpu" and torch.float32 in plain else dtype
+    x, y = (decoded(t, wide) if isinstance(t, Operand) else t.to(wide) for t in (a, b))
+    return torch.mm(x, y.t()).to(dtype)
+
+
+def _wide(a: Operand) -> Tensor:
+    """The numbers of small floats, float32."""
+    values, whole = numbers(a, torch.Size([a.codes.shape[0], a.codes.shape[1] * 8 // a.bits]))
+    return times(values, whole)
 
 
 def _scaled(total: Tensor, a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:

@@ -48,6 +48,7 @@ from .presets import (
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt4WeightConfig,
     Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationTernaryWeightConfig,
     Int8StaticActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
@@ -56,6 +57,7 @@ from .presets import (
     NF4WeightOnlyConfig,
     NVFP4DynamicActivationNVFP4WeightConfig,
     NVFP4WeightOnlyConfig,
+    TernaryWeightOnlyConfig,
     UIntXWeightOnlyConfig,
 )
 from .quantize import dequantize_, is_linear, quantize_
@@ -85,6 +87,7 @@ __all__: list[str] = [
     "Int4WeightOnlyConfig",
     "Int8DynamicActivationInt4WeightConfig",
     "Int8DynamicActivationInt8WeightConfig",
+    "Int8DynamicActivationTernaryWeightConfig",
     "Int8StaticActivationInt8WeightConfig",
     "Int8WeightOnlyConfig",
     "IntxWeightOnlyConfig",
@@ -109,6 +112,7 @@ __all__: list[str] = [
     "SmoothQuant",
     "SpecConfig",
     "Statistics",
+    "TernaryWeightOnlyConfig",
     "UIntXWeightOnlyConfig",
     "ZeroPointDomain",
     "autoquant",

@@ -21,9 +21,11 @@ from ..dtypes import (
     Int4Prepacked,
     Intx,
     Layout,
+    MXInt,
     PlainLayout,
     Spec,
     TensorCoreTiledLayout,
+    Ternary,
     nf4_spec,
 )
 from .algorithms.by_name import parse_recipe
@@ -475,6 +477,39 @@ class Int8StaticActivationInt8WeightConfig(Config):
 
 
 @dataclass(frozen=True)
+class TernaryWeightOnlyConfig(Config):
+    """Weights of -1, 0 and 1 times the mean magnitude (BitNet b1.58, arXiv:2402.17764): 1.625 bits per element, or 2.
+
+    A model that was not trained for it loses nearly all: take one that `ao.train.bitnet_training` or QAT trained.
+
+    packing: "trits", five numbers in a byte, for in_features in multiples of 64, or "bits", two bits each, which read faster.
+    granularity: PerTensor(), PerRow() or PerGroup(g).
+    """
+
+    packing: Literal["trits", "bits"] = "trits"
+    granularity: Granularity = PerTensor()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self, "packing", ("trits", "bits"))
+        _one_of(self, "granularity", (PerTensor, PerRow, PerGroup, PerAxis))
+
+    def weight(self, shape: tuple[int, ...]) -> Ternary:
+        return Ternary(self.granularity.block(), self.packing)
+
+
+@dataclass(frozen=True)
+class Int8DynamicActivationTernaryWeightConfig(TernaryWeightOnlyConfig):
+    """BitNet b1.58: ternary weights and int8 activations, scaled anew per token, scale = max|row| / 127.
+
+    Of a model that `ao.train.bitnet_training` trained it computes what the training did, bit for bit.
+    """
+
+    def act(self) -> Intx:
+        return Intx(8, narrow=True)
+
+
+@dataclass(frozen=True)
 class FPXWeightOnlyConfig(Config):
     """Floats of `ebits` exponent and `mbits` mantissa bits with a scale per row (FP6-LLM, arXiv:2401.14112).
 
@@ -495,15 +530,22 @@ class FPXWeightOnlyConfig(Config):
 
 
 _ELEMENTS = {"e2m1": (2, 1), "e2m3": (2, 3), "e3m2": (3, 2), "e4m3": (4, 3), "e5m2": (5, 2)}
-_ELEMENTS_OF = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.float4_e2m1fn_x2: "e2m1"}
+_ELEMENTS_OF = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+    torch.float4_e2m1fn_x2: "e2m1",
+    torch.int8: "int8",
+}
 
 
-def _mx(config: Config, name: str, block_size: int, rule: Any) -> FloatX:
+def _mx(config: Config, name: str, block_size: int, rule: Any) -> FloatX | MXInt:
     """The MX format that parameter `name` of `config` stands for."""
     value = getattr(config, name)
     form = _ELEMENTS_OF.get(value, value)
+    if form == "int8":
+        return MXInt((1, block_size), rule)
     if form not in _ELEMENTS:
-        shown = ", ".join(map(str, (*_ELEMENTS, *_ELEMENTS_OF)))
+        shown = ", ".join(map(str, (*_ELEMENTS, "int8", *_ELEMENTS_OF)))
         raise ValueError(f"{type(config).__name__}: {name} must be one of {shown}, got {value!r}")
     exponent, mantissa = _ELEMENTS[form]
     return FloatX(exponent, mantissa, (1, block_size), "e8m0", rule)
@@ -513,7 +555,8 @@ def _mx(config: Config, name: str, block_size: int, rule: Any) -> FloatX:
 class MXFPWeightOnlyConfig(Config):
     """MX weights (OCP Microscaling Formats 1.0): blocks of a row share a power of two, bits + 8 / block_size bits per element.
 
-    weight_dtype: "e2m1" (MXFP4), "e2m3" or "e3m2" (MXFP6), "e4m3" or "e5m2" (MXFP8), or torch's float8 and float4 dtypes.
+    weight_dtype: "e2m1" (MXFP4), "e2m3" or "e3m2" (MXFP6), "e4m3" or "e5m2" (MXFP8), "int8" (MXINT8), or torch's
+        float8 and float4 dtypes and int8.
     block_size: 32 in the specification.
     scale_rule: how the power of two is found; see `FloatX`.
     """
@@ -527,7 +570,7 @@ class MXFPWeightOnlyConfig(Config):
         _size(self, "block_size")
         self.weight(())
 
-    def weight(self, shape: tuple[int, ...]) -> FloatX:
+    def weight(self, shape: tuple[int, ...]) -> FloatX | MXInt:
         return _mx(self, "weight_dtype", self.block_size, self.scale_rule)
 
 
@@ -546,7 +589,7 @@ class MXDynamicActivationMXWeightConfig(MXFPWeightOnlyConfig):
         super().__post_init__()
         self.act()
 
-    def act(self) -> FloatX:
+    def act(self) -> FloatX | MXInt:
         return _mx(self, "activation_dtype", self.block_size, self.scale_rule)
 
 

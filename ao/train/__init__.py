@@ -10,6 +10,7 @@ from .convert import (
     convert_to_float8_training,
     convert_to_low_precision_training,
 )
+from .experts import convert_experts_to_low_precision_training, low_precision_bmm, low_precision_grouped_mm
 from .float8_config import (
     CastConfig,
     Float8GemmConfig,
@@ -29,6 +30,7 @@ from .linear import LowPrecisionLinear, low_precision_linear
 from .precision import PRECISIONS, convert_to_precision
 from .qlora import LoRALinear, convert_to_qlora, merge_qlora
 from .recipe import Gemm, Recipe
+from .small_floats import MXFP4TrainingConfig, MXFP8TrainingConfig, NVFP4TrainingConfig
 
 if TYPE_CHECKING:
     from .tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
@@ -57,12 +59,16 @@ __all__ = [
     "Int8WeightOnlyQuantizedTrainingConfig",
     "LoRALinear",
     "LowPrecisionLinear",
+    "MXFP4TrainingConfig",
+    "MXFP8TrainingConfig",
+    "NVFP4TrainingConfig",
     "PrepareFloat8ModuleInput",
     "Recipe",
     "ScalingGranularity",
     "ScalingType",
     "auto_module_filter",
     "bitnet_training",
+    "convert_experts_to_low_precision_training",
     "convert_from_low_precision_training",
     "convert_to_float8_training",
     "convert_to_low_precision_training",
@@ -70,6 +76,8 @@ __all__ = [
     "convert_to_qlora",
     "int8_mixed_precision_training",
     "int8_weight_only_quantized_training",
+    "low_precision_bmm",
+    "low_precision_grouped_mm",
     "low_precision_linear",
     "merge_qlora",
     "precompute_bitnet_scale_for_fsdp",

@@ -34,7 +34,7 @@ def convert_to_low_precision_training(
         hooks, parameters and state dict. Convert before tensor parallelism, `fully_shard` and `torch.compile`, and, where
         weights change (int8 weight-only, gathers in low precision), before the optimizer is made.
     config: `Float8LinearConfig`, `Int8MixedPrecisionTrainingConfig`, `Int8WeightOnlyQuantizedTrainingConfig`,
-        `BitNetTrainingConfig`.
+        `BitNetTrainingConfig`, `MXFP8TrainingConfig`, `MXFP4TrainingConfig`, `NVFP4TrainingConfig`.
     module_filter_fn: `(module, fully qualified name) -> bool`, which layers to convert, of those whose class is `nn.Linear`
         itself: a subclass may do more than the product. Small layers get slower: `auto_module_filter` leaves them out.
 

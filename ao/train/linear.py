@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ao.dtypes import Operand, QTensor
+from ao.dtypes import Operand, QTensor, Spec
 from ao.matmul import codes_both, codes_of, codes_of_transposed, has_float8, is_square, scaled_product
 
 from .gather import CastOnGather, unwrapped
+from .hadamard import turned
 from .placement import is_dtensor, on_shards
 from .recipe import Gemm, Recipe
 
@@ -171,11 +172,11 @@ class _Gradients(torch.autograd.Function):
             grad_x = _product(rows, codes_of_transposed(w, first.b), first, recipe, dtypes[0])  # (M, K)
             grad_x = grad_x.reshape(shape)
         if wanted[1]:
-            columns = codes_of_transposed(g, second.a) if columns is None else columns
+            columns = _along_tokens(g, second, second.a, recipe) if columns is None else columns
             if _keeps_codes(recipe):
                 b = _joined(kept)
             else:
-                b = codes_of_transposed(kept[0].reshape(-1, shape[-1]), second.b)
+                b = _along_tokens(kept[0].reshape(-1, shape[-1]), second, second.b, recipe)
             grad_w = _product(columns, b, second, recipe, dtypes[1])
         return grad_x, grad_w
 
@@ -205,6 +206,14 @@ def _one_by_one(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[
         )
     stacked = tuple(None if each[0] is None else torch.stack(each) for each in zip(*samples))
     return stacked, tuple(None if t is None else 0 for t in stacked)
+
+
+def _along_tokens(x: Tensor, gemm: Gemm, spec: Spec | None, recipe: Recipe) -> Operand | Tensor:
+    """The transpose of x (M, C), an operand of `gemm`, quantized by `spec`: (C, M), or (C, M') with zeros at the end."""
+    missing = -x.shape[0] % gemm.multiple if recipe.pad else 0
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    return codes_of(turned(x.t(), gemm.hadamard), spec) if gemm.hadamard else codes_of_transposed(x, spec)
 
 
 def _keeps_codes(recipe: Recipe) -> bool:

@@ -10,6 +10,7 @@ from .bitnet import BitNetTrainingConfig
 from .convert import convert_to_low_precision_training
 from .float8_config import Float8LinearConfig
 from .int8 import Int8MixedPrecisionTrainingConfig, Int8WeightOnlyQuantizedTrainingConfig
+from .small_floats import MXFP4TrainingConfig, MXFP8TrainingConfig, NVFP4TrainingConfig
 from .training_config import LayerConfig
 
 PRECISIONS: dict[str, LayerConfig | None] = {
@@ -22,6 +23,9 @@ PRECISIONS: dict[str, LayerConfig | None] = {
     "int8-mixed-stochastic": Int8MixedPrecisionTrainingConfig(rounding="stochastic"),
     "int8-weight-only": Int8WeightOnlyQuantizedTrainingConfig(),
     "bitnet": BitNetTrainingConfig(),
+    "mxfp8": MXFP8TrainingConfig(),
+    "mxfp4": MXFP4TrainingConfig(),
+    "nvfp4": NVFP4TrainingConfig(),
 }
 """Name -> config; bf16 is the model as it is."""
 

@@ -12,9 +12,10 @@ thus always means one scale per row of the product, and (-1, -1) one for all.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from ao.dtypes import Float8, Intx, Spec
+from ao.dtypes import Float8, FloatX, Intx, Spec
 
 _BLOCKS: dict[tuple[int, ...], str] = {(-1, -1): "tensor", (1, -1): "row"}
 
@@ -25,11 +26,20 @@ class Gemm:
 
     a, b: how to quantize each operand along its rows; None leaves it in floating point.
     fast_accum: let float8 tensor cores keep fewer bits of the running sum.
+    hadamard: turn both operands by a Hadamard matrix of so many points along the sum before they are rounded (hadamard.py),
+        which leaves the product what it is and spreads large numbers; 0 does not. For grad_weight.
     """
 
     a: Spec | None = None
     b: Spec | None = None
     fast_accum: bool = False
+    hadamard: int = 0
+
+    @property
+    def multiple(self) -> int:
+        """What the length of the sum has to be a multiple of."""
+        blocks = (spec.block[-1] for spec in (self.a, self.b) if spec is not None)
+        return math.lcm(self.hadamard or 1, *(b for b in blocks if b > 1))
 
     @property
     def is_float8(self) -> bool:
@@ -44,7 +54,8 @@ class Recipe:
     output: (x, w). grad_input: (g, w.T). grad_weight: (g.T, x.T).
     gather: quantize the weight by this Spec before FSDP2 gathers it, or None.
     emulate: multiply the quantized numbers in floating point, also on a chip that has float8.
-    pad: fill up dims of a float8 product with zeros to the multiples of 16 that the chip wants.
+    pad: fill up dims of a float8 product with zeros to the multiples of 16 that the chip wants, and tokens to the blocks of
+        grad_weight.
     """
 
     output: Gemm = field(default_factory=Gemm)
@@ -63,9 +74,13 @@ class Recipe:
         def name(spec: Spec | None) -> str:
             if spec is None:
                 return "-"
-            kind = (
-                spec.format if isinstance(spec, Float8) else f"int{spec.bits}" if isinstance(spec, Intx) else str(spec)
-            )
+            kind = str(spec)
+            if isinstance(spec, Float8):
+                kind = spec.format
+            elif isinstance(spec, Intx):
+                kind = f"int{spec.bits}"
+            elif isinstance(spec, FloatX):
+                kind = f"e{spec.exponent}m{spec.mantissa}"
             size = spec.block
             return f"{kind}/{_BLOCKS.get(size, 'x'.join(map(str, size)))}"
 

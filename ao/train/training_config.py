@@ -115,6 +115,14 @@ def _check(
             f"{name}: float8 products need multiples of 16, and the weight has shape {(n, k)}; leave the layer out with "
             "module_filter_fn, or use pad_inner_dim=True"
         )
+    try:
+        if recipe is not None and recipe.pad and not is_dtensor(weight):
+            for each, shape in ((recipe.output.b, (n, k)), (recipe.grad_input.b, (k, n))):
+                _ = None if each is None else blank(each, shape)
+        if spec is not None:
+            blank(spec, (n, k))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if spec is None:
         return
     if is_dtensor(weight):
@@ -124,7 +132,3 @@ def _check(
             f"{name}: the weight is tied ({', '.join(holders[id(weight)])}), and would be untied; leave the layer out with "
             "module_filter_fn"
         )
-    try:
-        blank(spec, (n, k))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

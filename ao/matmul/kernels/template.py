@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ...dtypes.base import QTensor
+from ...dtypes.operand import Operand
 from .ampere import _bytes, _fixed_point, _largest, sum_kernel
 from .device import multiprocessors
 from .launch import Launch, cdiv, launch, power_of_two
@@ -775,7 +776,7 @@ def reading_of(w: QTensor) -> tuple[Reading, Fields] | None:
     if a is None or a.kind == "int4pack" or w.numel() >= 2**31:
         return None
     n, k = (int(size) for size in w.shape)  # int: a graph may have any number of tokens, but one shape of the weight
-    scale, nested = _scale_fields(a.scale)
+    scale, nested = _scale_fields(a)
     if scale is None or tuple(a.codes.shape) != (n, k * a.bits // 8) or k * a.bits % 8:
         return None
     rows, groups = (int(size) for size in a.scale.shape)
@@ -792,6 +793,8 @@ def reading_of(w: QTensor) -> tuple[Reading, Fields] | None:
     outer = tuple(int(size) for size in nested[1].shape) if nested[0] == "affine" else (1, 1)
     if groups % outer[1] or rows % outer[0]:
         return None
+    if not a.codes.is_contiguous() or (a.bits == 8 and a.codes.storage_offset() % 4):  # codes are read as words
+        return None
     fields = fields_of(w)
     if not all(t is None or t.is_contiguous() for t in fields):
         return None
@@ -805,13 +808,16 @@ def fields_of(w: QTensor) -> Fields:
     """The fields of a weight of which there is a reading."""
     a = w.spec.operand(w)
     assert a is not None
-    scale, (_, outer_scale, outer_zero_point) = _scale_fields(a.scale)
+    scale, (_, outer_scale, outer_zero_point) = _scale_fields(a)
     assert scale is not None
     return a.codes.view(torch.int32), scale, a.zero_point, a.table, outer_scale, outer_zero_point
 
 
-def _scale_fields(scale: Tensor) -> tuple[Tensor | None, tuple[Any, ...]]:
+def _scale_fields(operand: Operand) -> tuple[Tensor | None, tuple[Any, ...]]:
     """The tensor that holds the scales; how, and what else it takes: scale and zero point of the scales."""
+    scale = operand.scale
+    if operand.powers is not None:
+        return operand.powers, ("power", None, None)
     if not isinstance(scale, QTensor):
         if scale.dtype == torch.float8_e4m3fn:
             return scale.view(torch.uint8), ("e4m3", None, None)
@@ -819,8 +825,6 @@ def _scale_fields(scale: Tensor) -> tuple[Tensor | None, tuple[Any, ...]]:
     a = scale.spec.operand(scale)
     if a is None or a.bits != 8 or isinstance(a.scale, QTensor) or a.codes.shape != scale.shape:
         return None, ("none", None, None)
-    if a.kind == "power":
-        return a.codes, ("power", None, None)
     if a.kind == "float" and a.codes.dtype == torch.float8_e4m3fn and a.scale.numel() == 1:
         return a.codes.view(torch.uint8), ("scaled", a.scale, None)
     if a.kind == "affine" and a.zero_point is not None:

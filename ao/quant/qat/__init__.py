@@ -9,6 +9,9 @@ through (arXiv:1308.3432). The weight that is stored is the rounded one, bit for
 layer runs the very product of the converted layer, on the codes, in any dtype. Where it is not, it multiplies by the rounded
 weight in the model's dtype: what the converted layer computes wherever it decodes its weight, and up to the rounding of
 that product where a path reads the codes (`ao.path_name`).
+
+Any format can be trained for, NVFP4 and MXFP4 with or without quantized inputs included. Without labels, or to keep what a
+model was tuned for, train on `distillation_loss` of its logits and those of the original.
 """
 
 from .config import (
@@ -18,6 +21,7 @@ from .config import (
     IntXQuantizationAwareTrainingConfig,
     QATConfig,
 )
+from .distillation import distillation_loss
 from .layers import (
     FakeQuantizedEmbedding,
     FakeQuantizedLinear,
@@ -36,6 +40,7 @@ __all__ = [
     "IntxFakeQuantizeConfig",
     "QATConfig",
     "disable_fake_quantize",
+    "distillation_loss",
     "enable_fake_quantize",
     "learned_fake_quantize",
     "parameter_groups",

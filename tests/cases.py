@@ -99,6 +99,7 @@ CASES = [
     Case(FloatX(2, 1, (1, 16), "float32", scale_spec=Float8(block=(-1, -1)), four_over_six=True), 0.08728),
     Case(FP6, 0.05180),
     Case(Shifted(4, (1, 32), scale_dtype="float16"), 0.07836),
+    Case(Shifted(4, (1, 32), centered=True, scale_dtype="bfloat16"), 0.07837),
     Case(Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 2), narrow=True, scale_dtype="float16")), 0.02192),
     Case(Shifted(5, (1, 32), scale_spec=BYTE_SCALES, shift_spec=BYTE_SCALES), 0.03790),
 ]

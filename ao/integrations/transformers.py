@@ -64,7 +64,7 @@ class AoConfig(QuantizationConfigMixin):
         (`ao.FqnToConfig`), the name of a format or a config ("int8", "int4-g128+hqq", "int4_weight_only", with parameters as
         further keyword arguments), or "autoquant": the model then records what it runs, until
         `model.finalize_autoquant()`; keyword arguments go to `ao.autoquant`. "as_stored" keeps what another library has
-        quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ, quanto, FP8, MXFP4, NVFP4) as it is, bit for bit, in
+        quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ, quanto, torchao, FP8, MXFP4, NVFP4) as it is, bit for bit, in
         tensors of ours.
     weights: another name of quant_type: `AoConfig(weights="int4")`.
     modules_to_not_convert: names, ends of names or regular expressions of modules that stay as they are. By default those
@@ -402,11 +402,13 @@ def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
     from safetensors import safe_open
 
     names: set[str] = set()
+    metadata: dict[str, str] = {}
     for path in files:
         if not path.endswith(".safetensors"):
             raise ValueError(f"{path} is no safetensors file, and ao reads no others")
         with safe_open(path, framework="pt") as file:
             names.update(file.keys())
+            metadata.update(file.metadata() or {})
     folder = Path(files[0]).parent if files else Path()
     config = quantization_config(folder) if files else None
     if config is None:
@@ -414,7 +416,7 @@ def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
             f"AoConfig: quant_type='as_stored' is for checkpoints that another library has quantized, and {folder} says "
             "nothing of it; give a config such as 'int4_weight_only'"
         )
-    return ForeignCheckpoint(config, names)
+    return ForeignCheckpoint(config, names, metadata)
 
 
 def _merge_quantization_configs(cls: Any, stored: Any, given: Any) -> Any:

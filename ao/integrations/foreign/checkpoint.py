@@ -10,23 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats
+from . import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats, torchao
 from .reader import Reader, Source, reader_for
 
-READERS = (awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats)
+READERS = (awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats, torchao)
 """The modules that register readers."""
 
 
 class ForeignCheckpoint:
     """The quantized parameters among the stored tensors of a folder.
 
-    config: the `quantization_config`. names: of all stored tensors.
+    config: the `quantization_config`. names: of all stored tensors. metadata: of the files, all together.
     sources: full name of a parameter -> what is stored of it. ignored: stored names that are of no use to the model.
     """
 
-    def __init__(self, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], names: Iterable[str], metadata: Mapping[str, str] | None = None
+    ) -> None:
         self.names = frozenset(names)
-        self.reader: Reader = reader_for(config)
+        self.reader: Reader = reader_for(config, metadata)
         self.sources: dict[str, Source] = {s.parameter: s for s in self.reader.sources(self.names)}
         if not self.sources:
             raise ValueError(

@@ -53,8 +53,13 @@ def convert_folder(
     if config.get("quant_method") == "ao":
         raise ValueError(f"{source} is a folder of ao's already")
     files = weight_files(source)
-    places = {name: file for file in files for name in read_header(file)[1]}
-    checkpoint = ForeignCheckpoint(config, places)
+    places: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        told, tensors = read_header(file)
+        places |= dict.fromkeys(tensors, file)
+        metadata |= told
+    checkpoint = ForeignCheckpoint(config, places, metadata)
     model = skeleton(source)
     shapes = {name: p.shape for name, p in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     names = _names_of(model, checkpoint.parameters, shapes, source)

@@ -6,14 +6,14 @@ can be read tensor by tensor. What it gives decodes to what the format's own dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...dtypes import Intx, QTensor, pack, pack_dim
+from ...dtypes import Intx, QTensor, Spec, pack, pack_dim
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Source:
 class Reader:
     """One way in which another library stores quantized weights.
 
+    metadata: of the files, all together.
     methods: the values of `quant_method` that it reads.
     main: what the name of the tensor ends with that says a parameter is quantized. others: what its other tensors may end with.
     """
@@ -49,8 +50,9 @@ class Reader:
         for method in cls.methods:
             Reader.registry[method] = cls
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         self.config = config
+        self.metadata = metadata or {}
 
     def sources(self, names: Collection[str]) -> Iterator[Source]:
         """The quantized parameters among stored names. A stored name is in one of them, or is that of a plain tensor."""
@@ -100,12 +102,12 @@ class Reader:
         raise NotImplementedError
 
 
-def reader_for(config: Mapping[str, Any]) -> Reader:
-    """The reader of a `quantization_config`. Raises ValueError for a method that none reads."""
+def reader_for(config: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Reader:
+    """The reader of a `quantization_config`. metadata: of the files. Raises ValueError for a method that none reads."""
     method = str(config.get("quant_method", ""))
     if method not in Reader.registry:
         raise ValueError(f"ao reads checkpoints of {', '.join(sorted(Reader.registry))}, and this one is of {method!r}")
-    return Reader.registry[method](config)
+    return Reader.registry[method](config, metadata)
 
 
 def transposed(t: Tensor) -> Tensor:
@@ -133,3 +135,39 @@ def affine(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, d
         qdata = pack(codes, bits, pack_dim(codes.shape, bits))
     fields = {"qdata": qdata, "scale": scale, "zero_point": None if symmetric else zero_point}
     return spec.wrap(fields, dtype, codes.shape)
+
+
+def blocks_of(shape: Sequence[int], scale: Tensor) -> tuple[int, ...]:
+    """The elements of a weight of `shape` that share a scale, per dim. Raises ValueError where they do not divide it."""
+    if scale.dim() != len(shape) or any(n % max(g, 1) for n, g in zip(shape, scale.shape)):
+        raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit a weight of shape {tuple(shape)}")
+    return tuple(1 if g == n else -1 if g == 1 else n // g for n, g in zip(shape, scale.shape))
+
+
+def integers(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype) -> QTensor:
+    """(codes - zero_point) * scale as an `Intx` tensor.
+
+    codes: (..., N, K), signed. scale: one per block, of the rank of `codes`. zero_point: like it, integers or floating point;
+        None, or all 0, makes a symmetric tensor.
+    """
+    block = blocks_of(codes.shape, scale)
+    scale_dtype = str(scale.dtype).removeprefix("torch.")
+    if zero_point is not None and bits > 1 and bool((zero_point == 0).all()):
+        zero_point = None
+    kind: Any = "float" if zero_point is not None and zero_point.is_floating_point() else "int"
+    spec = Intx(bits, block, symmetric=zero_point is None, zero_point=kind, scale_dtype=scale_dtype)
+    qdata = codes.to(torch.int8)
+    if bits < 8:
+        qdata = pack((qdata + 2 ** (bits - 1)).view(torch.uint8), bits, pack_dim(qdata.shape, bits))
+    if zero_point is not None:
+        zero_point = zero_point.reshape(scale.shape).to(scale.dtype if kind == "float" else torch.int8)
+    fields = {"qdata": qdata.contiguous(), "scale": scale, "zero_point": zero_point}
+    return spec.wrap(fields, dtype, codes.shape)
+
+
+def with_activation(q: QTensor, act: Spec | None, act_scale: Tensor | None) -> QTensor:
+    """The same weight, whose activations are quantized."""
+    if act is None:
+        return q
+    fields = {name: t for name, t in q.fields().items() if name != "act_scale"}
+    return replace(q.spec, act=act).wrap(fields, q.dtype, q.shape, act_scale=act_scale)

@@ -313,9 +313,16 @@ def test_gguf_file(tmp_path, capsys):
     assert len(told["layers"]) == 13 and "stored decoded, in bfloat16: TQ2_0: blk.0.ffn_down.weight" in told["notes"][0]
     theirs = load(tmp_path, gguf_file=path.name, dtype=torch.float32)
     ours = load(tmp_path / "out")
+    direct = load(tmp_path, gguf_file=path.name, quantization_config=AoConfig("as_stored"))
+    assert "TQ2_0: blk.0.ffn_down.weight" in direct.hf_quantizer.report.notes[0]
     for name, p in theirs.named_parameters():
-        mine = ours.get_parameter(name)
-        assert torch.equal(mine.decode(), p) if isinstance(mine, QTensor) else torch.equal(mine, p.bfloat16()), name
+        for mine in (ours.get_parameter(name), direct.get_parameter(name)):
+            assert torch.equal(mine.decode(), p) if isinstance(mine, QTensor) else torch.equal(mine, p.bfloat16()), name
+    assert torch.equal(ours(hf_models.IDS).logits, direct(hf_models.IDS).logits)
+    direct.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(hf_models.IDS).logits, direct(hf_models.IDS).logits)
+    with pytest.raises(ValueError, match="a GGUF file is quantized already"):
+        load(tmp_path, gguf_file=path.name, quantization_config=AoConfig("int4"))
 
 
 def write_gguf(gguf: Any, path: Path, model: nn.Module, kinds: dict[str, str]) -> None:

@@ -149,6 +149,11 @@ def read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
     return dict(header["tensors"])
 
 
+def quantized_entries(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Those of `read_header` that describe a quantized tensor which the file holds."""
+    return {n: e for n, e in read_header(metadata).items() if e is not None and "same_as" not in e}
+
+
 def stored_names(name: str, entry: Mapping[str, Any] | None) -> Iterator[str]:
     """The stored names of the fields of a tensor, of a nested QTensor the names of its own."""
     if entry is None:

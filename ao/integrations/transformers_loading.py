@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
 from ..dtypes import QTensor
-from ..dtypes.checkpoint import read_header, stored_names, unflatten
+from ..dtypes.checkpoint import quantized_entries, stored_names, unflatten
 from ..quant.job import Job, check_values
 from ..quant.report import Report
 from .foreign.checkpoint import ForeignCheckpoint
@@ -105,13 +105,12 @@ class Stored:
                 raise ValueError(f"{path} is no safetensors file, and ao reads no others; save the model again")
             with safe_open(path, framework="pt") as file:
                 try:
-                    header = read_header(file.metadata() or {})
+                    entries |= quantized_entries(file.metadata() or {})
                 except ValueError as e:
                     raise ValueError(
                         f"{path}: {e}. Its config.json says that ao quantized it; the metadata of the file must have been "
                         "lost on the way, so copy or save it again"
                     ) from None
-                entries.update({n: e for n, e in header.items() if e is not None and "same_as" not in e})
                 names.update(file.keys())
         for name, entry in entries.items():
             lost = [stored for stored in stored_names(name, entry) if stored not in names]

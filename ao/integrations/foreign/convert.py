@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...dtypes import QTensor
 from ...quant import FqnToConfig, Report
-from ...quant.report import Row
 from ..command_line.safetensors_header import read_header, weight_files
 from ..folder_quantizer import Shards, copy_others, skeleton
 from ..target_folder import check_absent, new_folder
@@ -82,8 +81,7 @@ def convert_folder(
             made = checkpoint.make(parameter, get, dtype, shapes[name])
             stored = report.model_bytes - before
             if isinstance(made, QTensor):
-                report.rows.append(Row(name, tuple(made.shape), repr(made.spec), stored, made.nbytes_packed, "rtn"))
-                report.quantized_bytes += made.nbytes_packed
+                report.add_stored(name, made, stored)
                 table[name] = made.spec
             shards.add(name, made)
         for name in sorted(checkpoint.plain):

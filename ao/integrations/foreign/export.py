@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import Float8, FloatX, Intx, QTensor, Spec, dense, packed_dim, unpack
-from ...dtypes.checkpoint import read_header, stored_names, unflatten
+from ...dtypes.checkpoint import quantized_entries, stored_names, unflatten
 from ...quant import Report, is_linear
 from ...quant.report import Row
 from ..command_line.safetensors_header import read_header as read_tensors
@@ -70,7 +70,7 @@ def export_folder(
     for file in files:
         metadata, tensors = read_tensors(file)
         places |= dict.fromkeys(tensors, file)
-        entries |= {n: e for n, e in read_header(metadata).items() if e is not None and "same_as" not in e}
+        entries |= quantized_entries(metadata)
     specs = {name: Spec.from_dict(entry["spec"]) for name, entry in entries.items()}
     for name, entry in entries.items():
         for field, what in _BESIDE.items():

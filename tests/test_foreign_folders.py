@@ -18,7 +18,7 @@ from ao.dtypes import Float8, Intx, QTensor
 from ao.integrations.command_line.program import main
 from ao.integrations.foreign.convert import convert_folder
 from ao.integrations.foreign.export import export_folder
-from ao.integrations.foreign.words import to_words
+from ao.integrations.foreign.words import from_words, to_words
 from ao.integrations.transformers import AoConfig
 
 GROUP = 32
@@ -95,6 +95,96 @@ def make(folder: Path, kind: str) -> nn.Module:
     settings = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
     return model
+
+
+def awq(w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The same numbers as `gptq`, in AWQ's form."""
+    parts, dense = gptq(w)
+    codes = from_words(parts["qweight"].t().contiguous(), 4, w.shape[1]).t()  # (K, N)
+    zeros = from_words(parts["qzeros"], 4, w.shape[0]) + 1
+    words = [to_words(t.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4) for t in (codes, zeros)]
+    return {"qweight": words[0], "qzeros": words[1], "scales": parts["scales"]}, dense
+
+
+MIXTURES: dict[str, Any] = {
+    "gptq": KINDS["gptq"],
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}),
+    "fp8": KINDS["fp8"],
+    "compressed-tensors": KINDS["compressed-tensors"],
+}
+
+
+def make_mixture(folder: Path, kind: str) -> nn.Module:
+    """`make` for a Mixtral, whose files have an expert's weights by themselves, under other names."""
+    torch.manual_seed(0)
+    pack, config = MIXTURES[kind]
+    model = hf_models.mixtral().bfloat16().eval()
+    stored: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            parts: list[tuple[str, Tensor]] = [(name, p)]
+            place = name.replace("mlp", "block_sparse_moe").rpartition(".")[0]
+            if name.endswith("gate_up_proj"):
+                halves = enumerate(p.chunk(2, 1))
+                parts = [(f"{place}.{e}.w{3 if i else 1}.weight", t) for i, half in halves for e, t in enumerate(half)]
+            elif name.endswith("experts.down_proj"):
+                parts = [(f"{place}.{e}.w2.weight", t) for e, t in enumerate(p)]
+            elif not name.endswith("_proj.weight"):
+                stored[name.replace("mlp", "block_sparse_moe")] = p.detach().clone()
+                continue
+            for part, t in parts:
+                fields, dense = pack(t)
+                t.copy_(dense)
+                stored |= {f"{part.removesuffix('weight')}{field}": f for field, f in fields.items()}
+    folder.mkdir(parents=True)
+    save_file({n: t.contiguous() for n, t in stored.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {**model.config.to_dict(), "architectures": ["MixtralForCausalLM"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
+    return model
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts(kind, tmp_path):
+    """Each is stored by itself, and the model has one tensor of all."""
+    dense = make_mixture(tmp_path / "theirs", kind)
+    model = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--json"]) == 0
+    again = load(tmp_path / "ours")
+    for name, p in dense.named_parameters():
+        for mine in (model.get_parameter(name), again.get_parameter(name)):
+            assert isinstance(mine, QTensor) == name.endswith(("_proj", "_proj.weight"))
+            assert torch.equal(mine.dequantize() if isinstance(mine, QTensor) else mine, p), name
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    assert experts.shape == (4, 256, 64) and experts.spec.act is None
+    if kind == "fp8":
+        return  # the activations of its other layers are quantized
+    with torch.no_grad():
+        assert ao.compute_error(dense(hf_models.IDS).logits, model(hf_models.IDS).logits) > 35
+    assert model.generate(hf_models.IDS, max_new_tokens=4, do_sample=False).shape == (1, 14)
+
+
+def test_experts_that_differ(tmp_path):
+    """One without zero points among others, and what cannot be joined."""
+    dense = make_mixture(tmp_path / "theirs", "gptq")
+    name = "model.layers.0.block_sparse_moe.experts.2.w1"
+    middle = to_words(torch.full((2, 128), 7, dtype=torch.uint8), 4)
+    change(tmp_path / "theirs", **{f"{name}.qzeros": middle})
+    model = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    joined, p = model.model.layers[0].mlp.experts.gate_up_proj, dense.model.layers[0].mlp.experts.gate_up_proj
+    assert (joined.zero_point[2, :128] == 8).all() and torch.equal(joined.dequantize()[3], p[3])
+    order = {f"{name}.g_idx": (torch.arange(64) % 2).int()}
+    for tensors, why in (
+        ({f"{name}.{part}": None for part in ("qweight", "qzeros", "scales", "g_idx")}, "cannot be joined"),
+        (order, r"gate_up_proj: model\.layers\.0.* and 7 more cannot be joined"),
+    ):
+        folder = tmp_path / f"{len(tensors)}"
+        make_mixture(folder, "gptq")
+        change(folder, **tensors)
+        with pytest.raises(ValueError, match=why):
+            convert_folder(folder, tmp_path / "out")
+        with pytest.raises(RuntimeError):
+            load(folder, quantization_config=AoConfig("as_stored"))
+        assert not (tmp_path / "out").exists()
 
 
 def load(folder: Path, **kwargs: Any) -> Any:

@@ -15,13 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from ..dtypes import QTensor
 from ..dtypes.checkpoint import quantized_entries, stored_names, unflatten
 from ..quant.job import Job, check_values
 from ..quant.report import Report
 from .foreign.checkpoint import ForeignCheckpoint
+from .joined_parameters import Joined, joined_parameters
 from .mapped_memory import MappedFiles
 
 Plan = Mapping[str, Job]
@@ -141,21 +148,20 @@ class Fields(WeightConverter):
         self, stored: Stored | ForeignCheckpoint, conversions: list[Any], model: Any, hf_quantizer: Any
     ) -> None:
         self.targets: dict[str, tuple[str, str]] = {}  # stored name, after renaming -> parameter, key
-        sources: dict[str, tuple[str, dict[str, str]]] = {}  # parameter -> its name in the files, stored name -> key
-        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        known = model.state_dict()
+        sources: dict[str, tuple[Joined, dict[str, list[str]]]] = {}  # parameter -> how it is made, key -> stored names
         keys: dict[str, str] = {}  # what a stored name ends with -> a name that no other ends with
-        for name in stored.parameters:
-            target, _ = rename_source_key(name, renamings, [], model.base_model_prefix, known)
-            target = name if target not in known and name in known else target
-            if target not in known:
-                continue  # of a part that this model does not have; the loader reports it
-            sources[target] = name, {}
-            for field_ in stored.stored_names(name):
-                end = field_.removeprefix(name.rpartition(".")[0])
-                key = keys.setdefault(end, f"{len(keys)}:")
-                sources[target][1][field_] = key
-                self.targets[rename_source_key(field_, renamings, [])[0]] = target, key
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        for target, joined in joined_parameters(stored.parameters, conversions, model).items():
+            sources[target] = joined, {}
+            for name in joined.names:
+                for field_ in stored.stored_names(name):
+                    end = field_.removeprefix(name.rpartition(".")[0])
+                    key = keys.setdefault(end, f"{len(keys)}:")
+                    sources[target][1].setdefault(key, []).append(field_)
+                    self.targets[rename_source_key(field_, renamings, [])[0]] = target, key
+        for _, by_key in sources.values():
+            for names in by_key.values():
+                names.sort(key=dot_natural_key)  # as the loader reads them
         super().__init__(list(keys.values()) or ["0:"], [""], [Unflatten(stored, sources, hf_quantizer)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightConverter:
@@ -170,12 +176,12 @@ class Fields(WeightConverter):
 
 
 class Unflatten(ConversionOps):
-    """What is stored of one quantized tensor -> the parameter."""
+    """What is stored of the quantized tensors that make up a parameter -> the parameter."""
 
     def __init__(
         self,
         stored: Stored | ForeignCheckpoint,
-        sources: Mapping[str, tuple[str, Mapping[str, str]]],
+        sources: Mapping[str, tuple[Joined, Mapping[str, list[str]]]],
         hf_quantizer: Any,
     ) -> None:
         self.hf_quantizer = hf_quantizer  # by this attribute the loader knows to leave the dtype of the fields alone
@@ -189,11 +195,11 @@ class Unflatten(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """input_dict: key -> a list of one plain tensor."""
+        """input_dict: key -> a list of plain tensors."""
         refuse_sharded(model, full_layer_name)
-        name, keys = self.sources[full_layer_name]
-        parameter = model.get_parameter_or_buffer(full_layer_name)
-        q = self.stored.make(name, lambda stored: input_dict[keys[stored]][0], parameter.dtype, parameter.shape)
+        joined, keys = self.sources[full_layer_name]
+        tensors = {name: t for key, names in keys.items() for name, t in zip(names, input_dict[key])}
+        q = joined.make(full_layer_name, model, self.stored, tensors.__getitem__)
         return {full_layer_name: nn.Parameter(q, requires_grad=False)}
 
 

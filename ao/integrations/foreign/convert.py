@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ...dtypes import QTensor
 from ...quant import FqnToConfig, Report
 from ..command_line.safetensors_header import read_header, weight_files
 from ..folder_quantizer import Shards, copy_others, skeleton
+from ..joined_parameters import joined_parameters
 from ..target_folder import check_absent, new_folder
 from ..transformers import AoConfig
 from .checkpoint import ForeignCheckpoint, quantization_config
@@ -40,8 +42,8 @@ def convert_folder(
     progress: called with the bytes of every stored tensor that is done.
 
     Returns a report of what each parameter is now. Raises FileNotFoundError and FileExistsError for wrong folders, and ValueError
-    for a folder that is not quantized, for a format that is not read, for tensors that do not fit, and for a model whose tensors
-    transformers renames or joins as it loads them. Nothing is left behind then.
+    for a folder that is not quantized, for a format that is not read, for tensors that do not fit, and for experts that cannot be
+    joined as they are stored. Nothing is left behind then.
     """
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json; give the folder of a Hugging Face model")
@@ -60,9 +62,10 @@ def convert_folder(
         metadata |= told
     checkpoint = ForeignCheckpoint(config, places, metadata)
     model = skeleton(source)
-    shapes = {name: p.shape for name, p in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    names = _names_of(model, checkpoint.parameters, shapes, source)
-    dtype = _dtype_of(model)
+    made_of = joined_parameters(checkpoint.parameters, get_model_conversion_mapping(model), model)
+    if lost := set(checkpoint.parameters).difference(*(joined.names for joined in made_of.values())):
+        raise ValueError(f"{source}: the model has no parameter for {min(lost)!r}, which the files hold quantized")
+    model.to(_dtype_of(model))
     report, table = Report(), dict[str, Any]()
     with contextlib.ExitStack() as stack, new_folder(target) as part:
         handles = {file: stack.enter_context(_open(file)) for file in files}
@@ -75,10 +78,9 @@ def convert_folder(
             return t
 
         shards = Shards(part, max_shard_bytes)
-        for parameter in checkpoint.parameters:
+        for name, joined in made_of.items():
             before = report.model_bytes
-            name = names[parameter]
-            made = checkpoint.make(parameter, get, dtype, shapes[name])
+            made = joined.make(name, model, checkpoint, get)
             stored = report.model_bytes - before
             if isinstance(made, QTensor):
                 report.add_stored(name, made, stored)
@@ -109,18 +111,3 @@ def _dtype_of(model: Any) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.bfloat16
-
-
-def _names_of(model: Any, parameters: list[str], shapes: dict[str, Any], source: Path) -> dict[str, str]:
-    """Parameter as the files name it -> the model's own name for it."""
-    prefix = getattr(model, "base_model_prefix", "")
-    names = {}
-    for parameter in parameters:
-        found = next((n for n in (parameter, f"{prefix}.{parameter}") if n in shapes), None)
-        if found is None:
-            raise ValueError(
-                f"{source}: the model has no parameter {parameter!r}: transformers renames or joins some of this model's "
-                "tensors as it loads them, and those of a quantized one cannot be joined"
-            )
-        names[parameter] = found
-    return names

@@ -1,4 +1,4 @@
-"""Folders that the other libraries themselves write: loaded packed, in the memory of their files, with the text of their own decode.
+"""Folders that the other libraries write: loaded packed, in the memory of their files, with the text of their own decode.
 
 Each runs where its library is installed; CONTRIBUTING.md says how. torchao's is in test_foreign_torchao.py.
 """

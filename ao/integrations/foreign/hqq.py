@@ -19,10 +19,10 @@ from torch import Tensor
 from ...dtypes import Intx, QTensor, pack, pack_dim
 from .reader import Reader, Source
 
-_SETTINGS = frozenset(
-    ("group_size", "packing", "view_as_float", "unpack_view_dtype", "quant_scale", "quant_zero", "compute_dtype")
-    + ("offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero")
-)
+_SETTINGS = frozenset({
+    "group_size", "packing", "view_as_float", "unpack_view_dtype", "quant_scale", "quant_zero", "compute_dtype",
+    "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
+})  # fmt: skip
 """What is stored of a layer besides, for its own library."""
 
 

@@ -42,6 +42,7 @@ from .config_names import AS_STORED, AUTOQUANT, read_quant_type
 from .foreign.checkpoint import ForeignCheckpoint, quantization_config
 from .mapped_memory import MappedFiles
 from .redirect import redirect
+from .stored_tensors import StoredTensors, only_safetensors
 from .transformers_layers import embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
 
@@ -435,16 +436,7 @@ def rules_of(model: nn.Module) -> FqnToConfig:
 
 def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
     """The checkpoint in these files. Raises ValueError for files that are not safetensors, and for what no reader knows."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    metadata: dict[str, str] = {}
-    for path in files:
-        if not path.endswith(".safetensors"):
-            raise ValueError(f"{path} is no safetensors file, and ao reads no others")
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-            metadata.update(file.metadata() or {})
+    stored = StoredTensors(only_safetensors(files))
     folder = Path(files[0]).parent if files else Path()
     config = quantization_config(folder) if files else None
     if config is None:
@@ -452,7 +444,8 @@ def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
             f"AoConfig: quant_type='as_stored' is for checkpoints that another library has quantized, and {folder} says "
             "nothing of it; give a config such as 'int4_weight_only'"
         )
-    return ForeignCheckpoint(config, names, metadata)
+    metadata = {name: text for each in stored.metadata for name, text in each.items()}
+    return ForeignCheckpoint(config, stored.names, metadata)
 
 
 def _merge_quantization_configs(cls: Any, stored: Any, given: Any) -> Any:

@@ -30,6 +30,7 @@ from ..quant.report import Report
 from .foreign.checkpoint import ForeignCheckpoint
 from .joined_parameters import Joined, joined_parameters
 from .mapped_memory import MappedFiles
+from .stored_tensors import StoredTensors, only_safetensors
 
 Plan = Mapping[str, Job]
 """Full name of a parameter -> its job."""
@@ -103,29 +104,23 @@ class Stored:
     @classmethod
     def of(cls, files: list[str]) -> Stored:
         """Read the headers. Raises ValueError if a file has none, or lacks tensors that its header describes."""
-        from safetensors import safe_open
-
+        stored = StoredTensors(only_safetensors(files))
         entries: dict[str, dict[str, Any]] = {}
-        names: set[str] = set()
-        for path in files:
-            if not path.endswith(".safetensors"):
-                raise ValueError(f"{path} is no safetensors file, and ao reads no others; save the model again")
-            with safe_open(path, framework="pt") as file:
-                try:
-                    entries |= quantized_entries(file.metadata() or {})
-                except ValueError as e:
-                    raise ValueError(
-                        f"{path}: {e}. Its config.json says that ao quantized it; the metadata of the file must have been "
-                        "lost on the way, so copy or save it again"
-                    ) from None
-                names.update(file.keys())
+        for path, metadata in zip(files, stored.metadata):
+            try:
+                entries |= quantized_entries(metadata)
+            except ValueError as e:
+                raise ValueError(
+                    f"{path}: {e}. Its config.json says that ao quantized it; the metadata of the file must have been "
+                    "lost on the way, so copy or save it again"
+                ) from None
         for name, entry in entries.items():
-            lost = [stored for stored in stored_names(name, entry) if stored not in names]
+            lost = [field_ for field_ in stored_names(name, entry) if field_ not in stored.names]
             if lost:
                 raise ValueError(
                     f"the checkpoint in {Path(files[0]).parent} lacks {lost}; copy or save all files again"
                 )
-        return cls(entries, names)
+        return cls(entries, frozenset(stored.names))
 
     def make_room(self, model: nn.Module) -> None:
         """A bias for the layers that have one in the checkpoint only: some recipes add it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model_folder import read_config, read_object
 from . import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats, torchao
 from .reader import Reader, Source, reader_for
 
@@ -62,7 +62,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
 
     Raises ValueError for a file that is no JSON object.
     """
-    config = _json(folder / "config.json")
+    config = read_config(folder)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             return dict(config[key])
@@ -70,17 +70,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     if text.get("quantization_config"):
         return dict(text["quantization_config"])
     if (folder / "hf_quant_config.json").is_file():
-        return {"quant_method": "modelopt", **_json(folder / "hf_quant_config.json")}
+        return {"quant_method": "modelopt", **read_object(folder / "hf_quant_config.json")}
     if (folder / "quanto_qmap.json").is_file():
         return {"quant_method": "quanto"}
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return found

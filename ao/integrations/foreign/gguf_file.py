@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...dtypes import QTensor
 from ...quant import FqnToConfig, Report
-from ..folder_quantizer import Shards
 from ..target_folder import check_absent, new_folder
 from ..transformers import AoConfig
+from ..written_folder import Shards
 from .gguf import TYPES, tensor_of
 
 __all__ = ["GGUFFile", "convert_gguf"]

@@ -72,5 +72,5 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     if (folder / "hf_quant_config.json").is_file():
         return {"quant_method": "modelopt", **read_object(folder / "hf_quant_config.json")}
     if (folder / "quanto_qmap.json").is_file():
-        return {"quant_method": "quanto"}
+        return {"quant_method": "quanto", "modules": read_object(folder / "quanto_qmap.json")}
     return None

@@ -45,6 +45,8 @@ class CompressedTensors(Reader):
         "input_zero_point",
         "input_global_scale",
     )
+    integers = ("weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx")
+    floats = ("weight_global_scale", "input_scale")
 
     def group_of(self, module: str) -> Mapping[str, Any]:
         """The group of `config_groups` that a layer belongs to. A target is "re:" and a pattern, a name, or the name of a class,

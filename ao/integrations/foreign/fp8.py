@@ -26,6 +26,7 @@ class FP8(Reader):
     methods = ("fp8", "fbgemm_fp8")
     main = "weight_scale_inv"
     others = ("weight", "input_scale", "activation_scale")
+    floats = ("weight", "weight_scale_inv", "weight_scale", "input_scale")
 
     def __init__(self, config: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(config, metadata)

@@ -32,6 +32,8 @@ class HQQ(Reader):
     methods = ("hqq",)
     main = "W_q"
     others = ("scale", "zero", "nbits", "shape", "axis")
+    integers = ("nbits", "shape")
+    floats = ("scale", "zero")
 
     def ignored(self, names: Collection[str]) -> set[str]:
         layers = {name.removesuffix("W_q") for name in names if name.endswith(".W_q")}

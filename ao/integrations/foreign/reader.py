@@ -6,14 +6,15 @@ can be read tensor by tensor. What it gives decodes to what the format's own dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...dtypes import Intx, QTensor, Spec, pack, pack_dim
+from ...dtypes import Intx, QTensor, Spec, blank, pack, pack_dim
+from ...dtypes.checkpoint import fits
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Reader:
     metadata: of the files, all together.
     methods: the values of `quant_method` that it reads.
     main: what the name of the tensor ends with that says a parameter is quantized. others: what its other tensors may end with.
+    integers, floats: parts that hold integers, and floating-point numbers; those in neither may hold both.
     """
 
     methods: ClassVar[tuple[str, ...]]
     main: ClassVar[str]
     others: ClassVar[tuple[str, ...]] = ()
+    integers: ClassVar[tuple[str, ...]] = ()
+    floats: ClassVar[tuple[str, ...]] = ()
     registry: ClassVar[dict[str, type[Reader]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -53,6 +57,7 @@ class Reader:
     def __init__(self, config: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         self.config = config
         self.metadata = metadata or {}
+        self.checked: set[Hashable] = set()
 
     def sources(self, names: Collection[str]) -> Iterator[Source]:
         """The quantized parameters among stored names. A stored name is in one of them, or is that of a plain tensor."""
@@ -87,7 +92,13 @@ class Reader:
         """
         parts = {part: get(name) for part, name in source.parts.items()}
         try:
+            for part, t in parts.items():
+                if (part in self.integers and (t.is_floating_point() or t.is_complex())) or (
+                    part in self.floats and not t.is_floating_point()
+                ):
+                    raise ValueError(f"{part} is of {t.dtype}")
             made = self.make(source, parts, dtype, shape)
+            self.check(made)
             if shape is not None and made.shape != shape:
                 raise ValueError(f"they are of shape {tuple(made.shape)}, and the model's is {tuple(shape)}")
             return made
@@ -96,6 +107,19 @@ class Reader:
             raise ValueError(
                 f"{source.parameter}: cannot read its {self.methods[0]} tensors ({shapes}): {error}"
             ) from error
+
+    def check(self, made: Tensor) -> None:
+        """Raise ValueError for a tensor whose fields do not fit one another."""
+        if not isinstance(made, QTensor):
+            return
+        form = (made.spec, made.shape, *((name, t.shape, t.dtype) for name, t in made.fields().items()))
+        if form in self.checked:
+            return
+        codes = [(name, t) for name, t in made.fields().items() if made.roles[name] == "elements"]
+        wanted = blank(made.spec, tuple(made.shape)).fields() if codes else {}
+        if any(t.dtype != wanted[name].dtype for name, t in codes) or not fits(made):
+            raise ValueError("they do not fit one another")
+        self.checked.add(form)
 
     def make(self, source: Source, parts: dict[str, Tensor], dtype: torch.dtype, shape: torch.Size | None) -> Tensor:
         """The parameter of its tensors, by part."""
@@ -150,6 +174,8 @@ def integers(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int,
     codes: (..., N, K), signed. scale: one per block, of the rank of `codes`. zero_point: like it, integers or floating point;
         None, or all 0, makes a symmetric tensor.
     """
+    if codes.is_floating_point():
+        raise ValueError(f"codes are of {codes.dtype}")
     block = blocks_of(codes.shape, scale)
     scale_dtype = str(scale.dtype).removeprefix("torch.")
     if zero_point is not None and bits > 1 and bool((zero_point == 0).all()):

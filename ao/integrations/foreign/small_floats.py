@@ -26,6 +26,7 @@ class MXFP4Experts(Reader):
     methods = ("mxfp4",)
     main = "_blocks"
     others = ("_scales",)
+    integers = ("_blocks", "_scales")
 
     def parameter_of(self, stem: str) -> str:
         return stem
@@ -41,6 +42,7 @@ class ModelOpt(Reader):
     methods = ("modelopt",)
     main = "weight_scale"
     others = ("weight", "weight_scale_2", "input_scale")
+    floats = ("weight_scale", "weight_scale_2", "input_scale")
 
     def __init__(self, config: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         inner = config.get("quantization", config)

@@ -35,6 +35,7 @@ class TorchAO(Reader):
 
     methods = ("torchao",)
     main = ""
+    floats = ("scale", "scale_and_zero", "per_tensor_scale", "act_pre_scale", "act_quant_scale")
 
     def sources(self, names: Collection[str]) -> Iterator[Source]:
         self.entries: dict[str, dict[str, Any]] = {}
@@ -120,11 +121,20 @@ def _activation(given: Mapping[str, Any] | None) -> Spec | None:
 _FLOATS: dict[str, Any] = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 
+def _check_grid(t: Tensor, scale: Tensor, data: Mapping[str, Any]) -> None:
+    """Raise ValueError for scales that are not those of the blocks that are told of."""
+    block = data.get("block_size")
+    if block and [n // b for n, b in zip(t.shape, block)] != list(scale.shape):
+        raise ValueError(f"scales of shape {tuple(scale.shape)} are not those of blocks of {block}")
+
+
 def _int8(parts: Parts, data: Mapping[str, Any], dtype: torch.dtype) -> QTensor:
+    _check_grid(parts["qdata"], parts["scale"], data)
     return integers(parts["qdata"], parts["scale"], parts.get("zero_point"), 8, dtype)
 
 
 def _intx(parts: Parts, data: Mapping[str, Any], dtype: torch.dtype) -> QTensor:
+    _check_grid(parts["qdata"], parts["scale"], data)
     bits = int(data["target_dtype"].removeprefix("int"))
     return integers(parts["qdata"], parts["scale"], parts["zero_point"], bits, dtype)
 
@@ -133,6 +143,7 @@ def _float8(parts: Parts, data: Mapping[str, Any], dtype: torch.dtype) -> QTenso
     qdata, scale = parts["qdata"], parts["scale"].float()
     form = _FLOATS[str(qdata.dtype).removeprefix("torch.")]
     scale = scale.reshape((1,) * qdata.dim()) if scale.numel() == 1 else scale
+    _check_grid(qdata, scale, data)
     return Float8(form, blocks_of(qdata.shape, scale)).wrap({"qdata": qdata, "scale": scale}, dtype, qdata.shape)
 
 

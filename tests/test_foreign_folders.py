@@ -18,6 +18,7 @@ from ao.dtypes import Float8, Intx, QTensor
 from ao.integrations.command_line.program import main
 from ao.integrations.foreign.convert import convert_folder
 from ao.integrations.foreign.export import export_folder
+from ao.integrations.foreign.gguf_file import convert_gguf
 from ao.integrations.foreign.words import from_words, to_words
 from ao.integrations.transformers import AoConfig
 
@@ -384,6 +385,13 @@ def test_what_is_not_for_it(tmp_path):
     (tmp_path / "theirs/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="and this one is of 'aqlm'"):
         convert_folder(tmp_path / "theirs", tmp_path / "out")
+    stored = load_file(tmp_path / "theirs/model.safetensors")
+    (tmp_path / "theirs/model.safetensors").unlink()
+    torch.save(stored, tmp_path / "theirs/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is no safetensors file, and ao reads no others"):
+        load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    with pytest.raises(FileNotFoundError, match="which is a pickle, and ao reads none"):
+        convert_folder(tmp_path / "theirs", tmp_path / "out")
     load(tmp_path / "plain", quantization_config=AoConfig(Intx(8))).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match="a folder of ao's already"):
         convert_folder(tmp_path / "ours", tmp_path / "out")
@@ -413,6 +421,28 @@ def test_gguf_file(tmp_path, capsys):
     assert torch.equal(load(tmp_path / "saved")(hf_models.IDS).logits, direct(hf_models.IDS).logits)
     with pytest.raises(ValueError, match="a GGUF file is quantized already"):
         load(tmp_path, gguf_file=path.name, quantization_config=AoConfig("int4"))
+
+
+def test_bad_gguf_files(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    good, bad = tmp_path / "good.gguf", tmp_path / "bad.gguf"
+    model = hf_models.llama(hidden_size=256, intermediate_size=256, num_key_value_heads=2, head_dim=64)
+    write_gguf(gguf, good, model, {})
+    octets = good.read_bytes()
+    model.config.intermediate_size = 512
+    write_gguf(gguf, tmp_path / "other.gguf", model, {})
+    for content, why in (
+        (octets[:-1000], "is cut short"),
+        (octets[:100], "is no GGUF file, or is cut short"),
+        (b"GGML" + octets[4:], "is no GGUF file"),
+        ((tmp_path / "other.gguf").read_bytes(), r"blk\.0\.ffn_gate\.weight is of shape \(256, 256\)"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=why):
+            convert_gguf(bad, tmp_path / "out")
+        with pytest.raises(Exception):  # noqa: B017  of transformers, which reads the config first
+            load(tmp_path, gguf_file="bad.gguf", quantization_config=AoConfig("as_stored"))
+        assert not (tmp_path / "out").exists()
 
 
 def write_gguf(gguf: Any, path: Path, model: nn.Module, kinds: dict[str, str]) -> None:

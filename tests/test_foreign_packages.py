@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from test_foreign_folders import load, write_gguf
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from ao.dtypes import QTensor
 from ao.integrations.foreign.convert import convert_folder
@@ -141,7 +142,35 @@ def gguf(kinds: dict[str, str]) -> Callable[[Path], Made]:
     return make
 
 
+def gptqmodel(**settings: Any) -> Callable[[Path], Made]:
+    def make(folder: Path) -> Made:
+        library = importlib.import_module("gptqmodel")
+        library._default_cpu_workers = lambda: 2  # fewer, as on a small machine, are refused
+        plain = folder.parent / "plain"
+        llama().half().save_pretrained(plain)
+        hf_models.add_words(plain)
+        PreTrainedTokenizerFast(tokenizer_file=str(plain / "tokenizer.json"), unk_token="w0").save_pretrained(plain)
+        model = library.GPTQModel.load(str(plain), library.QuantizeConfig(**settings), device="cpu")
+        ids = torch.randint(1, 96, (16, 1, 64), generator=torch.Generator().manual_seed(0))
+        model.quantize([{"input_ids": t, "attention_mask": torch.ones_like(t)} for t in ids], batch_size=1)
+        model.save(str(folder))
+        theirs = library.GPTQModel.load(
+            str(folder), backend=library.BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16
+        )
+        dense = llama().half()
+        for name, layer in linear_layers(dense):
+            layer.weight.data = theirs.model.get_submodule(name).dequantize_weight().t().contiguous()
+        return dense, {}
+
+    return make
+
+
 FOLDERS: dict[str, tuple[str, Callable[[Path], Made]]] = {
+    "gptqmodel-4": ("gptqmodel", gptqmodel(bits=4, group_size=32)),
+    "gptqmodel-4-desc_act": (
+        "gptqmodel",
+        gptqmodel(bits=4, group_size=32, desc_act=True, act_group_aware=False),
+    ),
     "hqq-8": ("hqq", hqq(8)),
     "hqq-4": ("hqq", hqq(4)),
     "hqq-3": ("hqq", hqq(3)),

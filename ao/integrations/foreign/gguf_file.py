@@ -74,6 +74,7 @@ class GGUFFile:
         self.reader, self.kinds, self.dequantize = _open(source)
         model, self.processor, self.mapping, self.parsed = _model_of(source)
         self.config = model.config
+        self.shapes = {name: t.shape for name, t in model.state_dict().items()}
         self.config.dtype = dtype
         self.decoded: dict[str, list[str]] = {}
 
@@ -83,7 +84,13 @@ class GGUFFile:
             kind = self.kinds(tensor.tensor_type).name
             found = self._packed(tensor, kind) or self._dense(tensor, kind)
             if found is not None:
-                yield *found, tensor.data.nbytes
+                name, t = found
+                if name in self.shapes and t.shape != self.shapes[name]:
+                    raise ValueError(
+                        f"{tensor.name} is of shape {tuple(t.shape)}, and {name} of the model that the file tells of is "
+                        f"{tuple(self.shapes[name])}; the file is damaged, or of another model"
+                    )
+                yield name, t, tensor.data.nbytes
             if progress is not None:
                 progress(tensor.data.nbytes)
         for name, t in self.parsed.get("tensors", {}).items():  # what was put together from several, such as experts

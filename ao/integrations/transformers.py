@@ -444,8 +444,7 @@ def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
             f"AoConfig: quant_type='as_stored' is for checkpoints that another library has quantized, and {folder} says "
             "nothing of it; give a config such as 'int4_weight_only'"
         )
-    metadata = {name: text for each in stored.metadata for name, text in each.items()}
-    return ForeignCheckpoint(config, stored.names, metadata)
+    return ForeignCheckpoint.of(config, stored)
 
 
 def _merge_quantization_configs(cls: Any, stored: Any, given: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model_folder import read_config, read_object
+from ..stored_tensors import StoredTensors
 from . import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats, torchao
 from .reader import Reader, Source, reader_for
 
@@ -35,6 +36,11 @@ class ForeignCheckpoint:
                 f"the config says quant_method {config.get('quant_method')!r}, and the files hold no tensor of such a weight"
             )
         self.ignored = self.reader.ignored(self.names)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], stored: StoredTensors) -> ForeignCheckpoint:
+        """The quantized parameters in the files of a folder."""
+        return cls(config, stored.names, {name: text for each in stored.metadata for name, text in each.items()})
 
     @property
     def parameters(self) -> list[str]:

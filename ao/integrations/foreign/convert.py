@@ -59,8 +59,7 @@ def convert_folder(
             progress(nbytes)
 
     stored = StoredTensors(weight_files(source), count)
-    metadata = {name: text for each in stored.metadata for name, text in each.items()}
-    checkpoint = ForeignCheckpoint(config, stored.names, metadata)
+    checkpoint = ForeignCheckpoint.of(config, stored)
     model = skeleton(source)
     made_of = joined_parameters(checkpoint.parameters, get_model_conversion_mapping(model), model)
     if lost := set(checkpoint.parameters).difference(*(joined.names for joined in made_of.values())):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import ao
 from ao.dtypes import Float8, Intx, QTensor
+from ao.integrations.command_line.inspect_checkpoint import inspect
 from ao.integrations.command_line.program import main
 from ao.integrations.foreign.convert import convert_folder
 from ao.integrations.foreign.export import export_folder
@@ -225,6 +226,10 @@ def test_convert(kind, tmp_path, capsys):
     sizes = [sum(layer[key] for layer in told["layers"]) for key in ("bytes_before", "bytes_after")]
     assert len(told["layers"]) == 14 and sizes[1] < 1.03 * sizes[0]
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["LICENSE", "config.json", "model.safetensors"]
+    rows = {row.name: row for row in inspect(tmp_path / "theirs")}
+    assert set(rows) == {name for name, _ in dense.named_parameters()}
+    told = rows["model.layers.0.mlp.up_proj.weight"]
+    assert told.format.startswith(f"{kind}: ") and told.shape == (128, 64) and told.bits < 10
     model = load(tmp_path / "ours")
     for name, p in dense.named_parameters():
         mine = model.get_parameter(name)

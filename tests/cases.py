@@ -112,6 +112,7 @@ CASES = [
     Case(Ternary((1, 64), "bits", "bfloat16"), 0.50800),
     Case(Ternary(act=Intx(8, narrow=True)), 0.51213),
     Case(Shifted(4, (1, 32), scale_dtype="float16"), 0.07836),
+    Case(Shifted(4, (1, 32), centered=True, scale_dtype="bfloat16"), 0.07837),
     Case(Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 2), narrow=True, scale_dtype="float16")), 0.02192),
     Case(Shifted(5, (1, 32), scale_spec=BYTE_SCALES, shift_spec=BYTE_SCALES), 0.03790),
 ]

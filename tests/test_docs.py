@@ -29,10 +29,12 @@ PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTR
 RUN = [
     page
     for page in PAGES
-    if "```python\n" in page.read_text() and page.stem not in ("huggingface", "CONTRIBUTING") and page.name != "api.md"
+    if "```python\n" in page.read_text()
+    and page.stem not in ("huggingface", "serving", "CONTRIBUTING")
+    and page.name != "api.md"
 ]
 """Blocks marked `python`, and lines of `bash` that begin with `ao ` or `eval`, run as they stand, in order, in an empty
-folder. The page on Hugging Face has a test of its own, test_docs_huggingface.py."""
+folder. The pages on Hugging Face and on serving have tests of their own, test_docs_huggingface.py and test_docs_serving.py."""
 INSTALLS = ("README.md", "quickstart.md", "performance.md", "CONTRIBUTING.md")
 """Pages with lines of `bash` that set up a machine or measure one."""
 

@@ -89,6 +89,7 @@ STRUCTURAL = {
     "select": lambda t: t[3],
     "cat rows": lambda t: torch.cat([t, t]),
     "cat cols": lambda t: torch.cat([t, t], 1),
+    "stack": lambda t: torch.stack([t, t]),
     "t": lambda t: t.t(),
     "transpose twice": lambda t: t.transpose(0, 1).transpose(0, 1),
     "permute": lambda t: t.permute(1, 0),

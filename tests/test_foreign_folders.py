@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import ao
 from ao.dtypes import Float8, Intx, QTensor
+from ao.integrations.command_line.inspect_checkpoint import inspect
 from ao.integrations.command_line.program import main
 from ao.integrations.foreign.convert import convert_folder
 from ao.integrations.foreign.export import export_folder
-from ao.integrations.foreign.words import to_words
+from ao.integrations.foreign.gguf_file import convert_gguf
+from ao.integrations.foreign.words import from_words, to_words
 from ao.integrations.transformers import AoConfig
 
 GROUP = 32
@@ -97,6 +99,96 @@ def make(folder: Path, kind: str) -> nn.Module:
     return model
 
 
+def awq(w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The same numbers as `gptq`, in AWQ's form."""
+    parts, dense = gptq(w)
+    codes = from_words(parts["qweight"].t().contiguous(), 4, w.shape[1]).t()  # (K, N)
+    zeros = from_words(parts["qzeros"], 4, w.shape[0]) + 1
+    words = [to_words(t.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4) for t in (codes, zeros)]
+    return {"qweight": words[0], "qzeros": words[1], "scales": parts["scales"]}, dense
+
+
+MIXTURES: dict[str, Any] = {
+    "gptq": KINDS["gptq"],
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}),
+    "fp8": KINDS["fp8"],
+    "compressed-tensors": KINDS["compressed-tensors"],
+}
+
+
+def make_mixture(folder: Path, kind: str) -> nn.Module:
+    """`make` for a Mixtral, whose files have an expert's weights by themselves, under other names."""
+    torch.manual_seed(0)
+    pack, config = MIXTURES[kind]
+    model = hf_models.mixtral().bfloat16().eval()
+    stored: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            parts: list[tuple[str, Tensor]] = [(name, p)]
+            place = name.replace("mlp", "block_sparse_moe").rpartition(".")[0]
+            if name.endswith("gate_up_proj"):
+                halves = enumerate(p.chunk(2, 1))
+                parts = [(f"{place}.{e}.w{3 if i else 1}.weight", t) for i, half in halves for e, t in enumerate(half)]
+            elif name.endswith("experts.down_proj"):
+                parts = [(f"{place}.{e}.w2.weight", t) for e, t in enumerate(p)]
+            elif not name.endswith("_proj.weight"):
+                stored[name.replace("mlp", "block_sparse_moe")] = p.detach().clone()
+                continue
+            for part, t in parts:
+                fields, dense = pack(t)
+                t.copy_(dense)
+                stored |= {f"{part.removesuffix('weight')}{field}": f for field, f in fields.items()}
+    folder.mkdir(parents=True)
+    save_file({n: t.contiguous() for n, t in stored.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {**model.config.to_dict(), "architectures": ["MixtralForCausalLM"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
+    return model
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts(kind, tmp_path):
+    """Each is stored by itself, and the model has one tensor of all."""
+    dense = make_mixture(tmp_path / "theirs", kind)
+    model = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--json"]) == 0
+    again = load(tmp_path / "ours")
+    for name, p in dense.named_parameters():
+        for mine in (model.get_parameter(name), again.get_parameter(name)):
+            assert isinstance(mine, QTensor) == name.endswith(("_proj", "_proj.weight"))
+            assert torch.equal(mine.dequantize() if isinstance(mine, QTensor) else mine, p), name
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    assert experts.shape == (4, 256, 64) and experts.spec.act is None
+    if kind == "fp8":
+        return  # the activations of its other layers are quantized
+    with torch.no_grad():
+        assert ao.compute_error(dense(hf_models.IDS).logits, model(hf_models.IDS).logits) > 35
+    assert model.generate(hf_models.IDS, max_new_tokens=4, do_sample=False).shape == (1, 14)
+
+
+def test_experts_that_differ(tmp_path):
+    """One without zero points among others, and what cannot be joined."""
+    dense = make_mixture(tmp_path / "theirs", "gptq")
+    name = "model.layers.0.block_sparse_moe.experts.2.w1"
+    middle = to_words(torch.full((2, 128), 7, dtype=torch.uint8), 4)
+    change(tmp_path / "theirs", **{f"{name}.qzeros": middle})
+    model = load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    joined, p = model.model.layers[0].mlp.experts.gate_up_proj, dense.model.layers[0].mlp.experts.gate_up_proj
+    assert (joined.zero_point[2, :128] == 8).all() and torch.equal(joined.dequantize()[3], p[3])
+    order = {f"{name}.g_idx": (torch.arange(64) % 2).int()}
+    for tensors, why in (
+        ({f"{name}.{part}": None for part in ("qweight", "qzeros", "scales", "g_idx")}, "cannot be joined"),
+        (order, r"gate_up_proj: model\.layers\.0.* and 7 more cannot be joined"),
+    ):
+        folder = tmp_path / f"{len(tensors)}"
+        make_mixture(folder, "gptq")
+        change(folder, **tensors)
+        with pytest.raises(ValueError, match=why):
+            convert_folder(folder, tmp_path / "out")
+        with pytest.raises(RuntimeError):
+            load(folder, quantization_config=AoConfig("as_stored"))
+        assert not (tmp_path / "out").exists()
+
+
 def load(folder: Path, **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
 
@@ -134,6 +226,10 @@ def test_convert(kind, tmp_path, capsys):
     sizes = [sum(layer[key] for layer in told["layers"]) for key in ("bytes_before", "bytes_after")]
     assert len(told["layers"]) == 14 and sizes[1] < 1.03 * sizes[0]
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["LICENSE", "config.json", "model.safetensors"]
+    rows = {row.name: row for row in inspect(tmp_path / "theirs")}
+    assert set(rows) == {name for name, _ in dense.named_parameters()}
+    told = rows["model.layers.0.mlp.up_proj.weight"]
+    assert told.format.startswith(f"{kind}: ") and told.shape == (128, 64) and told.bits < 10
     model = load(tmp_path / "ours")
     for name, p in dense.named_parameters():
         mine = model.get_parameter(name)
@@ -294,6 +390,13 @@ def test_what_is_not_for_it(tmp_path):
     (tmp_path / "theirs/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="and this one is of 'aqlm'"):
         convert_folder(tmp_path / "theirs", tmp_path / "out")
+    stored = load_file(tmp_path / "theirs/model.safetensors")
+    (tmp_path / "theirs/model.safetensors").unlink()
+    torch.save(stored, tmp_path / "theirs/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is no safetensors file, and ao reads no others"):
+        load(tmp_path / "theirs", quantization_config=AoConfig("as_stored"))
+    with pytest.raises(FileNotFoundError, match="which is a pickle, and ao reads none"):
+        convert_folder(tmp_path / "theirs", tmp_path / "out")
     load(tmp_path / "plain", quantization_config=AoConfig(Intx(8))).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match="a folder of ao's already"):
         convert_folder(tmp_path / "ours", tmp_path / "out")
@@ -313,9 +416,38 @@ def test_gguf_file(tmp_path, capsys):
     assert len(told["layers"]) == 13 and "stored decoded, in bfloat16: TQ2_0: blk.0.ffn_down.weight" in told["notes"][0]
     theirs = load(tmp_path, gguf_file=path.name, dtype=torch.float32)
     ours = load(tmp_path / "out")
+    direct = load(tmp_path, gguf_file=path.name, quantization_config=AoConfig("as_stored"))
+    assert "TQ2_0: blk.0.ffn_down.weight" in direct.hf_quantizer.report.notes[0]
     for name, p in theirs.named_parameters():
-        mine = ours.get_parameter(name)
-        assert torch.equal(mine.decode(), p) if isinstance(mine, QTensor) else torch.equal(mine, p.bfloat16()), name
+        for mine in (ours.get_parameter(name), direct.get_parameter(name)):
+            assert torch.equal(mine.decode(), p) if isinstance(mine, QTensor) else torch.equal(mine, p.bfloat16()), name
+    assert torch.equal(ours(hf_models.IDS).logits, direct(hf_models.IDS).logits)
+    direct.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(hf_models.IDS).logits, direct(hf_models.IDS).logits)
+    with pytest.raises(ValueError, match="a GGUF file is quantized already"):
+        load(tmp_path, gguf_file=path.name, quantization_config=AoConfig("int4"))
+
+
+def test_bad_gguf_files(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    good, bad = tmp_path / "good.gguf", tmp_path / "bad.gguf"
+    model = hf_models.llama(hidden_size=256, intermediate_size=256, num_key_value_heads=2, head_dim=64)
+    write_gguf(gguf, good, model, {})
+    octets = good.read_bytes()
+    model.config.intermediate_size = 512
+    write_gguf(gguf, tmp_path / "other.gguf", model, {})
+    for content, why in (
+        (octets[:-1000], "is cut short"),
+        (octets[:100], "is no GGUF file, or is cut short"),
+        (b"GGML" + octets[4:], "is no GGUF file"),
+        ((tmp_path / "other.gguf").read_bytes(), r"blk\.0\.ffn_gate\.weight is of shape \(256, 256\)"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=why):
+            convert_gguf(bad, tmp_path / "out")
+        with pytest.raises(Exception):  # noqa: B017  of transformers, which reads the config first
+            load(tmp_path, gguf_file="bad.gguf", quantization_config=AoConfig("as_stored"))
+        assert not (tmp_path / "out").exists()
 
 
 def write_gguf(gguf: Any, path: Path, model: nn.Module, kinds: dict[str, str]) -> None:

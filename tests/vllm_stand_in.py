@@ -5,6 +5,7 @@ Written from vLLM's interface, for tests only: `install()` puts it into `sys.mod
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from typing import Any
@@ -40,6 +41,18 @@ def set_weight_attrs(weight: Tensor, attrs: dict[str, Any] | None) -> None:
     for key, value in (attrs or {}).items():
         assert not hasattr(weight, key), f"overwrites {key}"
         setattr(weight, key, value)
+
+
+class WeightsMapper:
+    """What turns stored names into those of parameters: patterns, each tried in turn."""
+
+    def __init__(self, orig_to_new_regex: dict[re.Pattern[str], str]) -> None:
+        self.patterns = orig_to_new_regex
+
+    def map_name(self, name: str) -> str:
+        for pattern, new in self.patterns.items():
+            name = pattern.sub(new, name)
+        return name
 
 
 class LinearBase(nn.Module):
@@ -81,12 +94,16 @@ class LinearBase(nn.Module):
 
 
 def load(layer: nn.Module, tensors: dict[str, Tensor], parts: list[str]) -> None:
-    """Load what is called `<part>.<name>` into the parameters of `layer`, as vLLM's models do."""
+    """Load what is called `<part>.<name>` into the parameters of `layer`, as vLLM's models do: what is below a parameter's
+    name is refused."""
     params = dict(layer.named_parameters())
+    mapper = REGISTRY["ao"].get_checkpoint_weight_mapper()
     for name, t in tensors.items():
         for i, part in enumerate(parts):
             if name.startswith(part + "."):
-                param = params[name.removeprefix(part + ".")]
+                leaf, _, rest = mapper.map_name(name).removeprefix(part + ".").partition(".")
+                assert not rest, f"Attempted to load nested weight {rest} into a single parameter {leaf}"
+                param = params[leaf]
                 param.weight_loader(param, t, *([i] if len(parts) > 1 else []))
     layer.quant_method.process_weights_after_loading(layer)
 
@@ -104,6 +121,8 @@ def install() -> None:
         },
         "vllm.model_executor.layers.quantization": {"register_quantization_config": register_quantization_config},
         "vllm.model_executor.layers.quantization.base_config": {"QuantizationConfig": QuantizationConfig},
+        "vllm.model_executor.models": {},
+        "vllm.model_executor.models.utils": {"WeightsMapper": WeightsMapper},
         "vllm.model_executor.utils": {"set_weight_attrs": set_weight_attrs},
     }
     for name, content in names.items():

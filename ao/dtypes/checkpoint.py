@@ -149,6 +149,11 @@ def read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
     return dict(header["tensors"])
 
 
+def quantized_entries(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Those of `read_header` that describe a quantized tensor which the file holds."""
+    return {n: e for n, e in read_header(metadata).items() if e is not None and "same_as" not in e}
+
+
 def stored_names(name: str, entry: Mapping[str, Any] | None) -> Iterator[str]:
     """The stored names of the fields of a tensor, of a nested QTensor the names of its own."""
     if entry is None:
@@ -470,7 +475,7 @@ def _tensors(entries: Mapping[str, Any], get: Callable[[str], Tensor], tensors: 
 
 
 def _tensor(name: str, entry: Mapping[str, Any] | None, get: Callable[[str], Tensor], checked: set[Hashable]) -> Tensor:
-    """The tensor of an entry. checked: what `_fits` has approved; the layers of a model are much alike."""
+    """The tensor of an entry. checked: what `fits` has approved; the layers of a model are much alike."""
     if entry is None:
         return get(name)
     spec, shape, dtype = Spec.from_dict(entry["spec"]), torch.Size(entry["shape"]), getattr(torch, entry["dtype"], None)
@@ -485,7 +490,7 @@ def _tensor(name: str, entry: Mapping[str, Any] | None, get: Callable[[str], Ten
     try:
         q = spec.tensor_type(spec, dtype, shape, **fields)
         form = (repr(entry), *((t.shape, t.dtype) for t in fields.values()))
-        if form in checked or _fits(q):
+        if form in checked or fits(q):
             checked.add(form)
             return q
     except Exception as e:  # decode was written for fields that fit, and fails in ways of its own for others
@@ -496,7 +501,7 @@ def _tensor(name: str, entry: Mapping[str, Any] | None, get: Callable[[str], Ten
     ) from cause
 
 
-def _fits(q: QTensor) -> bool:
+def fits(q: QTensor) -> bool:
     """Whether each field has a shape that its role allows, and they decode to the shape of `q`."""
     roles = {field: type(q).roles[field] for field in q.fields()}
     ranked = [t for field, t in q.fields().items() if roles[field] in ("elements", "per_block")]

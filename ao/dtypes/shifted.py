@@ -26,6 +26,8 @@ class Shifted(Spec):
     block: elements that share a scale and a shift.
     symmetric: no shift, and codes count from the middle: x = (q - 2**(bits - 1)) * scale, with
         scale = max|x| / 2**(bits - 1).
+    centered: codes count from the middle, and there is a shift all the same: x = (q - 2**(bits - 1)) * scale - shift, as in
+        PyTorch's own int4 products. Then shift = -(lo + 2**(bits - 1) * scale), of either sign.
     scale_dtype: of scale and shift: "float32", "bfloat16" or "float16".
     scale_spec, shift_spec: how to quantize them instead; neither is ever negative.
 
@@ -39,6 +41,7 @@ class Shifted(Spec):
     bits: int = 4
     block: tuple[int, ...] = (1, 32)
     symmetric: bool = False
+    centered: bool = False
     scale_dtype: str = "float32"
     scale_spec: Spec | None = None
     shift_spec: Spec | None = None
@@ -48,8 +51,15 @@ class Shifted(Spec):
             raise ValueError(f"Shifted: bits must be 1 to 8, got {self.bits}")
         if self.scale_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"Shifted: scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype!r}")
-        if self.symmetric and self.shift_spec is not None:
-            raise ValueError("Shifted: shift_spec is for symmetric=False")
+        if self.symmetric and (self.centered or self.shift_spec is not None):
+            raise ValueError("Shifted: shift_spec and centered are for symmetric=False")
+        if self.centered and self.shift_spec is not None:
+            raise ValueError("Shifted: shift_spec is for centered=False")
+
+    @property
+    def middle(self) -> int:
+        """The code from which codes count."""
+        return 2 ** (self.bits - 1) if self.symmetric or self.centered else 0
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """scale and, unless symmetric, shift, of shape `grid`, as they are stored."""
@@ -57,7 +67,8 @@ class Shifted(Spec):
             return self.stored(scale=amax_abs(x, grid) * (1 / 2 ** (self.bits - 1)))
         lo, hi = amin_amax(x, grid)
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        return self.stored(scale=(hi - lo) * (1 / (2**self.bits - 1)), shift=-lo)
+        scale = (hi - lo) * (1 / (2**self.bits - 1))
+        return self.stored(scale=scale, shift=-lo - self.middle * scale)
 
     def stored(self, *, scale: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
         """Both in their dtype, or quantized."""
@@ -87,17 +98,16 @@ class Shifted(Spec):
         """Codes in float32 and in blocks."""
         steps = in_blocks(reciprocal(dense(scale)))
         blocks = to_blocks(x, scale.shape)
-        if shift is None:
-            return (blocks * steps).round_().add_(2 ** (self.bits - 1)).clamp_(0, 2**self.bits - 1)
-        return ((blocks + in_blocks(dense(shift).float())) * steps).round_().clamp_(0, 2**self.bits - 1)
+        if shift is not None:
+            blocks = blocks + in_blocks(dense(shift).float())
+        return (blocks * steps).round_().add_(self.middle).clamp_(0, 2**self.bits - 1)
 
     def values(self, codes: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         """What codes (float32, in blocks) stand for."""
         steps = in_blocks(dense(scale).float())
-        if shift is None:
-            return (codes - 2 ** (self.bits - 1)) * steps
+        values = (codes - self.middle) * steps
         # Exact where the scale has few bits, as in GGUF: no compiler's contraction of the two changes anything there.
-        return codes * steps - in_blocks(dense(shift).float())
+        return values if shift is None else values - in_blocks(dense(shift).float())
 
 
 class ShiftedTensor(QTensor, spec=Shifted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,39 @@ import torch
 from torch import Tensor
 
 from .command_line.texts import read_texts
-from .folder_quantizer import skeleton
 
-__all__ = ["calibration_batches", "load_model", "perplexity", "read_texts", "token_windows"]
+__all__ = ["calibration_batches", "load_model", "perplexity", "read_config", "read_texts", "skeleton", "token_windows"]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder. Raises FileNotFoundError where there is none, ValueError for one that is no object."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a Hugging Face model")
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a file that is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return found
+
+
+def skeleton(source: Path) -> Any:
+    """The model of a folder on the meta device: names and shapes, no weights."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+    names = config.architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    with torch.device("meta"):
+        if cls is None:
+            return transformers.AutoModel.from_config(config)
+        return cls(config)
 
 
 def load_model(
@@ -25,9 +56,9 @@ def load_model(
 
     Raises FileNotFoundError for a folder without config.json.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     from .transformers import AoConfig
+
+    read_config(folder)
 
     cls = type(skeleton(folder))
     more = {} if config is None else {"quantization_config": AoConfig(config)}

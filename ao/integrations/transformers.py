@@ -31,7 +31,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..dtypes import QTensor, Spec, blank
-from ..dtypes.checkpoint import flatten
+from ..dtypes.checkpoint import flatten, quantized_entries
 from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.coverage import by_default
@@ -42,6 +42,7 @@ from .config_names import AS_STORED, AUTOQUANT, read_quant_type
 from .foreign.checkpoint import ForeignCheckpoint, quantization_config
 from .mapped_memory import MappedFiles
 from .redirect import redirect
+from .stored_tensors import StoredTensors, only_safetensors
 from .transformers_layers import embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
 
@@ -64,7 +65,7 @@ class AoConfig(QuantizationConfigMixin):
         (`ao.FqnToConfig`), the name of a format or a config ("int8", "int4-g128+hqq", "int4_weight_only", with parameters as
         further keyword arguments), or "autoquant": the model then records what it runs, until
         `model.finalize_autoquant()`; keyword arguments go to `ao.autoquant`. "as_stored" keeps what another library has
-        quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ, quanto, FP8, MXFP4, NVFP4) as it is, bit for bit, in
+        quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ, quanto, torchao, FP8, MXFP4, NVFP4) as it is, bit for bit, in
         tensors of ours.
     weights: another name of quant_type: `AoConfig(weights="int4")`.
     modules_to_not_convert: names, ends of names or regular expressions of modules that stay as they are. By default those
@@ -80,6 +81,8 @@ class AoConfig(QuantizationConfigMixin):
 
     quant_method: QuantizationMethod  # type: ignore[assignment]
     quant_type: Config | Spec | str
+    stored: Stored | None = None
+    """What a state dict that `from_pretrained` is given holds, where there are no files of ours."""
 
     def __init__(
         self,
@@ -193,6 +196,9 @@ class AoHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if self.quantization_config.stored is not None:
+            self.stored, self.loading, self.pre_quantized = self.quantization_config.stored, model, True
+            return
         if self.quantization_config.quant_type == AS_STORED:
             self.stored, self.loading = foreign_checkpoint(checkpoint_files or []), model
             self.pre_quantized = True  # also where only a file beside config.json says so
@@ -350,10 +356,41 @@ _from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr
 
 @functools.wraps(_from_pretrained)
 def from_pretrained(cls: Any, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-    """As in transformers. `quantization_config` may be a config of `ao` or a Spec, which stands for an AoConfig of it."""
+    """As in transformers. `quantization_config` may be a config of `ao` or a Spec, which stands for an AoConfig of it. With
+    AoConfig("as_stored"), the weights of a `gguf_file` stay as they are."""
     if isinstance(quantization_config, (Config, Spec)):
         quantization_config = AoConfig(quantization_config)
+    if isinstance(quantization_config, AoConfig) and kwargs.get("gguf_file") is not None:
+        return _from_gguf(cls, *args, settings=quantization_config, **kwargs)
     return _from_pretrained(cls, *args, quantization_config=quantization_config, **kwargs)
+
+
+def _from_gguf(cls: Any, source: Any, *args: Any, settings: AoConfig, gguf_file: str, **kwargs: Any) -> Any:
+    """The model of a GGUF file, with its weights in their blocks.
+
+    source: a folder, or a name on the hub. Raises ValueError for settings other than "as_stored", and as `GGUFFile` does.
+    """
+    if settings.quant_type != AS_STORED:
+        raise ValueError(
+            "AoConfig: a GGUF file is quantized already, and is loaded by AoConfig('as_stored'); to quantize it anew, convert it "
+            "to a model in full precision first"
+        )
+    from transformers.utils.hub import cached_file
+
+    from .foreign.gguf_file import GGUFFile
+
+    hub = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
+    path: Any = cached_file(str(source), gguf_file, **{k: v for k, v in kwargs.items() if k in hub})
+    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+    dtype = getattr(torch, dtype, torch.bfloat16) if isinstance(dtype, str) else dtype or torch.bfloat16
+    file = GGUFFile(Path(path), dtype)
+    leaves, header = flatten({name: t for name, t, _ in file.tensors()})
+    settings = copy.copy(settings)
+    settings.stored = Stored(quantized_entries(header), frozenset(leaves))
+    kwargs["config"] = kwargs.get("config") or file.config
+    model = _from_pretrained(cls, None, *args, state_dict=leaves, quantization_config=settings, dtype=dtype, **kwargs)
+    (model[0] if isinstance(model, tuple) else model).hf_quantizer.report.notes += file.notes()
+    return model
 
 
 @functools.wraps(_save_pretrained)
@@ -399,14 +436,7 @@ def rules_of(model: nn.Module) -> FqnToConfig:
 
 def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
     """The checkpoint in these files. Raises ValueError for files that are not safetensors, and for what no reader knows."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for path in files:
-        if not path.endswith(".safetensors"):
-            raise ValueError(f"{path} is no safetensors file, and ao reads no others")
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
+    stored = StoredTensors(only_safetensors(files))
     folder = Path(files[0]).parent if files else Path()
     config = quantization_config(folder) if files else None
     if config is None:
@@ -414,7 +444,7 @@ def foreign_checkpoint(files: list[str]) -> ForeignCheckpoint:
             f"AoConfig: quant_type='as_stored' is for checkpoints that another library has quantized, and {folder} says "
             "nothing of it; give a config such as 'int4_weight_only'"
         )
-    return ForeignCheckpoint(config, names)
+    return ForeignCheckpoint.of(config, stored)
 
 
 def _merge_quantization_configs(cls: Any, stored: Any, given: Any) -> Any:

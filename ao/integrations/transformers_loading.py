@@ -15,14 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from ..dtypes import QTensor
-from ..dtypes.checkpoint import read_header, stored_names, unflatten
+from ..dtypes.checkpoint import quantized_entries, stored_names, unflatten
 from ..quant.job import Job, check_values
 from ..quant.report import Report
 from .foreign.checkpoint import ForeignCheckpoint
+from .joined_parameters import Joined, joined_parameters
 from .mapped_memory import MappedFiles
+from .stored_tensors import StoredTensors, only_safetensors
 
 Plan = Mapping[str, Job]
 """Full name of a parameter -> its job."""
@@ -96,30 +104,23 @@ class Stored:
     @classmethod
     def of(cls, files: list[str]) -> Stored:
         """Read the headers. Raises ValueError if a file has none, or lacks tensors that its header describes."""
-        from safetensors import safe_open
-
+        stored = StoredTensors(only_safetensors(files))
         entries: dict[str, dict[str, Any]] = {}
-        names: set[str] = set()
-        for path in files:
-            if not path.endswith(".safetensors"):
-                raise ValueError(f"{path} is no safetensors file, and ao reads no others; save the model again")
-            with safe_open(path, framework="pt") as file:
-                try:
-                    header = read_header(file.metadata() or {})
-                except ValueError as e:
-                    raise ValueError(
-                        f"{path}: {e}. Its config.json says that ao quantized it; the metadata of the file must have been "
-                        "lost on the way, so copy or save it again"
-                    ) from None
-                entries.update({n: e for n, e in header.items() if e is not None and "same_as" not in e})
-                names.update(file.keys())
+        for path, metadata in zip(files, stored.metadata):
+            try:
+                entries |= quantized_entries(metadata)
+            except ValueError as e:
+                raise ValueError(
+                    f"{path}: {e}. Its config.json says that ao quantized it; the metadata of the file must have been "
+                    "lost on the way, so copy or save it again"
+                ) from None
         for name, entry in entries.items():
-            lost = [stored for stored in stored_names(name, entry) if stored not in names]
+            lost = [field_ for field_ in stored_names(name, entry) if field_ not in stored.names]
             if lost:
                 raise ValueError(
                     f"the checkpoint in {Path(files[0]).parent} lacks {lost}; copy or save all files again"
                 )
-        return cls(entries, names)
+        return cls(entries, frozenset(stored.names))
 
     def make_room(self, model: nn.Module) -> None:
         """A bias for the layers that have one in the checkpoint only: some recipes add it."""
@@ -142,21 +143,20 @@ class Fields(WeightConverter):
         self, stored: Stored | ForeignCheckpoint, conversions: list[Any], model: Any, hf_quantizer: Any
     ) -> None:
         self.targets: dict[str, tuple[str, str]] = {}  # stored name, after renaming -> parameter, key
-        sources: dict[str, tuple[str, dict[str, str]]] = {}  # parameter -> its name in the files, stored name -> key
-        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        known = model.state_dict()
+        sources: dict[str, tuple[Joined, dict[str, list[str]]]] = {}  # parameter -> how it is made, key -> stored names
         keys: dict[str, str] = {}  # what a stored name ends with -> a name that no other ends with
-        for name in stored.parameters:
-            target, _ = rename_source_key(name, renamings, [], model.base_model_prefix, known)
-            target = name if target not in known and name in known else target
-            if target not in known:
-                continue  # of a part that this model does not have; the loader reports it
-            sources[target] = name, {}
-            for field_ in stored.stored_names(name):
-                end = field_.removeprefix(name.rpartition(".")[0])
-                key = keys.setdefault(end, f"{len(keys)}:")
-                sources[target][1][field_] = key
-                self.targets[rename_source_key(field_, renamings, [])[0]] = target, key
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        for target, joined in joined_parameters(stored.parameters, conversions, model).items():
+            sources[target] = joined, {}
+            for name in joined.names:
+                for field_ in stored.stored_names(name):
+                    end = field_.removeprefix(name.rpartition(".")[0])
+                    key = keys.setdefault(end, f"{len(keys)}:")
+                    sources[target][1].setdefault(key, []).append(field_)
+                    self.targets[rename_source_key(field_, renamings, [])[0]] = target, key
+        for _, by_key in sources.values():
+            for names in by_key.values():
+                names.sort(key=dot_natural_key)  # as the loader reads them
         super().__init__(list(keys.values()) or ["0:"], [""], [Unflatten(stored, sources, hf_quantizer)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightConverter:
@@ -171,12 +171,12 @@ class Fields(WeightConverter):
 
 
 class Unflatten(ConversionOps):
-    """What is stored of one quantized tensor -> the parameter."""
+    """What is stored of the quantized tensors that make up a parameter -> the parameter."""
 
     def __init__(
         self,
         stored: Stored | ForeignCheckpoint,
-        sources: Mapping[str, tuple[str, Mapping[str, str]]],
+        sources: Mapping[str, tuple[Joined, Mapping[str, list[str]]]],
         hf_quantizer: Any,
     ) -> None:
         self.hf_quantizer = hf_quantizer  # by this attribute the loader knows to leave the dtype of the fields alone
@@ -190,11 +190,11 @@ class Unflatten(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """input_dict: key -> a list of one plain tensor."""
+        """input_dict: key -> a list of plain tensors."""
         refuse_sharded(model, full_layer_name)
-        name, keys = self.sources[full_layer_name]
-        parameter = model.get_parameter_or_buffer(full_layer_name)
-        q = self.stored.make(name, lambda stored: input_dict[keys[stored]][0], parameter.dtype, parameter.shape)
+        joined, keys = self.sources[full_layer_name]
+        tensors = {name: t for key, names in keys.items() for name, t in zip(names, input_dict[key])}
+        q = joined.make(full_layer_name, model, self.stored, tensors.__getitem__)
         return {full_layer_name: nn.Parameter(q, requires_grad=False)}
 
 

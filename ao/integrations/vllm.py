@@ -4,14 +4,13 @@
 
 It covers linear layers, fused ones (`qkv_proj`) and tensor parallelism included; rows are never packed, so that a fused
 layer is its parts below each other. Embeddings, heads and experts must be unquantized. vLLM loads tensors by name into
-parameters that exist; here each field of a quantized weight is one, called as it is stored, until all are there.
-
-Written against vLLM's interface (`QuantizationConfig`, `LinearMethodBase`) and tested against a stand-in of it; it has not been
-run in a server.
+parameters that exist; here each field of a quantized weight is one until all are there. vLLM takes a name apart at its dots, and
+looks for nothing below a parameter: what is stored as `weight.scale.qdata` is called `weight__scale__qdata`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..dtypes import QTensor, Spec
@@ -74,6 +74,15 @@ class AoVllmConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         """None: config.json has it all."""
         return []
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Stored name -> the name of the parameter that it is loaded into."""
+        patterns = {}
+        for depth in (3, 2, 1):
+            stored = re.compile(r"\.weight" + r"\.(\w+)" * depth + "$")
+            patterns[stored] = ".weight" + "".join(rf"__\{i + 1}" for i in range(depth))
+        return WeightsMapper(orig_to_new_regex=patterns)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AoVllmConfig:
@@ -159,7 +168,7 @@ class AoLinearMethod(LinearMethodBase):
                 # A dim of one element serves all of the input, and is loaded whole.
                 set_weight_attrs(p, {"output_dim": 0} | ({"input_dim": 1} if field.shape[1] > 1 else {}))
             set_weight_attrs(p, extra_weight_attrs)
-            layer._parameters[stored] = p  # vLLM looks names up in named_parameters; register_parameter takes no dots
+            layer.register_parameter(_loaded_name(stored), p)
 
     def spec(self, shape: tuple[int, ...]) -> Spec:
         """The Spec of a weight of `shape`."""
@@ -169,7 +178,10 @@ class AoLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """One quantized parameter in place of its fields."""
-        fields = {stored: layer._parameters.pop(stored).detach() for stored in stored_names("weight", layer.ao_entry)}
+        fields = {
+            stored: layer._parameters.pop(_loaded_name(stored)).detach()
+            for stored in stored_names("weight", layer.ao_entry)
+        }
         q = unflatten("weight", layer.ao_entry, fields.pop)
         assert isinstance(q, QTensor)
         layer._parameters["weight"] = nn.Parameter(q, requires_grad=False)
@@ -178,6 +190,11 @@ class AoLinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: (..., in) -> (..., out)."""
         return F.linear(x, layer.weight, bias)
+
+
+def _loaded_name(stored: str) -> str:
+    """The name of the parameter that "weight.scale.qdata", say, is loaded into."""
+    return stored.replace(".", "__")
 
 
 def _parameter(t: Tensor) -> nn.Parameter:

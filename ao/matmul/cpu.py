@@ -265,7 +265,7 @@ class _Copy:
         return t
 
     def __del__(self) -> None:
-        _Copy.total -= self.bytes
+        type(self).total -= self.bytes  # the name of the class may be gone when Python ends
 
     def scale_and_zero(self, w: QTensor, dtype: torch.dtype) -> Tensor:
         """(K / group, N, 2), where the value of a code is (code - 8) * scale + zero."""

@@ -22,7 +22,8 @@ from .tables import print_json, print_table
 NAME = "inspect"
 HELP = "list the tensors of a checkpoint: format, shape, bytes, range of the scales"
 DETAILS = """Reads the headers of safetensors files and the scales of quantized tensors, never the weights, so that it
-takes a moment for a checkpoint of any size. A folder is read by its index.
+takes a moment for a checkpoint of any size. A folder is read by its index. Of one that another library has
+quantized, one weight of each form is read.
 
 examples:
   ao inspect model.safetensors
@@ -129,10 +130,60 @@ def inspect(path: Path) -> list[Row]:
                 limits = _range(maps[file], scale)
             bits = 8 * size / max(math.prod(shape), 1)
             rows.append(Row(name, label, shape, dtype, size, bits, limits, next(iter(leaves.values()))[0].name))
+    if path.is_dir() and not entries:
+        rows += _foreign(path, stored)
     for name, (file, t) in stored.items():
         dtype = _DTYPES.get(t.dtype, t.dtype.lower())
         size = t.stop - t.start
         rows.append(Row(name, dtype, t.shape, dtype, size, 8 * size / max(math.prod(t.shape), 1), None, file.name))
+    return rows
+
+
+def _foreign(path: Path, stored: dict[str, tuple[Path, Stored]]) -> list[Row]:
+    """What another library has quantized: a row for each weight, whose tensors are taken out of `stored`.
+
+    One weight of each form is read: the layers of a model are much alike.
+    """
+    told = path / "config.json"
+    text = told.read_text(encoding="utf-8") if told.is_file() else ""
+    beside = any((path / file).is_file() for file in ("hf_quant_config.json", "quanto_qmap.json"))
+    if not (text and (beside or '"quantization_config"' in text or '"compression_config"' in text)):
+        return []
+    import torch
+
+    from ao.integrations.foreign.checkpoint import ForeignCheckpoint, quantization_config
+    from ao.integrations.stored_tensors import StoredTensors
+
+    config = quantization_config(path)
+    if not config or config.get("quant_method") == "ao":
+        return []
+    forms: dict[Any, tuple[str, tuple[int, ...], str]] = {}
+    rows = []
+    with StoredTensors(weight_files(path)) as tensors:
+        try:
+            checkpoint = ForeignCheckpoint.of(config, tensors)
+        except ValueError:  # a method that is not read: its tensors are listed as they are
+            return []
+        for parameter in checkpoint.parameters:
+            names = checkpoint.stored_names(parameter)
+            parts = [stored[name] for name in names]
+            form = tuple((name.removeprefix(parameter[:-6]), t.dtype, t.shape) for name, (_, t) in zip(names, parts))
+            if form not in forms:
+                try:
+                    made = checkpoint.make(parameter, tensors.get, torch.bfloat16)
+                except ValueError:  # a shape that only the model knows
+                    continue
+                spec = getattr(made, "spec", None)
+                label = f"{config['quant_method']}: {by_place('format_syntax').spec_label(spec.to_dict())}" if spec else config["quant_method"]
+                forms[form] = label, tuple(made.shape), str(made.dtype).removeprefix("torch.")
+            label, shape, dtype = forms[form]
+            size = sum(t.stop - t.start for _, t in parts)
+            bits = 8 * size / max(math.prod(shape), 1)
+            rows.append(Row(parameter, label, shape, dtype, size, bits, None, parts[0][0].name))
+            for name in names:
+                del stored[name]
+        for name in checkpoint.ignored:
+            stored.pop(name, None)
     return rows
 
 

@@ -24,6 +24,8 @@ class AWQ(Reader):
     methods = ("awq",)
     main = "qweight"
     others = ("qzeros", "scales")
+    integers = ("qweight", "qzeros")
+    floats = ("scales",)
 
     def make(self, source: Source, parts: dict[str, Tensor], dtype: torch.dtype, shape: torch.Size | None) -> Tensor:
         version, bits = str(self.config.get("version", "gemm")).lower(), int(self.config.get("bits", 4))

@@ -32,7 +32,8 @@ class BitsAndBytes(Reader):
 
     methods = ("bitsandbytes",)
     main = "weight"
-    others = ()
+    integers = ("weight", "state")
+    floats = ("quant_map", "nested_absmax", "nested_quant_map", "SCB")
 
     def sources(self, names: Collection[str]) -> Iterator[Source]:
         for name in sorted(names):
@@ -50,6 +51,8 @@ class BitsAndBytes(Reader):
 
     def make(self, source: Source, parts: dict[str, Tensor], dtype: torch.dtype, shape: torch.Size | None) -> Tensor:
         if "SCB" in parts:
+            if parts["SCB"].numel() != parts["weight"].shape[0]:
+                raise ValueError("SCB has another length than the weight has rows")
             scale = (parts["SCB"].float() * (1 / 127)).reshape(-1, 1)
             return Intx(8, (1, -1), narrow=True).wrap(
                 {"qdata": parts["weight"], "scale": scale}, dtype, parts["weight"].shape
@@ -69,6 +72,8 @@ class BitsAndBytes(Reader):
         return spec.wrap(fields, dtype, size)
 
     def _scale(self, parts: dict[str, Tensor], state: dict[str, Any], grid: tuple[int, ...]) -> tuple[Tensor, Any]:
+        if parts["absmax"].is_floating_point() == ("nested_absmax" in parts):
+            raise ValueError(f"absmax is of {parts['absmax'].dtype}")
         if "nested_absmax" not in parts:
             return parts["absmax"].float().reshape(grid), None
         size, nested = int(state["nested_blocksize"]), parts["nested_absmax"].float()

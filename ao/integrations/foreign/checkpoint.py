@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats
+from ..model_folder import read_config, read_object
+from ..stored_tensors import StoredTensors
+from . import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats, torchao
 from .reader import Reader, Source, reader_for
 
-READERS = (awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats)
+READERS = (awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, quanto, small_floats, torchao)
 """The modules that register readers."""
 
 
 class ForeignCheckpoint:
     """The quantized parameters among the stored tensors of a folder.
 
-    config: the `quantization_config`. names: of all stored tensors.
+    config: the `quantization_config`. names: of all stored tensors. metadata: of the files, all together.
     sources: full name of a parameter -> what is stored of it. ignored: stored names that are of no use to the model.
     """
 
-    def __init__(self, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], names: Iterable[str], metadata: Mapping[str, str] | None = None
+    ) -> None:
         self.names = frozenset(names)
-        self.reader: Reader = reader_for(config)
+        self.reader: Reader = reader_for(config, metadata)
         self.sources: dict[str, Source] = {s.parameter: s for s in self.reader.sources(self.names)}
         if not self.sources:
             raise ValueError(
                 f"the config says quant_method {config.get('quant_method')!r}, and the files hold no tensor of such a weight"
             )
         self.ignored = self.reader.ignored(self.names)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], stored: StoredTensors) -> ForeignCheckpoint:
+        """The quantized parameters in the files of a folder."""
+        return cls(config, stored.names, {name: text for each in stored.metadata for name, text in each.items()})
 
     @property
     def parameters(self) -> list[str]:
@@ -60,7 +68,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
 
     Raises ValueError for a file that is no JSON object.
     """
-    config = _json(folder / "config.json")
+    config = read_config(folder)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             return dict(config[key])
@@ -68,17 +76,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     if text.get("quantization_config"):
         return dict(text["quantization_config"])
     if (folder / "hf_quant_config.json").is_file():
-        return {"quant_method": "modelopt", **_json(folder / "hf_quant_config.json")}
+        return {"quant_method": "modelopt", **read_object(folder / "hf_quant_config.json")}
     if (folder / "quanto_qmap.json").is_file():
-        return {"quant_method": "quanto"}
+        return {"quant_method": "quanto", "modules": read_object(folder / "quanto_qmap.json")}
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return found

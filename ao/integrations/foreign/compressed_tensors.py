@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...dtypes import Float8, Intx, QTensor, Spec, pack, pack_dim
+from ...dtypes import Float8, Intx, QTensor, Spec
 from ...dtypes.permuted import Permuted
 from .fp8 import float8
-from .reader import Reader, Source
+from .reader import Reader, Source, integers, with_activation
 from .small_floats import mxfp4, mxfp8, nvfp4
 from .words import from_words
 
@@ -46,6 +45,8 @@ class CompressedTensors(Reader):
         "input_zero_point",
         "input_global_scale",
     )
+    integers = ("weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx")
+    floats = ("weight_global_scale", "input_scale")
 
     def group_of(self, module: str) -> Mapping[str, Any]:
         """The group of `config_groups` that a layer belongs to. A target is "re:" and a pattern, a name, or the name of a class,
@@ -70,7 +71,7 @@ class CompressedTensors(Reader):
             made = self._packed(parts, int(weights["num_bits"]), dtype)
         elif form in ("int-quantized", "naive-quantized") and weights.get("type", "int") == "int":
             zeros = parts.get("weight_zero_point")
-            made = integers(parts["weight"], parts["weight_scale"], zeros, int(weights["num_bits"]), dtype)
+            made = _integers(parts["weight"], parts["weight_scale"], zeros, int(weights["num_bits"]), dtype)
         elif form in ("float-quantized", "naive-quantized"):
             made = float8(parts["weight"], parts["weight_scale"], dtype, block=weights.get("block_structure"))
         elif form == "nvfp4-pack-quantized":
@@ -92,35 +93,19 @@ class CompressedTensors(Reader):
         if zeros is not None and zeros.dtype == torch.int32 and zeros.shape != parts["weight_scale"].shape:
             zeros = from_words(zeros.t().contiguous(), bits, rows, padded=padded).t().to(torch.int16) - 2 ** (bits - 1)
         if "weight_g_idx" not in parts:
-            return integers(signed, parts["weight_scale"], zeros, bits, dtype)
+            return _integers(signed, parts["weight_scale"], zeros, bits, dtype)
         order = torch.argsort(parts["weight_g_idx"].long(), stable=True)
-        values = integers(signed[:, order], parts["weight_scale"], zeros, bits, torch.float32)
+        values = _integers(signed[:, order], parts["weight_scale"], zeros, bits, torch.float32)
         return Permuted(values.spec).wrap({"qdata": values, "order": order.to(torch.int32)}, dtype, values.shape)
 
 
-def integers(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype) -> QTensor:
-    """Signed codes (N, K), a scale per tensor, row or group, and zero points of its shape or None -> an `Intx` tensor."""
-    scale = scale.reshape(1, 1) if scale.numel() == 1 else scale.reshape(codes.shape[0], -1)
-    block = tuple(-1 if g == 1 else n // g for n, g in zip(codes.shape, scale.shape))
-    if any(n % g for n, g in zip(codes.shape, scale.shape)):
-        raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit a weight of shape {tuple(codes.shape)}")
-    if zero_point is not None and bool((zero_point == 0).all()):
-        zero_point = None
-    block = (1 if scale.shape[0] == codes.shape[0] else block[0], block[1])
-    spec = Intx(bits, block, symmetric=zero_point is None, scale_dtype=str(scale.dtype).removeprefix("torch."))
-    qdata = codes.to(torch.int8)
-    if bits < 8:
-        qdata = pack((qdata + 2 ** (bits - 1)).view(torch.uint8), bits, pack_dim(qdata.shape, bits))
-    zeros = None if zero_point is None else zero_point.reshape(scale.shape).to(torch.int8)
-    return spec.wrap({"qdata": qdata.contiguous(), "scale": scale, "zero_point": zeros}, dtype, codes.shape)
+def _in_grid(t: Tensor, codes: Tensor) -> Tensor:
+    """One per tensor, row, or group, stored in any shape -> (1, 1), (N, 1) or (N, G)."""
+    return t.reshape(1, 1) if t.numel() == 1 else t.reshape(codes.shape[0], -1)
 
 
-def with_activation(q: QTensor, act: Spec | None, act_scale: Tensor | None) -> QTensor:
-    """The same weight, whose activations are quantized."""
-    if act is None:
-        return q
-    fields = {name: t for name, t in q.fields().items() if name != "act_scale"}
-    return replace(q.spec, act=act).wrap(fields, q.dtype, q.shape, act_scale=act_scale)
+def _integers(codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype) -> QTensor:
+    return integers(codes, _in_grid(scale, codes), None if zeros is None else _in_grid(zeros, codes), bits, dtype)
 
 
 def _activation(given: Mapping[str, Any] | None, parts: dict[str, Tensor]) -> tuple[Spec | None, Tensor | None]:

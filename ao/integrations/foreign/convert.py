@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ...dtypes import QTensor
 from ...quant import FqnToConfig, Report
-from ...quant.report import Row
-from ..command_line.safetensors_header import read_header, weight_files
-from ..folder_quantizer import Shards, copy_others, skeleton
-from ..target_folder import check_absent, new_folder
+from ..command_line.safetensors_header import weight_files
+from ..joined_parameters import joined_parameters
+from ..model_folder import read_config, skeleton
+from ..stored_tensors import StoredTensors
+from ..target_folder import check_absent
 from ..transformers import AoConfig
+from ..written_folder import written_folder
 from .checkpoint import ForeignCheckpoint, quantization_config
 
 __all__ = ["convert_folder"]
@@ -41,63 +41,45 @@ def convert_folder(
     progress: called with the bytes of every stored tensor that is done.
 
     Returns a report of what each parameter is now. Raises FileNotFoundError and FileExistsError for wrong folders, and ValueError
-    for a folder that is not quantized, for a format that is not read, for tensors that do not fit, and for a model whose tensors
-    transformers renames or joins as it loads them. Nothing is left behind then.
+    for a folder that is not quantized, for a format that is not read, for tensors that do not fit, and for experts that cannot be
+    joined as they are stored. Nothing is left behind then.
     """
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source} has no config.json; give the folder of a Hugging Face model")
+    data = read_config(source)
     check_absent(target)
     config = quantization_config(source)
     if config is None:
         raise ValueError(f"{source} is not quantized; use `ao quantize` (in Python, quantize_folder)")
     if config.get("quant_method") == "ao":
         raise ValueError(f"{source} is a folder of ao's already")
-    files = weight_files(source)
-    places = {name: file for file in files for name in read_header(file)[1]}
-    checkpoint = ForeignCheckpoint(config, places)
-    model = skeleton(source)
-    shapes = {name: p.shape for name, p in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    names = _names_of(model, checkpoint.parameters, shapes, source)
-    dtype = _dtype_of(model)
     report, table = Report(), dict[str, Any]()
-    with contextlib.ExitStack() as stack, new_folder(target) as part:
-        handles = {file: stack.enter_context(_open(file)) for file in files}
 
-        def get(name: str) -> Tensor:
-            t: Tensor = handles[places[name]].get_tensor(name)
-            report.model_bytes += t.nbytes
-            if progress is not None:
-                progress(t.nbytes)
-            return t
+    def count(nbytes: int) -> None:
+        report.model_bytes += nbytes
+        if progress is not None:
+            progress(nbytes)
 
-        shards = Shards(part, max_shard_bytes)
-        for parameter in checkpoint.parameters:
+    stored = StoredTensors(weight_files(source), count)
+    checkpoint = ForeignCheckpoint.of(config, stored)
+    model = skeleton(source)
+    made_of = joined_parameters(checkpoint.parameters, get_model_conversion_mapping(model), model)
+    if lost := set(checkpoint.parameters).difference(*(joined.names for joined in made_of.values())):
+        raise ValueError(f"{source}: the model has no parameter for {min(lost)!r}, which the files hold quantized")
+    model.to(_dtype_of(model))
+    with stored, written_folder(source, target, max_shard_bytes) as shards:
+        for name, joined in made_of.items():
             before = report.model_bytes
-            name = names[parameter]
-            made = checkpoint.make(parameter, get, dtype, shapes[name])
-            stored = report.model_bytes - before
+            made = joined.make(name, model, checkpoint, stored.get)
             if isinstance(made, QTensor):
-                report.rows.append(Row(name, tuple(made.shape), repr(made.spec), stored, made.nbytes_packed, "rtn"))
-                report.quantized_bytes += made.nbytes_packed
+                report.add_stored(name, made, report.model_bytes - before)
                 table[name] = made.spec
             shards.add(name, made)
         for name in sorted(checkpoint.plain):
-            shards.add(name, get(name))
-        shards.finish()
-        copy_others(source, part)
+            shards.add(name, stored.get(name))
         for name in _FOREIGN_FILES:
-            (part / name).unlink(missing_ok=True)
-        data = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            (shards.folder / name).unlink(missing_ok=True)
         data.pop("compression_config", None)
-        data["quantization_config"] = AoConfig(FqnToConfig(table)).to_dict()
-        (part / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        shards.write_config({**data, "quantization_config": AoConfig(FqnToConfig(table)).to_dict()})
     return report
-
-
-def _open(path: Path) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(path, framework="pt")
 
 
 def _dtype_of(model: Any) -> torch.dtype:
@@ -106,18 +88,3 @@ def _dtype_of(model: Any) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.bfloat16
-
-
-def _names_of(model: Any, parameters: list[str], shapes: dict[str, Any], source: Path) -> dict[str, str]:
-    """Parameter as the files name it -> the model's own name for it."""
-    prefix = getattr(model, "base_model_prefix", "")
-    names = {}
-    for parameter in parameters:
-        found = next((n for n in (parameter, f"{prefix}.{parameter}") if n in shapes), None)
-        if found is None:
-            raise ValueError(
-                f"{source}: the model has no parameter {parameter!r}: transformers renames or joins some of this model's "
-                "tensors as it loads them, and those of a quantized one cannot be joined"
-            )
-        names[parameter] = found
-    return names

@@ -6,7 +6,6 @@ inverse in float32. What does not map is refused before anything is written.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ...dtypes import Float8, FloatX, Intx, QTensor, Spec, dense, packed_dim, unpack
-from ...dtypes.checkpoint import read_header, stored_names, unflatten
+from ...dtypes.checkpoint import quantized_entries, stored_names, unflatten
 from ...quant import Report, is_linear
 from ...quant.report import Row
-from ..command_line.safetensors_header import read_header as read_tensors
 from ..command_line.safetensors_header import weight_files
-from ..folder_quantizer import Shards, copy_others, skeleton
-from ..target_folder import check_absent, new_folder
+from ..model_folder import read_config, skeleton
+from ..stored_tensors import StoredTensors
+from ..target_folder import check_absent
+from ..written_folder import written_folder
 from .words import to_words
 
 __all__ = ["FORMS", "export_folder"]
@@ -58,19 +58,12 @@ def export_folder(
     """
     if form not in FORMS:
         raise ValueError(f"export_folder: form must be one of {', '.join(FORMS)}, got {form!r}")
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source} has no config.json; give the folder of a Hugging Face model")
+    config = read_config(source)
     check_absent(target)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if (config.get("quantization_config") or {}).get("quant_method") != "ao":
         raise ValueError(f"{source} is no folder that ao has quantized; use `ao quantize` first")
-    files = weight_files(source)
-    places: dict[str, Path] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for file in files:
-        metadata, tensors = read_tensors(file)
-        places |= dict.fromkeys(tensors, file)
-        entries |= {n: e for n, e in read_header(metadata).items() if e is not None and "same_as" not in e}
+    stored = StoredTensors(weight_files(source), progress)
+    entries = {name: entry for metadata in stored.metadata for name, entry in quantized_entries(metadata).items()}
     specs = {name: Spec.from_dict(entry["spec"]) for name, entry in entries.items()}
     for name, entry in entries.items():
         for field, what in _BESIDE.items():
@@ -79,18 +72,9 @@ def export_folder(
     groups = _groups(specs, form)
     fields = {field for name, entry in entries.items() for field in (name, *stored_names(name, entry))}
     report = Report()
-    with contextlib.ExitStack() as stack, new_folder(target) as part:
-        handles = {file: stack.enter_context(_open(file)) for file in files}
-
-        def get(name: str) -> Tensor:
-            t: Tensor = handles[places[name]].get_tensor(name)
-            if progress is not None:
-                progress(t.nbytes)
-            return t
-
-        shards = Shards(part, max_shard_bytes)
+    with stored, written_folder(source, target, max_shard_bytes) as shards:
         for name, entry in entries.items():
-            q = unflatten(name, entry, get)
+            q = unflatten(name, entry, stored.get)
             assert isinstance(q, QTensor)
             stem = name.removesuffix("weight")
             try:
@@ -100,24 +84,15 @@ def export_folder(
             for end, t in parts.items():
                 shards.add(stem + end, t)
             after = sum(t.nbytes for t in parts.values())
-            report.rows.append(Row(name, tuple(q.shape), repr(q.spec), q.nbytes_packed, after, "rtn"))
-        for name in places.keys() - fields:
-            shards.add(name, get(name))
-        shards.finish()
-        copy_others(source, part)
+            report.rows.append(Row(name, tuple(q.shape), repr(q.spec), q.nbytes_packed, after))
+        for name in stored.names.keys() - fields:
+            shards.add(name, stored.get(name))
         quantized = {name.removesuffix(".weight") for names in groups.values() for name in names}
         linear = {n for n, m in skeleton(source).named_modules() if is_linear(m, n)}
-        config["quantization_config"] = _config(groups, sorted(linear - quantized), form)
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shards.write_config({**config, "quantization_config": _config(groups, sorted(linear - quantized), form)})
     if form == "gptq":
         report.notes.append("scales are rounded to float16, as GPTQ has them: by at most 2**-11 of their value")
     return report
-
-
-def _open(path: Path) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(path, framework="pt")
 
 
 def _groups(specs: Mapping[str, Spec], form: str) -> dict[str, list[str]]:

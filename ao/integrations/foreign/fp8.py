@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import Float8, QTensor
-from .reader import Reader, Source
+from .reader import Reader, Source, with_activation
 
 
 class FP8(Reader):
@@ -26,9 +26,10 @@ class FP8(Reader):
     methods = ("fp8", "fbgemm_fp8")
     main = "weight_scale_inv"
     others = ("weight", "input_scale", "activation_scale")
+    floats = ("weight", "weight_scale_inv", "weight_scale", "input_scale")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
+    def __init__(self, config: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(config, metadata)
         self.blocks = config.get("weight_block_size")
         if not self.blocks:
             self.main, self.others = "weight_scale", ("weight", "input_scale", "input_scale_ub")  # type: ignore[misc]
@@ -38,8 +39,7 @@ class FP8(Reader):
         act_block = (1, 128) if self.blocks else (-1, -1) if parts[self.main].numel() == 1 else (1, -1)
         made = float8(parts["weight"], parts[self.main], dtype, block=self.blocks)
         act_scale = parts["input_scale"].float().reshape(1, 1) if static else None
-        spec = Float8("e4m3", made.spec.block, act=Float8("e4m3", (-1, -1) if static else act_block))
-        return spec.wrap(made.fields(), dtype, made.shape, act_scale=act_scale)
+        return with_activation(made, Float8("e4m3", (-1, -1) if static else act_block), act_scale)
 
 
 def float8(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: Sequence[int] | None = None) -> QTensor:

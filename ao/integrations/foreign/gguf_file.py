@@ -1,8 +1,8 @@
-"""A GGUF file as a folder of ours: names and config as transformers reads them, weights in their blocks, bit for bit."""
+"""A GGUF file as a model of ours, or a folder: names and config as transformers has them, weights bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ...dtypes import QTensor
 from ...quant import FqnToConfig, Report
-from ...quant.report import Row
-from ..folder_quantizer import Shards
 from ..target_folder import check_absent, new_folder
 from ..transformers import AoConfig
+from ..written_folder import Shards
 from .gguf import TYPES, tensor_of
 
-__all__ = ["convert_gguf"]
+__all__ = ["GGUFFile", "convert_gguf"]
 
 _DENSE = ("F32", "F16", "BF16", "F64")
 
@@ -44,55 +43,90 @@ def convert_gguf(
     GGUF file, or of an architecture that transformers does not know. Nothing is left behind then.
     """
     check_absent(target)
-    reader, kinds, dequantize = _open(source)
-    model, processor, mapping, parsed = _model_of(source)
+    file = GGUFFile(source, dtype)
     report, table = Report(), dict[str, Any]()
-    decoded: dict[str, list[str]] = {}
     with new_folder(target) as part:
         shards = Shards(part, max_shard_bytes)
-        for tensor in reader.tensors:
-            kind = kinds(tensor.tensor_type).name
-            made: Tensor | None = None
-            name: str | None = None
-            if kind in TYPES and tensor.name in mapping:
-                rows = _rows_of(tensor, processor, mapping, parsed)
-                if rows is not None:
-                    octets = torch.from_numpy(tensor.data.copy()).view(torch.uint8).reshape(rows.numel(), -1)
-                    name, made = mapping[tensor.name], tensor_of(kind, octets[rows], dtype)
-            if made is None:
-                result = processor.process(
-                    weights=dequantize(tensor.data, tensor.tensor_type),
-                    name=tensor.name,
-                    tensor_key_mapping=mapping,
-                    parsed_parameters=parsed,
-                )
-                if result.name in mapping:
-                    name, made = mapping[result.name], torch.from_numpy(result.weights.copy()).to(dtype)
-                if kind not in _DENSE:
-                    decoded.setdefault(kind, []).append(tensor.name)
+        for name, made, stored in file.tensors(progress):
             if isinstance(made, QTensor):
-                assert name is not None
-                sizes = tensor.data.nbytes, made.nbytes_packed
-                report.rows.append(Row(name, tuple(made.shape), repr(made.spec), *sizes, "rtn"))
+                report.add_stored(name, made, stored)
                 table[name] = made.spec
-                report.quantized_bytes += made.nbytes_packed
-            if made is not None and name is not None:
-                shards.add(name, made)
-                report.model_bytes += made.nbytes
-            if progress is not None:
-                progress(tensor.data.nbytes)
-        for name, t in parsed.get("tensors", {}).items():  # what was put together from several, such as experts
-            shards.add(name, t.to(dtype) if isinstance(t, Tensor) else torch.from_numpy(t).to(dtype))
+            shards.add(name, made)
+            report.model_bytes += made.nbytes
         shards.finish()
-        for kind, names in decoded.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            report.notes.append(f"stored decoded, in {str(dtype)[6:]}: {kind}: {shown}")
+        report.notes += file.notes()
         if table:
-            model.config.quantization_config = AoConfig(FqnToConfig(table)).to_dict()
-        model.config.dtype = dtype
-        model.config.save_pretrained(part)
+            file.config.quantization_config = AoConfig(FqnToConfig(table)).to_dict()
+        file.config.save_pretrained(part)
         _save_tokenizer(source, part, report)
     return report
+
+
+class GGUFFile:
+    """The tensors of a GGUF file as transformers' model has them.
+
+    dtype: of the model's computation, and of what is not quantized.
+    config: of the model. Raises as `convert_gguf` does.
+    """
+
+    def __init__(self, source: Path, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.reader, self.kinds, self.dequantize = _open(source)
+        model, self.processor, self.mapping, self.parsed = _model_of(source)
+        self.config = model.config
+        self.shapes = {name: t.shape for name, t in model.state_dict().items()}
+        self.config.dtype = dtype
+        self.decoded: dict[str, list[str]] = {}
+
+    def tensors(self, progress: Callable[[int], object] | None = None) -> Iterator[tuple[str, Tensor, int]]:
+        """Name in the model, tensor, and bytes in the file. progress: called with the bytes of every tensor that is done."""
+        for tensor in self.reader.tensors:
+            kind = self.kinds(tensor.tensor_type).name
+            found = self._packed(tensor, kind) or self._dense(tensor, kind)
+            if found is not None:
+                name, t = found
+                if name in self.shapes and t.shape != self.shapes[name]:
+                    raise ValueError(
+                        f"{tensor.name} is of shape {tuple(t.shape)}, and {name} of the model that the file tells of is "
+                        f"{tuple(self.shapes[name])}; the file is damaged, or of another model"
+                    )
+                yield name, t, tensor.data.nbytes
+            if progress is not None:
+                progress(tensor.data.nbytes)
+        for name, t in self.parsed.get("tensors", {}).items():  # what was put together from several, such as experts
+            yield name, torch.as_tensor(t).to(self.dtype), 0
+
+    def _packed(self, tensor: Any, kind: str) -> tuple[str, Tensor] | None:
+        """The tensor in its blocks, or None where that is not possible."""
+        if kind not in TYPES or tensor.name not in self.mapping:
+            return None
+        rows = _rows_of(tensor, self.processor, self.mapping, self.parsed)
+        if rows is None:
+            return None
+        octets = torch.from_numpy(tensor.data.copy()).view(torch.uint8).reshape(rows.numel(), -1)
+        return self.mapping[tensor.name], tensor_of(kind, octets[rows], self.dtype)
+
+    def _dense(self, tensor: Any, kind: str) -> tuple[str, Tensor] | None:
+        """The tensor decoded; None for one that is part of another, or of none."""
+        if kind not in _DENSE:
+            self.decoded.setdefault(kind, []).append(tensor.name)
+        result = self.processor.process(
+            weights=self.dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=self.mapping,
+            parsed_parameters=self.parsed,
+        )
+        if result.name not in self.mapping:
+            return None
+        return self.mapping[result.name], torch.from_numpy(result.weights.copy()).to(self.dtype)
+
+    def notes(self) -> list[str]:
+        """Which of the tensors that were read are decoded, for a report."""
+        notes = []
+        for kind, names in self.decoded.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            notes.append(f"stored decoded, in {str(self.dtype)[6:]}: {kind}: {shown}")
+        return notes
 
 
 def _open(source: Path) -> tuple[Any, Any, Any]:

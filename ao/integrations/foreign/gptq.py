@@ -24,6 +24,8 @@ class GPTQ(Reader):
     methods = ("gptq",)
     main = "qweight"
     others = ("qzeros", "scales", "g_idx")
+    integers = ("qweight", "qzeros", "g_idx")
+    floats = ("scales",)
 
     def make(self, source: Source, parts: dict[str, Tensor], dtype: torch.dtype, shape: torch.Size | None) -> Tensor:
         bits = int(self.config["bits"])

@@ -3,13 +3,14 @@
 W_q    codes, packed along the rows of the matrix of groups: the first half of the rows in the high nibbles (4 bits), quarters
        from high to low (2), eighths (1); ten values of 3 bits in an int32, from bit 27 down
 scale, zero    of the groups
-nbits, group_size, shape, axis, ... as tensors of one element, or bytes
+nbits, shape, axis, ... as tensors of one element, or bytes
 
 W = (q - zero) * scale, of groups along K (axis 1)
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,13 +19,26 @@ from torch import Tensor
 from ...dtypes import Intx, QTensor, pack, pack_dim
 from .reader import Reader, Source
 
+_SETTINGS = frozenset({
+    "group_size", "packing", "view_as_float", "unpack_view_dtype", "quant_scale", "quant_zero", "compute_dtype",
+    "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
+})  # fmt: skip
+"""What is stored of a layer besides, for its own library."""
+
 
 class HQQ(Reader):
     """See the module."""
 
     methods = ("hqq",)
     main = "W_q"
-    others = ("scale", "zero", "nbits", "group_size", "shape", "axis", "packing", "view_as_float", "unpack_view_dtype")
+    others = ("scale", "zero", "nbits", "shape", "axis")
+    integers = ("nbits", "shape")
+    floats = ("scale", "zero")
+
+    def ignored(self, names: Collection[str]) -> set[str]:
+        layers = {name.removesuffix("W_q") for name in names if name.endswith(".W_q")}
+        stems = {name: name.rpartition(".")[0] + "." for name in names}
+        return {name for name, stem in stems.items() if stem in layers and name.removeprefix(stem) in _SETTINGS}
 
     def make(self, source: Source, parts: dict[str, Tensor], dtype: torch.dtype, shape: torch.Size | None) -> Tensor:
         bits = int(_number(parts["nbits"]))

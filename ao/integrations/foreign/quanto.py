@@ -25,6 +25,8 @@ class Quanto(Reader):
     methods = ("quanto",)
     main = "weight._scale"
     others = ("weight._data", "weight._data._data", "weight._shift")
+    integers = ("weight._data._data",)
+    floats = ("weight._scale",)
 
     def sources(self, names: Collection[str]) -> Iterator[Source]:
         for source in super().sources(names):
@@ -46,6 +48,9 @@ class Quanto(Reader):
             raise ValueError("the files do not have the shape of weights of 2 and 4 bits; give `shape`")
         packed = parts["weight._data._data"]
         bits = 8 * packed.numel() // shape.numel()
+        told = str(self.config.get("modules", {}).get(source.module, self.config).get("weights", bits))
+        if not told.endswith(str(bits)):
+            raise ValueError(f"they hold {bits} bits per element, and the config says {told}")
         return quanto(packed, scale, parts["weight._shift"], bits, tuple(shape), dtype)
 
 

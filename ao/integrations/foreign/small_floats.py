@@ -9,14 +9,15 @@ ModelOpt ("modelopt")  NVFP4: weight uint8 (N, K / 2), low nibble first; weight_
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...dtypes import E8M0, MXFP4, MXFP8, NVFP4, Float8, QTensor, pack
+from ...dtypes import E8M0, MXFP4, MXFP8, NVFP4, Float8, FloatX, QTensor, pack
 from .fp8 import float8
-from .reader import Reader, Source
+from .reader import Reader, Source, with_activation
 
 
 class MXFP4Experts(Reader):
@@ -25,6 +26,7 @@ class MXFP4Experts(Reader):
     methods = ("mxfp4",)
     main = "_blocks"
     others = ("_scales",)
+    integers = ("_blocks", "_scales")
 
     def parameter_of(self, stem: str) -> str:
         return stem
@@ -40,10 +42,11 @@ class ModelOpt(Reader):
     methods = ("modelopt",)
     main = "weight_scale"
     others = ("weight", "weight_scale_2", "input_scale")
+    floats = ("weight_scale", "weight_scale_2", "input_scale")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         inner = config.get("quantization", config)
-        super().__init__(inner)
+        super().__init__(inner, metadata)
         self.algorithm = str(inner.get("quant_algo", ""))
         if self.algorithm not in ("NVFP4", "FP8"):
             raise ValueError(f"modelopt: quant_algo {self.algorithm!r}; NVFP4 and FP8 are read")
@@ -54,8 +57,7 @@ class ModelOpt(Reader):
         made = float8(parts["weight"], parts["weight_scale"], dtype)
         if "input_scale" not in parts:
             return made
-        spec = Float8("e4m3", made.spec.block, act=Float8("e4m3", (-1, -1)))
-        return spec.wrap(made.fields(), dtype, made.shape, act_scale=parts["input_scale"].float().reshape(1, 1))
+        return with_activation(made, Float8("e4m3", (-1, -1)), parts["input_scale"].float().reshape(1, 1))
 
     def ignored(self, names: Any) -> set[str]:
         return {name for name in names if name.endswith((".k_scale", ".v_scale"))}
@@ -67,25 +69,30 @@ def _packed(octets: Tensor) -> Tensor:
     return pack(codes, 4)
 
 
-def mxfp4(octets: Tensor, exponents: Tensor, dtype: torch.dtype) -> QTensor:
-    """octets: (..., K / 2) uint8. exponents: (..., K / 32) bytes, biased by 127."""
-    scale = E8M0().wrap({"qdata": exponents.view(torch.uint8)}, torch.float32, exponents.shape)
+def mxfp4(octets: Tensor, exponents: Tensor, dtype: torch.dtype, spec: FloatX = MXFP4) -> QTensor:
+    """octets: (..., K / 2) uint8. exponents: one per block (..., K / 32), bytes, biased by 127."""
     shape = (*octets.shape[:-1], 2 * octets.shape[-1])
-    _check(shape, exponents, 32)
-    return MXFP4.wrap({"qdata": _packed(octets), "scale": scale}, dtype, shape)
+    return _mx(spec, _packed(octets), exponents, dtype, shape)
 
 
-def mxfp8(weight: Tensor, exponents: Tensor, dtype: torch.dtype) -> QTensor:
-    """weight: (..., K) float8_e4m3fn. exponents: (..., K / 32) bytes, biased by 127."""
+def mxfp8(weight: Tensor, exponents: Tensor, dtype: torch.dtype, spec: FloatX = MXFP8) -> QTensor:
+    """weight: (..., K) float8_e4m3fn or float8_e5m2. exponents: one per block (..., K / 32), bytes, biased by 127."""
+    return _mx(spec, weight.view(torch.uint8), exponents, dtype, tuple(weight.shape))
+
+
+def _mx(spec: FloatX, qdata: Tensor, exponents: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> QTensor:
+    _check(shape, exponents, spec.block[-1])
     scale = E8M0().wrap({"qdata": exponents.view(torch.uint8)}, torch.float32, exponents.shape)
-    _check(weight.shape, exponents, 32)
-    return MXFP8.wrap({"qdata": weight.view(torch.uint8), "scale": scale}, dtype, weight.shape)
+    return spec.wrap({"qdata": qdata, "scale": scale}, dtype, shape)
 
 
-def nvfp4(octets: Tensor, scale: Tensor, per_tensor: Tensor, dtype: torch.dtype) -> QTensor:
-    """octets: (N, K / 2) uint8. scale: (N, K / 16) float8_e4m3fn. per_tensor: one number, which multiplies."""
+def nvfp4(octets: Tensor, scale: Tensor, per_tensor: Tensor | None, dtype: torch.dtype) -> QTensor:
+    """octets: (N, K / 2) uint8. scale: (N, K / 16) float8_e4m3fn. per_tensor: one number, which multiplies, if any."""
     shape = (*octets.shape[:-1], 2 * octets.shape[-1])
     _check(shape, scale, 16)
+    if per_tensor is None:
+        one_level = replace(NVFP4, scale="e4m3", scale_spec=None)
+        return one_level.wrap({"qdata": _packed(octets), "scale": scale}, dtype, shape)
     assert NVFP4.scale_spec is not None
     second = per_tensor.float().reshape((1,) * scale.dim())
     scales = NVFP4.scale_spec.wrap(

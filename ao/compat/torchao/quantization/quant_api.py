@@ -640,6 +640,23 @@ def insert_observers_(
             module.weight = nn.Parameter(observed, requires_grad=weight.requires_grad)
 
 
+def change_linear_weights_to_int8_dqtensors(model: nn.Module, filter_fn: Filter | None = None, **kwargs: Any) -> None:
+    """`quantize_` with int8 weights and activations. kwargs: accepted and without effect."""
+    quantize_(model, int8_dynamic_activation_int8_weight(), filter_fn)
+
+
+def change_linear_weights_to_int8_woqtensors(model: nn.Module, filter_fn: Filter | None = None, **kwargs: Any) -> None:
+    """`quantize_` with int8 weights. kwargs: accepted and without effect."""
+    quantize_(model, int8_weight_only(), filter_fn)
+
+
+def change_linear_weights_to_int4_woqtensors(
+    model: nn.Module, groupsize: int = 128, filter_fn: Filter | None = None, **kwargs: Any
+) -> None:
+    """`quantize_` with int4 weights in groups. kwargs: accepted and without effect."""
+    quantize_(model, int4_weight_only(group_size=groupsize), filter_fn)
+
+
 def __getattr__(name: str) -> Any:
     """Names that this module shares with others, which are imported when they are asked for."""
     if name in ("Int8DynActInt4WeightQuantizer", "Int8DynActInt4WeightGPTQQuantizer", "Int4WeightOnlyQuantizer"):
@@ -677,6 +694,9 @@ __all__ = [
     "Quantizer",
     "TwoStepQuantizer",
     "UIntXWeightOnlyConfig",
+    "change_linear_weights_to_int4_woqtensors",
+    "change_linear_weights_to_int8_dqtensors",
+    "change_linear_weights_to_int8_woqtensors",
     "float8_dynamic_activation_float8_weight",
     "float8_static_activation_float8_weight",
     "float8_weight_only",

@@ -1,0 +1,463 @@
+"""The examples of torchao's pages, written anew: each runs with the import path changed, and gives a number that is known.
+
+A class is a page, a function one of its examples. The models are small, and what an example compiles is traced only, so that the
+whole file takes seconds: tests of what is generated are elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Toy(nn.Module):
+    """Two linear layers, as the pages have them."""
+
+    def __init__(self, m: int = 64, n: int = 128, k: int = 64, bias: bool = False):
+        super().__init__()
+        self.linear1 = nn.Linear(m, n, bias=bias)
+        self.linear2 = nn.Linear(n, k, bias=bias)
+
+    def example_inputs(self, batch_size: int = 4, dtype: torch.dtype = torch.float32):
+        return (torch.randn(batch_size, self.linear1.in_features, dtype=dtype),)
+
+    def forward(self, x):
+        return self.linear2(self.linear1(x))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def toy(dtype: torch.dtype = torch.bfloat16, k: int = 64) -> Toy:
+    torch.manual_seed(1)
+    return Toy(k, 128, k).eval().to(dtype)
+
+
+def trace(model: nn.Module) -> nn.Module:
+    """`torch.compile` without the time that generating code takes."""
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def noise(model: nn.Module, dtype: torch.dtype = torch.bfloat16, k: int = 64) -> float:
+    """SQNR of a quantized toy, in dB."""
+    from ao.compat.torchao.quantization.utils import compute_error
+
+    x = torch.randn(32, k, dtype=dtype)
+    with torch.no_grad():
+        return float(compute_error(toy(dtype, k)(x), model(x)))
+
+
+def fit(model: nn.Module, steps: int = 3, optimizer: torch.optim.Optimizer | None = None, k: int = 64) -> list[float]:
+    """Losses of a few steps toward ones."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(32, k, dtype=next(iter(model.parameters())).dtype)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), torch.ones(()).to(x).expand(32, model(x).shape[-1]))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+class TestReadme:
+    def test_int4_weights(self):
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        model = toy()
+        quantize_(model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d", version=2))
+        assert 19 < noise(model) < 24
+
+    def test_int4_weights_by_the_old_name(self):
+        from ao.compat.torchao.quantization import int4_weight_only, quantize_
+
+        model = toy()
+        quantize_(model, int4_weight_only(group_size=32, use_hqq=True))
+        assert 19 < noise(model) < 25
+
+    def test_float8_weights_and_activations(self):
+        from ao.compat.torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+        model = toy()
+        quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        assert 24 < noise(trace(model)) < 32
+
+    def test_autoquant(self):
+        import ao.compat.torchao as torchao
+
+        model = torchao.autoquant(toy(torch.float32))
+        model(*model.example_inputs())
+        assert len(model.autoquant_report.choices) == 2
+
+    def test_quantization_aware_training(self):
+        from ao.compat.torchao.quantization import Int8DynamicActivationInt4WeightConfig, quantize_
+        from ao.compat.torchao.quantization.qat import QATConfig
+
+        model, base = toy(torch.float32).train(), Int8DynamicActivationInt4WeightConfig(group_size=32)
+        quantize_(model, QATConfig(base, step="prepare"))
+        losses = fit(model)
+        quantize_(model, QATConfig(base, step="convert"))
+        assert losses[-1] < losses[0] and model.linear1.weight.spec.bits == 4
+
+    def test_low_bit_optimizer(self):
+        from ao.compat.torchao.optim import AdamW8bit
+
+        model = toy(torch.float32)
+        optimizer = AdamW8bit(model.parameters(), lr=1e-2, compile=False)
+        losses = fit(model, optimizer=optimizer)
+        assert losses[-1] < losses[0]
+
+    def test_float8_training(self):
+        from ao.compat.torchao.float8 import convert_to_float8_training
+        from ao.compat.torchao.float8.float8_linear import Float8Linear
+
+        model = toy(torch.float32)
+        convert_to_float8_training(model)
+        assert sum(isinstance(m, Float8Linear) for m in model.modules()) == 2
+        losses = fit(model)
+        assert losses[-1] < losses[0]
+
+    def test_the_kv_cache_and_the_size_of_a_model(self):
+        from ao.compat.torchao.quantization import int8_weight_only, quantize_
+        from ao.compat.torchao.utils import get_model_size_in_bytes
+
+        model = toy()
+        before = get_model_size_in_bytes(model)
+        quantize_(model, int8_weight_only())
+        assert 0.5 < get_model_size_in_bytes(model) / before < 0.55
+
+
+class TestQuickStart:
+    def test_quantize(self):
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        model = trace(toy())
+        quantize_(model, Int4WeightOnlyConfig(group_size=32))
+        assert isinstance(model.linear1, nn.Linear) and 19 < noise(model) < 24
+
+    def test_the_size_of_a_file(self, tmp_path):
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        model = Toy(256, 512, 256).bfloat16()
+        torch.save(model, tmp_path / "bfloat16_model.pt")
+        quantize_(model, Int4WeightOnlyConfig(group_size=32))
+        torch.save(model, tmp_path / "int4_model.pt")
+        sizes = [os.path.getsize(tmp_path / f"{name}_model.pt") for name in ("int4", "bfloat16")]
+        assert 0.25 < sizes[0] / sizes[1] < 0.35
+
+    def test_benchmark(self):
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig, quantize_
+        from ao.compat.torchao.utils import benchmark_model, unwrap_tensor_subclass
+
+        model = toy()
+        quantize_(model, Int4WeightOnlyConfig(group_size=32))
+        unwrap_tensor_subclass(model)
+        assert 0 < benchmark_model(model, 2, model.example_inputs(dtype=torch.bfloat16)) < math.inf
+
+    def test_int8_weights_and_activations(self):
+        from ao.compat.torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, quantize_
+
+        model = toy()
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        assert isinstance(model.linear1.weight, Int8Tensor) and 36 < noise(model) < 44
+
+    def test_the_size_of_a_state_dict(self, tmp_path):
+        from ao.compat.torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        model = Toy(256, 512, 256).bfloat16()
+        torch.save(model.state_dict(), tmp_path / "w16a16.pth")
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        torch.save(model.state_dict(), tmp_path / "w8a8.pth")
+        assert 1.8 < os.path.getsize(tmp_path / "w16a16.pth") / os.path.getsize(tmp_path / "w8a8.pth") < 2.05
+
+
+class TestSerialization:
+    def test_save_and_load(self, tmp_path):
+        from ao.compat.torchao.quantization.quant_api import int4_weight_only, quantize_
+        from ao.compat.torchao.utils import get_model_size_in_bytes
+
+        model = toy(k=128)
+        inputs, before = model.example_inputs(dtype=torch.bfloat16), get_model_size_in_bytes(model)
+        quantize_(model, int4_weight_only())
+        assert get_model_size_in_bytes(model) < before / 3
+        expected = model(*inputs)
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        with torch.device("meta"):
+            loaded = Toy(128, 128, 128).eval().bfloat16()
+        loaded.load_state_dict(torch.load(tmp_path / "model.pt"), assign=True)
+        assert torch.equal(loaded(*inputs), expected)
+
+    def test_safetensors(self, tmp_path):
+        from safetensors import safe_open
+        from safetensors.torch import load_file, save_file
+
+        from ao.compat.torchao.prototype.safetensors.safetensors_support import (
+            flatten_tensor_state_dict,
+            unflatten_tensor_state_dict,
+        )
+        from ao.compat.torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+        model = toy()
+        quantize_(model, Float8WeightOnlyConfig())
+        tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+        save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
+        with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+            state, left = unflatten_tensor_state_dict(load_file(tmp_path / "model.safetensors"), opened.metadata())
+        loaded = toy()
+        loaded.load_state_dict(state, assign=True)
+        assert not left and noise(loaded) == noise(model)
+
+
+class TestQuantization:
+    def test_autoquant_with_int4(self):
+        import ao.compat.torchao as torchao
+        from ao.compat.torchao.quantization import DEFAULT_INT4_AUTOQUANT_CLASS_LIST
+
+        model = torchao.autoquant(
+            nn.Sequential(nn.Linear(32, 64)), qtensor_class_list=DEFAULT_INT4_AUTOQUANT_CLASS_LIST
+        )
+        model(torch.randn(32, 32))
+        assert len(model.autoquant_report.choices) == 1
+
+    def test_the_cache_of_autoquant(self, tmp_path):
+        from ao.compat.torchao.quantization.autoquant import AUTOQUANT_CACHE
+
+        (tmp_path / "cache.pkl").write_bytes(pickle.dumps(AUTOQUANT_CACHE))
+        AUTOQUANT_CACHE.update(pickle.loads((tmp_path / "cache.pkl").read_bytes()))
+        assert isinstance(AUTOQUANT_CACHE, dict)
+
+    def test_a_flow(self):
+        from ao.compat.torchao.quantization.quant_api import int4_weight_only, quantize_
+        from ao.compat.torchao.utils import TORCH_VERSION_AT_LEAST_2_5, benchmark_model, unwrap_tensor_subclass
+
+        model = toy()
+        quantize_(model, int4_weight_only(group_size=32))
+        if not TORCH_VERSION_AT_LEAST_2_5:
+            unwrap_tensor_subclass(model)
+        model = trace(model)
+        assert benchmark_model(model, 2, (torch.randn(1, 64, dtype=torch.bfloat16),)) > 0 and noise(model) > 19
+
+    def test_weights_by_hand(self):
+        from ao.compat.torchao.dtypes import to_affine_quantized_intx
+        from ao.compat.torchao.quantization import to_linear_activation_quantized
+        from ao.compat.torchao.quantization.quant_primitives import MappingType
+
+        def int8(t):
+            return to_affine_quantized_intx(
+                t, MappingType.SYMMETRIC, (1, t.shape[1]), torch.int8, eps=1e-7, zero_point_dtype=torch.int64
+            )
+
+        model = toy(torch.float32)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(int8(module.weight), requires_grad=False)
+                module.weight = nn.Parameter(to_linear_activation_quantized(module.weight, int8), requires_grad=False)
+        assert 36 < noise(model, torch.float32) < 46
+
+    def test_export(self):
+        from ao.compat.torchao.quantization import int8_weight_only, quantize_
+        from ao.compat.torchao.utils import unwrap_tensor_subclass
+
+        model = toy(torch.float32)
+        quantize_(model, int8_weight_only())
+        inputs = model.example_inputs()
+        exported = torch.export.export(unwrap_tensor_subclass(model), inputs).module()
+        torch.testing.assert_close(exported(*inputs), model(*inputs))
+
+    def test_int8_weights_and_activations(self):
+        from ao.compat.torchao.quantization import int8_dynamic_activation_int8_weight, quantize_
+
+        model = toy()
+        quantize_(model, int8_dynamic_activation_int8_weight())
+        assert 36 < noise(model) < 44
+
+    def test_int8_weights(self):
+        from ao.compat.torchao.quantization import int8_weight_only, quantize_
+
+        model = toy()
+        quantize_(model, int8_weight_only(), set_inductor_config=False)
+        assert 38 < noise(model) < 46
+
+    @pytest.mark.parametrize(
+        ("name", "bits"),
+        [
+            ("change_linear_weights_to_int8_dqtensors", 8),
+            ("change_linear_weights_to_int8_woqtensors", 8),
+            ("change_linear_weights_to_int4_woqtensors", 4),
+        ],
+    )
+    def test_functions_before_quantize_(self, name, bits):
+        from ao.compat.torchao.quantization import quant_api
+
+        model = toy(torch.bfloat16, 128)
+        getattr(quant_api, name)(model)
+        assert model.linear1.weight.spec.bits == bits and noise(model, k=128) > 17
+
+    def test_any_bits(self):
+        from ao.compat.torchao.quantization import quantize_, uintx_weight_only
+
+        model = toy()
+        quantize_(model, uintx_weight_only(torch.uint4, group_size=64))
+        assert 18 < noise(model) < 24
+
+    def test_fp6(self):
+        from ao.compat.torchao.quantization import fpx_weight_only, quantize_
+
+        model = toy(torch.float16)
+        quantize_(model, fpx_weight_only(3, 2))
+        assert 22 < noise(model, torch.float16) < 32
+
+    def test_gptq(self):
+        from ao.compat.torchao.quantization.GPTQ import Int4WeightOnlyGPTQQuantizer, MultiTensorInputRecorder
+
+        model = toy(torch.float32)
+        recorder = MultiTensorInputRecorder()
+        for _ in range(4):
+            recorder(*model.example_inputs(16))
+        Int4WeightOnlyGPTQQuantizer(groupsize=32).quantize(model, recorder.get_recorded_inputs())
+        assert 19 < noise(model, torch.float32) < 27
+
+    def test_int8_activations_and_int4_weights(self):
+        from ao.compat.torchao.quantization.quant_api import Int8DynActInt4WeightQuantizer
+
+        model = Int8DynActInt4WeightQuantizer(groupsize=32).quantize(toy(torch.float32))
+        assert 17 < noise(model, torch.float32) < 24
+
+    def test_smoothquant_by_swapping(self):
+        from ao.compat.torchao.quantization.smoothquant import (
+            smooth_fq_linear_to_inference,
+            swap_linear_with_smooth_fq_linear,
+        )
+
+        model = toy(torch.float32)
+        swap_linear_with_smooth_fq_linear(model)
+        model.train()
+        for _ in range(3):
+            model(*model.example_inputs(32))
+        smooth_fq_linear_to_inference(model)
+        assert 33 < noise(trace(model), torch.float32) < 46
+
+    def test_parts_of_a_model(self):
+        from ao.compat.torchao.quantization import int4_weight_only, int8_weight_only, quantize_
+
+        model = toy()
+        quantize_(model, int8_weight_only(), lambda module, name: name == "linear1")
+        quantize_(model, int4_weight_only(group_size=32), lambda module, name: name == "linear2")
+        assert [model.linear1.weight.spec.bits, model.linear2.weight.spec.bits] == [8, 4]
+
+    @pytest.mark.parametrize("mode", ["weight_only", "dynamic"])
+    def test_gemlite(self, mode):
+        from ao.compat.torchao.quantization import gemlite_uintx_weight_only, quantize_
+
+        model = toy(torch.float16)
+        quantize_(model, gemlite_uintx_weight_only(group_size=64, bit_width=8, mode=mode))
+        assert 30 < noise(model, torch.float16) < 55
+
+
+class TestInference:
+    """One example for each config of the page of inference."""
+
+    def check(self, config, low, high, dtype=torch.bfloat16, k=64, *, traced=False):
+        from ao.compat.torchao.quantization import quantize_
+
+        model = toy(dtype, k)
+        quantize_(model, config)
+        assert low < noise(trace(model) if traced else model, dtype, k) < high
+
+    def test_float8_dynamic_activation_float8_weight(self):
+        from ao.compat.torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerTensor
+
+        self.check(Float8DynamicActivationFloat8WeightConfig(granularity=PerTensor()), 24, 32)
+
+    def test_float8_weight_only(self):
+        from ao.compat.torchao.quantization import Float8WeightOnlyConfig
+
+        self.check(Float8WeightOnlyConfig(), 26, 36)
+
+    def test_int8_dynamic_activation_int8_weight(self):
+        from ao.compat.torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+        self.check(Int8DynamicActivationInt8WeightConfig(), 36, 44, traced=True)
+
+    def test_int8_weight_only(self):
+        from ao.compat.torchao.quantization import Int8WeightOnlyConfig
+
+        self.check(Int8WeightOnlyConfig(), 38, 46)
+
+    def test_mxfp8(self):
+        from ao.compat.torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
+        from ao.compat.torchao.quantization.quantize_.common import KernelPreference
+
+        config = MXDynamicActivationMXWeightConfig(
+            activation_dtype=torch.float8_e4m3fn,
+            weight_dtype=torch.float8_e4m3fn,
+            kernel_preference=KernelPreference.AUTO,
+        )
+        self.check(config, 24, 32, traced=True)
+
+    def test_mxfp4(self):
+        from ao.compat.torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
+
+        kind = torch.float4_e2m1fn_x2
+        self.check(MXDynamicActivationMXWeightConfig(activation_dtype=kind, weight_dtype=kind), 10, 18)
+
+    def test_int4_weight_only(self):
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig
+
+        self.check(Int4WeightOnlyConfig(group_size=32, int4_packing_format="plain"), 19, 24)
+
+    def test_float8_dynamic_activation_int4_weight(self):
+        from ao.compat.torchao.quantization import Float8DynamicActivationInt4WeightConfig
+
+        self.check(Float8DynamicActivationInt4WeightConfig(), 14, 24, k=128)
+
+    def test_nvfp4_weight_only(self):
+        from ao.compat.torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
+
+        self.check(NVFP4WeightOnlyConfig(use_dynamic_per_tensor_scale=True), 14, 21)
+
+    def test_nvfp4(self):
+        from ao.compat.torchao.prototype.mx_formats.inference_workflow import NVFP4DynamicActivationNVFP4WeightConfig
+
+        self.check(
+            NVFP4DynamicActivationNVFP4WeightConfig(use_dynamic_per_tensor_scale=True, use_triton_kernel=True), 13, 22
+        )
+
+    def test_intx_weight_only(self):
+        from ao.compat.torchao.quantization import IntxWeightOnlyConfig
+
+        self.check(IntxWeightOnlyConfig(), 38, 46)
+
+    def test_int8_dynamic_activation_intx_weight(self):
+        from ao.compat.torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
+
+        config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
+        self.check(config, 17, 24)
+
+    def test_int8_dynamic_activation_int4_weight(self):
+        from ao.compat.torchao.quantization import Int8DynamicActivationInt4WeightConfig
+
+        self.check(Int8DynamicActivationInt4WeightConfig(), 17, 24)
+
+    @pytest.mark.parametrize(("bits", "group", "low"), [(4, 128, 16), (8, None, 36)])
+    def test_uintx_weight_only(self, bits, group, low):
+        from ao.compat.torchao.prototype.quantization import UIntxWeightOnlyConfig
+
+        config = UIntxWeightOnlyConfig(group_size=group, bit_width=bits, packing_bitwidth=32)
+        self.check(config, low, low + 12, torch.float16, 128)
+
+    @pytest.mark.parametrize(("bits", "group", "low"), [(4, 128, 16), (8, None, 36)])
+    def test_int8_dynamic_activation_uintx_weight(self, bits, group, low):
+        from ao.compat.torchao.prototype.quantization import Int8DynamicActivationUIntxWeightConfig
+
+        config = Int8DynamicActivationUIntxWeightConfig(group_size=group, bit_width=bits, packing_bitwidth=32)
+        self.check(config, low, low + 12, torch.float16, 128)

@@ -461,3 +461,260 @@ class TestInference:
 
         config = Int8DynamicActivationUIntxWeightConfig(group_size=group, bit_width=bits, packing_bitwidth=32)
         self.check(config, low, low + 12, torch.float16, 128)
+
+
+class TestQAT:
+    """Quantization-aware training."""
+
+    def test_from_a_config(self):
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig, quantize_
+        from ao.compat.torchao.quantization.qat import QATConfig
+
+        model, base = toy(torch.float32).train(), Int4WeightOnlyConfig(group_size=32)
+        quantize_(model, QATConfig(base, step="prepare"))
+        fit(model)
+        inputs = model.example_inputs()
+        trained = model(*inputs)
+        quantize_(model, QATConfig(base, step="convert"))
+        torch.testing.assert_close(model(*inputs), trained)
+
+    def test_from_configs_of_rounding(self):
+        from ao.compat.torchao.quantization import quantize_
+        from ao.compat.torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        model = toy(torch.float32).train()
+        activation = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+        weight = IntxFakeQuantizeConfig(torch.int4, group_size=32)
+        quantize_(model, QATConfig(activation_config=activation, weight_config=weight, step="prepare"))
+        losses = fit(model)
+        assert losses[-1] < losses[0]
+
+    def test_ranges_of_activations_that_are_calibrated(self):
+        from ao.compat.torchao.quantization import quantize_
+        from ao.compat.torchao.quantization.granularity import PerGroup, PerTensor
+        from ao.compat.torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig, QATConfig
+        from ao.compat.torchao.quantization.quant_primitives import MappingType
+
+        kind = MappingType.SYMMETRIC_NO_CLIPPING_ERR
+        activation = IntxFakeQuantizeConfig(torch.int16, PerTensor(), kind, is_dynamic=False)
+        weight = IntxFakeQuantizeConfig(torch.int4, PerGroup(32), kind)
+        model = toy(torch.float32)
+        quantize_(model, QATConfig(activation_config=activation, weight_config=weight, step="prepare"))
+        layers = [m for m in model.modules() if isinstance(m, FakeQuantizedLinear)]
+        for layer in layers:
+            layer.activation_fake_quantizer.enable_calibration()
+        batches = [torch.randn(16, 64) for _ in range(3)]
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+        for layer in layers:
+            quantizer = layer.activation_fake_quantizer
+            quantizer.set_running_min_max(*quantizer.get_running_min_max())
+            quantizer.finalize_calibration()
+        first, seen = layers[0].activation_fake_quantizer, torch.stack(batches)
+        torch.testing.assert_close(first.scale.reshape(()), torch.maximum(seen.max() / 32767, seen.min() / -32768))
+        assert fit(model)[-1] < 5
+
+    def test_embeddings(self):
+        from ao.compat.torchao.quantization import quantize_
+        from ao.compat.torchao.quantization.qat import FakeQuantizedEmbedding, IntxFakeQuantizeConfig, QATConfig
+
+        model = nn.Sequential(nn.Embedding(16, 64), toy(torch.float32))
+        config = QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32), step="prepare")
+        quantize_(model, config, filter_fn=lambda m, _: isinstance(m, nn.Embedding))
+        assert isinstance(model[0], FakeQuantizedEmbedding) and model(torch.arange(4)).shape == (4, 64)
+
+    def test_by_a_quantizer(self):
+        from ao.compat.torchao.quantization.qat import Int8DynActInt4WeightQATQuantizer
+
+        quantizer = Int8DynActInt4WeightQATQuantizer(groupsize=32)
+        model = quantizer.prepare(toy(torch.float32).train())
+        fit(model)
+        model = quantizer.convert(model)
+        assert model.linear1.weight.spec.bits == 4
+
+    def test_by_several_quantizers(self):
+        from ao.compat.torchao.quantization.qat import (
+            ComposableQATQuantizer,
+            Int4WeightOnlyEmbeddingQATQuantizer,
+            Int8DynActInt4WeightQATQuantizer,
+        )
+
+        quantizer = ComposableQATQuantizer(
+            [Int8DynActInt4WeightQATQuantizer(groupsize=32), Int4WeightOnlyEmbeddingQATQuantizer(group_size=32)]
+        )
+        model = quantizer.prepare(nn.Sequential(nn.Embedding(16, 64), toy(torch.float32)))
+        trained = model(torch.arange(4))
+        torch.testing.assert_close(quantizer.convert(model)(torch.arange(4)), trained)
+
+    def test_by_the_old_config(self):
+        from ao.compat.torchao.quantization import int8_dynamic_activation_int4_weight, quantize_
+        from ao.compat.torchao.quantization.qat import (
+            FakeQuantizeConfig,
+            FromIntXQuantizationAwareTrainingConfig,
+            IntXQuantizationAwareTrainingConfig,
+        )
+
+        model = toy(torch.float32).train()
+        activation = FakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+        weight = FakeQuantizeConfig(torch.int4, group_size=32)
+        quantize_(model, IntXQuantizationAwareTrainingConfig(activation, weight))
+        fit(model)
+        quantize_(model, FromIntXQuantizationAwareTrainingConfig())
+        quantize_(model, int8_dynamic_activation_int4_weight(group_size=32))
+        assert model.linear1.weight.spec.bits == 4
+
+
+class TestTraining:
+    def test_float8_and_a_checkpoint(self, tmp_path):
+        from ao.compat.torchao.float8 import convert_to_float8_training
+        from ao.compat.torchao.float8.float8_linear import Float8Linear
+        from ao.compat.torchao.quantization import Float8DynamicActivationFloat8WeightConfig
+        from ao.compat.torchao.quantization.granularity import PerTensor
+        from ao.compat.torchao.quantization.quant_api import quantize_
+
+        model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 32), nn.Linear(32, 1)).bfloat16()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+        def fits(module, name):
+            sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (0, 0)
+            return name != "1" and all(size % 16 == 0 for size in sizes)
+
+        convert_to_float8_training(model, module_filter_fn=fits)
+        assert [isinstance(m, Float8Linear) for m in model] == [True, False, False]
+        fit(model, 3, optimizer)
+        saved = {"model": model, "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
+        torch.save(saved, tmp_path / "checkpoint.pth")
+
+        checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
+        loaded = checkpoint["model"]
+        loaded.load_state_dict(checkpoint["model_state_dict"])
+        quantize_(loaded, Float8DynamicActivationFloat8WeightConfig(granularity=PerTensor()))
+        with torch.inference_mode():
+            assert loaded(torch.randn(1, 16, 64, dtype=torch.bfloat16)).shape == (1, 16, 1)
+
+    @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+    def test_float8_recipes(self, recipe):
+        from ao.compat.torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        model = toy(torch.float32).train()
+        convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe))
+        losses = fit(model)
+        assert losses[-1] < losses[0]
+
+    @pytest.mark.parametrize("mode", ["FLOOR", "RCEIL", "CEIL", "EVEN"])
+    def test_mx(self, mode):
+        from ao.compat.torchao.prototype.mx_formats import MXLinearConfig, ScaleCalculationMode
+        from ao.compat.torchao.quantization import quantize_
+        from ao.compat.torchao.quantization.quantize_.common import KernelPreference
+
+        model = toy(torch.float32).train()
+        config = MXLinearConfig(
+            elem_dtype=torch.float8_e4m3fn,
+            block_size=32,
+            kernel_preference=KernelPreference.AUTO,
+            scale_calculation_mode=ScaleCalculationMode[mode],
+        )
+        quantize_(model, config)
+        assert 21 < noise(model, torch.float32) < 29
+        losses = fit(model)
+        assert losses[-1] < losses[0]
+
+    @pytest.mark.parametrize(
+        ("dtype", "low"),
+        [(torch.float8_e4m3fn, 28), (torch.float8_e5m2, 22), ("fp6_e2m3", 27), ("fp6_e3m2", 22), ("fp4", 16)],
+    )
+    def test_mx_tensors(self, dtype, low):
+        from ao.compat.torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
+        from ao.compat.torchao.prototype.mx_formats.mx_tensor import MXTensor
+        from ao.compat.torchao.quantization import compute_error
+
+        assert (DTYPE_FP6_E2M3, DTYPE_FP6_E3M2) == ("fp6_e2m3", "fp6_e3m2")
+        x = torch.randn(32, 64)
+        q = MXTensor.to_mx(x, torch.float4_e2m1fn_x2 if dtype == "fp4" else dtype)
+        assert isinstance(q, MXTensor) and low < compute_error(x, q.to_dtype(torch.float)) < low + 6
+
+    def test_nvfp4_tensors(self):
+        from ao.compat.torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+        from ao.compat.torchao.quantization import compute_error
+
+        x = torch.randn(32, 64)
+        scale = per_tensor_amax_to_scale(x.abs().max())
+        q = NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale)
+        torch.testing.assert_close(q.per_tensor_scale, scale)
+        assert 19 < compute_error(x, q.dequantize(torch.float32)) < 23
+
+    def test_int8_weights(self):
+        from ao.compat.torchao.prototype.low_bit_optim import _AdamW
+        from ao.compat.torchao.prototype.quantized_training import int8_weight_only_quantized_training
+        from ao.compat.torchao.quantization.quant_api import quantize_
+
+        model = toy(torch.float32).train()
+        quantize_(model, int8_weight_only_quantized_training())
+        losses = fit(model, 4, _AdamW(model.parameters(), lr=1e-2, compile=False))
+        assert losses[-1] < losses[0]
+
+    def test_int8_mixed_precision(self):
+        from ao.compat.torchao.prototype.quantized_training import (
+            Int8MixedPrecisionTrainingConfig,
+            int8_mixed_precision_training,
+        )
+        from ao.compat.torchao.quantization import quantize_
+
+        model = toy(torch.float32).train()
+        config = Int8MixedPrecisionTrainingConfig(output=True, grad_input=True, grad_weight=False)
+        quantize_(model, int8_mixed_precision_training(config))
+        losses = fit(model)
+        assert losses[-1] < losses[0]
+
+    def test_bitnet(self):
+        from ao.compat.torchao.prototype.quantized_training import bitnet_training
+        from ao.compat.torchao.quantization import quantize_
+
+        model = toy(torch.float32).train()
+        quantize_(model, bitnet_training(), filter_fn=lambda m, name: name == "linear1")
+        losses = fit(model, 6)
+        assert losses[-1] < losses[0]
+
+
+class TestOptim:
+    @pytest.mark.parametrize("name", ["Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8"])
+    def test_drop_in(self, name):
+        from ao.compat.torchao import optim
+
+        model = toy(torch.float32)
+        losses = fit(model, 3, getattr(optim, name)(model.parameters(), lr=1e-2, block_size=128, compile=False))
+        assert losses[-1] < losses[0]
+
+    def test_stochastic_rounding(self):
+        from ao.compat.torchao.optim import _AdamW
+
+        model = toy(torch.bfloat16)
+        before = model.linear1.weight.detach().clone()
+        fit(model, 1, _AdamW(model.parameters(), lr=1e-5, bf16_stochastic_round=True, compile=False))
+        assert 0 < (model.linear1.weight != before).float().mean() < 0.9
+
+    @pytest.mark.parametrize("offload_gradients", [False, True])
+    def test_offload(self, offload_gradients, tmp_path):
+        from ao.compat.torchao.optim import CPUOffloadOptimizer
+
+        def make(model):
+            return CPUOffloadOptimizer(
+                model.parameters(), torch.optim.AdamW, offload_gradients=offload_gradients, fused=True
+            )
+
+        model = toy(torch.float32)
+        optimizer = make(model)
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(1e-2)
+            else:
+                group["lr"] = 1e-2
+        losses = fit(model, 2, optimizer)
+        torch.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, tmp_path / "checkpoint.pth")
+        checkpoint = torch.load(tmp_path / "checkpoint.pth")
+        again = toy(torch.float32)
+        again.load_state_dict(checkpoint["model"])
+        optimizer = make(again)
+        optimizer.load_state_dict(checkpoint["optim"])
+        assert fit(again, 2, optimizer)[-1] < losses[0]

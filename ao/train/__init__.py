@@ -29,6 +29,7 @@ from .linear import LowPrecisionLinear, low_precision_linear
 from .precision import PRECISIONS, convert_to_precision
 from .qlora import LoRALinear, convert_to_qlora, merge_qlora
 from .recipe import Gemm, Recipe
+from .training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from .tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
@@ -61,6 +62,7 @@ __all__ = [
     "Recipe",
     "ScalingGranularity",
     "ScalingType",
+    "TrainingConfig",
     "auto_module_filter",
     "bitnet_training",
     "convert_from_low_precision_training",

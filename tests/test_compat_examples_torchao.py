@@ -6,9 +6,12 @@ whole file takes seconds: tests of what is generated are elsewhere.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -718,3 +721,363 @@ class TestOptim:
         optimizer = make(again)
         optimizer.load_state_dict(checkpoint["optim"])
         assert fit(again, 2, optimizer)[-1] < losses[0]
+
+
+class TestStaticQuantization:
+    def test_observers_and_fixed_scales(self):
+        """Linear layers that observe, in place of plain ones; then quantized ones in place of those, by a config of one's own."""
+        from ao.compat.torchao.core.config import AOBaseConfig
+        from ao.compat.torchao.quantization import Int8Tensor, PerRow, quantize_
+        from ao.compat.torchao.quantization.granularity import PerAxis, PerTensor
+        from ao.compat.torchao.quantization.observer import AffineQuantizedMinMaxObserver
+        from ao.compat.torchao.quantization.quant_api import _replace_with_custom_fn_if_matches_filter
+        from ao.compat.torchao.quantization.quant_primitives import MappingType
+        from ao.compat.torchao.quantization.transform_module import register_quantize_module_handler
+
+        def observer(granularity):
+            return AffineQuantizedMinMaxObserver(
+                MappingType.ASYMMETRIC, torch.int8, granularity=granularity, eps=1e-7, scale_dtype=torch.float32,
+                zero_point_dtype=torch.int32,
+            )  # fmt: skip
+
+        class Observed(nn.Linear):
+            @classmethod
+            def from_float(cls, linear):
+                made = cls(linear.in_features, linear.out_features, False, dtype=linear.weight.dtype)
+                made.weight, made.act_obs, made.weight_obs = linear.weight, observer(PerTensor()), observer(PerAxis(0))
+                return made
+
+            def forward(self, x):
+                return F.linear(self.act_obs(x), self.weight_obs(self.weight))
+
+        class Quantized(nn.Module):
+            def __init__(self, observed):
+                super().__init__()
+                self.act_scale, self.act_zero_point = observed.act_obs.calculate_qparams()
+                scale, zero_point = observed.weight_obs.calculate_qparams()
+                self.qweight = Int8Tensor.from_hp(
+                    observed.weight.detach(), PerRow(), scale=scale, zero_point=zero_point
+                )
+
+            def forward(self, x):
+                q = Int8Tensor.from_hp(x, PerTensor(), scale=self.act_scale, zero_point=self.act_zero_point)
+                return F.linear(q, self.qweight)
+
+        @dataclass
+        class StaticConfig(AOBaseConfig):
+            pass
+
+        @register_quantize_module_handler(StaticConfig)
+        def _apply(module, config):
+            return Quantized(module)
+
+        model = toy(torch.float32)
+        _replace_with_custom_fn_if_matches_filter(model, Observed.from_float, lambda m, _: isinstance(m, nn.Linear))
+        for _ in range(10):
+            model(*model.example_inputs(32))
+        quantize_(model, StaticConfig(), lambda m, _: isinstance(m, Observed))
+        assert isinstance(model.linear1, Quantized) and 32 < noise(model, torch.float32) < 46
+
+    def test_by_a_config(self):
+        from ao.compat.torchao.prototype.smoothquant import SmoothQuantConfig
+        from ao.compat.torchao.quantization import Int8StaticActivationInt8WeightConfig, quantize_
+
+        model = toy(torch.float32)
+        quantize_(model, SmoothQuantConfig(Int8StaticActivationInt8WeightConfig(), step="prepare"))
+        for _ in range(5):
+            model(*model.example_inputs(32))
+        quantize_(model, SmoothQuantConfig(Int8StaticActivationInt8WeightConfig(), step="convert"))
+        assert 30 < noise(model, torch.float32) < 46
+
+
+class TestFinetuning:
+    def test_a_frozen_nf4_layer(self):
+        from ao.compat.torchao.dtypes import NF4Tensor, to_nf4
+        from ao.compat.torchao.dtypes.nf4tensor import linear_nf4
+
+        class FrozenNF4Linear(nn.Linear):
+            def __init__(self, *args, **quantization):
+                super().__init__(*args, bias=False)
+                self.weight.requires_grad_(False)
+                self.weight = nn.Parameter(to_nf4(self.weight, **quantization), requires_grad=False)
+
+            def forward(self, x):
+                return linear_nf4(x, self.weight)
+
+        layer = FrozenNF4Linear(64, 32, block_size=32, scaler_block_size=2)
+        x = torch.randn(4, 64, requires_grad=True)
+        layer(x).sum().backward()
+        assert isinstance(layer.weight.data, NF4Tensor)
+        torch.testing.assert_close(x.grad[0], layer.weight.get_original_weight().sum(0))
+
+    @pytest.mark.filterwarnings(
+        "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+    )  # peft, of transformers
+    def test_adapters_over_int8(self, tmp_path):
+        peft = pytest.importorskip("peft", reason="needs peft: pip install 'ao-lowbit[peft]'")
+        transformers = pytest.importorskip("transformers", reason="needs transformers")
+        import hf_models
+
+        from ao.compat.torchao.quantization import Int8WeightOnlyConfig
+        from ao.integrations.transformers import AoConfig as TorchAoConfig
+
+        hf_models.llama(num_hidden_layers=1).save_pretrained(tmp_path)
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+        )
+        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert len(trained) == 4 and model.base_model.model.model.layers[0].mlp.up_proj.weight.spec.bits == 8
+
+
+class TestServing:
+    def test_embeddings_and_linear_layers(self, tmp_path):
+        transformers = pytest.importorskip("transformers", reason="needs transformers")
+        import hf_models
+
+        from ao.compat.torchao.quantization.granularity import PerAxis, PerGroup
+        from ao.compat.torchao.quantization.quant_api import (
+            FqnToConfig,
+            Int8DynamicActivationIntxWeightConfig,
+            IntxWeightOnlyConfig,
+        )
+        from ao.integrations.transformers import AoConfig as TorchAoConfig
+
+        hf_models.llama(num_hidden_layers=1, tie_word_embeddings=False).save_pretrained(tmp_path / "untied")
+        embedding = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+        linear = Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4, weight_granularity=PerGroup(32), weight_scale_dtype=torch.bfloat16
+        )
+        config = TorchAoConfig(
+            quant_type=FqnToConfig({"_default": linear, "model.embed_tokens": embedding}),
+            include_embedding=True,
+            modules_to_not_convert=[],
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untied", quantization_config=config)
+        assert [model.model.embed_tokens.weight.spec.bits, model.lm_head.weight.spec.bits] == [8, 4]
+        model.save_pretrained(tmp_path / "8da4w")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "8da4w")
+        assert torch.equal(hf_models.output("llama", again), hf_models.output("llama", model))
+
+    def test_a_config_of_transformers(self, tmp_path):
+        transformers = pytest.importorskip("transformers", reason="needs transformers")
+        import hf_models
+
+        from ao.compat.torchao.quantization import Float8DynamicActivationInt4WeightConfig
+        from ao.integrations.transformers import AoConfig as TorchAoConfig
+
+        hf_models.llama(num_hidden_layers=1).save_pretrained(tmp_path)
+        config = TorchAoConfig(quant_type=Float8DynamicActivationInt4WeightConfig(group_size=32))
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", quantization_config=config)
+        assert model.model.layers[0].mlp.up_proj.weight.spec.bits == 4
+
+    def test_configs_are_one_class(self):
+        from ao.compat.torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig
+
+        config = Int4WeightOnlyConfig(group_size=128)
+        assert isinstance(config, AOBaseConfig)
+        assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+    def test_rules_by_name(self):
+        from ao.compat.torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+        model = nn.ModuleDict(
+            {"q_proj": nn.Linear(64, 64), "gate_proj": nn.Linear(64, 64), "k_proj": nn.Linear(64, 64)}
+        )
+        rules = {
+            "q_proj": Int4WeightOnlyConfig(group_size=64),
+            "gate_proj": Int8WeightOnlyConfig(),
+            "_default": Int4WeightOnlyConfig(group_size=32),
+        }
+        quantize_(model, FqnToConfig(rules), filter_fn=None)
+        assert [model[n].weight.spec.block for n in model] == [(1, 64), (1, -1), (1, 32)]
+
+    def test_an_own_tensor_that_is_sharded(self):
+        from ao.compat.torchao.core.config import AOBaseConfig
+        from ao.compat.torchao.quantization import quantize_
+        from ao.compat.torchao.quantization.transform_module import register_quantize_module_handler
+        from ao.compat.torchao.utils import TorchAOBaseTensor, fill_defaults
+
+        aten = torch.ops.aten
+
+        class Own(TorchAOBaseTensor):
+            tensor_data_names: ClassVar[list[str]] = ["codes", "factor"]
+            tensor_attribute_names: ClassVar[list[str]] = ["dtype"]
+
+            @staticmethod
+            def __new__(cls, codes, factor, dtype):
+                return torch.Tensor._make_wrapper_subclass(cls, codes.shape, device=codes.device, dtype=dtype)
+
+            def __init__(self, codes, factor, dtype):
+                self.codes, self.factor = codes, factor
+
+            def dequantize(self):
+                return self.codes.to(self.dtype) * self.factor
+
+        @Own.implements([aten.slice.Tensor])
+        def _(func, types, args, kwargs):
+            self, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
+            return Own(func(self.codes, dim, start, end, step), self.factor, self.dtype)
+
+        @Own.implements_torch_function(F.linear)
+        def _(func, types, args, kwargs):
+            x, w, bias = args[0], args[1], args[2] if len(args) > 2 else None
+            return F.linear(x, w.dequantize(), bias)
+
+        @dataclass
+        class OwnConfig(AOBaseConfig):
+            bits: int = 8
+
+        @register_quantize_module_handler(OwnConfig)
+        def _transform(module, config):
+            factor = module.weight.detach().abs().max() / 127
+            codes = (module.weight.detach() / factor).round().to(torch.int8)
+            module.weight = nn.Parameter(Own(codes, factor, module.weight.dtype), requires_grad=False)
+            return module
+
+        model = toy(torch.float32)
+        quantize_(model, OwnConfig())
+        part = model.linear1.weight.narrow(0, 16, 32)
+        target = Own(torch.zeros(32, 64, dtype=torch.int8), torch.zeros(()), torch.float32)
+        target.copy_(part)
+        assert torch.equal(target.dequantize(), model.linear1.weight.dequantize()[16:48])
+        assert 36 < noise(model, torch.float32) < 46
+
+
+class TestContributing:
+    def test_float8_weights_by_hand(self):
+        from ao.compat.torchao.quantization import Float8Tensor
+
+        model = toy()
+        for layer in (model.linear1, model.linear2):
+            layer.weight = nn.Parameter(Float8Tensor.from_hp(layer.weight.detach()), requires_grad=False)
+        assert 26 < noise(model) < 36
+
+    def test_float8_weights_and_activations_by_hand(self):
+        from ao.compat.torchao.quantization import Float8Tensor, PerRow
+        from ao.compat.torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+        model = toy()
+        act = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow())
+        for layer in (model.linear1, model.linear2):
+            q = Float8Tensor.from_hp(
+                layer.weight.detach(), float8_dtype=torch.float8_e4m3fn, granularity=PerRow(), act_quant_kwargs=act
+            )
+            layer.weight = nn.Parameter(q, requires_grad=False)
+        assert 24 < noise(model) < 32
+
+    def test_primitives(self):
+        from ao.compat.torchao.quantization.quant_primitives import (
+            MappingType,
+            choose_qparams_affine,
+            dequantize_affine,
+            quantize_affine,
+        )
+        from ao.compat.torchao.quantization.utils import compute_error
+
+        w = torch.randn(32, 64)
+        scale, zero = choose_qparams_affine(w, MappingType.ASYMMETRIC, (1, 32), torch.uint8, 0, 15)
+        codes = quantize_affine(w, (1, 32), scale, zero, torch.uint8, 0, 15)
+        back = dequantize_affine(codes, (1, 32), scale, zero, torch.uint8, 0, 15)
+        assert codes.max() <= 15 and 19 < compute_error(w, back) < 24
+
+    def test_integer_products(self):
+        from ao.compat.torchao.kernel.intmm import int_matmul, int_scaled_matmul
+
+        a, b = (torch.randint(-128, 128, (32, 32), dtype=torch.int8) for _ in range(2))
+        scale = torch.rand(32, 1)
+        exact = a.int() @ b.int()
+        assert torch.equal(int_matmul(a, b), exact)
+        torch.testing.assert_close(int_scaled_matmul(a, b, scale), exact * scale)
+
+    def test_microbenchmarks(self):
+        from ao.compat.torchao.utils import benchmark_torch_function_in_microseconds
+
+        assert benchmark_torch_function_in_microseconds(torch.add, torch.ones(2), torch.ones(2)) > 0
+
+
+class TestPrototypes:
+    def test_awq(self):
+        from ao.compat.torchao.prototype.awq import AWQConfig
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        model, base = toy(torch.float32), Int4WeightOnlyConfig(group_size=32)
+        quantize_(model, AWQConfig(base, step="prepare"))
+        for _ in range(3):
+            model(*model.example_inputs(32))
+        quantize_(model, AWQConfig(base, step="convert"))
+        assert 19 < noise(model, torch.float32) < 26
+
+    def test_awq_with_observers(self):
+        from ao.compat.torchao.prototype.awq import AWQObservedLinear, awq_uintx, insert_awq_observer_
+        from ao.compat.torchao.quantization import quantize_
+
+        model = toy(torch.float32)
+        insert_awq_observer_(model, 3, 32, torch.uint4, scale_search_space_size=10, group_size=32)
+        for _ in range(3):
+            model(*model.example_inputs(32))
+        quantize_(
+            model, awq_uintx(quant_dtype=torch.uint4, group_size=32), lambda m, _: isinstance(m, AWQObservedLinear)
+        )
+        assert 18 < noise(model, torch.float32) < 26
+
+    def test_smoothquant_and_its_recipe(self, tmp_path):
+        from ao.compat.torchao.prototype.smoothquant import (
+            SmoothQuantConfig,
+            SmoothQuantObservedLinear,
+            insert_smooth_quant_observer_,
+            load_smooth_quant_recipe,
+            save_smooth_quant_recipe,
+        )
+        from ao.compat.torchao.quantization import quantize_
+
+        model = toy(torch.float32)
+        insert_smooth_quant_observer_(model, alpha=0.5, quant_mode="dynamic")
+        for _ in range(3):
+            model(*model.example_inputs(32))
+        save_smooth_quant_recipe(model, tmp_path / "recipe.json")
+        quantize_(model, SmoothQuantConfig(), lambda m, _: isinstance(m, SmoothQuantObservedLinear))
+        assert 33 < noise(model, torch.float32) < 46
+        again = toy(torch.float32)
+        insert_smooth_quant_observer_(again)
+        load_smooth_quant_recipe(again, tmp_path / "recipe.json")
+        x = torch.randn(4, 64)
+        torch.testing.assert_close(again(x), model(x))
+
+    def test_hqq(self):
+        from ao.compat.torchao.quantization import quantize_, uintx_weight_only
+
+        model = toy(torch.float32)
+        quantize_(model, uintx_weight_only(torch.uint4, group_size=32, use_hqq=True))
+        assert 19 < noise(model, torch.float32) < 26
+
+    def test_gptq(self):
+        from ao.compat.torchao.prototype.gptq import GPTQConfig
+        from ao.compat.torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        model, base = toy(torch.float32), Int4WeightOnlyConfig(group_size=32)
+        quantize_(model, GPTQConfig(step="observe", base_config=base))
+        for _ in range(3):
+            model(*model.example_inputs(32))
+        quantize_(model, GPTQConfig(step="convert", base_config=base))
+        assert 19 < noise(model, torch.float32) < 27
+
+    def test_spinquant(self):
+        pytest.importorskip("transformers", reason="needs transformers")
+        import hf_models
+
+        from ao.compat.torchao.prototype.spinquant import apply_spinquant
+
+        model = hf_models.llama(num_hidden_layers=1)
+        before = hf_models.output("llama", model)
+        apply_spinquant(model)
+        torch.testing.assert_close(hf_models.output("llama", model), before, atol=1e-3, rtol=1e-3)
+
+    def test_nf4_weights(self):
+        from ao.compat.torchao.dtypes._nf4tensor_api import nf4_weight_only
+        from ao.compat.torchao.quantization import quantize_
+
+        model = toy()
+        quantize_(model, nf4_weight_only())
+        assert 16 < noise(model) < 24

@@ -531,6 +531,18 @@ class FqnToConfig(AOBaseConfig):
             raise ValueError("FqnToConfig: give fqn_to_config or module_fqn_to_config, not two that differ")
         self.fqn_to_config = self.module_fqn_to_config = one or two
 
+    def to_ao(self) -> ao.FqnToConfig:
+        """The same in `ao`. Raises NotImplementedError for a config with a handler of its own."""
+        table: dict[str, Any] = {}
+        for key, config in self.fqn_to_config.items():
+            if not (config is None or isinstance(config, (Config, Spec, Translated))):
+                raise NotImplementedError(
+                    f"FqnToConfig: {type(config).__name__}, for {key!r}, is applied by quantize_(model, config) alone; load the "
+                    "model first"
+                )
+            table[key] = config.to_ao() if isinstance(config, Translated) else config
+        return ao.FqnToConfig(table)
+
     def apply(self, model: nn.Module, device: Any) -> Report:
         """Quantize a model."""
         table: dict[str, Any] = {}

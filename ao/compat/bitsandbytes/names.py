@@ -37,7 +37,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "optim.SGD": ("the same", ""),
     "optim.SGD8bit": ("`ao.optim.SGD8bit`", "without momentum too"),
     "optim.SGD32bit": ("the same", ""),
-    "optim.GlobalOptimManager": ("the same", "`optim_bits` only; or `full_precision=` of `ao.optim`"),
+    "optim.GlobalOptimManager": ("the same", "or `full_precision=` and param groups of `ao.optim`"),
     "functional.QuantState": ("the same", "reads and writes what checkpoints hold"),
     "functional.quantize_4bit": ("the same", "the same bytes"),
     "functional.dequantize_4bit": ("the same", "takes quantized weights of ao too"),

@@ -74,7 +74,7 @@ class Output(Tensor):
     """What comes out of a module with activations: a plain tensor, of which `dequantize()` is itself, with its gradient, since
     code for quanto calls it. What is computed from it is of torch's own class."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def dequantize(self) -> Tensor:
         """The tensor itself."""

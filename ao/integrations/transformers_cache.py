@@ -49,10 +49,10 @@ class AoQuantizedLayer(QuantizedLayer):
         )
         return Intx(self.nbits, block, signed=False, symmetric=False, zero_point="float")
 
-    def _quantize(self, tensor: Tensor, axis: int) -> QTensor:
+    def _quantize(self, tensor: Tensor, axis: int) -> QTensor:  # type: ignore[override]
         return self.spec(axis, tuple(tensor.shape)).quantize(tensor)
 
-    def _dequantize(self, q_tensor: QTensor) -> Tensor:  # type: ignore[override]
+    def _dequantize(self, q_tensor: QTensor) -> Tensor:
         return q_tensor.dequantize()
 
 

@@ -47,6 +47,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "functional.dequantize_fp4": ("the same", ""),
     "functional.quantize_blockwise": ("the same", "always the nearest entry of the table"),
     "functional.dequantize_blockwise": ("the same", ""),
+    "functional.gemv_4bit": ("`matmul_4bit`", ""),
     "functional.get_4bit_type": ("the same", "but for af4"),
     "functional.create_dynamic_map": ("the same", ""),
     "functional.create_linear_map": ("the same", ""),

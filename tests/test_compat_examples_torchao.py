@@ -1081,3 +1081,52 @@ class TestPrototypes:
         model = toy()
         quantize_(model, nf4_weight_only())
         assert 16 < noise(model) < 24
+
+
+class TestQuantLogger:
+    @pytest.fixture(autouse=True)
+    def _to_stdout(self, monkeypatch):
+        from ao.compat.torchao.prototype.quant_logger import quant_logger
+
+        for name, value in (("counter", 0), ("file", None), ("folder", None)):
+            monkeypatch.setattr(quant_logger._State, name, value)
+
+    def test_parameters(self, capsys):
+        from ao.compat.torchao.prototype.quant_logger import log_parameter_info
+
+        log_parameter_info(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)))
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(",")[2] for line in lines] == [f" fqn='{n}.{p}'" for n in (0, 2) for p in ("weight", "bias")]
+
+    def test_activations(self, capsys):
+        from ao.compat.torchao.prototype.quant_logger import add_activation_loggers
+
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        add_activation_loggers(model)
+        trace(model)(torch.ones(1, 16))
+        lines = capsys.readouterr().out.splitlines()
+        assert (
+            lines[0] == "t=act, c=0, fqn='0.weight', op='linear', extra='MKN=1|16|32', max_abs=1.00, avg=1.00, std=0.00"
+        )
+        assert "fqn='2.weight', op='linear', extra='MKN=1|32|8'" in lines[1]
+
+    def test_a_table_and_whole_tensors(self, tmp_path):
+        import csv
+
+        from ao.compat.torchao.prototype.quant_logger import (
+            add_activation_loggers,
+            enable_log_stats_to_file,
+            enable_log_tensor_save_tensors_to_disk,
+            reset_counter,
+        )
+
+        model = nn.Sequential(nn.Linear(16, 32))
+        add_activation_loggers(model)
+        enable_log_stats_to_file(tmp_path / "stats.csv")
+        model(torch.full((2, 16), 3.0))
+        rows = list(csv.DictReader((tmp_path / "stats.csv").read_text().splitlines()))
+        assert [(row["fqn"], row["extra"], float(row["max_abs"])) for row in rows] == [("0.weight", "MKN=2|16|32", 3.0)]
+        reset_counter()
+        enable_log_tensor_save_tensors_to_disk(tmp_path / "tensors")
+        model(torch.ones(2, 16))
+        assert torch.equal(torch.load(tmp_path / "tensors" / "act_0_0.weight_linear.pt"), torch.ones(2, 16))

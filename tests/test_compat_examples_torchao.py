@@ -1103,7 +1103,8 @@ class TestQuantLogger:
 
         model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
         add_activation_loggers(model)
-        trace(model)(torch.ones(1, 16))
+        with torch.no_grad():
+            trace(model)(torch.ones(1, 16))
         lines = capsys.readouterr().out.splitlines()
         assert (
             lines[0] == "t=act, c=0, fqn='0.weight', op='linear', extra='MKN=1|16|32', max_abs=1.00, avg=1.00, std=0.00"

@@ -81,7 +81,10 @@ def log_parameter_info(model: nn.Module) -> None:
 
 
 def add_activation_loggers(model: nn.Module) -> None:
-    """Have every linear layer log its input, from now on at each call."""
+    """Have every linear layer log its input, from now on at each call.
+
+    A compiled model logs where no gradients are asked for (torch.no_grad): to the compiler the input counts as written.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(_logger(f"{name}.weight" if name else "weight"))
@@ -92,6 +95,6 @@ def _logger(fqn: str) -> Callable[[Any, Any], None]:
         x = args[0]
         rows = x.numel() // x.shape[-1]
         shape = f"MKN={rows}|{module.in_features}|{module.out_features}"
-        torch.ops.quant_logger.log_tensor(x.detach().clone(), fqn, "linear", "act", shape)  # it counts as written
+        torch.ops.quant_logger.log_tensor(x.detach(), fqn, "linear", "act", shape)
 
     return log

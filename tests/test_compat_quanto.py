@@ -325,3 +325,43 @@ def test_models_of_transformers(tmp_path):
         quanto.QuantizedModelForCausalLM.quantize(one(), weights=qint8)
     with pytest.raises(ValueError, match="takes a quantized model"):
         quanto.QuantizedModelForCausalLM(transformers.LlamaForCausalLM(config))
+
+
+def test_classes_are_what_a_tensor_holds():
+    t = torch.randn(4, 32, requires_grad=True)
+    scale = absmax_scale(t.detach(), qint8, 0)
+    q = quanto.WeightQBytesTensor.quantize(t, qint8, 0, scale)
+    assert isinstance(q, quanto.WeightQBytesTensor) and not isinstance(q, quanto.WeightQBitsTensor)
+    assert (q.qtype, q.axis) == (qint8, 0) and torch.equal(q._scale, scale)
+    gradient = torch.randn(4, 32)
+    q.dequantize().backward(gradient)
+    assert torch.equal(t.grad, gradient)
+    again = quanto.WeightQBytesTensor(qint8, 0, t.size(), t.stride(), q._data, scale)
+    assert torch.equal(again.dequantize(), q.dequantize())
+    torch.testing.assert_close(torch.relu(q.detach()), torch.relu(q.dequantize()))
+    changed = q.detach().clone()
+    changed.relu_()  # in place it quantizes anew
+    assert isinstance(changed, quanto.WeightQBytesTensor) and changed.dequantize().min() >= 0
+
+
+def test_groups_down_the_columns():
+    t = torch.randn(64, 16)
+    scale, shift = torch.rand(1, 64) + 0.1, torch.rand(1, 64)
+    q = quanto.WeightQBitsTensor.quantize(t, qint4, -1, 16, scale, shift)
+    by_column, offsets = scale.reshape(16, 4).t(), shift.reshape(16, 4).t()  # columns, and the groups of each
+    codes = ((t.reshape(4, 16, 16) + offsets[:, None]) / by_column[:, None]).round().clamp(0, 15)
+    torch.testing.assert_close(q.dequantize(), (codes * by_column[:, None] - offsets[:, None]).reshape(64, 16))
+    with pytest.raises(ValueError, match="two dims"):
+        quanto.WeightQBitsTensor.quantize(t[None], qint4, -1, 16, scale, shift)
+
+
+def test_outputs_of_modules_with_activations_can_be_dequantized():
+    model, x = one(), INPUT.clone()
+    quantize(model, weights=qint8, activations=qint8)
+    with Calibration():
+        model(x)
+    out = model(x)
+    plain = out.dequantize()
+    assert type(plain) is torch.Tensor and type(out + 1) is torch.Tensor and torch.equal(plain, out)
+    plain.sum().backward()
+    assert model[0].weight.grad is not None

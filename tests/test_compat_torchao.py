@@ -777,3 +777,68 @@ def test_configs_from_files_are_those_of_known_packages(monkeypatch):
     monkeypatch.setattr(module, "ALLOWED_AO_MODULES", {__name__})
     assert config_from_dict(saved) == MineConfig(3)
     assert issubclass(Int4WeightOnlyConfig, Translated)
+
+
+def test_float8_tensors_by_hand():
+    from ao.compat.torchao.float8.float8_training_tensor import (
+        Float8TrainingTensor,
+        ScalingGranularity,
+        hp_tensor_and_scale_to_float8,
+        hp_tensor_to_float8_dynamic,
+    )
+    from ao.compat.torchao.float8.float8_utils import fp8_tensor_statistics, tensor_to_scale
+
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    scale = tensor_to_scale(x, torch.float8_e4m3fn)
+    q = hp_tensor_and_scale_to_float8(x, scale, torch.float8_e4m3fn)
+    gradient = torch.randn(3, 5, 16)
+    q.to_original_precision().backward(gradient)
+    assert isinstance(q, Float8TrainingTensor) and torch.equal(x.grad, gradient)
+    again = Float8TrainingTensor(q.qdata.detach(), scale, torch.float32)
+    assert torch.equal(again.to_original_precision(), q.to_original_precision())
+    by_row = hp_tensor_to_float8_dynamic(
+        x, torch.float8_e4m3fn, scaling_granularity=ScalingGranularity.AXISWISE, axiswise_dim=0
+    )
+    assert by_row.scale.shape == (1, 5, 16)
+    ones = hp_tensor_and_scale_to_float8(torch.ones(4, 4), torch.tensor(1e9), torch.float8_e4m3fn)
+    assert fp8_tensor_statistics(ones) == (0, 16)
+
+
+def test_float8_layers_are_of_its_class():
+    from ao.compat.torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from ao.compat.torchao.float8.float8_linear import Float8Linear
+    from ao.train import convert_from_low_precision_training
+
+    ragged = convert_to_float8_training(nn.Sequential(nn.Linear(3, 3)), config=Float8LinearConfig(emulate=True))
+    assert type(ragged[0]) is Float8Linear and ragged[0].linear_mm_config.output.emulate
+    assert "i:dyn_ten_e4m3,w:dyn_ten_e4m3,go:dyn_ten_e5m2" in repr(ragged)
+    ragged(torch.randn(2, 3)).sum().backward()
+    assert ragged[0].weight.grad.shape == (3, 3)
+    assert type(convert_from_low_precision_training(ragged)[0]) is nn.Linear
+    odd = nn.Linear(16, 16)
+    odd.child = nn.Linear(16, 16)
+    with pytest.raises(AssertionError, match="root nn.Linear with children"):
+        convert_to_float8_training(odd)
+
+
+def test_a_smoothquant_layer_converts_by_itself():
+    x, layer = data(1)[0], model()[0]
+    expected = layer(x)
+    smooth = tq.SmoothFakeDynamicallyQuantizedLinear.from_float(layer, alpha=0.25)
+    assert torch.equal(smooth(x), expected)
+    smooth.to_inference()
+    assert compute_error(expected, smooth(x)) > 35 and not hasattr(smooth, "to_inference")
+
+
+def test_mx_training_by_recipe_names():
+    from ao.compat.torchao.prototype.mx_formats import MXLinearConfig
+
+    m, x = model().train(), torch.randn(32, 128)
+    quantize_(m, MXLinearConfig.from_recipe_name("mxfp4_emulated"))
+    m(x).sum().backward()
+    assert m[0].recipe.output.a == ao.dtypes.FloatX(2, 1) and m[0].weight.grad is not None
+    assert MXLinearConfig.from_recipe_name("mxfp8_cublas_rceil").recipe().output.a.scale_rule == "rceil"
+    with pytest.raises(ValueError, match="mxfp8_emulated"):
+        MXLinearConfig.from_recipe_name("float8")
+    with pytest.raises(ValueError, match="elem_dtype must be one of"):
+        MXLinearConfig(elem_dtype=torch.int8).recipe()

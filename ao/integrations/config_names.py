@@ -18,8 +18,8 @@ AS_STORED = "as_stored"
 def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config | Spec | str:
     """The config that `quant_type` stands for, "autoquant" or "as_stored".
 
-    quant_type: a config, a Spec, a dict of `config_to_dict`, "autoquant", "as_stored", or a name that `read_format` knows
-        ("int8", "int4_weight_only", "int4-g128+hqq").
+    quant_type: a config, also one of ao.compat, a Spec, a dict of `config_to_dict`, "autoquant", "as_stored", or a name that
+        `read_format` knows ("int8", "int4_weight_only", "int4-g128+hqq").
     kwargs: parameters of a config that is given by name. Of "autoquant" they are the arguments.
 
     Raises TypeError for what is none of these and ValueError for a name that is not known.
@@ -30,6 +30,8 @@ def read_quant_type(quant_type: Any, kwargs: dict[str, Any], who: str) -> Config
         raise TypeError(f"{who}: {sorted(kwargs)} are for a quant_type given by name; set them in the config itself")
     if isinstance(quant_type, Mapping):
         return config_from_dict(quant_type)
+    if hasattr(quant_type, "to_ao") and not isinstance(quant_type, type):
+        quant_type = quant_type.to_ao()  # of ao.compat
     if not isinstance(quant_type, (Config, Spec)):
         raise TypeError(
             f"{who}: quant_type must be a config such as ao.Int4WeightOnlyConfig(), a Spec such as ao.Intx(bits=4), or a name "

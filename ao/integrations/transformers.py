@@ -38,6 +38,7 @@ from ..quant.coverage import by_default
 from ..quant.report import Report, storage_bytes
 from ..quant.slots import slots_of
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
+from . import transformers_cache as _transformers_cache  # noqa: F401  generate's quantized cache
 from .config_names import AS_STORED, AUTOQUANT, read_quant_type
 from .foreign.checkpoint import ForeignCheckpoint, quantization_config
 from .mapped_memory import MappedFiles
@@ -356,9 +357,9 @@ _from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr
 
 @functools.wraps(_from_pretrained)
 def from_pretrained(cls: Any, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-    """As in transformers. `quantization_config` may be a config of `ao` or a Spec, which stands for an AoConfig of it. With
-    AoConfig("as_stored"), the weights of a `gguf_file` stay as they are."""
-    if isinstance(quantization_config, (Config, Spec)):
+    """As in transformers. `quantization_config` may be a config of `ao` or of ao.compat, or a Spec, which stands for an AoConfig
+    of it. With AoConfig("as_stored"), the weights of a `gguf_file` stay as they are."""
+    if isinstance(quantization_config, (Config, Spec)) or hasattr(quantization_config, "to_ao"):
         quantization_config = AoConfig(quantization_config)
     if isinstance(quantization_config, AoConfig) and kwargs.get("gguf_file") is not None:
         return _from_gguf(cls, *args, settings=quantization_config, **kwargs)

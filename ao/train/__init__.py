@@ -31,6 +31,7 @@ from .precision import PRECISIONS, convert_to_precision
 from .qlora import LoRALinear, convert_to_qlora, merge_qlora
 from .recipe import Gemm, Recipe
 from .small_floats import MXFP4TrainingConfig, MXFP8TrainingConfig, NVFP4TrainingConfig
+from .training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from .tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
@@ -66,6 +67,7 @@ __all__ = [
     "Recipe",
     "ScalingGranularity",
     "ScalingType",
+    "TrainingConfig",
     "auto_module_filter",
     "bitnet_training",
     "convert_experts_to_low_precision_training",

@@ -63,7 +63,7 @@ def convert_from_low_precision_training(module: nn.Module) -> nn.Module:
                     done[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
                 layer._parameters["weight"] = done[id(weight)]
         as_it_is_in_state_dict(layer)
-        if type(layer) is LowPrecisionLinear:
+        if isinstance(layer, LowPrecisionLinear) and not type(layer).__name__.startswith("FSDP"):
             del layer.recipe
             layer.__class__ = nn.Linear  # type: ignore[assignment]
     return module

@@ -40,7 +40,11 @@ LayerConfig = RecipeConfig | WeightConfig
 
 
 class TrainingConfig:
-    """A config of low-precision training: `convert_to_low_precision_training` and `quantize_` take it."""
+    """A config of low-precision training: `convert_to_low_precision_training` and `quantize_` take it.
+
+    One of your own is a subclass with `recipe()`, which returns a Recipe, or `weight()`, which returns the Spec that the
+    weights are stored in.
+    """
 
     def convert_layers(self, model: nn.Module, filter_fn: Filter | None = None) -> list[str]:
         """Let the layers of `model` that the filter takes train by this config, in place. Returns their names.

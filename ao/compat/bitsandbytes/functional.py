@@ -305,6 +305,24 @@ def igemm(A: Tensor, B: Tensor, out: Tensor | None = None, **kwargs: Any) -> Ten
     return made if out is None else out.copy_(made)
 
 
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> Tensor:
+    """A @ W.T, with W the 4-bit weight (N, K): `matmul_4bit` without a bias. A: (..., K). B: codes, also transposed.
+
+    transposed_A, transposed_B: accepted and without effect. Raises ValueError without `state`.
+    """
+    if state is None:
+        raise ValueError("gemv_4bit: give state with codes; functional.quantize_4bit returns both")
+    made = torch.nn.functional.linear(A, dequantize_4bit(B, state).to(A.dtype))
+    return made if out is None else out.copy_(made)
+
+
 __all__ = [
     "QuantState",
     "create_dynamic_map",
@@ -315,6 +333,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "gemv_4bit",
     "get_4bit_type",
     "igemm",
     "int8_double_quant",

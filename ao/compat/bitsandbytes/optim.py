@@ -7,6 +7,7 @@ device of the parameters: ao has none that move by themselves, and `ao.optim.CPU
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -15,14 +16,22 @@ from torch import Tensor, nn
 from ... import optim as _optim
 from ...dtypes import Spec
 
+_BITS = "optim_bits"
+_GROUPED = ("lr", "betas", "eps", "weight_decay", "momentum")
+_ACCEPTED = ("is_sparse", "min_8bit_size", "percentile_clipping", "block_wise", "max_unorm")
+
 
 class GlobalOptimManager:
-    """Settings of single parameters: `GlobalOptimManager.get_instance().override_config(embedding.weight, "optim_bits", 32)`."""
+    """Settings of single parameters: `GlobalOptimManager.get_instance().override_config(embedding.weight, "optim_bits", 32)`.
+
+    "optim_bits" holds for states that are made later; "lr", "betas", "eps", "weight_decay" and "momentum" from the next step on,
+    in a param group of their own. The other settings of bitsandbytes are accepted and have no effect on a single parameter.
+    """
 
     _instance: ClassVar[GlobalOptimManager | None] = None
 
     def __init__(self) -> None:
-        self._full: list[Callable[[], Any]] = []
+        self._known: list[tuple[Callable[[], Any], dict[str, Any]]] = []
 
     @classmethod
     def get_instance(cls) -> GlobalOptimManager:
@@ -37,8 +46,7 @@ class GlobalOptimManager:
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
         """Settings of `module.param_name`, which may be another parameter by the time an optimizer is made."""
         reference = weakref.ref(module)
-        if _bits(config) == 32:
-            self._full.append(lambda: getattr(reference(), param_name, None))
+        self._known.append((lambda: getattr(reference(), param_name, None), _checked(config)))
 
     def override_config(
         self,
@@ -47,25 +55,31 @@ class GlobalOptimManager:
         value: Any = None,
         key_value_dict: Mapping[str, Any] | None = None,
     ) -> None:
-        """Settings of parameters: "optim_bits", 8 or 32. Raises NotImplementedError for another."""
-        bits = _bits({**(key_value_dict or {}), **({} if key is None else {key: value})})
+        """Settings of parameters. Raises NotImplementedError for one that is not known."""
+        config = _checked({**(key_value_dict or {}), **({} if key is None else {key: value})})
         for p in [parameters] if isinstance(parameters, Tensor) else parameters:
-            self._full = [known for known in self._full if known() is not p]
-            if bits == 32:
-                self._full.append(weakref.ref(p))
+            self._known.append((weakref.ref(p), config))
+
+    def settings_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The settings of a parameter, the last ones before the others."""
+        found: dict[str, Any] = {}
+        for known, config in self._known:
+            if known() is parameter:
+                found |= config
+        return found
 
     def keeps_32_bits(self, parameter: Tensor) -> bool:
         """Whether the states of a parameter stay in 32 bits."""
-        return any(known() is parameter for known in self._full)
+        return self.settings_of(parameter).get(_BITS) == 32
 
 
-def _bits(config: Mapping[str, Any]) -> int:
-    unknown = config.keys() - {"optim_bits"}
-    if unknown or config.get("optim_bits", 8) not in (8, 32):
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = config.keys() - {_BITS, *_GROUPED, *_ACCEPTED}
+    if unknown or config.get(_BITS, 8) not in (8, 32):
         raise NotImplementedError(
-            f"ao takes optim_bits=8 or 32 for single parameters, got {dict(config)}; other settings go into a param group"
+            f"GlobalOptimManager takes optim_bits=8 or 32, {', '.join(_GROUPED)} for single parameters, got {dict(config)}"
         )
-    return int(config.get("optim_bits", 8))
+    return dict(config)
 
 
 _OWN = ("block_size", "bf16_stochastic_round", "maximize", "full_precision", "compile")
@@ -74,15 +88,47 @@ _OWN = ("block_size", "bf16_stochastic_round", "maximize", "full_precision", "co
 class _Sized(_optim.LowBitOptimizer):
     """States of 8 or 32 bits, and 32 for small parameters."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._overridden: dict[int, dict[str, Any]] = {}
+        self._norms: dict[int, deque[float]] = {}
+        self.register_step_pre_hook(_before_step)
+
+    def override(self) -> None:
+        """Give each parameter that the manager has settings for a param group with them, if it is not there yet."""
+        manager = GlobalOptimManager.get_instance()
+        for group in list(self.param_groups):
+            for p in list(group["params"]):
+                wanted = {k: v for k, v in manager.settings_of(p).items() if k in group and k in _GROUPED}
+                if wanted and self._overridden.get(id(p)) != wanted:
+                    self._overridden[id(p)] = wanted
+                    full = [group["params"][i] for i in group["full_precision"]]
+                    group["params"] = [q for q in group["params"] if q is not p]
+                    group["full_precision"] = [
+                        i for i, q in enumerate(group["params"]) if any(q is other for other in full)
+                    ]
+                    mine = [p] if any(p is other for other in full) else []
+                    self.add_param_group({**group, **wanted, "params": [p], "full_precision": mine})
+
+    def clip(self) -> None:
+        """Shrink each gradient to the percentile `percentile_clipping` of its last 100 norms."""
+        for p in [p for group in self.param_groups for p in group["params"] if p.grad is not None]:
+            norms = self._norms.setdefault(id(p), deque(maxlen=100))
+            norm = float(p.grad.norm())
+            norms.append(norm)
+            most = sorted(norms)[min(len(norms) - 1, len(norms) * self.percentile_clipping // 100)]
+            if norm > most:
+                p.grad.mul_(most / norm)
+
     def _size(self, bits: int, min_8bit_size: int, old: Mapping[str, Any]) -> dict[str, Any]:
         """Take the settings about size, refuse what is not here, and return the parameters of ao among the others."""
         who = type(self).__name__
         if bits not in (8, 32):
             raise NotImplementedError(f"{who}: optim_bits must be 8 or 32, got {bits}; ao.optim has 4 bits too")
-        if old.get("percentile_clipping", 100) != 100:
-            raise NotImplementedError(
-                f"{who}: percentile_clipping must be 100, got {old['percentile_clipping']}; clip with "
-                "torch.nn.utils.clip_grad_norm_"
+        self.percentile_clipping = old.get("percentile_clipping", 100)
+        if not 0 < self.percentile_clipping <= 100:
+            raise ValueError(
+                f"{who}: percentile_clipping must be above 0 and at most 100, got {self.percentile_clipping}"
             )
         if not old.get("block_wise", True):
             raise NotImplementedError(f"{who}: block_wise must be True: states of ao have a scale per 256 elements")
@@ -100,12 +146,18 @@ class _Sized(_optim.LowBitOptimizer):
         return tuple((name, None if full else spec) for name, spec in super().specs(group, index))
 
 
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    optimizer.override()
+    if optimizer.percentile_clipping < 100:
+        optimizer.clip()
+
+
 class Adam(_Sized, _optim.Adam8bit):
     """Adam. Weight decay is decoupled, as in AdamW.
 
     optim_bits: of the states, 8 or 32. min_8bit_size: smaller parameters have states of 32 bits, as have those below 4096
-    elements in any case. is_paged, args: accepted. percentile_clipping, block_wise: 100 and True, the only ones. Those of
-    `ao.optim.Adam8bit` are taken too.
+    elements in any case. is_paged, args: accepted. percentile_clipping: shrink a gradient to this percentile of its
+    last 100 norms; norms are not saved. block_wise: True, the only one. Those of `ao.optim.Adam8bit` are taken too.
     """
 
     decoupled = True

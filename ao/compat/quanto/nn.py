@@ -70,6 +70,17 @@ class _Round(torch.autograd.Function):
         return grad, None
 
 
+class Output(Tensor):
+    """What comes out of a module with activations: a plain tensor, of which `dequantize()` is itself, with its gradient, since
+    code for quanto calls it. What is computed from it is of torch's own class."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def dequantize(self) -> Tensor:
+        """The tensor itself."""
+        return self.as_subclass(Tensor)
+
+
 class QModuleMixin:
     """What quantized modules have in common. It stands before the `nn.Module` among the bases of a class of one's own.
 
@@ -212,6 +223,11 @@ class QModuleMixin:
         """The input as the frozen module will see it."""
         act = self._act()
         return input if act is None else _Round.apply(input, _rounded(input.detach(), act, self.input_scale))
+
+    def output(self, out: Tensor) -> Tensor:
+        """What the module returns: `out`, which can be asked to `dequantize()` where there are activations."""
+        plain = self.activation_qtype is None or torch.compiler.is_compiling()
+        return out if plain else out.as_subclass(Output)
 
     def freeze(self) -> None:
         """Store the weight quantized."""
@@ -377,8 +393,8 @@ class QLinear(QModuleMixin, QuantizedLayer, nn.Linear):
         if isinstance(input, QTensor):
             input = input.dequantize()
         if self.frozen:
-            return self.product(input)
-        return F.linear(self.rounded_input(input), self.rounded_weight(), self.bias)
+            return self.output(self.product(input))
+        return self.output(F.linear(self.rounded_input(input), self.rounded_weight(), self.bias))
 
 
 @register_qmodule(nn.Conv2d)
@@ -414,9 +430,8 @@ class QConv2d(QModuleMixin, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, C, H, W)."""
-        return self._conv_forward(
-            input.dequantize() if isinstance(input, QTensor) else input, self.rounded_weight(), self.bias
-        )
+        plain = input.dequantize() if isinstance(input, QTensor) else input
+        return self.output(self._conv_forward(plain, self.rounded_weight(), self.bias))
 
 
 @register_qmodule(nn.LayerNorm)
@@ -447,7 +462,7 @@ class QLayerNorm(QModuleMixin, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., *normalized_shape)."""
-        return super().forward(input.dequantize() if isinstance(input, QTensor) else input)
+        return self.output(super().forward(input.dequantize() if isinstance(input, QTensor) else input))
 
 
 __all__ = ["QConv2d", "QLayerNorm", "QLinear", "QModuleMixin", "quantize_module", "register_qmodule"]

@@ -18,15 +18,31 @@ Filter = Callable[[nn.Module, str], bool]
 def convert_to_float8_training(
     module: nn.Module, *, module_filter_fn: Filter | None = None, config: Float8LinearConfig | None = None
 ) -> nn.Module:
-    """`ao.train.convert_to_float8_training`. A model without a layer to convert stays as it is, and emulation takes any shape."""
-    if config is not None and config.emulate:
-        config = dataclasses.replace(config, pad_inner_dim=True)
+    """`ao.train.convert_to_float8_training`, to layers of `Float8Linear`.
+
+    A model without a layer to convert stays as it is. Where the sizes of a layer are no multiples of 16, products are padded, as
+    with pad_inner_dim=True. Raises AssertionError for a linear layer with layers in it.
+    """
+    from .float8_linear import Float8Linear
+
+    config = config or Float8LinearConfig()
+    if isinstance(module, nn.Linear) and list(module.children()):
+        raise AssertionError(
+            "Does not support a root nn.Linear with children: convert the children, or the module around it"
+        )
 
     def takes(layer: nn.Module, name: str) -> bool:
         return type(layer) is nn.Linear and (module_filter_fn is None or module_filter_fn(layer, name))
 
-    if any(takes(layer, name) for name, layer in module.named_modules()):
-        return convert(module, module_filter_fn=takes, config=config)
+    layers = [layer for name, layer in module.named_modules() if takes(layer, name)]
+    if layers:
+        ragged = any(size % 16 for layer in layers for size in (layer.in_features, layer.out_features))
+        convert(
+            module, module_filter_fn=takes, config=dataclasses.replace(config, pad_inner_dim=True) if ragged else config
+        )
+    for layer in layers:
+        layer.__class__ = Float8Linear
+        layer.config = config
     return module
 
 

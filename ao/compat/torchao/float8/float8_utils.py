@@ -17,6 +17,7 @@ __all__ = [
     "FP8_TYPES",
     "amax_to_scale",
     "compute_error",
+    "fp8_tensor_statistics",
     "is_row_major",
     "pad_tensor_for_matmul",
     "tensor_to_amax",
@@ -80,6 +81,12 @@ def to_fp8_saturated(x: Tensor, float8_dtype: torch.dtype) -> Tensor:
     """`x` as float8, with what is too large at its largest number."""
     most = torch.finfo(float8_dtype).max
     return x.clamp(-most, most).to(float8_dtype)
+
+
+def fp8_tensor_statistics(tensor: Any, lp_dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[int, int]:
+    """How many numbers of a float8 tensor are 0, and how many the largest."""
+    size = tensor.qdata.float().abs()
+    return int((size == 0).sum()), int((size == torch.finfo(lp_dtype).max).sum())
 
 
 def is_row_major(stride: Sequence[int]) -> bool:

@@ -531,6 +531,18 @@ class FqnToConfig(AOBaseConfig):
             raise ValueError("FqnToConfig: give fqn_to_config or module_fqn_to_config, not two that differ")
         self.fqn_to_config = self.module_fqn_to_config = one or two
 
+    def to_ao(self) -> ao.FqnToConfig:
+        """The same in `ao`. Raises NotImplementedError for a config with a handler of its own."""
+        table: dict[str, Any] = {}
+        for key, config in self.fqn_to_config.items():
+            if not (config is None or isinstance(config, (Config, Spec, Translated))):
+                raise NotImplementedError(
+                    f"FqnToConfig: {type(config).__name__}, for {key!r}, is applied by quantize_(model, config) alone; load the "
+                    "model first"
+                )
+            table[key] = config.to_ao() if isinstance(config, Translated) else config
+        return ao.FqnToConfig(table)
+
     def apply(self, model: nn.Module, device: Any) -> Report:
         """Quantize a model."""
         table: dict[str, Any] = {}
@@ -640,6 +652,23 @@ def insert_observers_(
             module.weight = nn.Parameter(observed, requires_grad=weight.requires_grad)
 
 
+def change_linear_weights_to_int8_dqtensors(model: nn.Module, filter_fn: Filter | None = None, **kwargs: Any) -> None:
+    """`quantize_` with int8 weights and activations. kwargs: accepted and without effect."""
+    quantize_(model, int8_dynamic_activation_int8_weight(), filter_fn)
+
+
+def change_linear_weights_to_int8_woqtensors(model: nn.Module, filter_fn: Filter | None = None, **kwargs: Any) -> None:
+    """`quantize_` with int8 weights. kwargs: accepted and without effect."""
+    quantize_(model, int8_weight_only(), filter_fn)
+
+
+def change_linear_weights_to_int4_woqtensors(
+    model: nn.Module, groupsize: int = 128, filter_fn: Filter | None = None, **kwargs: Any
+) -> None:
+    """`quantize_` with int4 weights in groups. kwargs: accepted and without effect."""
+    quantize_(model, int4_weight_only(group_size=groupsize), filter_fn)
+
+
 def __getattr__(name: str) -> Any:
     """Names that this module shares with others, which are imported when they are asked for."""
     if name in ("Int8DynActInt4WeightQuantizer", "Int8DynActInt4WeightGPTQQuantizer", "Int4WeightOnlyQuantizer"):
@@ -677,6 +706,9 @@ __all__ = [
     "Quantizer",
     "TwoStepQuantizer",
     "UIntXWeightOnlyConfig",
+    "change_linear_weights_to_int4_woqtensors",
+    "change_linear_weights_to_int8_dqtensors",
+    "change_linear_weights_to_int8_woqtensors",
     "float8_dynamic_activation_float8_weight",
     "float8_static_activation_float8_weight",
     "float8_weight_only",

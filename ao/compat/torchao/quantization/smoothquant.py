@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,13 +33,23 @@ class SmoothFakeDynQuantMixin(Recorded):
 
 
 class SmoothFakeDynamicallyQuantizedLinear(SmoothFakeDynQuantMixin):
-    """A linear layer that waits for data. `from_float` makes one."""
+    """A linear layer that waits for data. `from_float` makes one.
+
+    layer.to_inference() quantizes it; without smoothing where layer.debug_skip_scaling is True.
+    """
 
     @staticmethod
     def from_float(mod: nn.Module, alpha: float = 0.5) -> nn.Module:
         """Have a layer remember what it is called with."""
         start(mod, lambda m, _: m is mod, alpha=alpha)
+        mod.__dict__ |= {"debug_skip_scaling": False, "to_inference": functools.partial(_to_inference, mod)}
         return mod
+
+
+def _to_inference(layer: nn.Module) -> None:
+    smooth_fq_linear_to_inference(layer, debug_skip_calibration=layer.__dict__["debug_skip_scaling"])
+    for name in ("debug_skip_scaling", "to_inference"):
+        del layer.__dict__[name]
 
 
 def swap_linear_with_smooth_fq_linear(

@@ -1,4 +1,4 @@
-"""torchao.prototype.mx_formats: MX and NVFP4 for inference. Training with MX raises NotImplementedError."""
+"""torchao.prototype.mx_formats: MX and NVFP4."""
 
 from .config import MXGemmKernelChoice, MXLinearConfig, ScaleCalculationMode
 from .inference_workflow import (

@@ -59,6 +59,11 @@ class SmoothQuantConfig(AOBaseConfig):
         if self.step is QuantizationStep.PREPARE_FOR_LOADING:
             return prepare_for_loading(model, with_algorithm(self.base_config, ao.SmoothQuant()), filter_fn)
         if self.step is not QuantizationStep.CONVERT:
+            recording = recording_of(model)
+            if recording is not None and recording.batches and "quant_mode" in recording.settings:
+                return _SmoothQuant().replace_in(
+                    model, filter_fn, device
+                )  # the step after insert_smooth_quant_observer_
             return start(model, filter_fn)
         recipe = ao.SmoothQuant(alpha=0.5 if self.alpha is None else self.alpha)
         chosen = None if filter_fn is _is_linear else filter_fn

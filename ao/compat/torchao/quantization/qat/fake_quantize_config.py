@@ -9,7 +9,7 @@ import torch
 
 from ao import Float8, Intx, Spec
 
-from ..granularity import Granularity, PerAxis, PerGroup, PerRow, PerToken
+from ..granularity import Granularity, PerAxis, PerGroup, PerRow, PerTensor, PerToken
 from ..quant_primitives import MappingType, TorchAODType, ZeroPointDomain, as_dtype
 from ..specs import FLOAT8, block_of, mapped
 
@@ -72,7 +72,8 @@ class IntxFakeQuantizeConfig(FakeQuantizeConfigBase):
     """Integers of 1 to 8 bits: `IntxFakeQuantizeConfig(torch.int4, group_size=32)`.
 
     dtype: torch.int1 to torch.int8, torch.uint1 to torch.uint8.
-    granularity: "per_token", "per_channel", "per_group" (with group_size), PerToken(), PerAxis(0), PerRow() or PerGroup(g).
+    granularity: "per_token", "per_channel", "per_group" (with group_size), PerToken(), PerAxis(0), PerRow() or PerGroup(g);
+        PerTensor() with is_dynamic=False, for activations that are calibrated before training, also of torch.int16.
     mapping_type, or is_symmetric: symmetric by default.
     scale_precision: of the scales of a weight; those of an activation are float32. zero_point_precision, eps: accepted and
         without effect.
@@ -99,13 +100,14 @@ class IntxFakeQuantizeConfig(FakeQuantizeConfigBase):
         if zero_point_domain is None:
             raise ValueError("IntxFakeQuantizeConfig: use zero_point_domain=ZeroPointDomain.NONE for None")
         self.dtype = dtype
-        self.granularity = _granularity(granularity, group_size)
+        fixed = isinstance(granularity, PerTensor) and not is_dynamic and not range_learning
+        self.granularity: Granularity = PerTensor() if fixed else _granularity(granularity, group_size)
         self.mapping_type = _mapping(mapping_type, is_symmetric)
         self.scale_precision, self.zero_point_precision = scale_precision, zero_point_precision
         self.zero_point_domain = zero_point_domain
         self.is_dynamic, self.range_learning, self.eps = is_dynamic, range_learning, eps
         name = str(as_dtype(dtype)).removeprefix("torch.")
-        if name.removeprefix("u").removeprefix("int") not in "12345678":
+        if name.removeprefix("u").removeprefix("int") not in "12345678" and not (fixed and name == "int16"):
             raise ValueError(
                 f"Unsupported dtype {dtype}: IntxFakeQuantizeConfig takes torch.int1 to int8 and torch.uint1 to uint8"
             )

@@ -12,7 +12,14 @@ from ao import Intx, Spec
 from ao.dtypes import dense
 from ao.quant.qat import learned_fake_quantize
 
-from ..quant_primitives import ZeroPointDomain, as_dtype, choose_qparams_affine, fake_quantize_affine
+from ..granularity import PerTensor
+from ..quant_primitives import (
+    ZeroPointDomain,
+    as_dtype,
+    choose_qparams_affine,
+    choose_qparams_affine_with_min_max,
+    fake_quantize_affine,
+)
 from ..utils import get_block_size
 from .fake_quantize_config import FakeQuantizeConfigBase, IntxFakeQuantizeConfig
 
@@ -95,7 +102,60 @@ class FakeQuantizerBase(nn.Module):
 
 
 class IntxFakeQuantizer(FakeQuantizerBase):
-    """Rounds to integers, by the formulas of `quant_primitives`."""
+    """Rounds to integers, by the formulas of `quant_primitives`.
+
+    One of a config with PerTensor() keeps the qparams of a range that it is told, or has seen:
+
+        quantizer.enable_calibration()          # from here on everything passes, and its range is recorded
+        ...                                     # call the model
+        quantizer.finalize_calibration()        # from here on it rounds by that range
+    """
+
+    _range: tuple[Tensor, Tensor] | None = None
+    _calibrating = False
+
+    def enable_calibration(self) -> None:
+        """Let everything pass, and record its range anew."""
+        self._calibrating, self._range = True, None
+
+    def get_running_min_max(self) -> tuple[Tensor, Tensor]:
+        """The range that was seen. Raises ValueError if nothing was."""
+        if self._range is None:
+            raise ValueError("there is no range yet; call enable_calibration(), and then the model with data")
+        return self._range
+
+    def set_running_min_max(self, min_val: Tensor, max_val: Tensor) -> None:
+        """Take another range, such as that of all ranks."""
+        self._range = min_val, max_val
+
+    def finalize_calibration(self) -> None:
+        """Round by the range from here on."""
+        low, high = self.get_running_min_max()
+        config: Any = self.config
+        self.scale, self.zero_point = choose_qparams_affine_with_min_max(
+            low, high, config.mapping_type, (), as_dtype(config.dtype), None, None, config.eps, config.scale_precision,
+            config.zero_point_precision,
+        )  # fmt: skip
+        self._calibrating = False
+
+    def _see(self, x: Tensor) -> None:
+        low, high = x.detach().aminmax()
+        if self._range is not None:
+            low, high = torch.minimum(low, self._range[0]), torch.maximum(high, self._range[1])
+        self._range = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, rounded."""
+        if self._calibrating:
+            self._see(x)
+            return x
+        config = self.config
+        if not self.enabled or not isinstance(config, IntxFakeQuantizeConfig) or config.granularity != PerTensor():
+            return super().forward(x)
+        if self.scale is None:  # the first batch is all there is to go by
+            self._see(x)
+            self.finalize_calibration()
+        return fake_quantize_affine(x, x.shape, self.scale, self.zero_point, as_dtype(config.dtype))
 
     def rounded(self, x: Tensor) -> Tensor:
         """`x`, rounded by qparams of its own."""

@@ -13,7 +13,7 @@ import ao.quant.qat as qat
 from ao import Float8, QTensor, Spec
 from ao.matmul import set_parameter
 
-from .fake_quantize_config import FakeQuantizeConfigBase
+from .fake_quantize_config import FakeQuantizeConfigBase, Float8FakeQuantizeConfig
 from .fake_quantizer import FakeQuantizer, FakeQuantizerBase, Float8FakeQuantizer
 
 Part = FakeQuantizeConfigBase | Spec | None
@@ -22,8 +22,8 @@ Part = FakeQuantizeConfigBase | Spec | None
 def _quantizer(part: Part, activation: bool) -> FakeQuantizerBase | None:
     if part is None:
         return None
-    made = FakeQuantizer(part, activation)
-    return Float8FakeQuantizer(part, activation) if isinstance(made.spec, Float8) else made
+    kind = Float8FakeQuantizer if isinstance(part, (Float8, Float8FakeQuantizeConfig)) else FakeQuantizer
+    return kind(part, activation)
 
 
 class Prepared:
@@ -46,7 +46,8 @@ class Prepared:
         if layer.weight_fake_quantizer is not None:
             spec = layer.weight_fake_quantizer.spec
             spec.grid(layer.weight.shape)
-            if layer.activation_fake_quantizer is not None:
+            wide = getattr(activation, "dtype", None) is torch.int16  # which nothing is stored in
+            if layer.activation_fake_quantizer is not None and not wide:
                 spec = replace(spec, act=layer.activation_fake_quantizer.spec)
             layer.set_up(spec)
 

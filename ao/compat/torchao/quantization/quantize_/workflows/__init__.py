@@ -7,13 +7,14 @@ Here a format is a Spec, and a class of that library is what such a tensor holds
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ao import Float8, Granularity, Intx, MappingType, PerRow, QTensor
+from ao import Float8, Granularity, Intx, MappingType, PerRow, QTensor, Spec
 
 from ....kinds import Kind
 from ...specs import FLOAT8, block_of, mapped
@@ -32,6 +33,8 @@ __all__ = [
     "IntxOpaqueTensor",
     "IntxPackingFormat",
     "IntxUnpackedToInt8Tensor",
+    "QuantizeTensorToFloat8Kwargs",
+    "QuantizeTensorToInt8Kwargs",
 ]
 
 
@@ -82,6 +85,35 @@ class Float8PackingFormat(str, Enum):
     SPARSE_CUTLASS = "sparse_2d_data_2d_metadata"  # noqa: PIE796  an alias
 
 
+@dataclass
+class QuantizeTensorToFloat8Kwargs:
+    """How an activation becomes float8 where it meets a weight. What chooses kernels is accepted and has no effect."""
+
+    float8_dtype: torch.dtype = torch.float8_e4m3fn
+    granularity: Granularity = ROW
+    mm_config: Any = None
+    hp_value_lb: float | None = None
+    hp_value_ub: float | None = None
+    kernel_preference: Any = None
+
+
+@dataclass
+class QuantizeTensorToInt8Kwargs:
+    """How an activation becomes int8 where it meets a weight."""
+
+    granularity: Granularity = ROW
+    mapping_type: MappingType = MappingType.SYMMETRIC
+
+
+def _activation(kwargs: QuantizeTensorToFloat8Kwargs | QuantizeTensorToInt8Kwargs | None) -> Spec | None:
+    if kwargs is None:
+        return None
+    block = block_of(kwargs.granularity)
+    if isinstance(kwargs, QuantizeTensorToFloat8Kwargs):
+        return Float8(FLOAT8[kwargs.float8_dtype], block)
+    return Intx(8, block, **mapped(kwargs.mapping_type))
+
+
 def _is_intx(x: Any, low: int, high: int) -> bool:
     return isinstance(x, QTensor) and isinstance(x.spec, Intx) and low <= x.spec.bits <= high
 
@@ -108,12 +140,14 @@ class Int8Tensor(metaclass=Kind):
         zero_point: Tensor | None = None,
         **kwargs: Any,
     ) -> QTensor:
-        """Quantize a tensor. scale, zero_point: known ones, one per block."""
-        spec = Intx(8, block_of(granularity), **mapped(mapping_type))
+        """Quantize a tensor. scale, zero_point: known ones, one per block. act_quant_kwargs: of the activations it meets."""
+        if zero_point is not None and zero_point.any():
+            mapping_type = MappingType.ASYMMETRIC
+        spec = Intx(8, block_of(granularity), **mapped(mapping_type), act=_activation(kwargs.get("act_quant_kwargs")))
         grid = spec.grid(hp_tensor.shape)
-        known = {k: t.reshape(grid) for k, t in (("scale", scale), ("zero_point", zero_point)) if t is not None}
-        if spec.symmetric:
-            known.pop("zero_point", None)
+        known = {} if scale is None else {"scale": scale.float().reshape(grid)}
+        if zero_point is not None and not spec.symmetric:
+            known["zero_point"] = zero_point.reshape(grid).to(torch.int8)
         return spec.quantize(hp_tensor, **known)
 
 
@@ -184,7 +218,11 @@ class Float8Tensor(metaclass=Kind):
         float8_dtype: torch.dtype = torch.float8_e4m3fn,
         granularity: Granularity = ROW,
         *args: Any,
+        act_quant_kwargs: QuantizeTensorToFloat8Kwargs | None = None,
+        scale: Tensor | None = None,
         **kwargs: Any,
     ) -> QTensor:
-        """Quantize a tensor."""
-        return Float8(FLOAT8[float8_dtype], block_of(granularity)).quantize(hp_tensor)
+        """Quantize a tensor. act_quant_kwargs: of the activations that it meets in a product. scale: a known one per block."""
+        spec = Float8(FLOAT8[float8_dtype], block_of(granularity), act=_activation(act_quant_kwargs))
+        known = {} if scale is None else {"scale": scale.float().reshape(spec.grid(hp_tensor.shape))}
+        return spec.quantize(hp_tensor, **known)

@@ -1,5 +1,5 @@
 """torchao.quantization.quantize_.workflows.float8.float8_tensor."""
 
-from .. import Float8Tensor
+from .. import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
-__all__ = ["Float8Tensor"]
+__all__ = ["Float8Tensor", "QuantizeTensorToFloat8Kwargs"]

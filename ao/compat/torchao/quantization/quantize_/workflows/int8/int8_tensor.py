@@ -1,5 +1,5 @@
 """torchao.quantization.quantize_.workflows.int8.int8_tensor."""
 
-from .. import Int8Tensor
+from .. import Int8Tensor, QuantizeTensorToInt8Kwargs
 
-__all__ = ["Int8Tensor"]
+__all__ = ["Int8Tensor", "QuantizeTensorToInt8Kwargs"]

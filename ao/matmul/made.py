@@ -11,7 +11,7 @@ process, has paid for it.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from ..dtypes.bits import CHUNK
 from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
-from .anywhere import compiling, int8_operand, quantize_act, quantized_act
+from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
 from .cpu_decode import AVX512
-from .kernels.built import DTYPES, Kind, Weight, compiler, is_made, library
+from .kernels.built import CODES, DTYPES, Act, Kind, Library, Weight, compiler, is_made, library
 from .kernels.device import FLOATS, VNNI
 from .path import Product
 
@@ -32,6 +32,9 @@ WORTH = 2**18
 """A weight of so many elements is worth compiling for: decoded by PyTorch's operators it takes a millisecond a call."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_SIGNED = {torch.int8: "signed", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+"""What codes of a byte are, by their dtype."""
 
 _UNITS = FLOATS & {torch.bfloat16, torch.float16}
 """The dtypes in which the CPU multiplies faster than in float32."""
@@ -67,8 +70,7 @@ def _kind(operand: Operand) -> Kind | None:
         return Kind("table", operand.bits)
     if operand.kind == "minifloat":
         return Kind("minifloat", operand.bits, operand.exponent)
-    names = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-    return Kind(names[codes], 8) if codes in names else None
+    return Kind(_SIGNED[codes], 8) if codes in _SIGNED else None
 
 
 @functools.cache
@@ -110,36 +112,63 @@ def product(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T. x: (M, K), w: (N, K) -> (M, N) in x's dtype."""
     operand = readable(w)
     assert operand is not None
+    if w.spec.act is None:
+        return _of_rows(x if x.dtype in DTYPES else x.float(), operand).to(x.dtype)
+    if is_eager(x, or_recorded=False) and (act := _act(w)) is not None:
+        rows = x if x.dtype in DTYPES else x.float()
+        return _multiplied(_library(operand), rows, _described(operand, *w.shape), act, w.act_scale).to(x.dtype)
     if int8_operand(w) is not None:
-        # Sums of integers, exact up to 2**24, and then the scales.
-        act, unit = quantize_act(x, w), operand.scale.new_ones(1, 1, dtype=torch.float32)
-        rows = act.codes.float()
-        if act.zero_point is not None:
-            rows = rows - act.zero_point.float()
+        # Sums of integers, and then the scales.
+        quantized, unit = quantize_act(x, w), operand.scale.new_ones(1, 1, dtype=torch.float32)
+        rows = quantized.codes.float()
+        if quantized.zero_point is not None:
+            rows = rows - quantized.zero_point.float()
         total = _of_rows(rows, operand._replace(scale=unit))
-        return (total * act.scale.float() * operand.scale.float().t()).to(x.dtype)
-    if w.spec.act is not None or x.dtype == torch.float16:
-        return _of_rows(quantized_act(x.float(), w), operand).to(x.dtype)
-    return _of_rows(x, operand)
+        return (total * quantized.scale.float() * operand.scale.float().t()).to(x.dtype)
+    return _of_rows(quantized_act(x.float(), w), operand).to(x.dtype)
+
+
+def _act(w: QTensor) -> Act | None:
+    """How the compiled functions quantize the activation; None where they do not."""
+    act, cast = w.spec.act, row_cast(w)
+    if act is None or cast is None or cast.levels is None or not cast.nearest:
+        return None
+    if (cast.zero_point and w.act_scale is not None) or not (cast.zero_point or cast.dtype != torch.uint8):
+        return None
+    codes = "unsigned" if cast.zero_point else _SIGNED[cast.dtype]
+    return Act(CODES[codes], act.block == (-1, -1), cast.low, cast.high, 1 / cast.levels)
 
 
 def launch(x: Tensor, w: QTensor) -> Product:
     """`product` of any x (..., K) with as many tokens and weights of the form of `w`."""
-    operand_of, (n, k) = w.spec.operand, w.shape
-    plain = w.spec.act is None and x.dtype != torch.float16
+    operand, operand_of, (n, k) = readable(w), w.spec.operand, w.shape
+    assert operand is not None
+    compiled, act = _library(operand), _act(w)
+    direct = x.dtype in DTYPES and (act is not None or w.spec.act is None)
 
     def run(x: Tensor, w: QTensor) -> Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, k)
-        y = _multiplied(rows, operand_of(w)) if plain else product(rows, w)  # type: ignore[arg-type]
+        if direct:
+            operand = operand_of(w)
+            y = _multiplied(compiled, rows, _described(operand, n, k, w), act, w.act_scale)  # type: ignore[arg-type]
+        else:
+            y = product(rows, w)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
     return run
 
 
+def _library(operand: Operand) -> Library:
+    kind = _kind(operand)
+    compiled = None if kind is None else library(kind)
+    assert compiled is not None
+    return compiled
+
+
 def _of_rows(x: Tensor, operand: Operand) -> Tensor:
     """x: (M, K) float32 or bfloat16 -> (M, N) of its dtype."""
     if is_eager(x, or_recorded=False):
-        return _multiplied(x, operand)
+        return _multiplied(_library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]))
     zero = None if operand.zero_point is None else _plain(operand.zero_point)
     numbers = operand.bits, operand.offset, operand.exponent
     return torch.ops.ao.cpu_product(
@@ -158,7 +187,8 @@ def _operator(
     exponent: int,
     table: Tensor | None,
 ) -> Tensor:
-    return _multiplied(x, Operand(codes, scale, zero_point, kind, bits, offset, table, exponent))
+    operand = Operand(codes, scale, zero_point, kind, bits, offset, table, exponent)
+    return _multiplied(_library(operand), x, _described(operand, codes.shape[0], x.shape[1]))
 
 
 def _shape(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
@@ -175,46 +205,95 @@ torch.library.impl("ao::cpu_product", "CPU", _operator)
 torch.library.impl("ao::cpu_product", "Meta", _shape)
 
 
-def _multiplied(x: Tensor, operand: Operand) -> Tensor:
-    """The product, now. x: (M, K) float32 or bfloat16 -> (M, N) of its dtype."""
-    (m, k), n, kind, dtype = x.shape, operand.codes.shape[0], _kind(operand), x.dtype
-    compiled = None if kind is None else library(kind)
-    assert compiled is not None
+class _Described(NamedTuple):
+    """A weight as the compiled functions read it, and what must live as long."""
+
+    weight: Weight
+    tensors: tuple[Tensor | None, ...]
+
+
+def _multiplied(
+    compiled: Library, x: Tensor, described: _Described, act: Act | None = None, act_scale: Tensor | None = None
+) -> Tensor:
+    """The product, now. x: (M, K) float32 or bfloat16 -> (M, N) of its dtype. act: how to quantize x. act_scale: one number."""
+    (m, k), n, dtype, weight = x.shape, described.weight.n, x.dtype, described.weight
     x, threads = x.contiguous(), torch.get_num_threads()
-    weight, _alive = _described(operand, n, k)
-    if m <= _most(dtype):
-        y = x.new_empty(m, n)
-        compiled.product(weight, x.data_ptr(), y.data_ptr(), m, DTYPES[dtype], threads)
+    scale = None
+    if act is not None:
+        rows, scale = x.new_empty(m, k, dtype=torch.float32), x.new_empty(m, dtype=torch.float32)
+        given = None if act_scale is None else act_scale.float()
+        where = None if given is None else given.data_ptr()
+        compiled.quantize(act, x.data_ptr(), DTYPES[dtype], m, k, where, rows.data_ptr(), scale.data_ptr())
+        x = rows
+    if m <= _most(x.dtype):
+        y = x.new_empty(m, n, dtype=dtype)
+        tokens = None if scale is None else scale.data_ptr()
+        compiled.product(weight, x.data_ptr(), DTYPES[x.dtype], tokens, y.data_ptr(), DTYPES[dtype], m, threads)
         return y
-    x = x.to(dtype if dtype in FLOATS else torch.float32)
+    x = x.to(x.dtype if x.dtype in FLOATS else torch.float32)
     y = x.new_empty(m, n)
-    rows = min(n, max(_PIECE // k, 16))
-    piece = x.new_empty(rows, k)
-    for start in range(0, n, rows):
-        stop = min(start + rows, n)
+    step = min(n, max(_PIECE // k, 16))
+    piece = x.new_empty(step, k)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
         compiled.rows(weight, start, stop, piece.data_ptr(), DTYPES[x.dtype], threads)
         torch.mm(x, piece[: stop - start].t(), out=y[:, start:stop])
-    return y.to(dtype)
+    return (y if scale is None else y * scale.unsqueeze(1)).to(dtype)
 
 
-def _described(operand: Operand, n: int, k: int) -> tuple[Weight, tuple[Tensor | None, ...]]:
-    """The weight (n, k) as the compiled functions read it, and what must live as long."""
-    codes, scale, table = operand.codes, _plain(operand.scale), operand.table
-    zero = None if operand.zero_point is None else _plain(operand.zero_point)
+def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _Described:
+    """The operand of a weight (n, k). of: the weight, which keeps the answer as long as its tensors are where they are."""
+    codes, scale, zero, table = operand.codes, operand.scale, operand.zero_point, operand.table
+    where = None
+    if of is not None and not isinstance(scale, QTensor):
+        where = codes.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+        kept = of.__dict__.get("cpu_weight")
+        if kept is not None and kept[0] == where:
+            return kept[1]
+    scale, inner_scale, inner_zero = _levels(scale)
+    zero = None if zero is None else _plain(zero)
     if operand.kind == "minifloat" and operand.bits <= 4:
         table = _minifloats(operand.bits, operand.exponent)
     if table is not None and table.numel() < 16:
         table = F.pad(table, (0, 16 - table.numel()))  # it is read by whole vectors
+    tensors = codes, scale, inner_scale, inner_zero, zero, table
     weight = Weight(
-        *(None if t is None else t.data_ptr() for t in (codes, scale, zero, table)),
-        *(n, k, codes.stride(0), scale.shape[1], scale.shape[0], 0 if zero is None else zero.shape[0]),
+        *(None if t is None else t.data_ptr() for t in tensors),
+        *(n, k, codes.stride(0), scale.shape[1], scale.shape[0]),
+        0 if inner_scale is None else inner_scale.shape[0],
+        0 if zero is None else zero.shape[0],
         *(DTYPES[scale.dtype], 0 if zero is None else DTYPES[zero.dtype]),
         operand.offset,
         zero is not None or operand.offset != 0,
     )
-    return weight, (scale, zero, table)
+    described = _Described(weight, tensors)
+    if where is not None and scale is operand.scale and zero is operand.zero_point and table is operand.table:
+        of.cpu_weight = where, described  # type: ignore[union-attr]
+    return described
+
+
+def _levels(scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A scale as the compiled functions read it, and, where it is quantized to a byte, its own scale and zero point."""
+    inner = scale.spec.operand(scale) if isinstance(scale, QTensor) else None
+    if inner is None or isinstance(inner.scale, QTensor) or inner.codes.dtype not in DTYPES or inner.codes.dim() != 2:
+        return _plain(scale), None, None
+    zero, rows = inner.zero_point, inner.scale.shape[0]
+    fits = inner.linear and inner.bits == 8 and inner.scale.shape[1] == 1 and rows in (1, inner.codes.shape[0])
+    if (
+        not fits
+        or (zero is not None and zero.shape != inner.scale.shape)
+        or scale.dtype != torch.float32
+        or inner.offset
+    ):
+        return _plain(scale), None, None
+    return inner.codes.contiguous(), _float(inner.scale), None if zero is None else _float(zero)
+
+
+def _float(t: Tensor) -> Tensor:
+    return t.float().contiguous()
 
 
 def _plain(t: Tensor) -> Tensor:
     t = dense(t)
-    return (t if t.dtype in DTYPES else t.float()).contiguous()
+    t = t if t.dtype in DTYPES else t.float()
+    return t if t.is_contiguous() else t.contiguous()

@@ -24,7 +24,7 @@ from .cpu_source import SOURCE
 CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloat": 5}
 """What codes are, as cpu_source.py numbers them."""
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float8_e4m3fn: 4}
 """Dtypes of arguments, as cpu_source.py numbers them."""
 
 _FLAGS = {
@@ -41,23 +41,34 @@ class Kind(NamedTuple):
     exponent: int = 0
 
 
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
 class Weight(ctypes.Structure):
     """`Weight` of cpu_source.py."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table")),
-        *((name, ctypes.c_int64) for name in ("n", "k", "row_bytes", "groups", "scale_rows", "zero_rows")),
-        *((name, ctypes.c_int32) for name in ("scale_dtype", "zero_dtype")),
-        ("offset", ctypes.c_float),
-        ("shifted", ctypes.c_int32),
+        *((name, _POINTER) for name in ("codes", "scale", "inner_scale", "inner_zero", "zero", "table")),
+        *((name, _LONG) for name in ("n", "k", "row_bytes", "groups", "scale_rows", "inner_rows", "zero_rows")),
+        *((name, _INT) for name in ("scale_dtype", "zero_dtype")),
+        ("offset", _FLOAT),
+        ("shifted", _INT),
     ]
 
 
+class Act(ctypes.Structure):
+    """`Act` of cpu_source.py."""
+
+    _fields_ = [("codes", _INT), ("whole", _INT), ("low", _FLOAT), ("high", _FLOAT), ("factor", _FLOAT)]
+
+
 class Library(NamedTuple):
-    """product(weight, x, y, tokens, dtype, threads), rows(weight, start, stop, out, dtype, threads)."""
+    """product(weight, x, x_dtype, token_scale, y, dtype, tokens, threads), rows(weight, start, stop, out, dtype, threads),
+    quantize(act, x, dtype, tokens, k, given_scale, out, scale)."""
 
     product: Any
     rows: Any
+    quantize: Any
 
 
 @functools.cache
@@ -103,11 +114,17 @@ def library(kind: Kind) -> Library | None:
         loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError):
         return None
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    loaded.ao_product.argtypes = [ctypes.POINTER(Weight), pointer, pointer, integer, ctypes.c_int32, ctypes.c_int32]
-    loaded.ao_rows.argtypes = [ctypes.POINTER(Weight), integer, integer, pointer, ctypes.c_int32, ctypes.c_int32]
-    loaded.ao_product.restype = loaded.ao_rows.restype = None
-    return Library(loaded.ao_product, loaded.ao_rows)
+    arguments = {
+        "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT],
+        "ao_rows": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _INT, _INT],
+        "ao_quantize": [ctypes.POINTER(Act), _POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+    }
+    functions = []
+    for name, types in arguments.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, None
+        functions.append(function)
+    return Library(*functions)
 
 
 def _compile(kind: Kind, path: Path) -> None:

@@ -504,8 +504,8 @@ def _without_offset(t: Tensor) -> Tensor:
 
 
 PATHS = (
-    Path(words_accepts, words, few=True),
     Path(made_accepts, made, launch=made_launch, operator=True),
+    Path(words_accepts, words, few=True),
     Path(int_mm_accepts, int_mm),
     Path(sums_accepts, sums, few=True),
     Path(int8pack_accepts, int8pack, launch=int8pack_launch, few=True),

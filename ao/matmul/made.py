@@ -24,6 +24,7 @@ from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
 from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
 from .cpu_decode import AVX512
+from .form import leaves
 from .kernels.built import CODES, DTYPES, Act, Kind, Library, Weight, compiler, is_made, library
 from .kernels.device import FLOATS, VNNI
 from .path import Product
@@ -86,15 +87,17 @@ def accepts(x: Tensor, w: QTensor) -> bool:
         return False
     operand = readable(w)
     kind = None if operand is None else _kind(operand)
-    if operand is None or kind is None or (w.numel() < WORTH and not is_made(kind)):
+    if operand is None or kind is None or (w.numel() < WORTH and (compiling() or not is_made(kind))):
         return False
     most = _most(x.dtype)
     if VNNI and int8_operand(w) is not None:
         return False  # there are units for it
     if VNNI and _is_int8(operand) and not known(x.shape[0] <= most):
         return False
-    if compiling() and (AVX512 or x.dtype in _UNITS) and not known(x.shape[0] <= most):
-        return False
+    if compiling() and (AVX512 or x.dtype in _UNITS):
+        # There Inductor's own code is as fast for a few tokens, and multiplies faster for many.
+        if not known(x.shape[0] <= most) or (operand.linear and known(x.shape[0] <= 4)):
+            return False
     return library(kind) is not None
 
 
@@ -244,9 +247,14 @@ def _multiplied(
 def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _Described:
     """The operand of a weight (n, k). of: the weight, which keeps the answer as long as its tensors are where they are."""
     codes, scale, zero, table = operand.codes, operand.scale, operand.zero_point, operand.table
-    where = None
-    if of is not None and not isinstance(scale, QTensor):
-        where = codes.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+    where: list[int] | None = None
+    if of is not None:
+        where = [
+            codes.data_ptr(),
+            *([scale.data_ptr()] if type(scale) is Tensor else [t.data_ptr() for t in leaves(scale)]),
+        ]
+        if zero is not None:
+            where += [t.data_ptr() for t in leaves(zero)]
         kept = of.__dict__.get("cpu_weight")
         if kept is not None and kept[0] == where:
             return kept[1]
@@ -267,7 +275,7 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
         zero is not None or operand.offset != 0,
     )
     described = _Described(weight, tensors)
-    if where is not None and scale is operand.scale and zero is operand.zero_point and table is operand.table:
+    if where is not None and all(t is None or t is table or t.data_ptr() in where for t in tensors):
         of.cpu_weight = where, described  # type: ignore[union-attr]
     return described
 

@@ -90,6 +90,19 @@ def test_quantized_activations(spec, monkeypatch):
         assert torch.equal(y, expected) if spec == Intx(8, act=spec.act) else compute_error(expected, y) > 110
 
 
+@pytest.mark.parametrize("flags", [(), ("-DW=16",)], ids=["eight lanes", "sixteen lanes"])
+@pytest.mark.parametrize("spec", [Intx(3, (1, 32)), Intx(8, (1, 16)), NF4], ids=str)
+def test_other_machines(spec, flags, monkeypatch, tmp_path):
+    """The same without instructions of AVX2, and in the order of vectors of 16 lanes, which AVX-512 has."""
+    monkeypatch.setattr(built, "_FLAGS", {torch.backends.cpu.get_cpu_capability(): flags})
+    built.library.cache_clear()
+    q = spec.quantize(weight((N, K)))
+    for tokens in (1, 3, 6):
+        x = weight((tokens, K), 1)
+        assert compute_error(x.double() @ q.dequantize().double().t(), product(x, q).double()) > 110
+    built.library.cache_clear()
+
+
 def test_two_threads_give_the_same():
     x, q = weight((7, K), 1), NF4.quantize(weight((N, K)))
     threads = torch.get_num_threads()
@@ -133,3 +146,20 @@ def test_a_trained_layer():
     y.sum().backward()
     assert compute_error(x @ layer[0].weight.dequantize().t() + layer[0].bias, y) > 100
     assert compute_error(layer[0].weight.dequantize().sum(0).expand(3, K), x.grad) > 100
+
+
+def test_in_a_graph():
+    """One operator, whatever the shape."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    x, q = weight((3, K), 1), NF4.quantize(weight((N, K)))
+    with torch.no_grad():
+        y = torch.compile(F.linear, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(x, q)
+    assert any("cpu_product" in name for name in called)
+    assert compute_error(x @ q.dequantize().t(), y) > 110

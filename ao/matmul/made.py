@@ -29,7 +29,7 @@ from .kernels.built import CODES, DTYPES, Act, Kind, Library, Weight, compiler, 
 from .kernels.device import FLOATS, VNNI
 from .path import Product
 
-WORTH = 2**18
+WORTH = 2**16
 """A weight of so many elements is worth compiling for: decoded by PyTorch's operators it takes a millisecond a call."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,10 +94,10 @@ def accepts(x: Tensor, w: QTensor) -> bool:
         return False  # there are units for it
     if VNNI and _is_int8(operand) and not known(x.shape[0] <= most):
         return False
-    if compiling() and (AVX512 or x.dtype in _UNITS):
-        # There Inductor's own code is as fast for a few tokens, and multiplies faster for many.
-        if not known(x.shape[0] <= most) or (operand.linear and known(x.shape[0] <= 4)):
-            return False
+    # Where there are wider vectors or units, Inductor's own code is as fast for a few tokens, and PyTorch's product for many.
+    elsewhere = compiling() and (AVX512 or x.dtype in _UNITS)
+    if elsewhere and (not known(x.shape[0] <= most) or (operand.linear and known(x.shape[0] <= 4))):
+        return False
     return library(kind) is not None
 
 

@@ -30,10 +30,13 @@ SOURCE = r"""
 #define TABLE 4
 #define MINIFLOAT 5
 
+// Lanes of a vector.
+#if !defined(W)
 #if defined(__AVX512F__)
 #define W 16
 #else
 #define W 8
+#endif
 #endif
 #define PER_CHUNK (32 / W)
 
@@ -127,10 +130,10 @@ INLINE vf value(vi q, const float* table) {
     vf size = (vf)((q & ((1 << (BITS - 1)) - 1)) << (24 - BITS + EXPONENT)) * BIAS;
     return (vf)((vi)size | ((q >> (BITS - 1)) << 31));
   }
-#if W == 16
+#if defined(__AVX512F__)
   if (BITS <= 4) return (vf)_mm512_permutexvar_ps((__m512i)q, _mm512_loadu_ps(table));
   return (vf)_mm512_i32gather_ps((__m512i)q, table, 4);
-#elif defined(__AVX2__)
+#elif W == 8 && defined(__AVX2__)
   return (vf)_mm256_i32gather_ps(table, (__m256i)q, 4);
 #else
   vf out;
@@ -143,12 +146,12 @@ INLINE vf value(vi q, const float* table) {
 INLINE void decode(const uint8_t* p, const Table& table, vf* out) {
   bytes c = codes_of(p);
   const bool is_signed = KIND == SIGNED || KIND == E4M3 || KIND == E5M2;
-#if W == 16
+#if defined(__AVX512F__)
   UNROLL for (int h = 0; h < 2; h++) {
     __m128i half = _mm256_extracti128_si256((__m256i)c, h);
     out[h] = value((vi)(is_signed ? _mm512_cvtepi8_epi32(half) : _mm512_cvtepu8_epi32(half)), table.values);
   }
-#elif defined(__AVX2__)
+#elif W == 8 && defined(__AVX2__)
   __m256i q = (__m256i)c, zero = _mm256_setzero_si256();
   if (BITS <= 4) {
     // Each byte of the floats is looked up on its own. Of small integers only the upper two are not 0.
@@ -179,10 +182,10 @@ INLINE void decode(const uint8_t* p, const Table& table, vf* out) {
     }
   }
 #else
-  UNROLL for (int i = 0; i < 4; i++) {
+  UNROLL for (int i = 0; i < PER_CHUNK; i++) {
     vi q;
-    for (int j = 0; j < 8; j++) {
-      uint8_t code = c[4 * i + j % 4 + 16 * (j / 4)];
+    for (int j = 0; j < W; j++) {
+      uint8_t code = c[W == 16 ? 16 * i + j : 4 * i + j % 4 + 16 * (j / 4)];
       q[j] = is_signed ? (int32_t)(int8_t)code : (int32_t)code;
     }
     out[i] = value(q, table.values);

@@ -1,9 +1,10 @@
 """Quantize a pretrained model with a range of formats, compile each, and print what each one costs.
 
 For every format: the bytes of the weights, how far the outputs move from those of the float32 model (mean cosine
-similarity of sentence embeddings, or perplexity for a causal language model), and the latency of the compiled model
-beside that of the compiled bfloat16 model. Then the smallest format that is accurate enough is saved to safetensors and
-loaded into a fresh model, whose outputs must be equal to the last bit.
+similarity of sentence embeddings, or perplexity for a causal language model), and the latency beside that of the bfloat16
+model: of one sentence and of a batch, eager and compiled. The last row is what `ao.autoquant` makes of the model: it times
+the formats on these inputs, and leaves alone what no format makes faster. Then the smallest format that is accurate enough is
+saved to safetensors and loaded into a fresh model, whose outputs must be equal to the last bit.
 
 The quantized models compute in the dtype that --dtype says, and keep in it whatever is not quantized (embeddings, norms,
 biases). Each transformer block is compiled on its own, so that all blocks of a model share one graph.
@@ -17,7 +18,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +42,17 @@ FORMATS = {
 
 @dataclass
 class Row:
-    """One line of the table. Bytes are those of the weights that get quantized, and of all parameters."""
+    """One line of the table. Bytes are those of the weights that get quantized, and of all parameters.
+
+    latency_ms: by what is timed, such as "8x32 compiled".
+    """
 
     format: str
     config: str
     linear_bytes: int
     total_bytes: int
     quality: float
-    latency_ms: float = 0.0
+    latency_ms: dict[str, float] = field(default_factory=dict)
 
 
 class Progress:
@@ -113,7 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--shape",
         metavar="BxT",
-        help="batch x tokens of the timed input; default: 8x32, and 1x512 for a language model",
+        help="batch x tokens of the timed batch; default: 8x32, and 1x512 for a language model",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to save the best; default: out/demo")
     parser.add_argument(
@@ -135,7 +139,7 @@ def parse() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Measure, print the table, save, reload, compare."""
-    progress = Progress(len(args.configs) + 5)
+    progress = Progress(len(args.configs) + 6)
     with progress.during("import torch and transformers"):
         import demo_model as dm
         import torch
@@ -157,6 +161,12 @@ def main(args: argparse.Namespace) -> None:
             f"{name:{15}} {task.measure} {quality:.5f}  ({total_s:.1f} s, of which {compile_s:.1f} s to compile)"
         )
 
+    with progress.during("autoquant: time the formats on the timed inputs"):
+        start = time.perf_counter()
+        models["autoquant"] = task.autoquant()
+        rows.append(Row("autoquant", "", 0, dm.parameter_bytes(models["autoquant"]), task.quality(models["autoquant"])))
+    progress.done(f"{'autoquant':{15}} {task.measure} {rows[-1].quality:.5f}  ({time.perf_counter() - start:.1f} s)")
+
     quantized = set().union(*(dm.quantized_names(model) for model in models.values()))
     for row in rows:
         row.linear_bytes = dm.parameter_bytes(models[row.format], quantized)
@@ -164,7 +174,6 @@ def main(args: argparse.Namespace) -> None:
         latency, rounds = task.latency(models)
     for row in rows:
         row.latency_ms = latency[row.format]
-    batch, tokens = task.shape
     progress.done(f"latency: medians of {rounds} rounds, all models in turns")
 
     best = choose(rows, task)
@@ -176,18 +185,18 @@ def main(args: argparse.Namespace) -> None:
     print()
     show(rows, task, progress)
     print(
-        f"\nlatency: batch {batch} x {tokens} tokens, {task.device_name()}, torch {torch.__version__}; "
-        f"quantized models compute in {args.dtype}.\n'of bf16' and 'vs bf16' compare with the bfloat16 model. "
-        f"Size in MB (10^6 bytes): the {len(quantized)} quantized weights, and all parameters."
+        f"\nlatency in ms, and how many times faster than bfloat16 in the same column; {task.device_name()}, torch "
+        f"{torch.__version__}; quantized models\ncompute in {args.dtype}. 'of bf16' compares with the bfloat16 model. Size in MB "
+        f"(10^6 bytes): the {len(quantized)} quantized weights, and all parameters."
     )
-    times = {row.format: row.latency_ms for row in rows}
+    times = {row.format: next(reversed(row.latency_ms.values())) for row in rows}
     if times["float32"] < 0.8 * times["bfloat16"]:
         print(
             "Here float32 is faster than bfloat16, as on every CPU without bfloat16 instructions: compare with it too."
         )
     if args.json:
         facts = {"model": task.name, "measure": task.measure, "torch": torch.__version__, "device": task.device_name()}
-        settings = {"dtype": args.dtype, "shape": task.shape, "rounds": rounds, "saved": best.format}
+        settings = {"dtype": args.dtype, "rounds": rounds, "saved": best.format}
         args.json.write_text(json.dumps({**facts, **settings, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if not equal:
         sys.exit(f"error: the outputs of the reloaded {best.format} model differ from those of the saved one")
@@ -206,7 +215,8 @@ def choose(rows: list[Row], task: Task) -> Row:
 def show(rows: list[Row], task: Task, progress: Progress) -> None:
     """Print the table: by rich on a terminal, else as aligned text that is also Markdown."""
     base = next(row for row in rows if row.format == "bfloat16")
-    head = ["format", "weights MB", "of bf16", "model MB", "of bf16", task.measure, "ms", "vs bf16"]
+    columns = list(base.latency_ms)
+    head = ["format", "weights MB", "of bf16", "model MB", "of bf16", task.measure, *columns]
     digits = 2 if task.measure == "perplexity" else 4
     body = [
         [
@@ -216,8 +226,7 @@ def show(rows: list[Row], task: Task, progress: Progress) -> None:
             f"{row.total_bytes / 1e6:.2f}",
             f"{row.total_bytes / base.total_bytes:.3f}",
             f"{row.quality:.{digits}f}",
-            f"{row.latency_ms:.1f}",
-            f"{base.latency_ms / row.latency_ms:.2f}x",
+            *(f"{row.latency_ms[c]:.1f} ({base.latency_ms[c] / row.latency_ms[c]:.2f}x)" for c in columns),
         ]
         for row in rows
     ]

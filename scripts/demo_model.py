@@ -31,6 +31,9 @@ WINDOW = 512
 WINDOWS = 16
 """A language model's perplexity is that of WINDOWS pieces of WINDOW tokens, each predicted from its own start."""
 
+ONE = 16
+"""Tokens of the shorter timed input of a language model."""
+
 SUBJECTS = [
     "A tired nurse",
     "The central bank",
@@ -82,7 +85,7 @@ class Task:
 
     measure: "cosine" to the float32 model's embeddings, or "perplexity".
     inputs: what `quality` runs on, batches of keyword arguments, all of one shape.
-    timed: what `latency` runs on.
+    timed: what `latency` runs on, and the first sentence of it, of a text so many tokens.
     """
 
     name: str
@@ -100,6 +103,12 @@ class Task:
         """Batch and tokens of the timed input."""
         batch, tokens = self.timed["input_ids"].shape
         return batch, tokens
+
+    @property
+    def one(self) -> dict[str, Any]:
+        """One sentence of what is timed, or the first tokens of a text."""
+        length = ONE if self.measure == "perplexity" else None
+        return {name: t[:1, :length] if isinstance(t, Tensor) else t for name, t in self.timed.items()}
 
     def summary(self) -> str:
         """One line on what is measured."""
@@ -134,8 +143,8 @@ class Task:
     def warm_up(self, model: nn.Module) -> float:
         """Run all shapes once, which compiles them. Returns seconds."""
         start = time.perf_counter()
-        model(**self.inputs[0])
-        model(**self.timed)
+        for inputs in (self.inputs[0], self.timed, self.one):
+            model(**inputs)
         return time.perf_counter() - start
 
     @torch.inference_mode()
@@ -153,21 +162,40 @@ class Task:
         """Whether a quantized model is close enough to float32 to be the one that is saved."""
         return quality < 1.02 * reference if self.measure == "perplexity" else quality > 0.99
 
+    def autoquant(self) -> nn.Module:
+        """The compiled model with the format that is fastest for each layer on the timed inputs, or as it was."""
+        model = compile_blocks(self.load(self.dtype))
+        ao.autoquant(model, manual=True)
+        with torch.inference_mode():
+            for inputs in (self.timed, self.one):
+                model(**inputs)
+            ao.finalize_autoquant(model)
+        self.warm_up(model)
+        return model
+
     @torch.inference_mode()
-    def latency(self, models: Mapping[str, nn.Module], seconds: float = 15.0) -> tuple[dict[str, float], int]:
-        """Median milliseconds of each model, and the number of rounds: the models take turns, for about `seconds`."""
-        times: dict[str, list[float]] = {name: [] for name in models}
+    def latency(
+        self, models: Mapping[str, nn.Module], seconds: float = 30.0
+    ) -> tuple[dict[str, dict[str, float]], int]:
+        """Median milliseconds of each model on one sentence and on the batch, eager and compiled, and the number of rounds: the
+        models take turns, for about `seconds`."""
+        cases = [(inputs, eager) for inputs in (self.one, self.timed) for eager in (True, False)]
+        times: dict[str, dict[str, list[float]]] = {name: {} for name in models}
         end = time.perf_counter() + seconds
         rounds = 0
         while rounds < 5 or (rounds < 50 and time.perf_counter() < end):
-            for name, model in models.items():
-                self.synchronize()
-                start = time.perf_counter()
-                model(**self.timed)
-                self.synchronize()
-                times[name].append((time.perf_counter() - start) * 1e3)
+            for inputs, eager in cases:
+                case = f"{'x'.join(map(str, inputs['input_ids'].shape))} {'eager' if eager else 'compiled'}"
+                with torch.compiler.set_stance("force_eager" if eager else "default"):
+                    for name, model in models.items():
+                        self.synchronize()
+                        start = time.perf_counter()
+                        model(**inputs)
+                        self.synchronize()
+                        times[name].setdefault(case, []).append((time.perf_counter() - start) * 1e3)
             rounds += 1
-        return {name: statistics.median(each) for name, each in times.items()}, rounds
+        medians = {name: {case: statistics.median(t) for case, t in each.items()} for name, each in times.items()}
+        return medians, rounds
 
     def synchronize(self) -> None:
         """Wait for the device."""

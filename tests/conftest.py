@@ -7,6 +7,7 @@ import tempfile
 
 _cache = tempfile.TemporaryDirectory(prefix="ao-test-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name  # else an old kernel could answer for new numerics
+os.environ["AO_CACHE_DIR"] = _cache.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402

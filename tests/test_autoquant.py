@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ao
-from ao.dtypes import Float8, Intx, QTensor
+from ao.dtypes import Float8, Intx, QTensor, cache_directory
 from ao.quant import (
     AutoquantReport,
     FqnToConfig,
@@ -590,10 +590,10 @@ def test_cache_keys():
 
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path))
-    assert cache.cache_directory() == tmp_path
+    assert cache_directory() == tmp_path
     monkeypatch.delenv("AO_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.cache_directory() == tmp_path / ".cache" / "ao"
+    assert cache_directory() == tmp_path / ".cache" / "ao"
 
 
 # The plan.

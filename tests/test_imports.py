@@ -22,8 +22,8 @@ MACHINERY = {"base", "coalesced", "lattice", "ops", "sharding", "views"}
 CONSUMERS = {"checkpoint"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
 HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
-# What needs Triton, and is imported inside the functions that launch it.
-KERNELS = {"launch", "ampere", "hopper", "cast", "operators", "template"}
+# What needs Triton or a C++ compiler, and is imported inside the functions that launch it.
+KERNELS = {"launch", "ampere", "hopper", "cast", "operators", "template", "made"}
 # Where the public names of ao are.
 ROOMS = {
     "dtypes",

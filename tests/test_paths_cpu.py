@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 
 from ao import compute_error
 from ao.dtypes import NF4, Float8, Intx
-from ao.matmul import cpu, path_name
+from ao.matmul import cpu, linear, made, path_name
 
 SPECS = [Intx(4, (1, 128), signed=False), Intx(8), Intx(3, (1, 32)), Float8()]
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -90,6 +90,8 @@ def test_no_int8pack_above_three_tokens():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_copies_in_the_layout_of_aten(spec, dtype, monkeypatch):
     """Made at the first eager call, made anew when the weight is written, and not beyond what they may take."""
+    monkeypatch.setattr(made, "compiler", lambda: None)
+    monkeypatch.setattr(linear, "_CHOICES", {})
     x, q = weight((3, 128), 1).to(dtype), spec.quantize(weight((32, 128)))
     with torch.no_grad():
         assert path_name(x, q) == "kept"

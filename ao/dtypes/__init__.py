@@ -7,7 +7,19 @@ from .. import installation as _installation  # noqa: F401  raises if ao/__init_
 from . import coalesced as _coalesced  # noqa: F401  gives DDP its first broadcast
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
+from .base import (
+    Elements,
+    Opaque,
+    PerBlock,
+    QTensor,
+    Shared,
+    Spec,
+    blank,
+    cache_directory,
+    dense,
+    sources_digest,
+    view_mode,
+)
 from .bits import pack, pack_dim, pack_trits, packed_dim, unpack, unpack_trits
 from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
@@ -91,6 +103,7 @@ __all__ = [
     "amin_amax",
     "blank",
     "blocks_shape",
+    "cache_directory",
     "dense",
     "expand",
     "in_blocks",

@@ -191,8 +191,8 @@ class Intx(Spec):
         if self.bits < 8:
             return None
         steps = self.qmax - self.qmin
-        plain = self.symmetric and self.clip and self.scale_dtype == "float32"
-        levels = (steps / 2 if self.signed else steps) if plain else None
+        plain = (self.clip if self.symmetric else self.zero_point == "int") and self.scale_dtype == "float32"
+        levels = (steps / 2 if self.signed and self.symmetric else steps) if plain else None
         dtype = torch.int8 if self.signed else torch.uint8
         return Cast(dtype, self.qmin, self.qmax, not self.symmetric, levels, self.rounding == "nearest")
 

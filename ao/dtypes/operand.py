@@ -86,7 +86,8 @@ class Cast(NamedTuple):
 
     dtype: of the codes, int8, uint8 or float8, to which the cast rounds.
     zero_point: whether there is one.
-    levels: scale = max|x| / levels in float32; None where a scale is chosen otherwise.
+    levels: scale = max|x| / levels in float32, with a zero point (max(x, 0) - min(x, 0)) / levels; None where a scale is chosen
+        otherwise.
     nearest: whether to round half to even, rather than at random.
     """
 

@@ -26,15 +26,9 @@ from ..dtypes.tracing import known
 from . import cpu_decode
 from .anywhere import act_numbers, compiling, emulates, int8_operand, quantize_act, quantized_act
 from .block_scaled import levels, numbers, times
-from .kernels.device import VNNI
+from .kernels.device import FLOATS, VNNI
 from .path import Path, Product
 from .shared_graph import shared
-
-# The floating-point products that this CPU does in hardware.
-_FLOATS = {torch.float32, torch.float64}
-if torch.backends.mkldnn.is_available():
-    _FLOATS |= {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
-    _FLOATS |= {torch.float16} if torch.ops.mkldnn._is_mkldnn_fp16_supported() else set()
 
 _LARGE = 2**20
 """A weight of so many elements is worth a graph of its own for a few tokens."""
@@ -111,7 +105,7 @@ def _dots(x: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
 
 def words_accepts(x: Tensor, w: QTensor) -> bool:
     few = (
-        4 if torch.bfloat16 in _FLOATS else 8
+        4 if torch.bfloat16 in FLOATS else 8
     )  # A CPU without bfloat16 products takes twice as long for 2 tokens as for 1.
     operand = None if cpu_decode.AVX512 or not compiling() else _linear_in_chunks(w)
     return (
@@ -326,6 +320,28 @@ def kept(x: Tensor, w: QTensor) -> Tensor:
     return torch._weight_int4pack_mm_for_cpu(x.contiguous(), copy.codes, copy.group, scale_and_zero)
 
 
+def made_accepts(x: Tensor, w: QTensor) -> bool:
+    if x.numel() == 0 or not (compiling() or is_eager(x, or_recorded=False)):
+        return False
+    from . import made  # with it come ctypes, subprocess and C++
+
+    return made.accepts(x, w)
+
+
+def made(x: Tensor, w: QTensor) -> Tensor:
+    """x @ decode(w).T by C++ that decodes in registers (made.py)."""
+    from . import made
+
+    return made.product(x, w)
+
+
+def made_launch(x: Tensor, w: QTensor) -> Product:
+    """`made` for eager mode."""
+    from . import made
+
+    return made.launch(x, w)
+
+
 def split_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         VNNI
@@ -410,14 +426,14 @@ def emulated(x: Tensor, w: QTensor) -> Tensor:
 
 
 def pieces_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.dtype not in _FLOATS or _pieces(w) > 1 or cpu_decode.fast(w) is not None
+    return x.dtype not in FLOATS or _pieces(w) > 1 or cpu_decode.fast(w) is not None
 
 
 @shared
 def pieces(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T, a large weight in row pieces: a piece that stays in cache from its decoding to its use saves a round
     trip through memory. Computed in float32 on a CPU without products of x's dtype."""
-    dtype = x.dtype if x.dtype in _FLOATS else torch.float32
+    dtype = x.dtype if x.dtype in FLOATS else torch.float32
     rows = _activation(x, w).to(dtype)
     operand = cpu_decode.fast(w) if cpu_decode.AVX512 and dtype == torch.bfloat16 else None
     if operand is None:
@@ -504,6 +520,7 @@ def _without_offset(t: Tensor) -> Tensor:
 
 
 PATHS = (
+    Path(made_accepts, made, launch=made_launch, operator=True),
     Path(words_accepts, words, few=True),
     Path(int_mm_accepts, int_mm),
     Path(sums_accepts, sums, few=True),

@@ -5,11 +5,14 @@ Every product and every embedding comes here: what users call (`__torch_function
 A product takes the first path in `PATHS` of its device that accepts it:
 
     on a CPU
+        made        eager, and in graphs where no unit multiplies bfloat16: C++ that decodes in registers, compiled when it is
+                    first needed (made.py); 8 tokens where there are units, any number elsewhere
         words       a few tokens, compiled: codes read as words, sums lane by lane; nothing dense is stored
         int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
         sums        what `words` computes, with AVX-512
         int8pack    up to three tokens, int8 weight: ATen's own product
-        kept        up to 64 tokens in eager mode, 4 bits in groups: ATen's own product, on a copy that is kept
+        kept        up to 64 tokens in eager mode without a C++ compiler, 4 bits in groups: ATen's own product, on a copy that
+                    is kept
         split       int8 weight: the activation as two int8 numbers, two products of integers
         int4pack    ATen's int4 product, for weights in its own layout
         emulated    small floats in blocks x the same: their numbers in float32, and what multiplies all of them after the sum

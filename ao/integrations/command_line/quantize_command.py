@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from ao.integrations import html_report
     from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in_memory
     from ao.integrations.layer_latency import LargestLayers, layer_latencies
+    from ao.matmul.kernels.built import compiler
 
     def loss(folder: Path, what: str) -> float:
         model = load_model(folder, device=args.device)
@@ -125,6 +126,11 @@ def run(args: argparse.Namespace) -> int:
     times, failures = layer_latencies(largest.most(4), args.latency or (), args.device)
     measures += times
     report.notes += failures
+    if compiler() is None and (args.device or "cpu").startswith("cpu"):
+        report.notes.append(
+            "no C++ compiler was found ($CXX, g++, clang++): on a CPU, eager products decode the weights at every call; with one "
+            "they decode in registers, and are several times faster"
+        )
     if args.report:
         page = html_report.page_of(args.model.resolve().name, report, records, measures)
         page.facts.update(_facts(args, len(batches or ()), sum(window.shape[1] - 1 for window in windows)))

@@ -13,6 +13,13 @@ from torch import Tensor
 VNNI = torch.cpu._is_vnni_supported()
 """Whether the CPU multiplies int8 in integer units. Without, a sum is many times faster in float32, exact up to 2**24."""
 
+FLOATS = {torch.float32, torch.float64}
+"""The floating-point products that the CPU does in hardware."""
+
+if torch.backends.mkldnn.is_available():
+    FLOATS |= {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
+    FLOATS |= {torch.float16} if torch.ops.mkldnn._is_mkldnn_fp16_supported() else set()
+
 _TRITON = find_spec("triton") is not None
 
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,11 +59,6 @@ class TimingCache:
             }
         except (AssertionError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-
-
-def cache_directory() -> Path:
-    """$AO_CACHE_DIR, or ~/.cache/ao."""
-    return Path(os.environ.get("AO_CACHE_DIR") or Path.home() / ".cache" / "ao")
 
 
 def product_key(product: Product, model_bytes: int) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...dtypes import cache_directory
 from ..compiled import compiled_caller, compiler_of, is_compiled, unwrapped
 from ..quantize import Filter, is_linear
 from ..rules import FqnToConfig
 from . import timing
-from .cache import TimingCache, cache_directory
+from .cache import TimingCache
 from .candidates import Candidates, candidates_on, check_candidates
 from .choosing import Notes, choose, install_checked, measure
 from .recording import Call, Recorder, Weight, find_weights, signature_of

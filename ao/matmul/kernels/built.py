@@ -1,0 +1,144 @@
+"""Products on a CPU whose C++ (cpu_source.py) is compiled when it is first needed, once per kind of code, and kept on disk.
+
+Not by way of Inductor: what it compiles takes the headers of PyTorch, and a second becomes ten.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...dtypes import cache_directory
+from .cpu_source import SOURCE
+
+CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloat": 5}
+"""What codes are, as cpu_source.py numbers them."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float8_e4m3fn: 4}
+"""Dtypes of arguments, as cpu_source.py numbers them."""
+
+_FLAGS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+}
+
+
+class Kind(NamedTuple):
+    """What is compiled on its own: codes (a key of `CODES`), their bits, and the bits of the exponent of a minifloat."""
+
+    codes: str
+    bits: int
+    exponent: int = 0
+
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class Weight(ctypes.Structure):
+    """`Weight` of cpu_source.py."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("codes", "scale", "inner_scale", "inner_zero", "zero", "table")),
+        *((name, _LONG) for name in ("n", "k", "row_bytes", "groups", "scale_rows", "inner_rows", "zero_rows")),
+        *((name, _INT) for name in ("scale_dtype", "zero_dtype")),
+        ("offset", _FLOAT),
+        ("shifted", _INT),
+    ]
+
+
+class Act(ctypes.Structure):
+    """`Act` of cpu_source.py."""
+
+    _fields_ = [("codes", _INT), ("whole", _INT), ("low", _FLOAT), ("high", _FLOAT), ("factor", _FLOAT)]
+
+
+class Library(NamedTuple):
+    """product(weight, x, x_dtype, token_scale, y, dtype, tokens, threads), rows(weight, start, stop, out, dtype, threads),
+    quantize(act, x, dtype, tokens, k, given_scale, out, scale)."""
+
+    product: Any
+    rows: Any
+    quantize: Any
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, g++ or clang++; None where there is none that this was written for."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return next(
+        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
+    )
+
+
+def _command(kind: Kind) -> list[str]:
+    """The flags that `kind` is compiled with, for what PyTorch uses of this CPU."""
+    bias = f"0x1p{128 - 2 ** (kind.exponent - 1)}f" if kind.exponent else "1.0f"
+    macros = {"KIND": CODES[kind.codes], "BITS": kind.bits, "EXPONENT": kind.exponent, "BIAS": bias}
+    return [
+        *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()),
+        *("-O2", "-ftree-vectorize", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast"),
+        *(f"-D{name}={value}" for name, value in macros.items()),
+    ]
+
+
+def _path(kind: Kind) -> Path:
+    what = (SOURCE, *_command(kind), os.uname().machine, compiler())
+    return cache_directory() / "kernels" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.so"
+
+
+def is_made(kind: Kind) -> bool:
+    """Whether `library` answers within milliseconds."""
+    return compiler() is not None and _path(kind).exists()
+
+
+@functools.cache
+def library(kind: Kind) -> Library | None:
+    """The compiled functions, compiled now if no process has done so; None where that fails."""
+    if compiler() is None:
+        return None
+    path = _path(kind)
+    try:
+        if not path.exists():
+            _compile(kind, path)
+        loaded = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    arguments = {
+        "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT],
+        "ao_rows": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _INT, _INT],
+        "ao_quantize": [ctypes.POINTER(Act), _POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+    }
+    functions = []
+    for name, types in arguments.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, None
+        functions.append(function)
+    return Library(*functions)
+
+
+def _compile(kind: Kind, path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source, compiled, linked = (Path(folder) / f"product.{end}" for end in ("cpp", "o", "so"))
+        source.write_text(SOURCE, encoding="utf-8")
+        tool = compiler()
+        assert tool is not None
+        # Linked without OpenMP, whose functions are then those that PyTorch has loaded: two of its runtimes would keep twice as
+        # many threads as there are cores.
+        for command in (
+            [tool, *_command(kind), "-c", str(source), "-o", str(compiled)],
+            [tool, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+        os.replace(linked, path)  # whole, whoever else writes it

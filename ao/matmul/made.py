@@ -1,0 +1,307 @@
+"""Products on a CPU by C++ that is compiled when it is first needed, once per kind of code (kernels/cpu_source.py).
+
+In eager mode there is nothing else that is fast: an expression over packed codes is dozens of operators, each of which writes
+what the next one reads. The choice is made once per form of a weight, when it first multiplies (`chosen` in linear.py), and what
+has been chosen stays: the same call gives the same bits.
+
+A weight that is small is not worth a second of compiling. It takes the compiled product where another weight, or an earlier
+process, has paid for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dtypes.base import QTensor, dense
+from ..dtypes.bits import CHUNK
+from ..dtypes.operand import Operand
+from ..dtypes.pieces import is_eager
+from ..dtypes.tracing import known
+from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
+from .cpu_decode import AVX512
+from .form import leaves
+from .kernels.built import CODES, DTYPES, Act, Kind, Library, Weight, compiler, is_made, library
+from .kernels.device import FLOATS, VNNI
+from .path import Product
+
+WORTH = 2**16
+"""A weight of so many elements is worth compiling for: decoded by PyTorch's operators it takes a millisecond a call."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_SIGNED = {torch.int8: "signed", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+"""What codes of a byte are, by their dtype."""
+
+_UNITS = FLOATS & {torch.bfloat16, torch.float16}
+"""The dtypes in which the CPU multiplies faster than in float32."""
+
+_PIECE = 2**20
+"""How many elements are decoded at once for a product of PyTorch's: what stays in cache until it is read."""
+
+
+def readable(w: QTensor) -> Operand | None:
+    """The operand of a weight whose codes the compiled functions read: rows of whole chunks, groups of 16 or of whole chunks."""
+    operand = w.spec.operand(w)
+    if operand is None or operand.kind == "int4pack" or w.dim() != 2 or w.numel() == 0:
+        return None
+    (n, k), codes, scale, zero = w.shape, operand.codes, operand.scale, operand.zero_point
+    whole = (
+        k % CHUNK == 0
+        and codes.shape == (n, k * operand.bits // 8)
+        and codes.stride(1) == 1
+        and scale.dim() == 2
+        and scale.shape[0] in (1, n)
+        and k % scale.shape[1] == 0
+        and (k // scale.shape[1] == 16 or k // scale.shape[1] % CHUNK == 0)
+        and (zero is None or (zero.shape[0] in (1, n) and zero.shape[1] == scale.shape[1]))
+    )
+    return operand if whole else None
+
+
+def _kind(operand: Operand) -> Kind | None:
+    codes = operand.codes.dtype
+    if operand.kind == "affine":
+        return Kind("signed" if codes == torch.int8 else "unsigned", operand.bits)
+    if operand.kind == "table" or (operand.kind == "minifloat" and operand.bits <= 4):
+        return Kind("table", operand.bits)
+    if operand.kind == "minifloat":
+        return Kind("minifloat", operand.bits, operand.exponent)
+    return Kind(_SIGNED[codes], 8) if codes in _SIGNED else None
+
+
+@functools.cache
+def _minifloats(bits: int, exponent: int) -> Tensor:
+    """What all codes stand for, float32: (2**bits,)."""
+    codes = torch.arange(2**bits, dtype=torch.int32)
+    return Operand(codes, codes, kind="minifloat", bits=bits, exponent=exponent).read(codes)
+
+
+def accepts(x: Tensor, w: QTensor) -> bool:
+    """Whether `product` multiplies these; in a graph, where it is faster than what a compiler makes of expressions."""
+    if x.dtype not in _DTYPES or compiler() is None:
+        return False
+    operand = readable(w)
+    kind = None if operand is None else _kind(operand)
+    if operand is None or kind is None or (w.numel() < WORTH and (compiling() or not is_made(kind))):
+        return False
+    most = _most(x.dtype)
+    if VNNI and int8_operand(w) is not None:
+        return False  # there are units for it
+    if VNNI and _is_int8(operand) and not known(x.shape[0] <= most):
+        return False
+    # Where there are wider vectors or units, Inductor's own code is as fast for a few tokens, and PyTorch's product for many.
+    elsewhere = compiling() and (AVX512 or x.dtype in _UNITS)
+    if elsewhere and (not known(x.shape[0] <= most) or (operand.linear and known(x.shape[0] <= 4))):
+        return False
+    return library(kind) is not None
+
+
+def _is_int8(operand: Operand) -> bool:
+    return operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
+
+
+def _most(dtype: torch.dtype) -> int:
+    """Up to how many tokens the compiled loops multiply themselves: they compute in float32, and a CPU that multiplies in x's
+    dtype does so faster."""
+    return 8 if dtype in _UNITS else 128
+
+
+def product(x: Tensor, w: QTensor) -> Tensor:
+    """x @ decode(w).T. x: (M, K), w: (N, K) -> (M, N) in x's dtype."""
+    operand = readable(w)
+    assert operand is not None
+    if w.spec.act is None:
+        return _of_rows(x if x.dtype in DTYPES else x.float(), operand).to(x.dtype)
+    if is_eager(x, or_recorded=False) and (act := _act(w)) is not None:
+        rows = x if x.dtype in DTYPES else x.float()
+        return _multiplied(_library(operand), rows, _described(operand, *w.shape), act, w.act_scale).to(x.dtype)
+    if int8_operand(w) is not None:
+        # Sums of integers, and then the scales.
+        quantized, unit = quantize_act(x, w), operand.scale.new_ones(1, 1, dtype=torch.float32)
+        rows = quantized.codes.float()
+        if quantized.zero_point is not None:
+            rows = rows - quantized.zero_point.float()
+        total = _of_rows(rows, operand._replace(scale=unit))
+        return (total * quantized.scale.float() * operand.scale.float().t()).to(x.dtype)
+    return _of_rows(quantized_act(x.float(), w), operand).to(x.dtype)
+
+
+def _act(w: QTensor) -> Act | None:
+    """How the compiled functions quantize the activation; None where they do not."""
+    act, cast = w.spec.act, row_cast(w)
+    if act is None or cast is None or cast.levels is None or not cast.nearest:
+        return None
+    if (cast.zero_point and w.act_scale is not None) or not (cast.zero_point or cast.dtype != torch.uint8):
+        return None
+    codes = "unsigned" if cast.zero_point else _SIGNED[cast.dtype]
+    return Act(CODES[codes], act.block == (-1, -1), cast.low, cast.high, 1 / cast.levels)
+
+
+def launch(x: Tensor, w: QTensor) -> Product:
+    """`product` of any x (..., K) with as many tokens and weights of the form of `w`."""
+    operand, operand_of, (n, k) = readable(w), w.spec.operand, w.shape
+    assert operand is not None
+    compiled, act = _library(operand), _act(w)
+    direct = x.dtype in DTYPES and (act is not None or w.spec.act is None)
+
+    def run(x: Tensor, w: QTensor) -> Tensor:
+        rows = x if x.dim() == 2 else x.reshape(-1, k)
+        if direct:
+            operand = operand_of(w)
+            y = _multiplied(compiled, rows, _described(operand, n, k, w), act, w.act_scale)  # type: ignore[arg-type]
+        else:
+            y = product(rows, w)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+    return run
+
+
+def _library(operand: Operand) -> Library:
+    kind = _kind(operand)
+    compiled = None if kind is None else library(kind)
+    assert compiled is not None
+    return compiled
+
+
+def _of_rows(x: Tensor, operand: Operand) -> Tensor:
+    """x: (M, K) float32 or bfloat16 -> (M, N) of its dtype."""
+    if is_eager(x, or_recorded=False):
+        return _multiplied(_library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]))
+    zero = None if operand.zero_point is None else _plain(operand.zero_point)
+    numbers = operand.bits, operand.offset, operand.exponent
+    return torch.ops.ao.cpu_product(
+        x, operand.codes, _plain(operand.scale), zero, operand.kind, *numbers, operand.table
+    )
+
+
+def _operator(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    kind: Any,
+    bits: int,
+    offset: float,
+    exponent: int,
+    table: Tensor | None,
+) -> Tensor:
+    operand = Operand(codes, scale, zero_point, kind, bits, offset, table, exponent)
+    return _multiplied(_library(operand), x, _described(operand, codes.shape[0], x.shape[1]))
+
+
+def _shape(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+torch.library.define(
+    "ao::cpu_product",
+    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, str kind, int bits, float offset, int exponent, Tensor? table)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+torch.library.impl("ao::cpu_product", "CPU", _operator)
+torch.library.impl("ao::cpu_product", "Meta", _shape)
+
+
+class _Described(NamedTuple):
+    """A weight as the compiled functions read it, and what must live as long."""
+
+    weight: Weight
+    tensors: tuple[Tensor | None, ...]
+
+
+def _multiplied(
+    compiled: Library, x: Tensor, described: _Described, act: Act | None = None, act_scale: Tensor | None = None
+) -> Tensor:
+    """The product, now. x: (M, K) float32 or bfloat16 -> (M, N) of its dtype. act: how to quantize x. act_scale: one number."""
+    (m, k), n, dtype, weight = x.shape, described.weight.n, x.dtype, described.weight
+    x, threads = x.contiguous(), torch.get_num_threads()
+    scale = None
+    if act is not None:
+        rows, scale = x.new_empty(m, k, dtype=torch.float32), x.new_empty(m, dtype=torch.float32)
+        given = None if act_scale is None else act_scale.float()
+        where = None if given is None else given.data_ptr()
+        compiled.quantize(act, x.data_ptr(), DTYPES[dtype], m, k, where, rows.data_ptr(), scale.data_ptr())
+        x = rows
+    if m <= _most(x.dtype):
+        y = x.new_empty(m, n, dtype=dtype)
+        tokens = None if scale is None else scale.data_ptr()
+        compiled.product(weight, x.data_ptr(), DTYPES[x.dtype], tokens, y.data_ptr(), DTYPES[dtype], m, threads)
+        return y
+    x = x.to(x.dtype if x.dtype in FLOATS else torch.float32)
+    y = x.new_empty(m, n)
+    step = min(n, max(_PIECE // k, 16))
+    piece = x.new_empty(step, k)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        compiled.rows(weight, start, stop, piece.data_ptr(), DTYPES[x.dtype], threads)
+        torch.mm(x, piece[: stop - start].t(), out=y[:, start:stop])
+    return (y if scale is None else y * scale.unsqueeze(1)).to(dtype)
+
+
+def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _Described:
+    """The operand of a weight (n, k). of: the weight, which keeps the answer as long as its tensors are where they are."""
+    codes, scale, zero, table = operand.codes, operand.scale, operand.zero_point, operand.table
+    where: list[int] | None = None
+    if of is not None:
+        where = [
+            codes.data_ptr(),
+            *([scale.data_ptr()] if type(scale) is Tensor else [t.data_ptr() for t in leaves(scale)]),
+        ]
+        if zero is not None:
+            where += [t.data_ptr() for t in leaves(zero)]
+        kept = of.__dict__.get("cpu_weight")
+        if kept is not None and kept[0] == where:
+            return kept[1]
+    scale, inner_scale, inner_zero = _levels(scale)
+    zero = None if zero is None else _plain(zero)
+    if operand.kind == "minifloat" and operand.bits <= 4:
+        table = _minifloats(operand.bits, operand.exponent)
+    if table is not None and table.numel() < 16:
+        table = F.pad(table, (0, 16 - table.numel()))  # it is read by whole vectors
+    tensors = codes, scale, inner_scale, inner_zero, zero, table
+    weight = Weight(
+        *(None if t is None else t.data_ptr() for t in tensors),
+        *(n, k, codes.stride(0), scale.shape[1], scale.shape[0]),
+        0 if inner_scale is None else inner_scale.shape[0],
+        0 if zero is None else zero.shape[0],
+        *(DTYPES[scale.dtype], 0 if zero is None else DTYPES[zero.dtype]),
+        operand.offset,
+        zero is not None or operand.offset != 0,
+    )
+    described = _Described(weight, tensors)
+    if where is not None and all(t is None or t is table or t.data_ptr() in where for t in tensors):
+        of.cpu_weight = where, described  # type: ignore[union-attr]
+    return described
+
+
+def _levels(scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A scale as the compiled functions read it, and, where it is quantized to a byte, its own scale and zero point."""
+    inner = scale.spec.operand(scale) if isinstance(scale, QTensor) else None
+    if inner is None or isinstance(inner.scale, QTensor) or inner.codes.dtype not in DTYPES or inner.codes.dim() != 2:
+        return _plain(scale), None, None
+    zero, rows = inner.zero_point, inner.scale.shape[0]
+    fits = inner.linear and inner.bits == 8 and inner.scale.shape[1] == 1 and rows in (1, inner.codes.shape[0])
+    if (
+        not fits
+        or (zero is not None and zero.shape != inner.scale.shape)
+        or scale.dtype != torch.float32
+        or inner.offset
+    ):
+        return _plain(scale), None, None
+    return inner.codes.contiguous(), _float(inner.scale), None if zero is None else _float(zero)
+
+
+def _float(t: Tensor) -> Tensor:
+    return t.float().contiguous()
+
+
+def _plain(t: Tensor) -> Tensor:
+    t = dense(t)
+    t = t if t.dtype in DTYPES else t.float()
+    return t if t.is_contiguous() else t.contiguous()

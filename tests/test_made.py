@@ -1,0 +1,165 @@
+"""Products on a CPU by C++ that is compiled when it is needed: every kind of code, every number of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import weight
+
+import ao
+from ao import compute_error
+from ao.dtypes import NF4, Codebook, Float8, FloatX, Intx
+from ao.matmul import linear, made, path_name
+from ao.matmul.kernels import built
+
+pytestmark = pytest.mark.skipif(built.compiler() is None, reason="needs a C++ compiler")
+
+N, K = 70, 1152  # no multiple of what is computed side by side, and more than one step of the decoding
+
+
+@pytest.fixture(autouse=True)
+def _small_weights(monkeypatch):
+    """Are worth it."""
+    monkeypatch.setattr(made, "WORTH", 0)
+    monkeypatch.setattr(linear, "_CHOICES", {})
+
+
+def product(x, q):
+    assert path_name(x, q) == "made"
+    return F.linear(x, q)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Intx(8),
+        Intx(8, (1, 32), symmetric=False),
+        Intx(8, (1, 16), signed=False),
+        *(Intx(bits, (1, 32), signed=bits % 2 == 0) for bits in range(1, 8)),
+        Intx(4, (1, 16), symmetric=True),
+        Intx(4, (1, 192), zero_point="float", scale_dtype="bfloat16"),
+        NF4,
+        Codebook(table=tuple(i * i * i / 100 for i in range(-7, 1)), block=(1, 32)),
+        Codebook(table=tuple(i / 32 for i in range(-31, 33)), block=(1, 32)),
+        Float8(),
+        Float8("e5m2", block=(-1, -1)),
+        FloatX(2, 1, block=(1, 32)),
+        FloatX(3, 2, block=(1, 32)),
+        FloatX(2, 3, block=(1, 16)),
+        FloatX(5, 2, block=(1, 32)),
+    ],
+    ids=str,
+)
+def test_values(spec):
+    """A few tokens, tiles of them, and pieces for PyTorch's product: what float64 gives."""
+    q = spec.quantize(weight((N, K)))
+    dense = q.dequantize().double()
+    for tokens in (1, 2, 3, 4, 5, 9, 130):
+        x = weight((tokens, K), 1)
+        assert compute_error(x.double() @ dense.t(), product(x, q).double()) > 110, tokens
+    for dtype in (torch.bfloat16, torch.float16):
+        x = weight((3, K), 1, dtype)
+        y = product(x, q)
+        assert y.dtype == dtype and compute_error(x.double() @ dense.t(), y.double()) > 48
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Intx(8, act=Intx(8)),
+        Intx(8, act=Intx(8, symmetric=False)),
+        Intx(4, (1, 32), act=Intx(8)),
+        Float8(act=Float8()),
+    ],
+    ids=str,
+)
+def test_quantized_activations(spec, monkeypatch):
+    """What plain expressions give: of integers to the last bit."""
+    monkeypatch.setattr(made, "VNNI", False)
+    q = spec.quantize(weight((N, K)))
+    for tokens in (1, 6):
+        x = weight((tokens, K), 1)
+        y = product(x, q)
+        with monkeypatch.context() as patch:
+            patch.setattr(made, "compiler", lambda: None)
+            patch.setattr(linear, "_CHOICES", {})
+            other = spec.quantize(weight((N, K)))
+            assert path_name(x, other) != "made"
+            expected = F.linear(x, other)
+        assert torch.equal(y, expected) if spec == Intx(8, act=spec.act) else compute_error(expected, y) > 110
+
+
+@pytest.mark.parametrize("flags", [(), ("-DW=16",)], ids=["eight lanes", "sixteen lanes"])
+@pytest.mark.parametrize("spec", [Intx(3, (1, 32)), Intx(8, (1, 16)), NF4], ids=str)
+def test_other_machines(spec, flags, monkeypatch, tmp_path):
+    """The same without instructions of AVX2, and in the order of vectors of 16 lanes, which AVX-512 has."""
+    monkeypatch.setattr(built, "_FLAGS", {torch.backends.cpu.get_cpu_capability(): flags})
+    built.library.cache_clear()
+    q = spec.quantize(weight((N, K)))
+    for tokens in (1, 3, 6):
+        x = weight((tokens, K), 1)
+        assert compute_error(x.double() @ q.dequantize().double().t(), product(x, q).double()) > 110
+    built.library.cache_clear()
+
+
+def test_two_threads_give_the_same():
+    x, q = weight((7, K), 1), NF4.quantize(weight((N, K)))
+    threads = torch.get_num_threads()
+    try:
+        for tokens in (1, 7):
+            torch.set_num_threads(1)
+            y = product(x[:tokens], q)
+            torch.set_num_threads(2)
+            assert torch.equal(product(x[:tokens], q), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_compiler_is_asked_once(monkeypatch, tmp_path):
+    """For a large weight, and then for all of its kind; a later process finds it on disk. Without one, nothing is lost."""
+    monkeypatch.setattr(made, "WORTH", 2**16)
+    monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path))
+    built.library.cache_clear()
+    small, large = (Intx(2, (1, 32)).quantize(weight((n, 256))) for n in (64, 256))
+    x = weight((2, 256), 1)
+    assert path_name(x, small) != "made" and path_name(x, large) == "made" and path_name(x, small) == "made"
+    (file,) = (tmp_path / "kernels").iterdir()
+    built.library.cache_clear()
+    monkeypatch.setattr(built, "_compile", lambda *args: pytest.fail("compiled again"))
+    assert path_name(x, small) == "made" and file.suffix == ".so"
+    monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path / "other"))
+    (tmp_path / "other" / "kernels").mkdir(parents=True)
+    (tmp_path / "other" / "kernels" / file.name).write_bytes(b"no library")
+    built.library.cache_clear()
+    assert path_name(x, large) != "made"
+    assert compute_error(x @ large.dequantize().t(), F.linear(x, large)) > 100
+    built.library.cache_clear()
+
+
+def test_a_trained_layer():
+    """The forward of a graph with a gradient goes the same way."""
+    layer = torch.nn.Sequential(torch.nn.Linear(K, N))
+    ao.quantize_(layer, ao.Int4WeightOnlyConfig(group_size=32))
+    x = weight((3, K), 1).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert compute_error(x @ layer[0].weight.dequantize().t() + layer[0].bias, y) > 100
+    assert compute_error(layer[0].weight.dequantize().sum(0).expand(3, K), x.grad) > 100
+
+
+def test_in_a_graph():
+    """One operator, whatever the shape."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    x, q = weight((3, K), 1), NF4.quantize(weight((N, K)))
+    with torch.no_grad():
+        y = torch.compile(F.linear, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(x, q)
+    assert any("cpu_product" in name for name in called)
+    assert compute_error(x @ q.dequantize().t(), y) > 110

@@ -174,7 +174,11 @@ def _foreign(path: Path, stored: dict[str, tuple[Path, Stored]]) -> list[Row]:
                 except ValueError:  # a shape that only the model knows
                     continue
                 spec = getattr(made, "spec", None)
-                label = f"{config['quant_method']}: {by_place('format_syntax').spec_label(spec.to_dict())}" if spec else config["quant_method"]
+                label = (
+                    f"{config['quant_method']}: {by_place('format_syntax').spec_label(spec.to_dict())}"
+                    if spec
+                    else config["quant_method"]
+                )
                 forms[form] = label, tuple(made.shape), str(made.dtype).removeprefix("torch.")
             label, shape, dtype = forms[form]
             size = sum(t.stop - t.start for _, t in parts)

@@ -106,7 +106,7 @@ def test_layers(path):
             elif name in MACHINERY:
                 assert target in PURE | MACHINERY, where
             elif name not in CONSUMERS:
-                assert target in PURE | {"base"} | BUILT_ON.get(name, set()), where
+                assert target in PURE | {"base", "lattice"} | BUILT_ON.get(name, set()), where
         elif folder == "matmul":
             assert parts[1] in {"dtypes", "matmul"}, where
         elif folder == "compat":

@@ -752,3 +752,9 @@ def test_int4_prepacked_cuda():
     x = weight((5, 1024)).cuda().bfloat16()
     reference = x.double() @ q.dequantize().double().t()
     assert compute_error(reference, torch.nn.functional.linear(x, q)) > 40
+
+
+def test_a_copy_of_a_spec_is_the_spec():
+    """Compiled models compare Specs with copies at every call."""
+    for spec in (Intx(4, (1, 32)), NF4):
+        assert copy.deepcopy(spec) is spec

@@ -87,6 +87,11 @@ class Spec:
     """Specs that print as a name, under which they are public; see `called`."""
     tensor_type: ClassVar[type[QTensor]]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spec:
+        """Itself, as it never changes. A compiled model compares the Specs of its weights with copies of them at every call, and
+        one object is the same at once."""
+        return self
+
     if TYPE_CHECKING:  # A field here would come before those of a subclass.
 
         @property

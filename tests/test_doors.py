@@ -323,7 +323,12 @@ def test_layers(name):
         expected = call(dense.eval(), x)
         assert compute_error(expected, call(layer.eval(), x)) > 90
         with torch.autocast("cpu", torch.bfloat16):
-            assert compute_error(expected, call(layer, x).float()) > 30
+            try:
+                call(dense, x)
+            except RuntimeError as error:  # oneDNN has no recurrent layers in bfloat16 for CPUs without AVX-512
+                assert "primitive descriptor" in str(error)
+            else:
+                assert compute_error(expected, call(layer, x).float()) > 30
         if name in ("LSTM", "GRUCell", "Bilinear", "MultiheadAttention"):
             compiled = torch.compile(lambda x: call(layer, x), backend="aot_eager")
             assert compute_error(expected, compiled(x)) > 90

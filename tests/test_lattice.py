@@ -57,7 +57,7 @@ def test_a_range():
     assert places.can_cut(0, 64) and places.can_write(0, 64)
     assert places.can_cut(32, 64) and not places.can_write(32, 64)
     assert not places.can_cut(32, 96) and not places.can_cut(16, 32)
-    short = Lattice(40, 32)
+    short = Lattice(40, 32, grain=8)
     assert short.can_cut(32, 40) and not short.can_cut(0, 16) and short.can_be(48) and not short.can_be(44)
 
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 import ao
 from ao.dtypes import Codebook, Float8, Intx, QTensor
 from ao.matmul import layer_class
+from ao.matmul.kernels.device import FLOATS
 from ao.quant import (
     GPTQ,
     Float8DynamicActivationFloat8WeightConfig,
@@ -110,7 +111,8 @@ def same_product(model, x, expected):
     rows = x.numel() if not x.is_floating_point() else x.numel() // x.shape[-1]
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and isinstance(m.weight, QTensor)]
     paths = {ao.path_name(torch.empty(rows, w.shape[1], dtype=expected.dtype, device=w.device), w) for w in weights}
-    decoded = paths <= {"dequantize", "pieces"} and expected.dtype != torch.float16  # which a CPU multiplies in float32
+    in_hardware = expected.dtype in FLOATS and expected.dtype != torch.float16  # else a CPU multiplies in float32
+    decoded = paths <= {"dequantize", "pieces"} and (in_hardware or expected.is_cuda)
     if expected.dtype == torch.bfloat16 and any(w.spec == ao.NVFP4 for w in weights):
         decoded = False  # a compiler need not round its numbers to bfloat16 on the way to a product
     if decoded or all(w.spec.act is not None for w in weights):

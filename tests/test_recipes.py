@@ -83,6 +83,7 @@ SPECS = [case.spec for case in CASES if case.spec.act is None and case.spec != I
 def takes(spec) -> bool:
     try:
         HQQ().check(spec, (N, K))  # which refuses qparams that it does not know
+        spec.quantize(torch.zeros(N, K))  # and shapes in which a format cannot be packed
         return True
     except ValueError:
         return False

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .linear import low_precision_linear
 from .recipe import Recipe
 from .training_config import RecipeConfig
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo  # torch.compiler.disable would import the compiler
 def low_precision_grouped_mm(x: Tensor, w: Tensor, offs: Tensor, recipe: Recipe) -> Tensor:
     """Rows [offs[e - 1], offs[e]) of `x` times `w[e]`, forward and backward by `recipe`.
 
@@ -41,7 +42,7 @@ def low_precision_grouped_mm(x: Tensor, w: Tensor, offs: Tensor, recipe: Recipe)
     return torch.cat([*rows, x.new_zeros(parts[-1].shape[0], w.shape[2])])
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo  # torch.compiler.disable would import the compiler
 def low_precision_bmm(x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
     """x[e] @ w[e], forward and backward by `recipe`. x: (E, M, K), w: (E, K, N) -> (E, M, N) in x's dtype.
 

@@ -499,8 +499,8 @@ def _in_order(w: Operand, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _activation(x: Tensor, w: QTensor) -> Tensor:
-    """x in float32, through quantization and back where the weight's Spec wants it."""
-    return quantized_act(x.float(), w)
+    """x in at least float32, through quantization and back where the weight's Spec wants it."""
+    return quantized_act(x if x.dtype == torch.float64 else x.float(), w)
 
 
 def _stored(t: Tensor) -> Tensor:

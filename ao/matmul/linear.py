@@ -300,8 +300,11 @@ def decoded(w: QTensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def dtype_with(x: Tensor) -> torch.dtype:
-    """The dtype in which a function that autocast casts is to get the weight that meets `x`: that of `x`, but autocast's own where
-    it goes from one dtype of 16 bits to the other, since by way of the first a number would lose bits, or its size."""
+    """The dtype in which a function that autocast casts is to get the weight that meets `x`.
+
+    That of `x`, but autocast's own where it goes from one dtype of 16 bits to the other: by way of the first a number would lose
+    bits, or its size.
+    """
     kind, dtype = x.device.type, x.dtype
     cast = torch.is_autocast_enabled(kind) and dtype in (torch.float16, torch.bfloat16)
     return torch.get_autocast_dtype(kind) if cast else dtype

@@ -321,7 +321,7 @@ def kept(x: Tensor, w: QTensor) -> Tensor:
 
 
 def made_accepts(x: Tensor, w: QTensor) -> bool:
-    if x.numel() == 0 or not (compiling() or is_eager(x, or_recorded=False)):
+    if not known(x.numel() > 0, True) or not (compiling() or is_eager(x, or_recorded=False)):
         return False
     from . import made  # with it come ctypes, subprocess and C++
 

@@ -403,7 +403,8 @@ def moved_or_read(case: Case) -> str:
         case.must(same(q.dequantize(), d), "a call that is refused changed the tensor")
         return "refused"
     except Exception as error:
-        case.must(expected is None, f"{type(error).__name__}: {error}")
+        said = any(f"got {kind.__name__}(" in str(error) for kind in REFUSALS)  # by us, and Dynamo repeats it
+        case.must(expected is None or said, f"{type(error).__name__}: {error}")
         return "refused"
     if expected is not None:
         case.must(same(found, expected), f"found {found}, expected {expected}")
@@ -669,7 +670,7 @@ def _bound(a: Tensor, b: Tensor, dtype: torch.dtype, smallest: float = 0.0) -> T
 def _judge_product(case: Case, x: Tensor, w: Any, y: Tensor, before: torch.dtype) -> None:
     """y = x @ w.T, where the format quantizes x first if it says so. x: (..., K), w: (N, K).
 
-    before: the dtype of x before autocast. What reads a weight otherwise than by a product of two matrices gets it in that dtype.
+    before: the dtype of x before autocast.
     """
     said = " ".join(case.said)
     by_elements = ("einsum" in said and w.shape[1] == 1) or ("tensordot" in said and w.shape[0] == 1)
@@ -688,14 +689,18 @@ def _judge_product(case: Case, x: Tensor, w: Any, y: Tensor, before: torch.dtype
         x = w.spec.act.quantize(rows.reshape(-1, x.shape[-1])).decode().view(x.shape)
         d = d if times is None else w.decode()
     reference = x.double() @ d.double().t()
-    near = (y.double() - reference).abs() <= _bound(_finite(x), _finite(d), coarse, SMALLEST[before])
+    # An input of bfloat16 that autocast makes float16 has the precision of one and the smallest numbers of the other.
+    off = _bound(_finite(x), _finite(d), coarse, max(SMALLEST[before], SMALLEST[y.dtype]))
+    near = (y.double() - reference).abs() <= off
     highest = torch.finfo(y.dtype).max
     if w.spec.act is not None:
         highest = min(highest, torch.finfo(torch.float32).max)
     large = reference.abs() + 2 * PRECISION[y.dtype] * reference.abs() > highest
     total = _finite(x).double().abs() @ _finite(d).double().abs().t()
     large = large | (total > 0.1 * highest)  # sums in another order, or of codes, may pass the limit on the way
-    if torch.float16 in (given.dtype, before):
+    # A number of 3e28 times what rounding leaves of a zero point, where the weight is 0, is within the bound and is none.
+    large = large | (off > 0.1 * highest)
+    if given.dtype == torch.float16:
         large = large | (d.abs().amax(-1) > 65504) if d.numel() else large  # reading casts to the dtype of the input
     if w.pre_scale is not None and w.pre_scale.shape[0] == 1:
         # What a format multiplies its input by is to be in the range of the input's dtype.
@@ -759,6 +764,7 @@ def looked_up(case: Case) -> str:
     elif kind == "bmm":
         x = random_numbers(case, (n, 3, k), dtype)
         call = lambda w: torch.bmm(x, w.mT)  # noqa: E731
+        d = q.mT.dequantize().mT  # how a weight lies in memory decides in which order a batched product sums
     elif kind == "grouped_mm":
         x = random_numbers(case, (4 * n, k), torch.bfloat16, spoilt=False)
         ends = torch.arange(4, 4 * n + 1, 4, dtype=torch.int32)
@@ -870,9 +876,13 @@ def layer_trained(case: Case) -> str:
                 case.must(len(str(error)) > 30, f"the error says little: {error!r}")
                 return "refused"
         results.append((y.detach(), z.grad, next(model.parameters()).grad))
-    for expected, found in zip(*results):
+    # Sums of what is rounded may pass the limit where those of a plain layer stay just below. (M, N), (M, K), (N, K)
+    a, b = x.double().abs(), plain.weight.detach().double().abs()
+    totals = a @ b.t(), b.sum(0).expand(m, k) / (m * n), a.sum(0).expand(n, k) / (m * n)
+    for expected, found, total in zip(*results, totals):
         assert expected is not None and found is not None
-        case.must((found.isfinite() | ~expected.isfinite()).all(), "not finite where a plain layer is")
+        large = total > 0.1 * torch.finfo(autocast or torch.float32).max
+        case.must((found.isfinite() | ~expected.isfinite() | large).all(), "not finite where a plain layer is")
         case.must(found.dtype == expected.dtype and found.shape == expected.shape, "another form")
     return "held"
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from ao.dtypes import NF4, Float8, Intx, QTensor
+import ao
+from ao.dtypes import MXFP4, NF4, Float8, Intx, QTensor
 from ao.quant import compute_error
 
 N, K = SHAPE
@@ -116,6 +117,18 @@ def test_sizes_that_are_unknown(case):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("spec", [Intx(8), Intx(4, (1, 32)), NF4, MXFP4], ids=str)
+def test_a_quantized_layer_and_sizes_that_are_unknown(spec):
+    """Also where the input has two dims, so that its elements are a multiple of one number."""
+    layer = nn.Linear(64, 32)
+    ao.quantize_(layer, spec)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = weight((5, 64), 1)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    with torch.no_grad():
+        assert compute_error(layer(x), compiled(x)) > 100
+
+
 @chosen
 def test_layers_of_torch_compiled_in_place(case):
     """Dynamo passes over the frames of torch.nn; it then takes no function of ours for a program, either."""
@@ -130,7 +143,7 @@ def test_layers_of_torch_compiled_in_place(case):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
-@chosen
+@every
 def test_jit_trace(case):
     layer = linear(case)
     with torch.no_grad():

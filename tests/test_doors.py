@@ -156,6 +156,24 @@ def test_in_autocast_and_in_one_graph(call, shapes, w_shape):
         assert compute_error(expected, compiled(*inputs, q)) > 100
 
 
+@pytest.mark.parametrize("given, cast", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_autocast_from_one_short_dtype_to_the_other(given, cast):
+    """The weight goes straight to autocast's: by way of float16 its numbers could be lost, by way of bfloat16 their last bits."""
+    large = cast == torch.bfloat16
+    cases = [
+        (*MATRIX[name], (N, K)) for name in ("linear, weight by keyword", "mm", "einsum", "tensordot", "multi_dot")
+    ]
+    cases += [(*BATCH[name], (4, 32, K)) for name in ("bmm", "x @ w.mT", "baddbmm", "addbmm", "einsum")]
+    cases += [CONVOLUTIONS["conv1d"]]
+    for call, shapes, w_shape in cases:
+        q = Intx(8).quantize(weight(w_shape) * (1e6 if large else 1))
+        inputs = [weight(s, i + 1, given) for i, s in enumerate(shapes)]
+        expected = call(*(x.float() for x in inputs), q.dequantize())
+        with torch.no_grad(), torch.autocast("cpu", cast):
+            found = call(*inputs, q)
+        assert found.dtype == cast and compute_error(expected, found.float()) > (40 if large else 60)
+
+
 @pytest.mark.parametrize("name", ["addmm", "w @ batch", "einsum"])
 def test_trained_in_one_graph(name):
     call, shapes = MATRIX[name]

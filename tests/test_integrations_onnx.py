@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ao
-from ao.dtypes import NF4, Codebook, Float8, Intx, Spec
+from ao.dtypes import FP6, MXFP4, MXFP8, NF4, NVFP4, Codebook, DynamicTree, Float8, FloatX, Intx, Spec
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -35,6 +35,12 @@ WEIGHT_ONLY = [
     Float8("e5m2", (32, 64)),
     NF4,
     Codebook(tuple((i - 127.5) / 127.5 for i in range(256)), (1, -1)),
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    FP6,
+    FloatX(3, 2, (1, 64), "float16"),
+    DynamicTree(8, block=(1, 64)),
 ]
 ACTIVATIONS = [
     Intx(8, act=Intx(8)),
@@ -91,7 +97,7 @@ DYNAMIC = ({0: "batch", 1: "tokens"},)
 
 def test_standard_operators():
     """`torch.onnx.export` takes every kind of weight and activation."""
-    operators = standard([Intx(8), Intx(3, (1, 64)), NF4, Float8(), ACTIVATIONS[0], *ACTIVATIONS[2:4]])
+    operators = standard([Intx(8), Intx(3, (1, 64)), NF4, MXFP4, Float8(), ACTIVATIONS[0], *ACTIVATIONS[2:4]])
     assert operators.count("MatMulInteger") == 1 and operators.count("DequantizeLinear") == 2
 
 

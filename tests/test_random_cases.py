@@ -85,6 +85,16 @@ def test_a_multiplier_belongs_to_the_input_or_to_the_output(spec, compiled):
             assert found.shape == expected.shape and compute_error(expected, found) > least
 
 
+def test_numbers_of_float64_keep_their_range():
+    """Also where a multiplier is the output's, and where a large weight is decoded in pieces."""
+    spec = Intx(4, (1, 32))
+    scaled = spec.quantize(1e20 * weight((32, 64)), pre_scale=weight((1, 64), 1).abs() + 0.1)
+    for w in (scaled, scaled.t(), spec.quantize(1e20 * weight((2048, 512)))):
+        x = 1e60 * weight((3, w.shape[1]), 2).double()
+        expected, found = x @ w.dequantize().double().t(), F.linear(x, w)
+        assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
 def test_an_int8_weight_that_is_turned():
     """ATen's product of a few tokens takes no columns for rows."""
     q = Intx(8, (-1, 1)).quantize(weight((64, 32), dtype=torch.bfloat16)).t()

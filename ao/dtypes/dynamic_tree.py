@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from .mapped import Mapped
+from .onnx_mode import reads_no_bits
+from .operand import look_up
 from .pieces import is_eager
 
 
@@ -123,6 +125,8 @@ class DynamicTree(Mapped):
 
     def entries(self, codes: Tensor) -> Tensor:
         """values[codes], float32: looked up in eager code, computed in compiled code."""
+        if reads_no_bits():
+            return look_up(torch.tensor(self.values, device=codes.device), codes)
         if is_eager(codes):
             return _table(self.bits, self.signed, codes.device)[codes.int()]
         form = _MAPS[self.bits, self.signed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .base import Elements, QTensor, Spec, dense
 from .blocks import in_blocks
+from .onnx_mode import reads_no_bits
+from .operand import look_up
 from .rounding import reciprocal
 
 _MANTISSA = 23
@@ -49,6 +52,9 @@ class E8M0Tensor(QTensor, spec=E8M0):
     spec: E8M0
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if reads_no_bits():
+            powers = [*(2.0 ** (byte - 127) for byte in range(255)), math.nan]
+            return look_up(torch.tensor(powers, device=self.qdata.device), self.qdata).to(dtype)
         byte = self.qdata.to(torch.int32)
         # Byte 0 is no normal number of float32.
         bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA) | (byte == 255)

@@ -21,6 +21,11 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+def reads_no_bits() -> bool:
+    """Whether a graph is traced that cannot take the bits of an integer for a float: for ONNX, or by torch.jit.trace."""
+    return exporting() or torch._C._get_tracing_state() is not None
+
+
 def shift(x: Tensor, by: Tensor, direction: Literal["LEFT", "RIGHT"] = "RIGHT") -> Tensor:
     """`x >> by` or `x << by` of uint8: PyTorch's own translation is for signed integers, and wrong for these."""
     shape = torch.broadcast_shapes(x.shape, by.shape)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .onnx_mode import exporting
+from .onnx_mode import exporting, reads_no_bits
 from .pieces import is_eager
 
 Kind = Literal["affine", "float", "minifloat", "table", "int4pack"]
@@ -102,10 +102,21 @@ class Cast(NamedTuple):
 def minifloat(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
     """Sign, exponent and mantissa, from the high bit down, as float32: the bits of the magnitude moved to their places there, and
     then a power of two for the difference of the biases. Numbers below the normal ones come out right as well."""
+    if reads_no_bits():
+        return look_up(torch.tensor(_numbers(exponent, mantissa), device=codes.device), codes)
     word = codes.to(torch.int32)
     size = (word & (2 ** (exponent + mantissa) - 1)) << (23 - mantissa)
     value = size.view(torch.float32) * 2.0 ** (128 - 2 ** (exponent - 1))
     return (((word >> (exponent + mantissa)) << 31) | value.view(torch.int32)).view(torch.float32)
+
+
+def _numbers(exponent: int, mantissa: int) -> list[float]:
+    """What all codes of a `minifloat` stand for."""
+    positive = []
+    for code in range(2 ** (exponent + mantissa)):
+        power, fraction = code >> mantissa, code % 2**mantissa / 2**mantissa
+        positive.append((fraction + (power > 0)) * 2.0 ** (max(power, 1) + 1 - 2 ** (exponent - 1)))
+    return [*positive, *(-x for x in positive)]
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:

@@ -321,7 +321,7 @@ def kept(x: Tensor, w: QTensor) -> Tensor:
 
 
 def made_accepts(x: Tensor, w: QTensor) -> bool:
-    if x.numel() == 0 or not (compiling() or is_eager(x, or_recorded=False)):
+    if not known(x.numel() > 0, True) or not (compiling() or is_eager(x, or_recorded=False)):
         return False
     from . import made  # with it come ctypes, subprocess and C++
 
@@ -499,8 +499,8 @@ def _in_order(w: Operand, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _activation(x: Tensor, w: QTensor) -> Tensor:
-    """x in float32, through quantization and back where the weight's Spec wants it."""
-    return quantized_act(x.float(), w)
+    """x in at least float32, through quantization and back where the weight's Spec wants it."""
+    return quantized_act(x if x.dtype == torch.float64 else x.float(), w)
 
 
 def _stored(t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..dtypes.base import FUNCTIONS, QTensor
-from .linear import decoded, embedding, grouped_mm, is_trained, linear, matmul
+from .linear import decoded, dtype_with, embedding, grouped_mm, is_trained, linear, matmul
 
 Door = Callable[..., Any]
 
@@ -39,7 +39,13 @@ def reading(function: Door) -> Door:
                     f"{function.__name__}: {q.spec} quantizes activations, which only a linear layer and products of two "
                     "matrices do; use a format that quantizes weights alone, or do not quantize this layer"
                 )
-        dtype = next((t.dtype for t in leaves if _is_plain_float(t)), None)
+        plain = next((t for t in leaves if _is_plain_float(t)), None)
+        dtype = None if plain is None else plain.dtype
+        if plain is not None and function in _CAST and (dtype := dtype_with(plain)) != plain.dtype:
+            # Some of them ask for one dtype before autocast casts.
+            args, kwargs = tree_map_only(
+                Tensor, lambda t: t.to(dtype) if _is_plain_float(t) and t.dtype == plain.dtype else t, (args, kwargs)
+            )
         args, kwargs = tree_map_only(QTensor, lambda q: decoded(q, dtype), (args, kwargs))
         if out is None:
             return function(*args, **kwargs)
@@ -187,24 +193,13 @@ _SUMS: dict[str, tuple[tuple[str, str, str], tuple[int, int]]] = {
     "baddbmm": (("input", "batch1", "batch2"), (3, 3)),
 }
 
-_READING: list[Door] = [
+_CAST: list[Door] = [
     torch.einsum,
     torch.tensordot,
     torch.chain_matmul,
     torch.linalg.multi_dot,
-    torch.linalg.vecdot,
-    torch.dot,
-    torch.Tensor.dot,
-    torch.vdot,
-    torch.Tensor.vdot,
     torch.addbmm,
     torch.Tensor.addbmm,
-    torch.bilinear,
-    torch.sparse.mm,
-    torch.sparse.addmm,
-    torch.smm,
-    torch.Tensor.smm,
-    torch.hspmm,
     torch.conv1d,
     torch.conv2d,
     torch.conv3d,
@@ -212,8 +207,24 @@ _READING: list[Door] = [
     torch.conv_transpose2d,
     torch.conv_transpose3d,
     torch.conv_tbc,
-    torch.convolution,
     F.scaled_dot_product_attention,
+]
+"""Those whose arguments autocast casts."""
+
+_READING: list[Door] = [
+    *_CAST,
+    torch.linalg.vecdot,
+    torch.dot,
+    torch.Tensor.dot,
+    torch.vdot,
+    torch.Tensor.vdot,
+    torch.bilinear,
+    torch.sparse.mm,
+    torch.sparse.addmm,
+    torch.smm,
+    torch.Tensor.smm,
+    torch.hspmm,
+    torch.convolution,
     torch.lstm,
     torch.gru,
     torch.rnn_tanh,

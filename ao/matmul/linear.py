@@ -102,10 +102,14 @@ def _with_multiplier(product: Product, x: Tensor, w: QTensor) -> Tensor:
     assert w.pre_scale is not None
     scale, plain = w.pre_scale.float(), _without_multiplier(w)
     if scale.shape[0] == 1:
-        return product((x.float() * scale[0]).to(x.dtype), plain)
-    return (product(x.float(), plain) * scale[:, 0]).to(
-        x.dtype
-    )  # (..., N), which may be more than float16 holds before
+        return product((_wide(x) * scale[0]).to(x.dtype), plain)
+    # (..., N), which may be more than float16 holds before
+    return (product(_wide(x), plain) * scale[:, 0]).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _without_multiplier(w: QTensor) -> QTensor:
@@ -139,7 +143,7 @@ def _choose(x: Tensor, w: QTensor) -> Product:
     if w.dim() == 1 or 0 in w.shape:
         return lambda x, w: F.linear(x, decoded(w, x.dtype))
     if w.pre_scale is not None:
-        wide = x if w.pre_scale.shape[0] == 1 else x.float()
+        wide = x if w.pre_scale.shape[0] == 1 else _wide(x)
         plain = _choose(wide, _without_multiplier(w))
         return lambda x, w: _with_multiplier(plain, x, w)
     if (other := w.spec.rearranged(x, w)) is not None:
@@ -295,6 +299,17 @@ def decoded(w: QTensor, dtype: torch.dtype | None = None) -> Tensor:
     return _Decoded.apply(w, dtype) if is_trained(w) else w.decode_scaled(dtype)
 
 
+def dtype_with(x: Tensor) -> torch.dtype:
+    """The dtype in which a function that autocast casts is to get the weight that meets `x`.
+
+    That of `x`, but autocast's own where it goes from one dtype of 16 bits to the other: by way of the first a number would lose
+    bits, or its size.
+    """
+    kind, dtype = x.device.type, x.dtype
+    cast = torch.is_autocast_enabled(kind) and dtype in (torch.float16, torch.bfloat16)
+    return torch.get_autocast_dtype(kind) if cast else dtype
+
+
 class _Decoded(torch.autograd.Function):
     @staticmethod
     def forward(w: QTensor, dtype: torch.dtype) -> Tensor:
@@ -321,9 +336,9 @@ class _Activation(torch.autograd.Function):
             pre_scale = None  # the output's, of a weight that is turned
         elif pre_scale is not None and pre_scale.numel() == w.shape[-1]:
             pre_scale = pre_scale.flatten()
-        rows = x if pre_scale is None else (x.float() * pre_scale).to(x.dtype)
+        rows = x if pre_scale is None else (_wide(x) * pre_scale).to(x.dtype)
         rows = anywhere.quantized_act(rows.reshape(-1, x.shape[-1]), w).view(rows.shape)
-        return rows if pre_scale is None else (rows.float() / pre_scale).to(x.dtype)
+        return rows if pre_scale is None else (_wide(rows) / pre_scale).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -347,13 +362,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         if b.dim() == 2:
             return linear(a, b.t())
         if b.dim() > 2:
-            return torch.matmul(_activation(a, b.mT), decoded(b, a.dtype))  # type: ignore[arg-type]
+            return torch.matmul(_activation(a, b.mT), decoded(b, dtype_with(a)))  # type: ignore[arg-type]
     if isinstance(a, QTensor) and not isinstance(b, QTensor) and b.dim() > 0:
         if a.dim() == 2:
             return linear(b, a) if b.dim() == 1 else linear(b.mT, a).mT.contiguous()
         if a.dim() > 2:
             b = _activation(b, a) if b.dim() == 1 else _activation(b.mT, a).mT
-            return torch.matmul(decoded(a, b.dtype), b)
+            return torch.matmul(decoded(a, dtype_with(b)), b)
     dtype = next((t.dtype for t in (a, b) if not isinstance(t, QTensor)), None)
     a, b = (decoded(t, dtype) if isinstance(t, QTensor) else t for t in (a, b))
     return torch.matmul(a, b)

@@ -158,6 +158,23 @@ def test_filter_and_report():
     assert report.model_bytes == get_model_size_in_bytes(network())
 
 
+def test_nothing_to_quantize():
+    """A filter that takes nothing is a mistake, at every door, and changes nothing; a model may have no linear layer."""
+    model = network()
+    for config in (Int8WeightOnlyConfig(), QATConfig(Int8WeightOnlyConfig()), "int4-g32+gptq"):
+        with pytest.raises(ValueError, match="filter_fn takes no layer with a weight; .* '0', '2', '4'"):
+            quantize_(model, config, filter_fn=lambda m, name: name == "5")
+    for config in (None, "int4-g32+gptq"):
+        with (
+            pytest.raises(ValueError, match="filter_fn takes no layer"),
+            ao.calibrate(model, config, lambda m, n: False),
+        ):
+            pass
+    assert not any(isinstance(p, QTensor) for p in model.parameters())
+    report = quantize_(nn.Sequential(nn.Conv2d(3, 8, 3)), Int8WeightOnlyConfig())
+    assert not report.rows and "nothing was quantized: by default linear layers are; filter_fn" in str(report)
+
+
 def test_attention_projection_is_left_alone():
     model = nn.TransformerEncoderLayer(64, 4, 128)
     quantize_(model, Int8WeightOnlyConfig())

@@ -91,7 +91,16 @@ def _by_filter(
         for name, module in model.named_modules():
             if (why := why_no_parameter(module)) and filter_fn(module, name):
                 raise ValueError(f"{_weight_of(name)}: {why}, or leave it out with filter_fn")
+    if filter_fn is not None and not any(verdict.asked for verdict in verdicts.values()):
+        raise ValueError(nothing_taken([slot.module_fqn for slot in slots if not default(slot)]))
     return verdicts
+
+
+def nothing_taken(names: list[str]) -> str:
+    """What is said where a filter takes no layer. names: of the layers that it could take."""
+    shown = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    there = f"it is asked for each layer as filter_fn(module, name), and the linear ones are {shown}"
+    return f"filter_fn takes no layer with a weight; {there if names else 'the model has no linear layer'}"
 
 
 def _by_rules(rules: FqnToConfig, model: nn.Module, slots: list[Slot], default: Default) -> dict[str, Verdict]:

@@ -71,8 +71,8 @@ def autoquant(
     Until then the original weights are kept beside the quantized ones, with up to 64 activations of each layer and the
     arguments of up to four calls.
 
-    Raises ValueError for what cannot be understood, for a model without layers to choose for, and for a plan that does not
-    fit the model; RuntimeError, when it decides, for layers that never ran. A model is changed as a whole or not at all.
+    Raises TypeError or ValueError for what cannot be understood, ValueError for a model without layers to choose for and for a
+    plan that does not fit the model; RuntimeError, when it decides, for layers that never ran. A model is changed as a whole or not at all.
     """
     if plan is not None:
         if filter_fn is not None:
@@ -83,6 +83,8 @@ def autoquant(
         raise TypeError(f"autoquant: model must be a torch.nn.Module, got {type(model).__name__}")
     if "finalize_autoquant" in unwrapped(model).__dict__:
         raise ValueError("autoquant: this model is recording already; run it, or call finalize_autoquant(model)")
+    if min_sqnr is not None and (isinstance(min_sqnr, bool) or not isinstance(min_sqnr, (int, float))):
+        raise TypeError(f"autoquant: min_sqnr must be a number of decibels, such as 30.0, or None, got {min_sqnr!r}")
     chosen = candidates if qtensor_class_list is None else qtensor_class_list
     asked = check_candidates(chosen)
     weights, skipped = find_weights(unwrapped(model), filter_fn or is_linear)

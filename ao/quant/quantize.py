@@ -47,7 +47,8 @@ def quantize_(
         recipes ("int4-g128+gptq"); or a config of training in low precision, such as
         `ao.train.Int8WeightOnlyQuantizedTrainingConfig()`.
     filter_fn: `(module, fully qualified name) -> bool`, which layers to quantize; by default what multiplies as a linear layer
-        does: every `nn.Linear`, transformers' `Conv1D` (GPT-2), and the experts of a mixture, 3-D parameters of (E, N, K).
+        does: every `nn.Linear`, transformers' `Conv1D` (GPT-2), and the experts of a mixture, 3-D parameters of (E, N, K);
+        but for layers of fewer than 16 outputs or inputs, such as a classifier or a router, which save nothing and decide much.
         Layers with a floating-point `weight` of two or more dims qualify: linears, embeddings, convolutions; and experts.
         With `FqnToConfig` the rules decide, and it must be None.
     device: move the model there layer by layer, each quantized on arrival, so that at most one layer is ever there in full

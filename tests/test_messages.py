@@ -12,7 +12,7 @@ from cases import weight
 from torch import nn
 
 from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, Spec, to_nf4
-from ao.quant import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, NF4WeightOnlyConfig, quantize_
+from ao.quant import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, NF4WeightOnlyConfig, autoquant, quantize_
 
 
 def message(fn: Callable[[], object]) -> str:
@@ -154,6 +154,11 @@ RuntimeError: out is torch.float16, and the result torch.float32; give an out of
             lambda: quantize_(model, FqnToConfig({"gates": Intx(8)})),
             lambda: quantize_(model, Int4WeightOnlyConfig),  # type: ignore[arg-type]
             lambda: Int4WeightOnlyConfig(layout="plain"),  # type: ignore[arg-type]
+            lambda: quantize_(model, "int8", filter_fn=lambda *_: False),
+            lambda: quantize_(nn.LayerNorm(4), "int8", filter_fn=lambda *_: False),
+            lambda: quantize_(model["up"], "int4-g32+gptq", calibration_data=[torch.zeros(2, 64), torch.zeros(2, 60)]),
+            lambda: quantize_(model["up"], "int4-g32+gptq", calibration_data=[{"x": torch.zeros(2, 64)}]),
+            lambda: autoquant(model, min_sqnr="a"),  # type: ignore[arg-type]
         ]
         self.assertExpectedInline(
             "\n".join(message(t) for t in tries),
@@ -169,5 +174,10 @@ ValueError: Int8WeightOnlyConfig: group_size must be a number such as 128, or -1
 ValueError: NF4WeightOnlyConfig: block_size must be a number such as 128, or -1 for the whole row, got '64'
 ValueError: FqnToConfig: the rule 'gates' matches no layer; the nearest names are gate, gate.weight
 TypeError: quantize_ takes a config such as Int4WeightOnlyConfig() or a Spec such as Intx(bits=4), got <class 'ao.quant.presets.Int4WeightOnlyConfig'>; call it first
-ValueError: Int4WeightOnlyConfig: layout must be one of Layout, got 'plain'""",
+ValueError: Int4WeightOnlyConfig: layout must be one of Layout, got 'plain'
+ValueError: filter_fn takes no layer with a weight; it is asked for each layer as filter_fn(module, name), and the linear ones are 'gate', 'up'
+ValueError: filter_fn takes no layer with a weight; the model has no linear layer
+ValueError: calibration_data: batch 1, a tensor of shape (2, 60) and torch.float32, gives weight inputs of 60 features, and it takes 64; give batches as the model takes them
+ValueError: calibration_data: batch 0, a dict of {x: (2, 64)}, does not run through the model: Linear.forward() got an unexpected keyword argument 'x'; a batch is what one call of the model takes: a tensor, a tuple of arguments, or a dict of keyword arguments
+TypeError: autoquant: min_sqnr must be a number of decibels, such as 30.0, or None, got 'a'""",
         )

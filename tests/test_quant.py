@@ -158,6 +158,42 @@ def test_filter_and_report():
     assert report.model_bytes == get_model_size_in_bytes(network())
 
 
+def test_nothing_to_quantize():
+    """A filter that takes nothing is a mistake, at every door, and changes nothing; a model may have no linear layer."""
+    model = network()
+    for config in (Int8WeightOnlyConfig(), QATConfig(Int8WeightOnlyConfig()), "int4-g32+gptq"):
+        with pytest.raises(ValueError, match="filter_fn takes no layer with a weight; .* '0', '2', '4'"):
+            quantize_(model, config, filter_fn=lambda m, name: name == "5")
+    for config in (None, "int4-g32+gptq"):
+        with (
+            pytest.raises(ValueError, match="filter_fn takes no layer"),
+            ao.calibrate(model, config, lambda m, n: False),
+        ):
+            pass
+    assert not any(isinstance(p, QTensor) for p in model.parameters())
+    report = quantize_(nn.Sequential(nn.Conv2d(3, 8, 3)), Int8WeightOnlyConfig())
+    assert not report.rows and "nothing was quantized: by default linear layers are; filter_fn" in str(report)
+
+
+def test_layers_of_few_outputs_or_inputs_stay_unless_asked():
+    """At each door; a filter or a rule by name asks, and so does who gives the layer itself."""
+    why = "fewer than 16 save nothing and decide much; filter_fn or a rule by its name (FqnToConfig) takes it"
+    told = {"0.weight": f"of 8 inputs: {why}", "2.weight": f"of 2 outputs, such as a classifier or a router: {why}"}
+
+    def small():
+        return nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 2))
+
+    for config in (Int8WeightOnlyConfig(), FqnToConfig({"_default": Intx(8)}), QATConfig(Int8WeightOnlyConfig())):
+        report = quantize_(small(), config)
+        assert [row.name for row in report.rows] == ["1.weight"] and report.skipped == told
+    model = ao.autoquant(small(), manual=True)
+    model(torch.randn(4, 8))
+    assert ao.finalize_autoquant(model).skipped == {name.removesuffix(".weight"): why for name, why in told.items()}
+    assert len(quantize_(small(), Intx(8), ao.is_linear)) == 3
+    assert [row.name for row in quantize_(small(), FqnToConfig({"2": Intx(8)})).rows] == ["2.weight"]
+    assert len(quantize_(nn.Linear(64, 2), Intx(8))) == 1
+
+
 def test_attention_projection_is_left_alone():
     model = nn.TransformerEncoderLayer(64, 4, 128)
     quantize_(model, Int8WeightOnlyConfig())
@@ -399,25 +435,26 @@ def test_what_is_left_alone_is_told():
         }
     )  # fmt: skip
     report = quantize_(model, Int8WeightOnlyConfig())
-    done = {"linear.weight", "moe.experts.w1", "moe.experts.router.weight"}
+    done = {"linear.weight", "moe.experts.w1"}
     assert {row.name for row in report.rows} == done
     large = {n for n, p in model.named_parameters() if p.numel() > 1000 and not isinstance(p, QTensor)}
     assert large <= report.skipped.keys() and not (done | {"moe.mix"}) & report.skipped.keys()
     for name, why in (("embed.weight", "embedding"), ("conv.weight", "a convolution (Conv2d)"), ("moe.norm.weight", "vector"),
                       ("lstm.weight_ih_l1", "recurrent layer (LSTM)"), ("attention.in_proj_weight", "attention"),
-                      ("bilinear.weight", "not a linear layer (Bilinear)")):  # fmt: skip
+                      ("bilinear.weight", "not a linear layer (Bilinear)"),
+                      ("moe.experts.router.weight", "of 4 outputs, such as a classifier or a router")):  # fmt: skip
         assert why in report.skipped[name]
     lines = str(report).splitlines()
     quantized = sum(p.numel() * 4 for p in model.parameters() if isinstance(p, QTensor))
     assert (
         lines[-1] == f"quantized: {quantized / report.model_bytes:.1%} of the {report.model_bytes:,} bytes of the model"
     )
-    assert len([line for line in lines if line.startswith("skipped")]) == 6
+    assert len([line for line in lines if line.startswith("skipped")]) == 7
     again = quantize_(model, IntxWeightOnlyConfig(), lambda m, n: n == "embed")
     assert again.quantized_bytes == report.quantized_bytes + 4 * 50 * 64 and "linear.weight" not in again.skipped
     # Experts take the weight half; calibration is for linear layers, and the fix is named.
     half = MixtureOfExperts()
-    quantize_(half, Int8DynamicActivationInt8WeightConfig())
+    quantize_(half, FqnToConfig(dict.fromkeys(["_default", "experts.router"], Int8DynamicActivationInt8WeightConfig())))
     assert half.experts.w1.spec == Intx(8) and half.experts.router.weight.spec == Intx(8, act=Intx(8))
     data = [torch.randn(4, 64)]
     with pytest.raises(ValueError, match="experts.w1: algorithm='gptq' needs the inputs of a linear layer.*is_linear"):
@@ -427,6 +464,7 @@ def test_what_is_left_alone_is_told():
 def test_quantization_aware_training_takes_linear_layers():
     """Of what is quantized by default it prepares those, and says so of the others."""
     model = MixtureOfExperts()
+    model.experts.router = nn.Linear(64, 16)
     report = quantize_(model, QATConfig(Int8WeightOnlyConfig()))
     assert [row.name for row in report.rows] == ["experts.router.weight"]
     assert report.skipped["experts.w1"] == "quantization-aware training takes nn.Linear and nn.Embedding"

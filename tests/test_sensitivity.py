@@ -73,7 +73,7 @@ def test_the_choice_is_optimal_for_convex_effects():
 
 def test_a_loss_of_ones_own():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
     x = torch.randn(64, 64)
     y = model(x).detach()
     found = sensitivity(model, [(x,)], CANDIDATES, loss_fn=lambda m, batch: (m(batch[0]) - y).square().mean())

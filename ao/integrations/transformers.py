@@ -34,7 +34,7 @@ from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten, quantized_entries
 from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
-from ..quant.coverage import by_default
+from ..quant.coverage import by_default, few
 from ..quant.report import Report, storage_bytes
 from ..quant.slots import slots_of
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
@@ -256,7 +256,8 @@ class AoHfQuantizer(HfQuantizer):
         if self.quantization_config.quant_type == AUTOQUANT and not self.pre_quantized:
 
             def chosen(module: nn.Module, name: str) -> bool:
-                return is_linear(module, name) and should_convert_module(name, self.keep)
+                small = self.quantization_config.modules_to_not_convert is None and few(module, name)
+                return is_linear(module, name) and not small and should_convert_module(name, self.keep)
 
             autoquant(model, **{"manual": True, "filter_fn": chosen, **self.quantization_config.quant_type_kwargs})
 

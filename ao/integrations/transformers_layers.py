@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..quant import FqnToConfig, RoundToNearest
 from ..quant.choice import choices
-from ..quant.coverage import BY_RULE, Default, by_default
+from ..quant.coverage import Default, by_kind, few
 from ..quant.job import Job, jobs_by_name
 from ..quant.report import Report
 from ..quant.slots import Slot
@@ -63,10 +63,6 @@ def rules_for(model: nn.Module, config: Any, keep: list[str], embeddings: set[st
     return FqnToConfig({slot.fqn: chosen.config for chosen in found for slot in chosen.slots})
 
 
-FEW_OUTPUTS = 16
-"""Layers with fewer outputs stay as they are, unless a rule names them: they save nothing, and decide much."""
-
-
 def _ties(model: Any) -> dict[str, str]:
     """Name of a parameter -> the one that it is tied to, when the model has loaded."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -76,13 +72,12 @@ def _default_of(config: Any, keep: list[str], embeddings: set[str]) -> Default:
     """What is quantized where no rule names it."""
 
     def default(slot: Slot) -> str:
-        why = by_default(slot)
+        why = by_kind(slot)
         end = isinstance(slot.owner, nn.Embedding) and slot.fqn in embeddings
         if why and not end:
             return why
-        shape = slot.parameter.shape
-        if not end and config.modules_to_not_convert is None and len(shape) == 2 and min(shape) < FEW_OUTPUTS:
-            return f"of {min(shape)} outputs, such as a classifier or a router; {BY_RULE}"
+        if not end and config.modules_to_not_convert is None and (small := few(slot.owner, slot.module_fqn)):
+            return small
         if not all(should_convert_module(name, keep) for name in (slot.fqn, slot.module_fqn)):
             return _why_kept(slot.fqn, config, embeddings)
         return "an embedding; include_embedding=True takes it" if end and not config.include_embedding else ""

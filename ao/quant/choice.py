@@ -10,7 +10,7 @@ from torch import nn
 
 from ..dtypes import QTensor, Spec
 from .config import Config, ModelConfig
-from .coverage import LARGE, Default, by_default, is_experts, is_matrix, qualifies, why_no_parameter
+from .coverage import LARGE, Default, by_default, by_kind, is_experts, is_matrix, qualifies, why_no_parameter
 from .report import Report
 from .rules import FqnToConfig
 from .slots import Filter, Slot, slots_of, tied
@@ -78,7 +78,7 @@ def _by_filter(
 ) -> dict[str, Verdict]:
     verdicts: dict[str, Verdict] = {}
     for slot in slots:
-        why = default(slot)
+        why = default(slot) if filter_fn is None else by_kind(slot)
         if filter_fn is None:
             verdicts[slot.fqn] = Verdict(None if why else config, why)
         elif not qualifies(slot.parameter) or not (slot.name == "weight" or is_experts(slot.owner, slot.parameter)):
@@ -91,7 +91,16 @@ def _by_filter(
         for name, module in model.named_modules():
             if (why := why_no_parameter(module)) and filter_fn(module, name):
                 raise ValueError(f"{_weight_of(name)}: {why}, or leave it out with filter_fn")
+    if filter_fn is not None and not any(verdict.asked for verdict in verdicts.values()):
+        raise ValueError(nothing_taken([slot.module_fqn for slot in slots if not by_kind(slot)]))
     return verdicts
+
+
+def nothing_taken(names: list[str]) -> str:
+    """What is said where a filter takes no layer. names: of the layers that it could take."""
+    shown = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    there = f"it is asked for each layer as filter_fn(module, name), and the linear ones are {shown}"
+    return f"filter_fn takes no layer with a weight; {there if names else 'the model has no linear layer'}"
 
 
 def _by_rules(rules: FqnToConfig, model: nn.Module, slots: list[Slot], default: Default) -> dict[str, Verdict]:
@@ -141,7 +150,7 @@ def _of_one_parameter(verdicts: list[tuple[Slot, Verdict]], report: Report) -> C
     for slot, verdict in verdicts:
         why = verdict.why or f"tied to {stays.fqn}, which stays as it is: {reason}"
         p = slot.parameter
-        if p.numel() > LARGE or (is_matrix(p) and not slot.name.endswith("bias")) or not by_default(slot):
+        if p.numel() > LARGE or (is_matrix(p) and not slot.name.endswith("bias")) or not by_kind(slot):
             report.skipped[slot.fqn] = why
     return None
 

@@ -2,7 +2,8 @@
 that load, and folders.
 
 By default that is what multiplies as a linear layer does: the weight of an `nn.Linear`, that of transformers' `Conv1D`, and
-the experts of a mixture, 3-D parameters that hold one linear layer per expert.
+the experts of a mixture, 3-D parameters that hold one linear layer per expert. A linear layer of few outputs or inputs is left
+out of it: a classifier, a router.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ Default = Callable[[Slot], str]
 
 LARGE = 1000
 """A vector of more elements than this is told of, where it is not quantized; a matrix always is."""
+
+FEW = 16
+"""Linear layers of fewer outputs or inputs stay as they are, unless they are asked for: they save nothing, and decide much."""
 
 BY_RULE = "a rule by its name (FqnToConfig) takes it"
 
@@ -54,6 +58,21 @@ def qualifies(p: Tensor) -> bool:
 
 def by_default(slot: Slot) -> str:
     """The `Default` of `quantize_`."""
+    return by_kind(slot) or few(slot.owner, slot.module_fqn)
+
+
+def few(module: nn.Module, name: str) -> str:
+    """Why a linear layer is too small to be quantized where nothing asks for it; "" for others, and for one that is the model."""
+    p = module._parameters.get("weight")
+    if p is None or p.dim() != 2 or min(p.shape) >= FEW or not name:
+        return ""
+    n, k = reversed(p.shape) if is_conv1d(module) else p.shape
+    size = f"{n} outputs, such as a classifier or a router" if n < FEW else f"{k} inputs"
+    return f"of {size}: fewer than {FEW} save nothing and decide much; filter_fn or {BY_RULE}"
+
+
+def by_kind(slot: Slot) -> str:
+    """Why a parameter is none of a linear layer, of any size, that can be quantized."""
     owner, leaf, p = slot.owner, slot.name, slot.parameter
     kind = type(owner).__name__
     if computed := why_computed(owner, leaf):

@@ -47,7 +47,8 @@ def quantize_(
         recipes ("int4-g128+gptq"); or a config of training in low precision, such as
         `ao.train.Int8WeightOnlyQuantizedTrainingConfig()`.
     filter_fn: `(module, fully qualified name) -> bool`, which layers to quantize; by default what multiplies as a linear layer
-        does: every `nn.Linear`, transformers' `Conv1D` (GPT-2), and the experts of a mixture, 3-D parameters of (E, N, K).
+        does: every `nn.Linear`, transformers' `Conv1D` (GPT-2), and the experts of a mixture, 3-D parameters of (E, N, K);
+        but for layers of fewer than 16 outputs or inputs, such as a classifier or a router, which save nothing and decide much.
         Layers with a floating-point `weight` of two or more dims qualify: linears, embeddings, convolutions; and experts.
         With `FqnToConfig` the rules decide, and it must be None.
     device: move the model there layer by layer, each quantized on arrival, so that at most one layer is ever there in full
@@ -56,18 +57,18 @@ def quantize_(
         the inputs of layers. A batch is a tensor, a tuple of arguments, or a dict of keyword arguments. Without it, they use
         what `calibrate` saw.
 
-    Returns a Report, which prints as a table, says of every other large parameter why it is left alone, and ends with the share
-    of the model's bytes that is quantized. Only linear layers quantize their activations; others take the weight half of a
-    config.
+    Returns a Report, which prints as a table, says of every other large parameter why it is left alone, says so where nothing
+    is quantized, and ends with the share of the model's bytes that is. Only linear layers quantize their activations; others
+    take the weight half of a config.
 
     Tied parameters stay tied. Where a filter or the default takes only some of their layers, such as a head that is tied to an
     embedding, they stay as they are; a rule (`FqnToConfig`) that names one of them quantizes them as one.
 
     Every layer is checked before the first one changes, and a call which raises leaves the model as it was. Raises
     ValueError for a shape that the format does not take (with the parameter's name and the fix), for a weight that is
-    quantized already or not finite, for a rule that matches nothing, for a layer that needs calibration and had none, or
-    nothing but zeros where a static scale is asked for, for calibration data that gives a layer NaN or infinite inputs (with the
-    batch), and for a layer that a filter or a rule asks for and that cannot compute with a quantized weight (weight
+    quantized already or not finite, for a rule or a filter that matches nothing, for a layer that needs calibration and had
+    none, or nothing but zeros where a static scale is asked for, for calibration data that gives a layer NaN or infinite inputs
+    (with the batch), and for a layer that a filter or a rule asks for and that cannot compute with a quantized weight (weight
     normalization, pruning, standardized convolutions); and TypeError for what is not a model, a config or a filter.
     """
     if not isinstance(model, nn.Module):
@@ -92,6 +93,10 @@ def quantize_(
         check(job)
     if batches is None:
         require_statistics(jobs)
+    if not jobs:
+        report.notes.append(
+            "nothing was quantized: by default linear layers are; filter_fn, or a rule by name (FqnToConfig), takes others"
+        )
     target = None if device is None else _there(device)
     rows: dict[str, Row] = {}
 

@@ -189,7 +189,7 @@ def _rise(model: nn.Module, batches: list[Batch], loss_fn: Loss) -> Callable[[],
 def _divergence(model: nn.Module, batches: list[Batch]) -> Callable[[], float]:
     references = []
     for i, batch in enumerate(batches):
-        logits = _logits(call(model, batch)).float()
+        logits = _logits(call(model, batch, f"sensitivity: batch {i} of data")).float()
         if not is_finite(logits):
             raise ValueError(
                 f"sensitivity: the model's output for batch {i} has NaN or infinite values, which nothing can be compared with; "
@@ -199,8 +199,8 @@ def _divergence(model: nn.Module, batches: list[Batch]) -> Callable[[], float]:
 
     def mean() -> float:
         total, rows = 0.0, 0
-        for batch, reference in zip(batches, references):
-            log_p = F.log_softmax(_logits(call(model, batch)).float(), -1)
+        for i, (batch, reference) in enumerate(zip(batches, references)):
+            log_p = F.log_softmax(_logits(call(model, batch, f"sensitivity: batch {i} of data")).float(), -1)
             total += float(F.kl_div(log_p, reference, reduction="sum", log_target=True))
             rows += reference.numel() // reference.shape[-1]
         return _or_infinity(total / rows)

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ...dtypes import QTensor
 from ...matmul import set_parameter
-from ..quantize import Filter
+from ..coverage import few
+from ..quantize import Filter, is_linear
 from .timing import Product
 
 SAMPLE_ROWS = 64
@@ -79,11 +80,11 @@ def _rounded(product: Product) -> Product:
     return replace(product, tokens=-(-product.tokens // step) * step)
 
 
-def find_weights(model: nn.Module, filter_fn: Filter) -> tuple[list[Weight], dict[str, str]]:
+def find_weights(model: nn.Module, filter_fn: Filter | None) -> tuple[list[Weight], dict[str, str]]:
     """The weights that can be chosen for, and layer name -> why, for linear layers that are left out.
 
     A weight that several modules share is one weight. It is left out unless all of them are linear layers that
-    `filter_fn` accepts, or embeddings.
+    `filter_fn` accepts, or embeddings. Without one, linear layers are taken, but for small ones.
     """
     holders: dict[int, list[tuple[nn.Module, str, str]]] = {}
     parameters: dict[int, Tensor] = {}
@@ -97,11 +98,12 @@ def find_weights(model: nn.Module, filter_fn: Filter) -> tuple[list[Weight], dic
     for identity, held in holders.items():
         p = parameters[identity]
         linears = [h for h in held if h[2] == "weight" and not isinstance(h[0], nn.Embedding) and p.dim() == 2]
-        chosen = [h for h in linears if filter_fn(h[0], h[1])]
+        small = next((found for h in linears if (found := few(h[0], h[1]))), "") if filter_fn is None else ""
+        chosen = [h for h in linears if not small and (filter_fn or is_linear)(h[0], h[1])]
         others = [h for h in held if h not in chosen and not (isinstance(h[0], nn.Embedding) and h[2] == "weight")]
         why = ""
         if not chosen:
-            why = "filter_fn leaves it out"
+            why = small or "filter_fn leaves it out"
         elif isinstance(p, QTensor):
             why = "it is quantized already"
         elif not p.dtype.is_floating_point or p.element_size() == 1:

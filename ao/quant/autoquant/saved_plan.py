@@ -12,6 +12,7 @@ from ...dtypes import QTensor
 from ..atomic_write import atomic_write
 from ..compiled import unwrapped
 from ..config import config_from_dict, config_to_dict
+from ..coverage import few
 from ..quantize import is_linear, quantize_
 from ..report import Report
 from ..rules import FqnToConfig
@@ -56,7 +57,9 @@ def apply_plan(model: nn.Module, plan: FqnToConfig) -> Report:
     linears = [
         name
         for name, module in inner.named_modules()
-        if is_linear(module, name) and not isinstance(module._parameters.get("weight"), QTensor)
+        if is_linear(module, name)
+        and not few(module, name)
+        and not isinstance(module._parameters.get("weight"), QTensor)
     ]
     missing = [name for name in linears if name not in table and f"{name}.weight" not in table]
     if missing and not rules:

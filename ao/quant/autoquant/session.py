@@ -13,7 +13,7 @@ from torch import nn
 
 from ...dtypes import cache_directory
 from ..compiled import compiled_caller, compiler_of, is_compiled, unwrapped
-from ..quantize import Filter, is_linear
+from ..quantize import Filter
 from ..rules import FqnToConfig
 from . import timing
 from .cache import TimingCache
@@ -52,7 +52,7 @@ def autoquant(
     example_input: call the model with it now: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
     candidates: the formats in question: configs, Specs, or names of sets: "default" (int8, weight-only and dynamic), "int4"
         (those and int4 weight-only), "float8", "all". Of a named set, what the device has no arithmetic for is left out.
-    filter_fn: `(module, full name) -> bool`, which layers; by default every `nn.Linear`.
+    filter_fn: `(module, full name) -> bool`, which layers; by default every `nn.Linear` of 16 outputs and inputs or more.
     manual: several calls record, until `finalize_autoquant(model)` or `model.finalize_autoquant()`. Else the first does.
     min_sqnr: the least signal to quantization noise, in dB, that the output of a layer must keep on the activations that
         were recorded; formats below it are out for that layer.
@@ -71,8 +71,8 @@ def autoquant(
     Until then the original weights are kept beside the quantized ones, with up to 64 activations of each layer and the
     arguments of up to four calls.
 
-    Raises ValueError for what cannot be understood, for a model without layers to choose for, and for a plan that does not
-    fit the model; RuntimeError, when it decides, for layers that never ran. A model is changed as a whole or not at all.
+    Raises TypeError or ValueError for what cannot be understood, ValueError for a model without layers to choose for and for a
+    plan that does not fit; RuntimeError, when it decides, for layers that never ran. A model is changed as a whole or not at all.
     """
     if plan is not None:
         if filter_fn is not None:
@@ -83,9 +83,11 @@ def autoquant(
         raise TypeError(f"autoquant: model must be a torch.nn.Module, got {type(model).__name__}")
     if "finalize_autoquant" in unwrapped(model).__dict__:
         raise ValueError("autoquant: this model is recording already; run it, or call finalize_autoquant(model)")
+    if min_sqnr is not None and (isinstance(min_sqnr, bool) or not isinstance(min_sqnr, (int, float))):
+        raise TypeError(f"autoquant: min_sqnr must be a number of decibels, such as 30.0, or None, got {min_sqnr!r}")
     chosen = candidates if qtensor_class_list is None else qtensor_class_list
     asked = check_candidates(chosen)
-    weights, skipped = find_weights(unwrapped(model), filter_fn or is_linear)
+    weights, skipped = find_weights(unwrapped(model), filter_fn)
     if not weights:
         why = "".join(f"; {name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ValueError(f"autoquant: the model has no linear layer to choose for{why}")

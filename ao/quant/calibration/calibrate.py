@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ...dtypes import Spec
+from ..choice import nothing_taken
 from ..config import Config
 from ..job import jobs_of
 from ..read_format import read_format
@@ -63,6 +64,10 @@ def calibrate(
     else:
         keep = filter_fn or (lambda module, _: isinstance(module, nn.Linear))
         wanted = {module: frozenset(OBSERVERS) for name, module in model.named_modules() if keep(module, name)}
+        if filter_fn is not None and not wanted:
+            raise ValueError(
+                nothing_taken([name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
+            )
     if observers is not None:
         wanted = dict.fromkeys(wanted, frozenset(observers))
     seen: dict[nn.Module, Statistics] = {}

@@ -35,15 +35,35 @@ Finish = Callable[[Job, Statistics | None], None]
 """Quantizes the parameter of a job, and installs it."""
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on a batch."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
 class _Stop(Exception):
     """Ends a run of the model when everything has been seen."""
+
+
+def call(model: nn.Module, batch: Batch, what: str) -> Any:
+    """Run a model on a batch. Raises ValueError for one that the model does not take.
+
+    what: the batch in the words of the error, such as "calibration_data: batch 3".
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{what}, {_described(batch)}, does not run through the model: {error}; a batch is what one call of the model takes: "
+            "a tensor, a tuple of arguments, or a dict of keyword arguments"
+        ) from error
+
+
+def _described(batch: Batch) -> str:
+    """A batch by the shapes and dtypes of its tensors."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)} and {batch.dtype}"
+    named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    parts = [f"{k}: {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in named]
+    return f"a {type(batch).__name__} of {{{', '.join(parts)}}}"
 
 
 @dataclass(eq=False)
@@ -69,8 +89,7 @@ def quantize_in_sequence(
 
     device: where the blocks are moved before they run; None leaves them where they are.
 
-    Raises what the model raises on the first batch before anything has changed, and ValueError for a batch that gives a layer
-    inputs that are not finite.
+    Raises ValueError for a batch that the model does not take, or that gives a layer inputs that are not finite.
     """
     wants_original = any(job.recipe.wants_target for job in jobs)
     with _Runner(unwrapped(model), batches, device, wants_original) as runner:
@@ -119,7 +138,7 @@ class _Runner:
         if self.device is not None:
             arguments = tree_map_only(Tensor, lambda t: t.to(self.device), arguments)
         try:
-            call(self.model, arguments)
+            call(self.model, arguments, f"calibration_data: batch {batch}")
         except _Stop:
             pass
         finally:
@@ -228,6 +247,13 @@ class _Runner:
             now, tokens = self.inputs(unit, batch, "now", shows)
             for owner, part in group.parts:
                 for x in (*before.get(owner, []), *now.get(owner, [])):
+                    if x.shape[-1] != (
+                        width := part[0].parameter.shape[-1]
+                    ):  # the run has ended before the layer would say it
+                        raise ValueError(
+                            f"calibration_data: batch {batch}, {_described(self.batches[batch])}, gives {part[0].fqn} inputs of "
+                            f"{x.shape[-1]} features, and it takes {width}; give batches as the model takes them"
+                        )
                     check_finite_inputs(x, part[0].fqn, f"batch {batch} of the calibration data")
                 for x in now.get(owner, []):
                     shared[owner].observe(x)

@@ -71,6 +71,8 @@ def quantize_(
             )
         return config.apply(model, device)
     filter_fn = filter_fn or _is_linear
+    if not any(filter_fn(module, name) for name, module in model.named_modules()):
+        return Report(notes=["nothing was quantized: filter_fn takes no layer"])
     if type(config) in HANDLERS:
         handler = HANDLERS[type(config)]
         return _replace_each(model, lambda module, _: handler(module, config), filter_fn, device)

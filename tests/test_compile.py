@@ -129,6 +129,13 @@ def test_a_quantized_layer_and_sizes_that_are_unknown(spec):
         assert compute_error(layer(x), compiled(x)) > 100
 
 
+def test_a_packed_weight_of_unknown_shape_is_viewed():
+    q = Intx(4, (1, 32)).quantize(weight((64, 128)))
+    flat = torch.compile(lambda q: q.reshape(-1).dequantize(), fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(flat(q), q.dequantize().reshape(-1))
+
+
 @chosen
 def test_layers_of_torch_compiled_in_place(case):
     """Dynamo passes over the frames of torch.nn; it then takes no function of ours for a program, either."""

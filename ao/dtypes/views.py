@@ -267,7 +267,7 @@ def _view_sizes(q: QTensor, role: str, old: list[tuple[int, int]], new: list[int
         if total == size:
             return new
         unit = q.unit
-        packed = [n != f for n, f in old]
+        packed = [bool(n != f) for n, f in old]  # in a graph a condition on sizes is none
         wide = [n for n in new if n != 1]
         inner_old = next(n for n, f in reversed(old) if n != 1)
         inner_new = wide[-1] if wide else 1

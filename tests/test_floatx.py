@@ -231,7 +231,8 @@ def test_configs(config, expected):
     x = torch.randn(3, 64)
     act = config.act()
     seen = x if act is None else act.quantize(x).dequantize()
-    assert torch.equal(model(x), F.linear(seen, expected.quantize(before).dequantize()))
+    out = F.linear(seen, expected.quantize(before).dequantize())
+    assert ao.compute_error(out, model(x)) > 100  # a path of a CPU may sum in another order
 
 
 def test_refused():

@@ -211,7 +211,7 @@ def test_a_vector_is_written_where_it_changes():
 
 
 def test_a_corrected_bias_is_finite():
-    model = torch.nn.Sequential(torch.nn.Linear(64, 8, dtype=torch.float16))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 16, dtype=torch.float16))
     model[0].weight.data.mul_(200000)
     report = ao.quantize_(
         model,

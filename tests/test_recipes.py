@@ -341,7 +341,7 @@ def test_a_failed_call_leaves_the_model_as_it_was():
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     good, bad = batches(1)[0], torch.full((1, 4), VOCAB)
     for data in ([good, bad], [bad]):
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match="does not run through the model: index out of range"):
             quantize_(model, Int4WeightOnlyConfig(32, algorithm="gptq"), but_head, calibration_data=data)
         assert all(p is before[name] for name, p in model.named_parameters())
         assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -424,7 +424,7 @@ def test_experts():
     report = quantize_(
         model, Int4WeightOnlyConfig(32, algorithm="gptq"), calibration_data=[torch.randn(32, 64) for _ in range(3)]
     )
-    assert len(report) == 18 and sum("no data came to it" in note for note in report.notes) == 4
+    assert len(report) == 16 and sum("no data came to it" in note for note in report.notes) == 4
     assert model(torch.randn(8, 64)).isfinite().all()
 
 
@@ -474,7 +474,7 @@ def test_where_a_recipe_cannot_apply():
         )
     assert isinstance(conv[0].weight, QTensor)
     with pytest.raises(ValueError, match="HQQ finds scales"):
-        quantize_(nn.Sequential(nn.Linear(256, 8)), SpecConfig(ao.dtypes.Flat(Intx(8, (1, 256))), algorithm="hqq"))
+        quantize_(nn.Sequential(nn.Linear(256, 16)), SpecConfig(ao.dtypes.Flat(Intx(8, (1, 256))), algorithm="hqq"))
 
 
 def test_names():

@@ -123,11 +123,12 @@ def test_a_compiler_is_asked_once(monkeypatch, tmp_path):
     built.library.cache_clear()
     small, large = (Intx(2, (1, 32)).quantize(weight((n, 256))) for n in (64, 256))
     x = weight((2, 256), 1)
-    assert path_name(x, small) != "made" and path_name(x, large) == "made" and path_name(x, small) == "made"
+    for _ in range(2):  # a small weight is not worth it, whatever was compiled before
+        assert path_name(x, small) != "made" and path_name(x, large) == "made"
     (file,) = (tmp_path / "kernels").iterdir()
     built.library.cache_clear()
     monkeypatch.setattr(built, "_compile", lambda *args: pytest.fail("compiled again"))
-    assert path_name(x, small) == "made" and file.suffix == ".so"
+    assert path_name(x, large) == "made" and file.suffix == ".so"
     monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path / "other"))
     (tmp_path / "other" / "kernels").mkdir(parents=True)
     (tmp_path / "other" / "kernels" / file.name).write_bytes(b"no library")

@@ -4,8 +4,8 @@ In eager mode there is nothing else that is fast: an expression over packed code
 what the next one reads. The choice is made once per form of a weight, when it first multiplies (`chosen` in linear.py), and what
 has been chosen stays: the same call gives the same bits.
 
-A weight that is small is not worth a second of compiling. It takes the compiled product where another weight, or an earlier
-process, has paid for it.
+A weight that is small is not worth a second of compiling, also where others have paid for it: what a call gives must not depend
+on what was called before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..dtypes.tracing import known
 from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
 from .cpu_decode import AVX512
 from .form import leaves
-from .kernels.built import CODES, DTYPES, Act, Kind, Library, Weight, compiler, is_made, library
+from .kernels.built import CODES, DTYPES, Act, Kind, Library, Weight, compiler, library
 from .kernels.device import FLOATS, VNNI
 from .path import Product
 
@@ -87,7 +87,7 @@ def accepts(x: Tensor, w: QTensor) -> bool:
         return False
     operand = readable(w)
     kind = None if operand is None else _kind(operand)
-    if operand is None or kind is None or (w.numel() < WORTH and (compiling() or not is_made(kind))):
+    if operand is None or kind is None or w.numel() < WORTH:
         return False
     most = _most(x.dtype)
     if VNNI and int8_operand(w) is not None:

@@ -97,11 +97,6 @@ def _path(kind: Kind) -> Path:
     return cache_directory() / "kernels" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.so"
 
 
-def is_made(kind: Kind) -> bool:
-    """Whether `library` answers within milliseconds."""
-    return compiler() is not None and _path(kind).exists()
-
-
 @functools.cache
 def library(kind: Kind) -> Library | None:
     """The compiled functions, compiled now if no process has done so; None where that fails."""

@@ -232,7 +232,10 @@ def test_configs(config, expected):
     act = config.act()
     seen = x if act is None else act.quantize(x).dequantize()
     out = F.linear(seen, expected.quantize(before).dequantize())
-    assert ao.compute_error(out, model(x)) > 100  # a path of a CPU may sum in another order
+    if act is not None and expected.scale_spec is not None:  # scales of the tensors multiply the sum
+        assert ao.compute_error(out, model(x)) > 120
+    else:
+        assert torch.equal(model(x), out)
 
 
 def test_refused():

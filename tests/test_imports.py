@@ -17,7 +17,18 @@ import ao
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ao").rglob("*.py"))
 
-PURE = {"bits", "blocks", "rounding", "layouts", "onnx_mode", "operand", "pieces", "running_layer", "tracing"}
+PURE = {
+    "bits",
+    "blocks",
+    "caching",
+    "rounding",
+    "layouts",
+    "onnx_mode",
+    "operand",
+    "pieces",
+    "running_layer",
+    "tracing",
+}
 MACHINERY = {"base", "coalesced", "lattice", "ops", "sharding", "views"}
 CONSUMERS = {"checkpoint"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.

@@ -117,7 +117,7 @@ def test_graphs_get_plain_fields_of_other_modules(kind, grad):
     with torch.set_grad_enabled(grad):
         out, expected = torch.compile(made, backend=backend, fullgraph=True)(x), made(x)
     assert len(seen) == 1 and not any(issubclass(t, QTensor) for t in seen[0])
-    assert ao.compute_error(expected, out) > 80  # eager and compiled products may sum in another order
+    torch.testing.assert_close(out, expected)
     if x.requires_grad:
         found, wanted = (torch.autograd.grad(y.sum(), x)[0] for y in (out, expected))
         torch.testing.assert_close(found, wanted)

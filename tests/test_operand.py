@@ -33,7 +33,7 @@ from ao.dtypes import (
 )
 from ao.matmul import cpu_decode, linear, path_name
 
-ROOMS = {"base", "bits", "blocks", "lattice", "onnx_mode", "operand", "ops", "pieces", "rounding", "tracing"}
+ROOMS = {"base", "bits", "blocks", "caching", "lattice", "onnx_mode", "operand", "ops", "pieces", "rounding", "tracing"}
 
 
 def test_products_know_no_format():

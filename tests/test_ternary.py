@@ -71,7 +71,7 @@ def test_inference_is_what_training_computed(packing, dtype):
     with torch.no_grad():
         expected = [layer(x) for x in batches]
         ao.quantize_(layer, config)
-        assert isinstance(layer.weight.spec, Ternary) and path_name(batches[1], layer.weight) in ("int_mm", "made")
+        assert isinstance(layer.weight.spec, Ternary) and path_name(batches[1], layer.weight) in ("int_mm", "int8pack")
         for x, y in zip(batches, expected):
             assert torch.equal(layer(x), y)
         assert torch.equal(torch.compile(layer, fullgraph=True, dynamic=False)(batches[1]), expected[1])

@@ -7,19 +7,7 @@ from .. import installation as _installation  # noqa: F401  raises if ao/__init_
 from . import coalesced as _coalesced  # noqa: F401  gives DDP its first broadcast
 from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
-from .base import (
-    Elements,
-    Opaque,
-    PerBlock,
-    QTensor,
-    Shared,
-    Spec,
-    blank,
-    cache_directory,
-    dense,
-    sources_digest,
-    view_mode,
-)
+from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
 from .bits import pack, pack_dim, pack_trits, packed_dim, unpack, unpack_trits
 from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
@@ -40,13 +28,15 @@ from .shifted import Shifted, ShiftedTensor
 from .ternary import Ternary, TernaryTensor
 
 if TYPE_CHECKING:
+    from .caching import cache_directory
     from .checkpoint import load, save
 else:
+    _LATER = {"cache_directory": ".caching", "load": ".checkpoint", "save": ".checkpoint"}
 
     def __getattr__(name: str) -> Any:
-        """`load` and `save`, which are imported when they are asked for."""
-        if name in ("load", "save"):
-            return getattr(importlib.import_module(".checkpoint", __name__), name)
+        """What is imported when it is asked for."""
+        if name in _LATER:
+            return getattr(importlib.import_module(_LATER[name], __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

@@ -29,7 +29,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -708,11 +707,6 @@ def _strides(shape: torch.Size | tuple[int, ...], first: Tensor) -> list[int]:
         return list(first.stride())
     inner, full, small = first.stride(packed), shape[packed], first.shape[packed]
     return [s * full // small if s > inner else s for s in first.stride()]
-
-
-def cache_directory() -> Path:
-    """Where what was measured or compiled is kept for later processes: $AO_CACHE_DIR, or ~/.cache/ao."""
-    return Path(os.environ.get("AO_CACHE_DIR") or Path.home() / ".cache" / "ao")
 
 
 @functools.cache

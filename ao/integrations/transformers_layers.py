@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..quant import FqnToConfig, RoundToNearest
 from ..quant.choice import choices
-from ..quant.coverage import Default, by_kind, few
+from ..quant.coverage import Default, by_default, few
 from ..quant.job import Job, jobs_by_name
 from ..quant.report import Report
 from ..quant.slots import Slot
@@ -72,7 +72,7 @@ def _default_of(config: Any, keep: list[str], embeddings: set[str]) -> Default:
     """What is quantized where no rule names it."""
 
     def default(slot: Slot) -> str:
-        why = by_kind(slot)
+        why = by_default(slot, asked=True)
         end = isinstance(slot.owner, nn.Embedding) and slot.fqn in embeddings
         if why and not end:
             return why

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..dtypes import QTensor, Spec
 from .config import Config, ModelConfig
-from .coverage import LARGE, Default, by_default, by_kind, is_experts, is_matrix, qualifies, why_no_parameter
+from .coverage import LARGE, Default, by_default, is_experts, is_matrix, qualifies, why_no_parameter
 from .report import Report
 from .rules import FqnToConfig
 from .slots import Filter, Slot, slots_of, tied
@@ -78,7 +78,7 @@ def _by_filter(
 ) -> dict[str, Verdict]:
     verdicts: dict[str, Verdict] = {}
     for slot in slots:
-        why = default(slot) if filter_fn is None else by_kind(slot)
+        why = default(slot) if filter_fn is None else by_default(slot, asked=True)
         if filter_fn is None:
             verdicts[slot.fqn] = Verdict(None if why else config, why)
         elif not qualifies(slot.parameter) or not (slot.name == "weight" or is_experts(slot.owner, slot.parameter)):
@@ -92,7 +92,7 @@ def _by_filter(
             if (why := why_no_parameter(module)) and filter_fn(module, name):
                 raise ValueError(f"{_weight_of(name)}: {why}, or leave it out with filter_fn")
     if filter_fn is not None and not any(verdict.asked for verdict in verdicts.values()):
-        raise ValueError(nothing_taken([slot.module_fqn for slot in slots if not by_kind(slot)]))
+        raise ValueError(nothing_taken([slot.module_fqn for slot in slots if not by_default(slot, asked=True)]))
     return verdicts
 
 
@@ -150,7 +150,7 @@ def _of_one_parameter(verdicts: list[tuple[Slot, Verdict]], report: Report) -> C
     for slot, verdict in verdicts:
         why = verdict.why or f"tied to {stays.fqn}, which stays as it is: {reason}"
         p = slot.parameter
-        if p.numel() > LARGE or (is_matrix(p) and not slot.name.endswith("bias")) or not by_kind(slot):
+        if p.numel() > LARGE or (is_matrix(p) and not slot.name.endswith("bias")) or not by_default(slot, asked=True):
             report.skipped[slot.fqn] = why
     return None
 

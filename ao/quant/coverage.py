@@ -56,11 +56,6 @@ def qualifies(p: Tensor) -> bool:
     return p.dim() >= 2 and p.dtype.is_floating_point and (isinstance(p, QTensor) or p.element_size() > 1)
 
 
-def by_default(slot: Slot) -> str:
-    """The `Default` of `quantize_`."""
-    return by_kind(slot) or few(slot.owner, slot.module_fqn)
-
-
 def few(module: nn.Module, name: str) -> str:
     """Why a linear layer is too small to be quantized where nothing asks for it; "" for others, and for one that is the model."""
     p = module._parameters.get("weight")
@@ -71,15 +66,15 @@ def few(module: nn.Module, name: str) -> str:
     return f"of {size}: fewer than {FEW} save nothing and decide much; filter_fn or {BY_RULE}"
 
 
-def by_kind(slot: Slot) -> str:
-    """Why a parameter is none of a linear layer, of any size, that can be quantized."""
+def by_default(slot: Slot, asked: bool = False) -> str:
+    """The `Default` of `quantize_`. asked: whether somebody names the layer, whose size then does not count."""
     owner, leaf, p = slot.owner, slot.name, slot.parameter
     kind = type(owner).__name__
     if computed := why_computed(owner, leaf):
         return computed
     takes = is_experts(owner, p) or (leaf == "weight" and (is_linear(owner, "") or is_conv1d(owner)))
     if takes and qualifies(p):
-        return ""
+        return "" if asked or min(p.shape) >= FEW else few(owner, slot.module_fqn)
     if not is_matrix(p):
         return "a vector, such as a norm's weight or a bias"
     if not qualifies(p):

@@ -19,7 +19,7 @@ from .calibration.observers import RangeMethod
 from .calibration.statistics import RANGES, Statistics, act_scale, is_finite, statistics_of
 from .choice import Chosen, choices
 from .config import Config, SpecConfig
-from .coverage import Default, by_default, by_kind, why_computed
+from .coverage import Default, by_default, why_computed
 from .report import Report, Row, storage_bytes
 from .slots import Filter, Slot
 from .trial import can_try, why_it_cannot
@@ -138,7 +138,7 @@ def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job 
         linear = all(isinstance(owner, nn.Linear) for owner in owners)
         if act is not None:
             spec = replace(spec, act=act if _quantizes_input(owners, config) else None)
-            if spec.act is None and chosen.asked and any(map(by_kind, slots)):
+            if spec.act is None and chosen.asked and any(by_default(slot, asked=True) for slot in slots):
                 raise ValueError(f"{type(config).__name__} quantizes activations, and only nn.Linear layers do that")
             if config.act_range() not in (None, "minmax") and recipe.scales:
                 raise ValueError(f"algorithm={recipe.label!r} scales the activation, and needs range_method='minmax'")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...dtypes.base import cache_directory
+from ...dtypes.caching import cache_directory
 from .cpu_source import SOURCE
 
 CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloat": 5}

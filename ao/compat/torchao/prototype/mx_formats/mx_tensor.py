@@ -25,7 +25,27 @@ def element(dtype: Any) -> tuple[int, int]:
     return _ELEMENTS[dtype]
 
 
-class MXTensor(FloatXTensor):
+class BlockTensor(FloatXTensor):
+    """A `FloatXTensor` with blocks along its last dim, by the names of torchao."""
+
+    @classmethod
+    def of(cls, data: Tensor, spec: FloatX) -> Any:
+        """A tensor of this class: `data` quantized by `spec`."""
+        q: Any = spec.quantize(data)
+        return cls(q.spec, q.dtype, q.shape, q.whole, **q.fields())
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The plain tensor, in `dtype` or in the dtype that it had."""
+        plain = super().dequantize()
+        return plain if dtype is None else plain.to(dtype)
+
+    @property
+    def block_size(self) -> int:
+        """Elements that share a scale."""
+        return self.shape[-1] // self.scale.shape[-1]
+
+
+class MXTensor(BlockTensor):
     """A `FloatXTensor` whose scales are powers of two."""
 
     @staticmethod
@@ -38,23 +58,13 @@ class MXTensor(FloatXTensor):
         **kwargs: Any,
     ) -> MXTensor:
         """Quantize a tensor in blocks along its last dim. What follows scaling_mode chooses kernels, and has no effect."""
-        spec = FloatX(*element(elem_dtype), (1,) * (data_hp.dim() - 1) + (block_size,), scale_rule=scaling_mode.value)
-        q: Any = spec.quantize(data_hp)
-        return MXTensor(q.spec, q.dtype, q.shape, q.whole, **q.fields())
+        block = (1,) * (data_hp.dim() - 1) + (block_size,)
+        made: MXTensor = MXTensor.of(data_hp, FloatX(*element(elem_dtype), block, scale_rule=scaling_mode.value))
+        return made
 
     def to_dtype(self, target_dtype: torch.dtype) -> Tensor:
         """The plain tensor."""
         return self.dequantize(target_dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The plain tensor, in `dtype` or in the dtype that it had."""
-        plain = super().dequantize()
-        return plain if dtype is None else plain.to(dtype)
-
-    @property
-    def block_size(self) -> int:
-        """Elements that share a scale."""
-        return self.shape[-1] // self.scale.shape[-1]
 
     @property
     def elem_dtype(self) -> Any:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ao.dtypes import Float8, FloatX, FloatXTensor
+from ao.dtypes import Float8, FloatX
+
+from .mx_tensor import BlockTensor
 
 __all__ = ["NVFP4Tensor", "per_tensor_amax_to_scale"]
 
@@ -17,7 +19,7 @@ def per_tensor_amax_to_scale(amax: Tensor) -> Tensor:
     return (amax.float() / (448.0 * 6.0)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-class NVFP4Tensor(FloatXTensor):
+class NVFP4Tensor(BlockTensor):
     """A `FloatXTensor` of e2m1 numbers, whose blocks of 16 have e4m3 scales."""
 
     @staticmethod
@@ -32,18 +34,8 @@ class NVFP4Tensor(FloatXTensor):
         block = (1,) * (data_hp.dim() - 1) + (block_size,)
         whole = Float8(block=(-1,) * data_hp.dim())
         kinds: Any = {"scale": "float32", "scale_spec": whole} if per_tensor_scale is not None else {"scale": "e4m3"}
-        q: Any = FloatX(2, 1, block, **kinds).quantize(data_hp)
-        return NVFP4Tensor(q.spec, q.dtype, q.shape, q.whole, **q.fields())
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The plain tensor, in `dtype` or in the dtype that it had."""
-        plain = super().dequantize()
-        return plain if dtype is None else plain.to(dtype)
-
-    @property
-    def block_size(self) -> int:
-        """Elements that share a scale."""
-        return self.shape[-1] // self.scale.shape[-1]
+        made: NVFP4Tensor = NVFP4Tensor.of(data_hp, FloatX(2, 1, block, **kinds))
+        return made
 
     @property
     def per_tensor_scale(self) -> Tensor | None:

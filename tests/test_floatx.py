@@ -232,7 +232,7 @@ def test_configs(config, expected):
     act = config.act()
     seen = x if act is None else act.quantize(x).dequantize()
     out = F.linear(seen, expected.quantize(before).dequantize())
-    if act is not None and expected.scale_spec is not None:  # scales of the tensors multiply the sum
+    if act is not None and getattr(expected, "scale_spec", None) is not None:  # scales of the tensors multiply the sum
         assert ao.compute_error(out, model(x)) > 120
     else:
         assert torch.equal(model(x), out)

@@ -7,7 +7,7 @@ same of an activation before it is quantized: which bytes it becomes.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,36 @@ class Operand(NamedTuple):
     def t(self) -> Operand:
         """The transpose, of codes of a byte each without a zero point."""
         return self._replace(codes=self.codes.t(), scale=self.scale.t())
+
+
+class StoredScale(NamedTuple):
+    """How the scales of an operand are stored.
+
+    kind: "plain" for numbers, float8 among them; "power" for exponents, 2**(value - 127); "quantized" for bytes that stand for
+        (value - zero_point) * scale.
+    """
+
+    kind: Literal["plain", "power", "quantized"]
+    values: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+
+def stored_scale(a: Operand) -> StoredScale | None:
+    """The scales of `a` as they are stored; None where more than one step leads from them to numbers."""
+    if a.powers is not None:
+        return StoredScale("power", a.powers)
+    scale: Any = a.scale
+    if not hasattr(scale, "spec"):  # a QTensor, which this file does not import
+        return StoredScale("plain", scale)
+    inner = scale.spec.operand(scale)
+    if inner is None or not inner.linear or inner.bits != 8 or inner.offset or hasattr(inner.scale, "spec"):
+        return None
+    return (
+        StoredScale("quantized", inner.codes, inner.scale, inner.zero_point)
+        if inner.codes.shape == scale.shape
+        else None
+    )
 
 
 class Cast(NamedTuple):

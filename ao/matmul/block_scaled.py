@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes.base import QTensor, dense
+from ..dtypes.base import dense
 from ..dtypes.bits import packed_dim, unpack
 from ..dtypes.blocks import expand, in_blocks, to_blocks
-from ..dtypes.operand import Operand
+from ..dtypes.operand import Operand, stored_scale
 from .kernels.device import cuda_capability
 
 ROWS, COLUMNS = 128, 4
@@ -58,15 +58,12 @@ def levels(a: Operand | None) -> Levels | None:
     """The scales of small floats in blocks; None where they are of another kind."""
     if a is None or a.kind != "minifloat":
         return None
-    if a.powers is not None:
-        return Levels(a.powers, None)
-    scale: Tensor = a.scale
-    if isinstance(scale, QTensor):
-        inner = scale.spec.operand(scale)
-        if inner is None or inner.codes.dtype != torch.float8_e4m3fn or inner.scale.numel() != 1:
-            return None
-        return Levels(inner.codes, inner.scale.float())
-    return Levels(scale, None) if scale.dtype == torch.float8_e4m3fn else None
+    found = stored_scale(a)
+    if found is None or (found.kind != "power" and found.values.dtype != torch.float8_e4m3fn):
+        return None
+    if found.scale is None:
+        return Levels(found.values, None)
+    return Levels(found.values, found.scale.float()) if found.scale.numel() == 1 else None
 
 
 def numbers(a: Operand, shape: torch.Size) -> tuple[Tensor, Tensor | None]:

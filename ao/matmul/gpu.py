@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from .block_scaled import block_scaled_product, has_block_scaled, multiplies, nu
 from .integers import integer_product, takes
 from .kernels.device import has_float8, has_kernels, is_hopper, on_its_device
 from .path import Path, Product
+
+if TYPE_CHECKING:
+    from .kernels.reading import Fields, Reading
 
 
 def _linear_codes(w: QTensor) -> Operand | None:
@@ -174,51 +177,46 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     return _launched(w, lambda *args: at_once(*args) if records() else few(*args))
 
 
-def _reads(w: QTensor) -> bool:
-    """Whether the kernels for any format read a weight."""
+def _read(w: QTensor) -> tuple[Reading, Fields] | None:
+    """How the kernels for any format read a weight, and its fields; None where they do not."""
     if not has_kernels(w.device):
-        return False
-    from .kernels import template
+        return None
+    from .kernels.reading import reading_of
 
-    return template.reading_of(w) is not None
+    return reading_of(w)
 
 
-def _read(w: QTensor) -> Any:
-    """The reading of such a weight, and its fields."""
-    from .kernels import template
-
-    read = template.reading_of(w)
+def _reading(w: QTensor) -> tuple[Reading, Fields]:
+    """`_read` of a weight that they read."""
+    read = _read(w)
     assert read is not None
     return read
 
 
 def gemv_codes_accepts(x: Tensor, w: QTensor) -> bool:
-    if not (known(x.shape[0] == 1) and x.dtype in (torch.bfloat16, torch.float16) and _reads(w)):
-        return False
-    from .kernels import template
-
-    return template.reads_one_token(_read(w)[0])
+    read = _read(w) if known(x.shape[0] == 1) and x.dtype in (torch.bfloat16, torch.float16) else None
+    return read is not None and read[0].for_one_token
 
 
 def gemv_codes(x: Tensor, w: QTensor) -> Tensor:
     """As `gemv`, for integers of 1 to 7 bits, tables of 16 numbers and floats of 4 bits, with scales of any kind."""
-    from .kernels import template
+    from .kernels import one_token
 
-    reading, fields = _read(w)
-    product = template.gemv if compiling() else on_its_device(template.gemv)
+    reading, fields = _reading(w)
+    product = one_token.gemv if compiling() else on_its_device(one_token.gemv)
     return product(quantized_act(x, w).contiguous(), *fields, reading.text)
 
 
 def gemv_codes_launch(x: Tensor, w: QTensor) -> Product:
     """`gemv_codes` for eager mode."""
-    from .kernels import template
+    from .kernels import one_token
 
-    return _read_anew(w, template.gemv_launch(*_read(w)))
+    return _read_anew(w, one_token.gemv_launch(*_reading(w)))
 
 
-def _read_anew(w: QTensor, run: Callable[[Tensor, Any], Tensor]) -> Product:
+def _read_anew(w: QTensor, run: Callable[[Tensor, Fields], Tensor]) -> Product:
     """`run` of x and the fields of a weight like `w`, on its device."""
-    from .kernels.template import fields_of
+    from .kernels.reading import fields_of
 
     if w.spec.act is None:
         return on_its_device(lambda x, w: run(x.contiguous(), fields_of(w)))
@@ -230,7 +228,7 @@ def _rows_quantized(x: Tensor, w: QTensor) -> Tensor:
 
 
 def few_accepts(x: Tensor, w: QTensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16) and _reads(w)
+    return x.dtype in (torch.bfloat16, torch.float16) and _read(w) is not None
 
 
 def few(x: Tensor, w: QTensor) -> Tensor:
@@ -238,7 +236,7 @@ def few(x: Tensor, w: QTensor) -> Tensor:
     by one kernel."""
     from .kernels import operators
 
-    reading, fields = _read(w)
+    reading, fields = _reading(w)
     return operators.few(quantized_act(x, w).contiguous(), *fields, reading.text)
 
 
@@ -246,7 +244,7 @@ def few_launch(x: Tensor, w: QTensor) -> Product:
     """`few` for eager mode."""
     from .kernels import operators
 
-    reading, _ = _read(w)
+    reading, _ = _reading(w)
     return _read_anew(w, lambda x, fields: operators.few_at_once(x, fields, reading))
 
 
@@ -296,10 +294,9 @@ def decoded(w: QTensor, dtype: torch.dtype) -> Tensor:
 
     if (operand := _packed(w)) is not None:
         return operators.decoded(*_weight(operand), int(w.shape[1]), dtype)
-    if not _reads(w):
+    if (read := _read(w)) is None:
         return w.decode_scaled(dtype)
-    reading, fields = _read(w)
-    return operators.decoded_codes(*fields, reading.text, dtype)
+    return operators.decoded_codes(*read[1], read[0].text, dtype)
 
 
 def int_mm_accepts(x: Tensor, w: QTensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor, dense
 from ..dtypes.bits import CHUNK
-from ..dtypes.operand import Operand
+from ..dtypes.operand import Operand, stored_scale
 from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
 from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
@@ -258,7 +258,7 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
         kept = of.__dict__.get("cpu_weight")
         if kept is not None and kept[0] == where:
             return kept[1]
-    scale, inner_scale, inner_zero = _levels(scale)
+    scale, inner_scale, inner_zero = _levels(operand)
     zero = None if zero is None else _plain(zero)
     if operand.kind == "minifloat" and operand.bits <= 4:
         table = _minifloats(operand.bits, operand.exponent)
@@ -280,21 +280,17 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
     return described
 
 
-def _levels(scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A scale as the compiled functions read it, and, where it is quantized to a byte, its own scale and zero point."""
-    inner = scale.spec.operand(scale) if isinstance(scale, QTensor) else None
-    if inner is None or isinstance(inner.scale, QTensor) or inner.codes.dtype not in DTYPES or inner.codes.dim() != 2:
-        return _plain(scale), None, None
-    zero, rows = inner.zero_point, inner.scale.shape[0]
-    fits = inner.linear and inner.bits == 8 and inner.scale.shape[1] == 1 and rows in (1, inner.codes.shape[0])
-    if (
-        not fits
-        or (zero is not None and zero.shape != inner.scale.shape)
-        or scale.dtype != torch.float32
-        or inner.offset
-    ):
-        return _plain(scale), None, None
-    return inner.codes.contiguous(), _float(inner.scale), None if zero is None else _float(zero)
+def _levels(operand: Operand) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The scales as the compiled functions read them, and, where they are quantized by row or as a whole, what multiplies and
+    what is taken off."""
+    found, rows = stored_scale(operand), operand.scale.shape[0]
+    if found is None or found.scale is None or operand.scale.dtype != torch.float32:
+        return _plain(operand.scale), None, None
+    fits = found.scale.shape in ((1, 1), (rows, 1)) and found.values.dtype in DTYPES
+    if not fits or (found.zero_point is not None and found.zero_point.shape != found.scale.shape):
+        return _plain(operand.scale), None, None
+    zero = None if found.zero_point is None else _float(found.zero_point)
+    return found.values.contiguous(), _float(found.scale), zero
 
 
 def _float(t: Tensor) -> Tensor:

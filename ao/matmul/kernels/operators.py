@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, hopper, template
+from . import ampere, hopper, one_token, template
 from .device import is_hopper, on_its_device
+from .reading import Fields, Reading, reading_from
 
 
 def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Callable[..., Tensor]]:
@@ -108,14 +109,14 @@ _FIELDS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor
 )
 def few(x: Tensor, *fields: Any) -> Tensor:
     """x @ decode(w).T -> (M, N) by the kernels of template.py. x: (M, K) of 16 bits."""
-    return few_at_once(x, fields[:6], template.reading_from(fields[6]))
+    return few_at_once(x, fields[:6], reading_from(fields[6]))
 
 
-def few_at_once(x: Tensor, fields: template.Fields, reading: template.Reading) -> Tensor:
+def few_at_once(x: Tensor, fields: Fields, reading: Reading) -> Tensor:
     """`few` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    if rows.shape[0] <= 3 and template.reads_one_token(reading):
-        out = template.gemv_each(rows, reading, fields)
+    if rows.shape[0] <= 3 and reading.for_one_token:
+        out = one_token.gemv_each(rows, reading, fields)
     elif rows.shape[0] <= FEW:
         out = template.few(rows, reading, fields)
     else:
@@ -126,11 +127,11 @@ def few_at_once(x: Tensor, fields: template.Fields, reading: template.Reading) -
 @_operator(
     "decoded_codes",
     f"({_FIELDS}, str reading, ScalarType dtype) -> Tensor",
-    lambda codes, *rest: codes.new_empty(template.reading_from(rest[-2])[:2], dtype=rest[-1]),
+    lambda codes, *rest: codes.new_empty(reading_from(rest[-2])[:2], dtype=rest[-1]),
 )
 def decoded_codes(*fields: Any) -> Tensor:
     """The weight (N, K) as `dtype`, a 16-bit one, by the kernel of template.py."""
-    return template.decoded(template.reading_from(fields[6]), fields[:6], fields[7])
+    return template.decoded(reading_from(fields[6]), fields[:6], fields[7])
 
 
 @_operator(

@@ -1,0 +1,388 @@
+"""The Triton kernel for one token and a weight in any format that has an operand, of up to 7 bits: see template.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .ampere import _bytes, _fixed_point, _largest
+from .device import multiprocessors
+from .launch import Launch, cdiv, launch, power_of_two
+from .reading import Fields, Reading, reading_from
+from .template import _AFFINE, _MINIFLOAT, _TABLE, _numbers, _scale_of, _scales, given
+
+
+def _integers_asm(bits: int) -> str:
+    """32 codes in `bits` words, times 16-bit numbers given as words of bytes: the sums over either half.
+
+    Operands: 7 words of codes, of which the first `bits` count; 8 words of high bytes and 8 of low ones of what they meet. Word g
+    of these meets codes 4 g to 4 g + 3, which are one byte each of one word per section (bits.py), at the same bits of all four.
+    """
+    lines = ["{ .reg .b32 c, t, a0, b0, a1, b1; mov.b32 a0, 0; mov.b32 b0, 0; mov.b32 a1, 0; mov.b32 b1, 0;"]
+    for g in range(8):
+        first = 0
+        for section in (4, 2, 1):
+            if not bits & section:
+                continue
+            word, shift = f"${2 + first + g % section}", g // section * section - first
+            mask = f"0x{(2**section - 1 << first) * 0x01010101:08x}"
+            move = f"shr.u32 t, {word}, {shift}; " if shift > 0 else f"shl.b32 t, {word}, {-shift}; " if shift else ""
+            source = "t" if shift else word
+            lines.append(
+                move + (f"lop3.b32 c, {source}, {mask}, c, 0xEA;" if first else f"and.b32 c, {source}, {mask};")
+            )
+            first += section
+        lines.append(_dot4("c", g, 9))
+    lines.append("shl.b32 a0, a0, 8; add.s32 $0, a0, b0; shl.b32 a1, a1, 8; add.s32 $1, a1, b1; }")
+    return " ".join(lines)
+
+
+def _dot4(codes: str, g: int, first: int) -> str:
+    """4 codes times what they meet, added to the sums of their half. first: the operand of the first word of high bytes."""
+    half = g // 4
+    return " ".join(
+        f"dp4a.s32.s32 {name}{half}, {codes}, ${first + place + g}, {name}{half};"
+        for name, place in (("a", 0), ("b", 8))
+    )
+
+
+def _table_asm(bytes_each: int, halves: bool) -> str:
+    """32 places of 4 bits in 4 words, in a table of 16 signed numbers of one or two bytes, times 16-bit numbers: see above.
+
+    Without `halves`, both nibbles of a byte follow each other, also in what they meet, and only the sum of both sums counts.
+
+    Operands: 4 words of places, 8 and 8 words of bytes, 4 words with the bytes of the table, the high ones first. For two bytes:
+    the sums of high times high bytes and of high times low ones, over either half.
+    """
+    outputs = 2 * bytes_each
+    x, table = outputs + 4, outputs + 20
+    lines = ["{ .reg .b32 s, u, v, m, n, p, q, r, c, d; .reg .b32 a0, b0, a1, b1;"]
+    lines.append("mov.b32 a0, 0; mov.b32 b0, 0; mov.b32 a1, 0; mov.b32 b1, 0;")
+    for word in range(4):
+        w = f"${outputs + word}"
+        # Places of the two nibbles of a byte follow each other; the highest bit of each says which half of the table it is.
+        lines.append(f"and.b32 s, {w}, 0x77777777; shr.u32 u, s, 16; shl.b32 v, {w}, 4;")
+        lines.append(f"prmt.b32 m, {w}, v, 0x9D8C; prmt.b32 n, {w}, v, 0xBFAE;")
+        for byte in range(bytes_each):
+            t = [f"${table + 4 * byte + i}" for i in range(4)]
+            lines.append(f"prmt.b32 p, {t[0]}, {t[1]}, s; prmt.b32 q, {t[2]}, {t[3]}, s; lop3.b32 r, m, q, p, 0xCA;")
+            lines.append(f"prmt.b32 p, {t[0]}, {t[1]}, u; prmt.b32 q, {t[2]}, {t[3]}, u; lop3.b32 q, n, q, p, 0xCA;")
+            if halves:
+                lines.append("prmt.b32 c, r, q, 0x6420; prmt.b32 d, r, q, 0x7531;")
+            for codes, g in (("c", word), ("d", 4 + word)) if halves else (("r", 2 * word), ("q", 2 * word + 1)):
+                if byte == 0:
+                    lines.append(_dot4(codes, g, x))
+                else:
+                    lines.append(f"dp4a.s32.s32 b{g // 4}, {codes}, ${x + g}, b{g // 4};")
+    if bytes_each == 1:
+        lines.append("shl.b32 a0, a0, 8; add.s32 $0, a0, b0; shl.b32 a1, a1, 8; add.s32 $1, a1, b1; }")
+    else:
+        lines.append("mov.b32 $0, a0; mov.b32 $1, b0; mov.b32 $2, a1; mov.b32 $3, b1; }")
+    return " ".join(lines)
+
+
+_ASM = tl.constexpr(tuple("" if bits == 0 else _integers_asm(bits) for bits in range(8)))
+_ASM_OPERANDS = tl.constexpr("=r,=r" + ",r" * 23)
+_SMALL_TABLE_ASM = tl.constexpr((_table_asm(1, False), _table_asm(1, True)))
+_SMALL_TABLE_OPERANDS = tl.constexpr("=r,=r" + ",r" * 24)
+_TABLE_ASM = tl.constexpr((_table_asm(2, False), _table_asm(2, True)))
+_TABLE_OPERANDS = tl.constexpr("=r,=r,=r,=r" + ",r" * 28)
+
+
+@triton.jit
+def _words(q_ptr, row, unit, U: tl.constexpr, BITS: tl.constexpr):
+    """The words of 32 codes of a row, (J,) each; those beyond BITS are the first. They are read once."""
+    at = q_ptr + row * (U * BITS)
+    J: tl.constexpr = unit.shape[0]
+    if BITS == 4:
+        word = tl.arange(0, 4 * J)
+        w = tl.load(at + word, mask=word < 4 * U, other=0, eviction_policy="evict_first")
+        even, odd = tl.split(tl.reshape(w, (J, 2, 2)))  # the last dim
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+        return w0, w1, w2, w3, w0, w0, w0
+    elif BITS == 2:
+        word = tl.arange(0, 2 * J)
+        w = tl.load(at + word, mask=word < 2 * U, other=0, eviction_policy="evict_first")
+        w0, w1 = tl.split(tl.reshape(w, (J, 2)))
+        return w0, w1, w0, w0, w0, w0, w0
+    else:
+        at += unit * BITS
+        there = unit < U
+        w0 = tl.load(at, mask=there, other=0)
+        w1 = tl.load(at + 1, mask=there, other=0) if BITS > 1 else w0
+        w2 = tl.load(at + 2, mask=there, other=0) if BITS > 2 else w0
+        w3 = tl.load(at + 3, mask=there, other=0) if BITS > 3 else w0
+        w4 = tl.load(at + 4, mask=there, other=0) if BITS > 4 else w0
+        w5 = tl.load(at + 5, mask=there, other=0) if BITS > 5 else w0
+        w6 = tl.load(at + 6, mask=there, other=0) if BITS > 6 else w0
+        return w0, w1, w2, w3, w4, w5, w6
+
+
+@triton.jit
+def _in_turn(a, b):
+    """The bytes of two words in turn, as two words."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; prmt.b32 t, $2, $3, 0x5140; prmt.b32 $1, $2, $3, 0x7362; mov.b32 $0, t; }", "=r,=r,r,r", [a, b],
+        dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _eight_words(words, MIXED: tl.constexpr):
+    """(J, 8) words of x -> 8 of (J,). MIXED: as `_table_asm` looks codes up, both nibbles of a byte in turn."""
+    w0, w1, w2, w3 = _word_of(words, 0), _word_of(words, 1), _word_of(words, 2), _word_of(words, 3)
+    w4, w5, w6, w7 = _word_of(words, 4), _word_of(words, 5), _word_of(words, 6), _word_of(words, 7)
+    if MIXED:
+        a0, a1 = _in_turn(w0, w4)
+        a2, a3 = _in_turn(w1, w5)
+        a4, a5 = _in_turn(w2, w6)
+        a6, a7 = _in_turn(w3, w7)
+        return a0, a1, a2, a3, a4, a5, a6, a7
+    else:
+        return w0, w1, w2, w3, w4, w5, w6, w7
+
+
+@triton.jit
+def _word_of(words, g: tl.constexpr):
+    """Column g of (J, 8)."""
+    return tl.sum(tl.where(tl.arange(0, 8)[None, :] == g, words, 0), 1)
+
+
+@triton.jit
+def _table_word(level, i: tl.constexpr):
+    """Bytes 4 i to 4 i + 3 of 16 numbers, as a word."""
+    at = tl.arange(0, 16)
+    return tl.sum(tl.where(at // 4 == i, (level & 255) << (at % 4 * 8), 0), 0)
+
+
+@triton.jit
+def _unit_sums(w, high, low, table, KIND: tl.constexpr, BITS: tl.constexpr, HALVES: tl.constexpr):
+    """The sums over both halves of units of 32 codes, float32: (J,) each."""
+    if KIND == _TABLE:
+        a0, b0, a1, b1 = tl.inline_asm_elementwise(
+            _TABLE_ASM[HALVES], _TABLE_OPERANDS,
+            [w[0], w[1], w[2], w[3], high[0], high[1], high[2], high[3], high[4], high[5], high[6], high[7],
+             low[0], low[1], low[2], low[3], low[4], low[5], low[6], low[7],
+             table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        d0 = a0.to(tl.float32) * 65536.0 + b0.to(tl.float32) * 256.0
+        return d0, a1.to(tl.float32) * 65536.0 + b1.to(tl.float32) * 256.0
+    elif KIND == _MINIFLOAT:
+        i0, i1 = tl.inline_asm_elementwise(
+            _SMALL_TABLE_ASM[HALVES], _SMALL_TABLE_OPERANDS,
+            [w[0], w[1], w[2], w[3], high[0], high[1], high[2], high[3], high[4], high[5], high[6], high[7],
+             low[0], low[1], low[2], low[3], low[4], low[5], low[6], low[7], table[0], table[1], table[2], table[3]],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return i0.to(tl.float32), i1.to(tl.float32)
+    else:
+        i0, i1 = tl.inline_asm_elementwise(
+            _ASM[BITS], _ASM_OPERANDS,
+            [w[0], w[1], w[2], w[3], w[4], w[5], w[6], high[0], high[1], high[2], high[3], high[4], high[5], high[6], high[7],
+             low[0], low[1], low[2], low[3], low[4], low[5], low[6], low[7]],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return i0.to(tl.float32), i1.to(tl.float32)
+
+
+@triton.jit
+def _ahead(
+    q_ptr, scale_ptr, zero_ptr, row, unit, N, K: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, RG: tl.constexpr,
+    NG: tl.constexpr,
+):  # fmt: skip
+    """What is loaded of a row before it is needed: the words, and scales and zero points of both halves, as they are stored."""
+    U: tl.constexpr = K // 32
+    row = tl.minimum(row, N - 1)
+    words = _words(q_ptr, row, unit, U, BITS)
+    if NG == 1:
+        return words, 0, 0, 0, 0
+    else:
+        at = row // RG * NG
+        there = unit < U
+        first, second = at + _group_of(unit, 0, K, NG), at + _group_of(unit, 1, K, NG)
+        scale0 = tl.load(scale_ptr + first, mask=there, other=0)
+        zero0 = tl.load(zero_ptr + first, mask=there, other=0) if ZERO else scale0
+        scale1, zero1 = scale0, zero0
+        if K // NG % 32 != 0:
+            scale1 = tl.load(scale_ptr + second, mask=there, other=0)
+            zero1 = tl.load(zero_ptr + second, mask=there, other=0) if ZERO else scale1
+        return words, scale0, zero0, scale1, zero1
+
+
+@triton.jit
+def _group_of(unit, half: tl.constexpr, K: tl.constexpr, NG: tl.constexpr):
+    """The group of a half of units of 32, within bounds."""
+    return tl.minimum((unit * 2 + half) // (K // NG // 16), NG - 1)
+
+
+@triton.jit
+def _row(
+    ahead, row, unit, high, low, table, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
+    NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
+):  # fmt: skip
+    """What each unit adds to the product with a row: (J,)."""
+    HALVES: tl.constexpr = NG > 1 and K // NG % 32 != 0
+    row = tl.minimum(row, N - 1)
+    d0, d1 = _unit_sums(ahead[0], high, low, table, KIND, BITS, HALVES)
+    if NG == 1:
+        d = (d0 + d1) * step
+        zero = tl.load(zero_ptr + row // RG).to(tl.float32) + OFFSET if ZERO else OFFSET
+        if ZERO or OFFSET != 0:
+            d -= zero * (total0 + total1)
+        return d * _scales(scale_ptr, scale2_ptr, zero2_ptr, row, 0, True, RG, NG, NESTED, RG2, NG2)
+    elif HALVES:
+        d0 = d0 * step - _taken_off(ahead[2], total0, ZERO, OFFSET)
+        d1 = d1 * step - _taken_off(ahead[4], total1, ZERO, OFFSET)
+        d = d0 * _scale_of(ahead[1], scale2_ptr, zero2_ptr, row, _group_of(unit, 0, K, NG), NG, NESTED, RG2, NG2)
+        return d + d1 * _scale_of(ahead[3], scale2_ptr, zero2_ptr, row, _group_of(unit, 1, K, NG), NG, NESTED, RG2, NG2)
+    else:
+        d = (d0 + d1) * step - _taken_off(ahead[2], total0 + total1, ZERO, OFFSET)
+        return d * _scale_of(ahead[1], scale2_ptr, zero2_ptr, row, _group_of(unit, 0, K, NG), NG, NESTED, RG2, NG2)
+
+
+@triton.jit
+def _taken_off(zero, total, ZERO: tl.constexpr, OFFSET: tl.constexpr):
+    """Zero points times the sums of x."""
+    return (zero.to(tl.float32) + OFFSET) * total if ZERO else OFFSET * total
+
+
+@triton.jit
+def gemv_codes_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
+):  # fmt: skip
+    """out[n] = sum over groups of (sum over the group of x * number[n] - zero[n] * sum of x) * scale[n].
+
+    As `gemv_int_kernel` of ampere.py, for units of 32 codes that are BITS words. x is 16-bit fixed point with a step of
+    max|x| / 32512 of the unit, in two bytes, which stay in registers; codes become bytes, four at a time, and the sum over half
+    of a unit is exact. Entries of a table are integers of one byte, small floats among them, or of 15 bits and a sign.
+    A tile is four rows, each of which is a vector over the units: so Triton gives a thread the same units of all.
+    """
+    U: tl.constexpr = K // 32
+    MIXED: tl.constexpr = KIND != _AFFINE and not (NG > 1 and K // NG % 32 != 0)
+    first = tl.program_id(0)
+    x_ptr += tl.program_id(1) * K  # the tokens after the first
+    out_ptr += tl.program_id(1) * N
+    unit = tl.arange(0, J)
+    after = first * 4
+    ahead0 = _ahead(q_ptr, scale_ptr, zero_ptr, after, unit, N, K, BITS, ZERO, RG, NG)
+    ahead1 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG)
+    ahead2 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG)
+    ahead3 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG)
+
+    at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
+    top = _largest(tl.abs(x))
+    i = _fixed_point(x, tl.where(top > 0, 32512.0 / top, 0.0))
+    step = top * (1 / 32512)
+    # Of each half, less 16 times 0x4B400080, modulo 2**32.
+    total0, total1 = tl.split((tl.sum(tl.reshape(i, (J, 2, 16)), 2) + 0x4BFFF800).to(tl.float32) * step[:, None])
+    high_bytes, low_bytes = _bytes(i)
+    high = _eight_words(tl.reshape(high_bytes, (J, 8)), MIXED)
+    low = _eight_words(tl.reshape(low_bytes, (J, 8)), MIXED)
+    table = (0,)
+    if KIND == _TABLE:
+        entries = tl.load(table_ptr + tl.arange(0, 16))
+        largest = tl.max(tl.abs(entries), 0)
+        step *= largest * (1 / 32512)
+        level = (entries * (32512 / largest) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        upper = (level + 128) >> 8  # the high byte, for a low one with a sign
+        table = (  # type: ignore[assignment]
+            _table_word(upper, 0), _table_word(upper, 1), _table_word(upper, 2), _table_word(upper, 3), _table_word(level, 0),
+            _table_word(level, 1), _table_word(level, 2), _table_word(level, 3),
+        )  # fmt: skip
+    elif KIND == _MINIFLOAT:
+        # Multiples of the smallest: 1 / 2 for e2m1, 1 / 4 for e3m0.
+        SMALLEST: tl.constexpr = 2.0 ** (2 - 2 ** (EXPONENT - 1) - (3 - EXPONENT))
+        level = (_numbers(tl.arange(0, 16), table_ptr, KIND, 4, EXPONENT, False) * (1 / SMALLEST)).to(tl.int32)
+        step *= SMALLEST
+        table = (  # type: ignore[assignment]
+            _table_word(level, 0), _table_word(level, 1), _table_word(level, 2), _table_word(level, 3),
+        )  # fmt: skip
+
+    for tile in tl.range(first, tl.cdiv(N, 4), tl.num_programs(0)):
+        r = tile * 4
+        w0, w1, w2, w3 = ahead0, ahead1, ahead2, ahead3
+        after = r + tl.num_programs(0) * 4
+        ahead0 = _ahead(q_ptr, scale_ptr, zero_ptr, after, unit, N, K, BITS, ZERO, RG, NG)
+        ahead1 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG)
+        ahead2 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG)
+        ahead3 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG)
+        d0 = _row(
+            w0, r, unit, high, low, table, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS,
+            KIND, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
+        )  # fmt: skip
+        d1 = _row(
+            w1, r + 1, unit, high, low, table, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS,
+            KIND, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
+        )  # fmt: skip
+        d2 = _row(
+            w2, r + 2, unit, high, low, table, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS,
+            KIND, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
+        )  # fmt: skip
+        d3 = _row(
+            w3, r + 3, unit, high, low, table, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS,
+            KIND, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
+        )  # fmt: skip
+        four = tl.join(tl.join(d0, d2), tl.join(d1, d3))  # (J, 2, 2): row 2 a + b at [a, b]
+        out = tl.sum(four, 0)
+        at_row = r + tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(out_ptr + at_row, out.to(out_ptr.dtype.element_ty), mask=at_row < N)
+
+
+def _gemv_constants(reading: Reading, device: torch.device) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the tile of `gemv_codes_kernel`."""
+    units = max(32, power_of_two(reading.k // 32))
+    warps = min(16, max(1, units // 32))
+    tiles = cdiv(reading.n, 4)
+    rounds = cdiv(tiles, multiprocessors(device) * max(1, 16 // warps))
+    return (cdiv(tiles, rounds),), {"J": units, "num_warps": warps}
+
+
+@torch.library.triton_op("ao::gemv_codes", mutates_args={})
+def gemv(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, outer_scale: Tensor | None,
+    outer_zero_point: Tensor | None, reading: str,
+) -> Tensor:  # fmt: skip
+    """One token, for weights of which `reads_one_token`. x: (1, K) -> (1, N)."""
+    r = reading_from(reading)
+    out = torch.empty(1, r.n, dtype=x.dtype, device=x.device)
+    fields = given((codes, scale, zero_point, table, outer_scale, outer_zero_point))
+    grid, tile = _gemv_constants(r, x.device)
+    wrap_triton(gemv_codes_kernel)[grid](x, *fields, out, r.n, **r.constants(zero_point is not None), **tile)
+    return out
+
+
+def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
+    """`gemv` in eager mode for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once."""
+    device, n = fields[0].device, reading.n
+    grid, tile = _gemv_constants(reading, device)
+    start = Launch(gemv_codes_kernel, grid, **reading.constants(fields[2] is not None), **tile)
+
+    def run(x: Tensor, fields: Fields) -> Tensor:
+        out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
+        start(device.index, x, *given(fields), out, n)
+        return out
+
+    return run
+
+
+def gemv_each(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
+    """`gemv` for each of a few tokens, in one launch. x: (M, K), contiguous -> (M, N)."""
+    m, n = x.shape[0], reading.n
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    (programs,), tile = _gemv_constants(reading, x.device)
+    launch(
+        gemv_codes_kernel, (programs, m), x, *given(fields), out, n, **reading.constants(fields[2] is not None), **tile
+    )  # fmt: skip
+    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from .block_scaled import block_scaled_product, has_block_scaled, multiplies, nu
 from .integers import integer_product, takes
 from .kernels.device import has_float8, has_kernels, is_hopper, on_its_device
 from .path import Path, Product
-
-if TYPE_CHECKING:
-    from .kernels.reading import Fields, Reading
 
 
 def _linear_codes(w: QTensor) -> Operand | None:
@@ -177,7 +174,7 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     return _launched(w, lambda *args: at_once(*args) if records() else few(*args))
 
 
-def _read(w: QTensor) -> tuple[Reading, Fields] | None:
+def _read(w: QTensor) -> tuple[Any, Any] | None:
     """How the kernels for any format read a weight, and its fields; None where they do not."""
     if not has_kernels(w.device):
         return None
@@ -186,7 +183,7 @@ def _read(w: QTensor) -> tuple[Reading, Fields] | None:
     return reading_of(w)
 
 
-def _reading(w: QTensor) -> tuple[Reading, Fields]:
+def _reading(w: QTensor) -> tuple[Any, Any]:
     """`_read` of a weight that they read."""
     read = _read(w)
     assert read is not None
@@ -214,7 +211,7 @@ def gemv_codes_launch(x: Tensor, w: QTensor) -> Product:
     return _read_anew(w, one_token.gemv_launch(*_reading(w)))
 
 
-def _read_anew(w: QTensor, run: Callable[[Tensor, Fields], Tensor]) -> Product:
+def _read_anew(w: QTensor, run: Callable[[Tensor, Any], Tensor]) -> Product:
     """`run` of x and the fields of a weight like `w`, on its device."""
     from .kernels.reading import fields_of
 

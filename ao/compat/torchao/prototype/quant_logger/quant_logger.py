@@ -56,6 +56,9 @@ def log_tensor(x: Tensor, fqn: str, op: str, tag: str, extra: str | None = None)
     sys.stdout.write(f"t={tag}, c={number}, fqn={fqn!r}, op={op!r}{more}, max_abs={largest}, avg={mean}, std={std}\n")
 
 
+log_tensor.__doc__ = "Log one tensor, whatever the operator does with it by now."
+
+
 def reset_counter() -> None:
     """Count from 0 again."""
     _State.counter = 0

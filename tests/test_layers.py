@@ -62,6 +62,72 @@ def test_another_weight_in_its_place():
     assert type(pickle.loads(pickle.dumps(made))[0]) is type(made[0])
 
 
+def replaced(layer, other):
+    layer.weight = nn.Parameter(other, requires_grad=False)
+
+
+def replaced_below(layer, other):
+    layer._parameters["weight"] = nn.Parameter(other, requires_grad=False)
+
+
+def given_data(layer, other):
+    layer.weight.data = other
+
+
+def written(layer, other):
+    layer.weight.copy_(other.dequantize())
+
+
+def loaded(layer, other, assign=False):
+    layer.load_state_dict({"weight": other}, assign=assign)
+
+
+def assigned(layer, other):
+    loaded(layer, other, assign=True)
+
+
+def swapped(layer, other):
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        loaded(layer, other)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize("change", [replaced, replaced_below, given_data, written, loaded, assigned, swapped])
+def test_a_graph_reads_the_weight_that_is_there(change):
+    """Without being made anew, whatever way another weight of the same form came there."""
+    layer = model(CONFIGS["int4"], bias=False)[0]
+    graphs = []
+    call = torch.compile(layer, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    x = torch.randn(4, 64)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        change(layer, layer.weight.spec.quantize(torch.randn(128, 64)))
+        with torch.no_grad():
+            assert torch.equal(call(x), layer(x))
+    assert len(graphs) == 1
+
+
+def test_a_graph_with_a_functional_call_reads_what_it_was_given():
+    layer = model(CONFIGS["int4"])[0]
+    call = torch.compile(lambda w, x: torch.func.functional_call(layer, {"weight": w}, x), backend="eager")
+    x = torch.randn(4, 64)
+    for _ in range(2):
+        other = nn.Parameter(layer.weight.spec.quantize(torch.randn(128, 64)), requires_grad=False)
+        with torch.no_grad():
+            torch.testing.assert_close(call(other, x), nn.functional.linear(x, other, layer.bias))
+
+
+def test_what_a_layer_keeps_for_graphs_is_not_copied():
+    layer = model(CONFIGS["int4"])[0]
+    size = len(pickle.dumps(layer))
+    torch.compile(layer, backend="eager")(torch.randn(4, 64))
+    assert layer.in_graph["weight"]["qdata"] is layer.weight.qdata
+    assert len(pickle.dumps(layer)) < size + 1000 and "in_graph" not in copy.deepcopy(layer).__dict__
+
+
 class Experts(nn.Module):
     """As transformers has them: gathered experts for a batched product, and all of them for a grouped one."""
 

@@ -319,6 +319,9 @@ def set_data(target: Tensor, source: Tensor) -> None:
         setattr(target, name, getattr(alias, name))
     for kept in ("flattened", "choices"):  # of what it was
         target.__dict__.pop(kept, None)
+    told = target.__dict__.get("on_new_data")
+    if told is not None:
+        told(target)
 
 
 _data: Any = torch.Tensor.data

@@ -27,23 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dtypes.base import QTensor, sources_digest
+from ..dtypes.base import QTensor
 from . import form as forms
-from .form import Form, form_of
+from . import graph_fields
+from .form import form_of
 from .linear import linear
-
-_FORMS: dict[str, Form] = {}
-"""Of the weights in graphs, by name."""
-
-
-@functools.cache
-def _register(form: Form) -> tuple[tuple[tuple[str, ...], ...], str]:
-    """The ways to the plain tensors of a weight, and the name of its form in a graph, which is all that tells a compiler's cache
-    how the product is made."""
-    name = f"{form} {sources_digest()}"
-    _FORMS[name] = form
-    return tuple(forms.names(form)), name
-
 
 def _linear(x: Tensor, fields: list[Tensor], bias: Tensor | None, form: str) -> Tensor:
     """`linear` of a weight given as its fields."""
@@ -52,7 +40,7 @@ def _linear(x: Tensor, fields: list[Tensor], bias: Tensor | None, form: str) -> 
 
 def _weight(fields: list[Tensor], form: str) -> Tensor:
     """A weight given as its fields."""
-    return forms.made(_FORMS[form], iter(fields))
+    return forms.made(graph_fields.FORMS[form], iter(fields))
 
 
 def _define(name: str, schema: str, function: Callable[..., Tensor]) -> None:
@@ -69,6 +57,7 @@ class _QuantizedModule:
     """What a module with quantized parameters has before its own class."""
 
     _parameters: dict[str, Any]
+    in_graph: dict[str, dict[str, Any]]
     own_class: type[nn.Module]
     quantized_names: tuple[str, ...]
 
@@ -81,22 +70,34 @@ class _QuantizedModule:
 
     def _fields_in_graph(self, name: str) -> tuple[list[Tensor], str] | None:
         """In a graph that is traced: the fields of a parameter and the name of its form. None where it enters as it is."""
-        weight: Any = self._parameters.get(name)
+        own = self._parameters
         # Not is_exporting(), which Dynamo takes for True before torch 2.13.
-        form = None if torch.compiler._is_exporting_flag else self._form_in_graph(name)
-        if form is None or (weight.requires_grad and torch.is_grad_enabled()):
+        if torch.compiler._is_exporting_flag:
             return None
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.comptime.comptime(graph_fields.met)
+        known = self._form_in_graph(name)
+        if known is None:
+            return None
+        direct, trained, form, paths = known
+        if trained and torch.is_grad_enabled():
+            return None
+        if direct:
+            kept = self.in_graph[name]
+            return [kept[graph_fields.key_of(path)] for path in paths], kept["form"]
         fields = []
-        for path in form[0]:
-            t = weight
+        for path in paths:
+            t: Any = own[name]
             for field in path:
                 t = getattr(t, field)
             fields.append(t)
-        return fields, form[1]
+        return fields, form
 
-    def _form_in_graph(self, name: str) -> tuple[tuple[tuple[str, ...], ...], str] | None:
-        weight = self._parameters.get(name)
-        return _register(form_of(weight)) if isinstance(weight, QTensor) else None
+    def _form_in_graph(self, name: str) -> tuple[bool, bool, str, tuple[tuple[str, ...], ...]] | None:
+        weight: Any = self._parameters.get(name)
+        if not isinstance(weight, QTensor):
+            return None
+        return graph_fields.direct(), weight.requires_grad, *graph_fields.registered(form_of(weight))
 
     # What torch.compiler.assume_constant_result does, which imports the compiler.
     _form_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -128,10 +129,17 @@ class _QuantizedModule:
             weight.grad = grad
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        if "in_graph" in self.__dict__:  # a parameter may have exchanged all that it has with another one
+            graph_fields.kept(self, "")  # type: ignore[arg-type]
+
 
 def _reduced(self: Any, protocol: Any) -> Any:
     """How a module is pickled: as one of its own class."""
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    if isinstance(state, dict):
+        state = {name: value for name, value in state.items() if name != "in_graph"}
     return _remade, (self.own_class, self.quantized_names), state
 
 
@@ -224,6 +232,7 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) 
 
 def adopt(module: nn.Module) -> None:
     """Give a module the class that its parameters need: that of one with quantized ones, or its own again."""
+    graph_fields.forgotten(module)
     own = layer_class(module)
     names = tuple(name for name, p in module._parameters.items() if isinstance(p, QTensor))
     if not names:

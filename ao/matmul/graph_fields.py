@@ -1,0 +1,122 @@
+"""The plain tensors of quantized parameters, as modules keep them for graphs, so that a compiled call costs what one of a plain
+model does.
+
+Before every call TorchDynamo asks whether a graph still fits. It passes over the tensors in a dict, and in torch before 2.13 over
+a whole tree of modules, if no dict has changed, unless it has to look at attributes of a tensor: one quantized parameter, read
+field by field, makes it ask for every tensor of the model, 13 us per layer. So a module whose parameter enters a graph keeps the
+fields where Dynamo finds plain tensors in plain dicts:
+
+    module.in_graph[name] is parameter.in_graph = {"form": the name of the form, "qdata": ..., "scale": ..., ...}
+
+The parameter stays what counts. A guard on the module puts the dict of another parameter there, and the parameter itself its new
+fields when it is given other data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..dtypes.base import QTensor, sources_digest
+from . import form as forms
+from .form import Form, form_of
+
+FORMS: dict[str, Form] = {}
+"""Of the weights in graphs, by name. The name is all that tells a compiler's cache how the product is made."""
+
+
+@functools.cache
+def registered(form: Form) -> tuple[str, tuple[tuple[str, ...], ...]]:
+    """The name of a form in a graph, and the attributes that lead to each plain tensor."""
+    name = f"{form} {sources_digest()}"
+    FORMS[name] = form
+    return name, tuple(forms.names(form))
+
+
+def key_of(path: tuple[str, ...]) -> str:
+    """The key of a plain tensor in what a module keeps."""
+    return ".".join(path)
+
+
+def kept(module: nn.Module, name: str) -> bool:
+    """Put what `module` keeps of its quantized parameters right. False where `name` is none of them."""
+    own = module.__dict__.setdefault("in_graph", {})
+    now = {}
+    weight: Any
+    for other, weight in module._parameters.items():
+        if isinstance(weight, QTensor):
+            if "in_graph" not in weight.__dict__:
+                weight.in_graph = {}
+                weight.on_new_data = _filled
+                _filled(weight)
+            now[other] = weight.in_graph
+    if own.keys() - now:
+        own.clear()
+    own.update(now)
+    return name in own
+
+
+def forgotten(module: nn.Module) -> None:
+    """Let go of what `module` keeps: its parameters may be others."""
+    if "in_graph" in module.__dict__:
+        module.__dict__["in_graph"].clear()
+
+
+def _filled(weight: Any) -> None:
+    """The dict of a parameter, as its fields are now."""
+    form, paths = registered(form_of(weight))
+    fields = zip(map(key_of, paths), forms.leaves(weight))
+    weight.in_graph.clear()
+    weight.in_graph.update({"form": form, **dict(fields)})
+
+
+class _Trace:
+    """What the trace that runs knows of the parameter that it met last."""
+
+    direct = False
+
+
+def direct() -> bool:
+    """Whether the graph can have the fields of the parameter that `met` has seen last as the module keeps them."""
+    return _Trace.direct
+
+
+def met(context: Any) -> None:
+    """At compile time, in a frame with `self`, a module, `own`, its parameters, and `name`, which is one of them: whether the graph
+    can have the fields as the module keeps them, and the guard for it.
+
+    It cannot where the program has put another parameter in its place, as torch.func.functional_call does.
+
+    context: of torch._dynamo.comptime, as there is no public way to install a guard.
+    """
+    from torch._dynamo.guards import install_guard
+
+    frame = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().symbolic_locals
+    layer, own, name = (frame[local].realize() for local in ("self", "own", "name"))
+    name = name.as_python_constant()
+    there = next((weight for key, weight in own.items.items() if key.vt.as_python_constant() == name), None)
+    from_module = own.source is not None and getattr(getattr(there, "source", None), "base", None) == own.source
+    module, source = getattr(layer, "value", None), layer.source
+    _Trace.direct = from_module and source is not None and isinstance(module, nn.Module) and kept(module, name)
+    if _Trace.direct:
+        install_guard(source.make_guard(_guard_of(name)))
+
+
+@functools.cache
+def _guard_of(name: str) -> Callable[[Any, Any], None]:
+    """Makes the guard of the parameter `name`: one object, by which Dynamo knows it again."""
+
+    def up_to_date(module: Any) -> bool:
+        try:
+            return module.in_graph[name] is module._parameters[name].in_graph or kept(module, name)
+        except (AttributeError, KeyError):
+            return kept(module, name)
+
+    def in_graph(builder: Any, guard: Any) -> None:
+        text = [f"{guard.name}.in_graph[{name!r}] is of its parameter"]
+        builder.get_guard_manager(guard).add_lambda_guard(up_to_date, text, guard.user_stack)
+
+    return in_graph

@@ -6,7 +6,7 @@ Positions come in pieces, whose softmax is put together as it goes (arXiv:1805.0
 exp(s - m) and the sum a of exp(s - m) * v, a new piece of scores s with maximum n turns them into exp(m - max(m, n)) times
 themselves, plus its own. Heads that share keys ride on the rows of one product; nothing is repeated.
 
-This file is the definition, in plain PyTorch. kernels/attention.py computes the same on an NVIDIA GPU.
+This file is the definition, in plain PyTorch. attention_gpu.py computes the same on an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -86,15 +86,42 @@ def attend(
     b, h, t, d = q.shape
     group = check_heads(q, k)
     scale = d**-0.5 if scale is None else scale
-    state = first_state(q, k.shape[1], v.shape[-1], sinks)
     rows = q.float().reshape(b, h // group, group * t, d)
+    if q.is_cuda:
+        from . import attention_gpu
+
+        kinds = attention_gpu.decodes(q, k, v, sight.mask)
+        if kinds is not None:
+            out, logs = attention_gpu.decode(q, k, v, kinds, sight, scale, softcap, sinks)
+            if not exact:
+                return out
+            return _with_exact(
+                attention_gpu.state_of(out, logs, k.shape[1]), rows, exact, sight, scale, softcap, q.dtype
+            )
+        if attention_gpu.takes_prompt(q, k, v, sight, softcap, sinks):
+            state = attention_gpu.prompt(q, k, v, sight, scale)
+            return _with_exact(state, rows, exact, sight, scale, softcap, q.dtype)
+    state = first_state(q, k.shape[1], v.shape[-1], sinks)
     for start, stop in pieces(q, k.shape[2], sight):
         positions = torch.arange(start, stop, device=q.device)
         keys, values = (slice_(a, 2, start, stop).decode() for a in (k, v))
         state = step(state, rows, keys, values, positions, sight, scale, softcap, True)
+    return _with_exact(state, rows, exact, sight, scale, softcap, q.dtype)
+
+
+def _with_exact(
+    state: State,
+    rows: Tensor,
+    exact: Sequence[Exact],
+    sight: Sight,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The attention, after what is in floating point too."""
     for keys, values, positions in exact:
         state = step(state, rows, keys.float(), values.float(), positions, sight, scale, softcap, False)
-    return finish(state, q.dtype)
+    return finish(state, dtype)
 
 
 def check_heads(q: Tensor, k: Tensor) -> int:
@@ -165,7 +192,7 @@ def step(
         if sight.window is not None:
             seen = seen & (positions > own - sight.window)
     if sight.mask is not None:
-        mask = sight.mask.index_select(-1, positions.clamp(min=0))
+        mask = sight.mask.index_select(-1, positions.clamp(0, sight.mask.shape[-1] - 1))
         mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (hk, g))
         if mask.dtype == torch.bool:
             seen = seen & mask

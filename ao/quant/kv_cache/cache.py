@@ -59,7 +59,7 @@ class KVCache:
         """Zeros for the fields of so many tokens, and the name of their form."""
         tokens = self.config.tokens
         # A block more, of which a write may name one that is not there.
-        length = self.max_length if tokens == 1 else (-(-self.max_length // tokens) + 1) * tokens
+        length = -(-self.max_length // 8) * 8 if tokens == 1 else (-(-self.max_length // tokens) + 1) * tokens
         shape = self.batch, self.kv_heads, length, dim
         fields, form = register_form(spec, shape, self.dtype)
         return [torch.zeros(t.shape, dtype=t.dtype, device=self.device) for t in fields], form

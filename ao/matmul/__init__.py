@@ -11,11 +11,13 @@ from .linear import path_name
 from .product import cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 
 if TYPE_CHECKING:
-    from .attention import Exact, Sight, attend
+    from .attention import attend
     from .attention_fields import attend_fields, encode_fields, register_form, tensor_of
+    from .softmax_pieces import Exact, Sight
 else:
     _LATER = {
-        **dict.fromkeys(("Exact", "Sight", "attend"), ".attention"),
+        "attend": ".attention",
+        **dict.fromkeys(("Exact", "Sight"), ".softmax_pieces"),
         **dict.fromkeys(("attend_fields", "encode_fields", "register_form", "tensor_of"), ".attention_fields"),
     }
 

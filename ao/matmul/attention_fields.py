@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor, Spec, quantize_fields, sources_digest
 from . import form as forms
-from .attention import Exact, Sight, attend
+from .attention import attend
 from .form import Form, form_of
+from .softmax_pieces import Exact, Sight
 
 _FORMS: dict[str, Form] = {}
 """Of keys and values in graphs, by name."""

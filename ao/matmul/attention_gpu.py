@@ -9,8 +9,8 @@ from ..dtypes.base import QTensor
 from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
 from ..dtypes.views import slice_
-from .attention import Sight, State, first_state
 from .kernels.device import has_kernels
+from .softmax_pieces import Sight, State, first_state
 
 QUERIES = 16
 """Of the kernel, at most. Beyond, decoding keys and values to bfloat16 is little beside the products."""
@@ -83,7 +83,7 @@ def state_of(out: Tensor, logs: Tensor, kv_heads: int) -> State:
     return State(top, torch.isfinite(top).float(), out.float().unflatten(1, (kv_heads, -1)))
 
 
-def takes_prompt(q: Tensor, k: QTensor, v: QTensor, sight: Sight, softcap: float | None, sinks: Tensor | None) -> bool:
+def takes_prompt(q: Tensor, v: QTensor, sight: Sight, softcap: float | None, sinks: Tensor | None) -> bool:
     """Whether PyTorch's flash attention does it, piece by piece: in eager mode, for causal attention without anything else."""
     plain = sight.mask is None and sight.window is None and sight.start == 0 and softcap is None and sinks is None
     halves = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0

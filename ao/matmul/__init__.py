@@ -1,5 +1,8 @@
 """How a quantized matrix multiplies: doors.py takes every call, linear.py picks the fastest path of the device."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import doors as _doors  # noqa: F401  gives F.linear and its kin their meaning
 from .block_scaled import swizzle, unswizzle
 from .kernels.device import has_float8
@@ -7,19 +10,44 @@ from .layers import QuantizedLayer, adopt, layer_class, set_parameter
 from .linear import path_name
 from .product import cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 
+if TYPE_CHECKING:
+    from .attention import attend
+    from .attention_fields import attend_fields, encode_fields, register_form, tensor_of
+    from .softmax_pieces import Exact, Sight
+else:
+    _LATER = {
+        "attend": ".attention",
+        **dict.fromkeys(("Exact", "Sight"), ".softmax_pieces"),
+        **dict.fromkeys(("attend_fields", "encode_fields", "register_form", "tensor_of"), ".attention_fields"),
+    }
+
+    def __getattr__(name: str) -> Any:
+        """What is imported when it is asked for."""
+        if name in _LATER:
+            return getattr(importlib.import_module(_LATER[name], __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "Exact",
     "QuantizedLayer",
+    "Sight",
     "adopt",
+    "attend",
+    "attend_fields",
     "cast_whole",
     "codes_both",
     "codes_of",
     "codes_of_transposed",
+    "encode_fields",
     "has_float8",
     "is_square",
     "layer_class",
     "path_name",
+    "register_form",
     "scaled_product",
     "set_parameter",
     "swizzle",
+    "tensor_of",
     "unswizzle",
 ]

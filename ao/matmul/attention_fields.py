@@ -1,0 +1,102 @@
+"""Attention and quantizing for keys and values that are given as the plain fields of their QTensors.
+
+A graph that holds a subclass takes it apart in Python at every call. So a cache holds fields, and an operator stands for what is
+made of them, which is written out before the compiler sees it; layers.py does the same for weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dtypes.base import QTensor, Spec, quantize_fields, sources_digest
+from . import form as forms
+from .attention import attend
+from .form import Form, form_of
+from .softmax_pieces import Exact, Sight
+
+_FORMS: dict[str, Form] = {}
+"""Of keys and values in graphs, by name."""
+
+
+def register_form(spec: Spec, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], str]:
+    """The fields, on meta, of data of `shape` by `spec`, and the name of their form, which is all that tells a compiler's cache
+    what is done with them."""
+    q = spec.quantize(torch.empty(shape, device="meta", dtype=dtype))
+    form = form_of(q)
+    name = f"{form} {sources_digest()}"
+    _FORMS[name] = form
+    return list(forms.leaves(q)), name
+
+
+def tensor_of(form: str, fields: Sequence[Tensor]) -> QTensor:
+    """The QTensor over these fields."""
+    return forms.made(_FORMS[form], iter(fields))
+
+
+def _encode(x: Tensor, form: str) -> list[Tensor]:
+    known = _FORMS[form]
+    fields = quantize_fields(known.spec, x, known.spec.grid(x.shape))
+    return [t for name, _ in known.fields for t in forms.leaves(fields[name])]
+
+
+def _attend(
+    q: Tensor,
+    k: list[Tensor],
+    v: list[Tensor],
+    k_form: str,
+    v_form: str,
+    start: int,
+    stop: Tensor | None,
+    offset: Tensor | None,
+    window: int | None,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    exact: list[Tensor],
+) -> Tensor:
+    sight = Sight(start, stop, offset, window, mask)
+    others = [Exact(*exact[i : i + 3]) for i in range(0, len(exact), 3)]
+    return attend(q, tensor_of(k_form, k), tensor_of(v_form, v), sight, scale, softcap, sinks, others)
+
+
+def _define(name: str, schema: str, function: Any) -> Any:
+    torch.library.define(f"ao::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    # CompositeImplicit: whatever is below Dynamo sees what it is made of.
+    torch.library.impl(f"ao::{name}", "CompositeImplicitAutograd", function)
+    return getattr(torch.ops.ao, name).default
+
+
+_ENCODE = _define("kv_encode", "(Tensor x, str form) -> Tensor[]", _encode)
+_ATTEND = _define(
+    "kv_attend",
+    "(Tensor q, Tensor[] k, Tensor[] v, str k_form, str v_form, int start, Tensor? stop, Tensor? offset, int? window, "
+    "Tensor? mask, float? scale, float? softcap, Tensor? sinks, Tensor[] exact) -> Tensor",
+    _attend,
+)
+
+
+def encode_fields(x: Tensor, form: str) -> list[Tensor]:
+    """The fields of x (B, kv_heads, T, head_dim), quantized as the form has it, for any number of whole blocks."""
+    return _ENCODE(x, form)
+
+
+def attend_fields(
+    q: Tensor,
+    k: list[Tensor],
+    v: list[Tensor],
+    k_form: str,
+    v_form: str,
+    sight: Sight,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    exact: list[Tensor],
+) -> Tensor:
+    """`attend` of keys and values by their fields. exact: keys, values and positions of each `Exact`, one after the other."""
+    start, stop, offset, window, mask = sight
+    return _ATTEND(q, k, v, k_form, v_form, start, stop, offset, window, mask, scale, softcap, sinks, exact)

@@ -1,0 +1,529 @@
+"""The Triton kernel for the attention of a few queries to quantized keys and values, split over the positions.
+
+A warp works alone: on 32 positions at a time, whose codes go from memory straight into the fragments of tensor-core products of
+16 x 8 x 16 numbers (PTX `mma.sync`), and become bfloat16 there, in registers. No shared memory is used, and nothing is exchanged
+between warps. That works because the order of a sum is free: which number of head_dim is which step of q k^T, and which
+position which step of p v, is chosen so that what a thread needs is contiguous in memory. With lane = 4 g + r:
+
+    q k^T    rows are queries; the 8 columns of a product are positions 8 (g / 2) + 2 j + g % 2 of the 32, for j = 0 to 3;
+             thread r has a quarter of head_dim, in pieces of 16 bytes
+    scores   in thread (g, r): query g at positions 8 r to 8 r + 7, which have their scales and zero points beside each other
+    p v      the same positions, 4 at each of 2 steps; thread g has an eighth of head_dim of each of them
+
+Scales multiply scores and probabilities, so that codes are multiplied as they are. Unsigned codes c of 4 bits are put into the
+mantissa of 16 + c; that 16 and the zero point are taken off the sums. Every warp gives a softmax that is not normalized
+(attention.py tells how those are put together), and a second kernel merges them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import multiprocessors, on_its_device
+from .launch import cdiv, launch, power_of_two
+
+TILE = 32
+"""Positions of a step of a warp."""
+
+_INT4, _INT8, _FLOAT8 = 0, 1, 2
+KINDS = {"uint4": _INT4, "int8": _INT8, "float8": _FLOAT8}
+
+_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+
+
+def _pairs_of_words(kind: int, i: int, word: str, out: list[str]) -> list[tuple[str, str]]:
+    """Instructions that make the fragments of q k^T of a word of codes: pairs of bfloat16 beside each other in head_dim (or two
+    apart, for 4 bits). Gives the registers of each step, (b0, b1)."""
+    if kind == _INT4:
+        # bits 3 to 6 of the mantissa of 16: codes at bits 0, 4, 8 and 12 of either half of the word
+        names = []
+        for n, move in enumerate(
+            ("shl.b32 t, {w}, 3;", "shr.u32 t, {w}, 5;", "shr.u32 t, {w}, 1;", "shr.u32 t, {w}, 9;")
+        ):
+            out.append(move.format(w=word) + f" lop3.b32 k{i}{n}, t, 0x00780078, 0x41804180, 0xEA;")
+            names.append(f"k{i}{n}")
+        return [(names[0], names[1]), (names[2], names[3])]
+    if kind == _INT8:
+        out.append(f"xor.b32 x, {word}, 0x80808080;")
+        for n in range(4):
+            out.append(f"prmt.b32 t, x, 0x4B000000, 0x744{n}; sub.f32 f{n}, t, 0f4B000080;")
+        out.append(f"prmt.b32 k{i}0, f0, f1, 0x7632; prmt.b32 k{i}1, f2, f3, 0x7632;")
+        return [(f"k{i}0", f"k{i}1")]
+    for n, sel in enumerate((0x1404, 0x3424)):
+        out.append(f"prmt.b32 x, {word}, 0, 0x{sel:04x};")
+        out += _float8(f"k{i}{n}")
+    return [(f"k{i}0", f"k{i}1")]
+
+
+def _float8(name: str) -> list[str]:
+    """Two e4m3 in the high bytes of the halves of x, as bfloat16: bits in their places, and a power of two for the bias."""
+    return [
+        "shr.u32 t, x, 4; and.b32 t, t, 0x07F007F0;",
+        f"lop3.b32 t, x, 0x80008000, t, 0xEA; fma.rn.bf16x2 {name}, t, big, nz;",
+    ]
+
+
+def _mma(c: tuple[str, str], a: tuple[str, str], b: tuple[str, str], start: tuple[str, str]) -> str:
+    """One product, c = a b + start. Of its 16 rows the last 8 are zeros, and not looked at."""
+    return f"{_MMA} {{{c[0]}, {c[1]}, u0, u1}}, {{{a[0]}, z, {a[1]}, z}}, {{{b[0]}, {b[1]}}}, {{{start[0]}, {start[1]}, zf, zf}};"
+
+
+_REGISTERS = (
+    "{ .reg .b32 t, x, z, big, nz; .reg .f32 f0, f1, f2, f3, u0, u1, zf; mov.b32 z, 0; mov.f32 zf, 0f00000000; "
+    "mov.b32 big, 0x7B807B80; mov.b32 nz, 0x80008000; "
+)
+
+
+def _scores_asm(kind: int, words: int) -> tuple[str, str]:
+    """The scores of 8 positions, two in a lane. Operands: two sums; the words of codes; two registers of queries per step."""
+    lines, step = ["mov.f32 s0, 0f00000000; mov.f32 s1, 0f00000000;"], 0
+    names: list[str] = []
+    for i in range(words):
+        for b in _pairs_of_words(kind, i, f"${2 + i}", lines):
+            at = 2 + words + 2 * step
+            lines.append(_mma(("s0", "s1"), (f"${at}", f"${at + 1}"), b, ("s0", "s1")))
+            names += b
+            step += 1
+    lines.append("mov.f32 $0, s0; mov.f32 $1, s1;")
+    declared = f".reg .f32 s0, s1; .reg .b32 {', '.join(names)}; "
+    operands = ",".join(["=f"] * 2 + ["r"] * (words + 2 * step))
+    return _REGISTERS + declared + " ".join(lines) + " }", operands
+
+
+def _columns(kind: int, first: tuple[str, str], out: list[str], names: tuple[str, ...]) -> None:
+    """Instructions that make pairs of bfloat16 of the same column of two positions, `first` being a word of each."""
+    a, b = first
+    if kind == _INT4:
+        for half, sel in enumerate((0x5410, 0x7632)):
+            out.append(f"prmt.b32 x, {a}, {b}, 0x{sel:04x};")
+            for n, move in enumerate(("shl.b32 t, x, 3;", "shr.u32 t, x, 1;", "shr.u32 t, x, 5;", "shr.u32 t, x, 9;")):
+                out.append(f"{move} lop3.b32 {names[4 * half + n]}, t, 0x00780078, 0x41804180, 0xEA;")
+    elif kind == _INT8:
+        out.append(f"xor.b32 x, {a}, 0x80808080; xor.b32 y, {b}, 0x80808080;")
+        for n in range(4):
+            out.append(f"prmt.b32 t, x, 0x4B000000, 0x744{n}; sub.f32 f0, t, 0f4B000080;")
+            out.append(f"prmt.b32 t, y, 0x4B000000, 0x744{n}; sub.f32 f1, t, 0f4B000080;")
+            out.append(f"prmt.b32 {names[n]}, f0, f1, 0x7632;")
+    else:
+        for n in range(4):
+            out.append(f"prmt.b32 x, {a}, {b}, 0x{4 + n:x}0{n}0; and.b32 x, x, 0xFF00FF00;")
+            out += _float8(names[n])
+
+
+def _values_asm(kind: int, words: int, scaled: bool) -> tuple[str, str]:
+    """16 more positions of p v. Operands: the sums, two of each column; words of codes of 4 positions, one position after the
+    other; two registers of probabilities; the sums before; and, if scaled, what to multiply those by."""
+    each = 8 if kind == _INT4 else 4  # columns of a word
+    sums = 2 * words * each
+    codes = [[f"${sums + p * words + w}" for w in range(words)] for p in range(4)]
+    at = sums + 4 * words
+    a, before, factor = (f"${at}", f"${at + 1}"), at + 2, f"${at + 2 + sums}"
+    low, high = tuple(f"p{i}" for i in range(each)), tuple(f"q{i}" for i in range(each))
+    lines: list[str] = []
+    for w in range(words):
+        _columns(kind, (codes[0][w], codes[1][w]), lines, low)
+        _columns(kind, (codes[2][w], codes[3][w]), lines, high)
+        for j in range(each):
+            first = 2 * (w * each + j)
+            start = f"${before + first}", f"${before + first + 1}"
+            if scaled:
+                lines.append(f"mul.f32 c0, {start[0]}, {factor}; mul.f32 c1, {start[1]}, {factor};")
+                start = "c0", "c1"
+            lines.append(_mma((f"${first}", f"${first + 1}"), a, (low[j], high[j]), start))
+    declared = f".reg .b32 y, {', '.join(low + high)}; .reg .f32 c0, c1; "
+    operands = ["=f"] * sums + ["r"] * (4 * words + 2) + ["f"] * (sums + scaled)
+    return _REGISTERS + declared + " ".join(lines) + " }", ",".join(operands)
+
+
+# By 9 * kind + words of codes; of values, by twice that, and one more if scaled.
+_SCORES = [_scores_asm(kind, words or 1) for kind in KINDS.values() for words in range(9)]
+_VALUES = [
+    _values_asm(kind, min(words or 1, 4), scaled)
+    for kind in KINDS.values()
+    for words in range(9)
+    for scaled in (False, True)
+]
+_SCORES_ASM, _SCORES_OPERANDS = (tl.constexpr(part) for part in zip(*_SCORES))
+_VALUES_ASM, _VALUES_OPERANDS = (tl.constexpr(part) for part in zip(*_VALUES))
+_FLOATS = tl.constexpr(tuple((tl.float32,) * n for n in range(129)))
+
+
+@triton.jit
+def _other_lane(x, STEP: tl.constexpr):
+    """x (float32) of the lane whose number differs in the bit STEP."""
+    asm: tl.constexpr = (
+        "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;"
+        if STEP == 1
+        else ("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
+    )
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _sum4(x):
+    """The sum over the four lanes of a query."""
+    x += _other_lane(x, 1)
+    return x + _other_lane(x, 2)
+
+
+@triton.jit
+def _max4(x):
+    x = tl.maximum(x, _other_lane(x, 1))
+    return tl.maximum(x, _other_lane(x, 2))
+
+
+@triton.jit
+def _pair(a, b):
+    """Two float32 as bfloat16 in a word, and what they are then."""
+    word = tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [b, a], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return word, (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _two(p):
+    """(N, 2) -> two of (N,)."""
+    return tl.split(p)
+
+
+@triton.jit
+def _four(p):
+    """(N, 4) -> four of (N,)."""
+    even, odd = tl.split(tl.reshape(p, (p.shape[0], 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _load8(at, there):
+    """Eight numbers beside each other from each of the addresses (N,), as float32."""
+    i = tl.arange(0, 8)
+    p = tl.load(at[:, None] + i[None, :], mask=there[:, None], other=0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(p, (p.shape[0], 4, 2)))
+    e0, e1, e2, e3 = _four(even)
+    o0, o1, o2, o3 = _four(odd)
+    return e0, o0, e1, o1, e2, o2, e3, o3
+
+
+@triton.jit
+def _words(at, WORDS: tl.constexpr, APART: tl.constexpr):
+    """WORDS words from each of the addresses (N,); the second four of eight are APART words after the first."""
+    if WORDS == 1:
+        return (tl.load(at),)
+    elif WORDS == 2:
+        return _two(tl.load(at[:, None] + tl.arange(0, 2)[None, :]))
+    elif WORDS == 4:
+        return _four(tl.load(at[:, None] + tl.arange(0, 4)[None, :]))
+    else:
+        first = _four(tl.load(at[:, None] + tl.arange(0, 4)[None, :]))
+        return first + _four(tl.load(at[:, None] + APART + tl.arange(0, 4)[None, :]))
+
+
+@triton.jit
+def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr):
+    """The fragments of a query per 8 lanes: two words of each step, in turn, and the sum of what they hold, over a thread's part.
+
+    q_ptr: addresses (N,) of words, of two bfloat16 each.
+    """
+    total = tl.zeros(r.shape, tl.float32)
+    words = ()
+    for w in tl.static_range(KW):
+        if KIND == 0:
+            byte = r * (4 * KW) + 4 * w
+            first = byte // 16 * 32 + byte % 16
+        elif KW == 8:
+            first = r * 16 + w % 4 * 4 + w // 4 * (D // 2)
+        else:
+            first = r * (4 * KW) + 4 * w
+        for half in tl.static_range(2 if KIND == 0 else 1):
+            at = q_ptr + (first + 16 * half) // 2
+            a = tl.load(at, mask=there, other=0)
+            b = tl.load(at + 1, mask=there, other=0)
+            total += (a << 16).to(tl.float32, bitcast=True) + (a & -65536).to(tl.float32, bitcast=True)
+            total += (b << 16).to(tl.float32, bitcast=True) + (b & -65536).to(tl.float32, bitcast=True)
+            if KIND == 0:
+                # Codes two apart are in a word.
+                words += ((a & 65535) | (b << 16), ((a >> 16) & 65535) | (b & -65536))  # type: ignore[assignment]
+            else:
+                words += (a, b)  # type: ignore[assignment]
+    return words, total
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, mask_ptr, stop_ptr, offset_ptr, out_ptr, top_ptr, total_ptr,
+    kv_heads, queries, length, start, splits, k_batch, k_head, v_batch, v_head, ks_batch, ks_head, vs_batch, vs_head,
+    mask_batch, mask_head, mask_query, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """A softmax per warp that is not normalized, over a part of the positions: out (rows, pieces, D), top and total
+    (rows, pieces), float32, in base 2; rows are (B, kv_heads, blocks of 8).
+
+    The grid is (splits, B * kv_heads, blocks), and there are W warps. Row i of a key head is head i % GROUP of query i / GROUP.
+    q: (B, heads, queries, D) bfloat16, as words. k, v: (B, kv_heads, length, 16 KW or 32 VW bytes), as words, with their strides;
+    scales and zero points, one for each position, in numbers. length is a multiple of 8. stop and offset: int64, as in `Sight`.
+    SCALE: times log2(e).
+    """
+    split, pair = tl.program_id(0), tl.program_id(1)
+    batch, head = pair // kv_heads, pair % kv_heads
+    lanes = tl.arange(0, 32 * W)
+    warp, g, r = lanes // 32, lanes % 32 // 4, lanes % 4
+    row = tl.program_id(2) * 8 + g
+    there = row < GROUP * queries
+    query, own_head = row // GROUP, head * GROUP + row % GROUP
+    at_q = ((batch * kv_heads * GROUP + own_head) * queries + query) * (D // 2)
+    words, total_q = _queries(q_ptr + at_q, r, there, D, KIND_K, KW)
+    total_q = _sum4(total_q)
+
+    stop = tl.minimum(tl.load(stop_ptr).to(tl.int32), length)
+    first_query = tl.load(offset_ptr).to(tl.int32)
+    begin = start
+    if CAUSAL:
+        stop = tl.minimum(stop, first_query + queries)
+        if WINDOW > 0:
+            begin = tl.maximum(begin, first_query - (WINDOW - 1))
+    begin = begin // 32 * 32
+    tiles = tl.cdiv(tl.maximum(stop - begin, 0), 32 * W)
+    last_seen = first_query + query
+
+    k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
+    v_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
+    at_ks = batch * ks_batch + head * ks_head
+    at_vs = batch * vs_batch + head * vs_head
+    mask_ptr += batch.to(tl.int64) * mask_batch + own_head * mask_head + query * mask_query
+
+    zero = tl.zeros((32 * W,), tl.float32)
+    top = zero - 1e30
+    total, taken = zero, zero
+    out = (zero, zero)
+    COLUMNS: tl.constexpr = D // 8
+    for _ in tl.static_range(COLUMNS - 1):
+        out += (zero, zero)  # type: ignore[assignment]
+    for tile in tl.range(split * tiles // splits, (split + 1) * tiles // splits):
+        base = begin + (tile * W + warp) * 32
+        mine = base + 8 * r
+        inside = mine < length
+        # Past the end, what is read does not count.
+        at_k = k_ptr + (tl.minimum(base + g // 2 * 8, length - 8) + g % 2).to(tl.int64) * (4 * KW) + r * min(KW, 4)
+        k0 = _words(at_k, KW, D // 8)
+        k1 = _words(at_k + 2 * (4 * KW), KW, D // 8)
+        k2 = _words(at_k + 4 * (4 * KW), KW, D // 8)
+        k3 = _words(at_k + 6 * (4 * KW), KW, D // 8)
+        ks = _load8(ks_ptr + at_ks + mine, inside)
+        kz = _load8(kz_ptr + at_ks + mine, inside) if KIND_K == 0 else ks
+        vs = _load8(vs_ptr + at_vs + mine, inside)
+        vz = _load8(vz_ptr + at_vs + mine, inside) if KIND_V == 0 else vs
+        at_v = v_ptr + tl.minimum(mine, length - 8).to(tl.int64) * (8 * VW) + g * VW
+        v0 = _words(at_v, VW, 0)
+        v1 = _words(at_v + 1 * (8 * VW), VW, 0)
+        v2 = _words(at_v + 2 * (8 * VW), VW, 0)
+        v3 = _words(at_v + 3 * (8 * VW), VW, 0)
+        v4 = _words(at_v + 4 * (8 * VW), VW, 0)
+        v5 = _words(at_v + 5 * (8 * VW), VW, 0)
+        v6 = _words(at_v + 6 * (8 * VW), VW, 0)
+        v7 = _words(at_v + 7 * (8 * VW), VW, 0)
+
+        s0, s1 = _scores(k0, words, KIND_K, KW)
+        s2, s3 = _scores(k1, words, KIND_K, KW)
+        s4, s5 = _scores(k2, words, KIND_K, KW)
+        s6, s7 = _scores(k3, words, KIND_K, KW)
+        sums = (s0, s1, s2, s3, s4, s5, s6, s7)
+        scores = ()
+        best = top
+        for j in tl.static_range(8):
+            s = sums[j]
+            if KIND_K == 0:
+                s -= (kz[j] + 16.0) * total_q
+            s *= ks[j] * SCALE
+            if SOFTCAP > 0:
+                # softcap * tanh(x / softcap), in base 2
+                cap: tl.constexpr = SOFTCAP * 1.4426950408889634
+                s = cap * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / SOFTCAP))))
+            position = mine + j
+            seen = (position < stop) & (position >= start)
+            if CAUSAL:
+                seen = seen & (position <= last_seen)
+                if WINDOW > 0:
+                    seen = seen & (position > last_seen - WINDOW)
+            if MASK:
+                seen = seen & (tl.load(mask_ptr + position, mask=seen & there, other=0) != 0)
+            s = tl.where(seen, s, -float("inf"))
+            scores += (s,)  # type: ignore[assignment]
+            best = tl.maximum(best, s)
+        best = _max4(best)
+        kept = tl.exp2(top - best)
+        top = best
+        total *= kept
+        taken *= kept
+        weights = ()
+        for j in tl.static_range(4):
+            p0, p1 = tl.exp2(scores[2 * j] - top), tl.exp2(scores[2 * j + 1] - top)
+            total += p0 + p1
+            word, w0, w1 = _pair(p0 * vs[2 * j], p1 * vs[2 * j + 1])
+            if KIND_V == 0:
+                taken += w0 * (vz[2 * j] + 16.0) + w1 * (vz[2 * j + 1] + 16.0)
+            weights += (word,)  # type: ignore[assignment]
+        w0, w1, w2, w3 = weights  # type: ignore[misc]
+        out = _values(v0 + v1 + v2 + v3, (w0, w1), out, (kept,), KIND_V, VW, COLUMNS)
+        out = _values(v4 + v5 + v6 + v7, (w2, w3), out, (), KIND_V, VW, COLUMNS)
+
+    taken = _sum4(taken)
+    total = _sum4(total)
+    at = ((pair * tl.num_programs(2) * 8 + row) * splits + split) * W + warp
+    tl.store(top_ptr + at, top, mask=there & (r == 0))
+    tl.store(total_ptr + at, total, mask=there & (r == 0))
+    out_ptr += at.to(tl.int64) * D
+    for j in tl.static_range(COLUMNS):
+        for e in tl.static_range(2):
+            n = 2 * r + e
+            if KIND_V == 0:
+                byte = n * (4 * VW) + j // 8 * 4 + j % 8 // 4 * 2 + j % 4 // 2
+                column = byte // 16 * 32 + byte % 16 + j % 2 * 16
+                tl.store(out_ptr + column, out[2 * j + e] - taken, mask=there)
+            else:
+                tl.store(out_ptr + n * (4 * VW) + j, out[2 * j + e], mask=there)
+
+
+@triton.jit
+def merge_kernel(
+    out_ptr, top_ptr, total_ptr, sinks_ptr, merged_ptr, logs_ptr, kv_heads, queries, blocks, PIECES: tl.constexpr,
+    P: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """merged (B, heads, queries, D) and the logarithm of its total, (B, heads, queries) float32, of what `decode_kernel` gives.
+
+    The grid is (B * heads * queries, D / BD). P: a power of two, PIECES or more. sinks: (heads,), as in `attend`.
+    """
+    i = tl.program_id(0)
+    query, head, batch = i % queries, i // queries % (kv_heads * GROUP), i // queries // (kv_heads * GROUP)
+    row = (batch * kv_heads + head // GROUP) * blocks * 8 + query * GROUP + head % GROUP
+    piece = tl.arange(0, P)
+    tops = tl.load(top_ptr + row * PIECES + piece, mask=piece < PIECES, other=-1e30)
+    totals = tl.load(total_ptr + row * PIECES + piece, mask=piece < PIECES, other=0.0)
+    column = tl.program_id(1) * BD + tl.arange(0, BD)
+    at = (row.to(tl.int64) * PIECES + piece[:, None]) * D + column[None, :]
+    outs = tl.load(out_ptr + at, mask=(piece < PIECES)[:, None], other=0.0)
+    top = tl.max(tops, 0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    weight = tl.exp2(tops - top)
+    total = tl.sum(totals * weight, 0)
+    if SINKS:
+        total += tl.exp2(sink - top)
+    out = tl.sum(outs * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(merged_ptr + i * D + column, out.to(merged_ptr.dtype.element_ty))
+    log = tl.where(total == 0.0, -float("inf"), (top + tl.log2(total)) * 0.6931471805599453)
+    tl.store(logs_ptr + i, log, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def _scores(k, q, KIND: tl.constexpr, KW: tl.constexpr):
+    """The scores of 8 positions: two per lane."""
+    return tl.inline_asm_elementwise(
+        _SCORES_ASM[9 * KIND + KW], _SCORES_OPERANDS[9 * KIND + KW], k + q, dtype=(tl.float32, tl.float32), is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _values(v, weights, out, kept, KIND: tl.constexpr, VW: tl.constexpr, COLUMNS: tl.constexpr):
+    """`out`, times `kept` if that is given, and 16 more positions."""
+    N: tl.constexpr = 2 * (9 * KIND + VW) + len(kept)
+    return tl.inline_asm_elementwise(
+        _VALUES_ASM[N], _VALUES_OPERANDS[N], v + weights + out + kept, dtype=_FLOATS[2 * COLUMNS], is_pure=True, pack=1
+    )
+
+
+WARPS = 4
+PROGRAMS = 3
+"""That run on a multiprocessor at a time, which has registers for so many."""
+
+
+def splits_of(pairs: int, length: int, device: torch.device, warps: int = WARPS, programs: int = PROGRAMS) -> int:
+    """Into how many parts to cut the positions, for so many programs of each: the GPU is full once, and no part is empty."""
+    return max(1, min(multiprocessors(device) * programs // pairs, cdiv(length, TILE * warps), 1024 // warps))
+
+
+@on_its_device
+def decode(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor | None,
+    v: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor | None,
+    kind_k: str,
+    kind_v: str,
+    start: int,
+    stop: Tensor,
+    offset: Tensor | None,
+    window: int | None,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    warps: int = WARPS,
+    programs: int = PROGRAMS,
+) -> tuple[Tensor, Tensor]:
+    """The attention (B, heads, T, D) in q's dtype, and the logarithm of the sum of exp of the scores, (B, heads, T) float32.
+
+    q: (B, heads, T, D), D 64 or 128. k, v: bytes of codes, (B, kv_heads, L, D or D / 2), L a multiple of 8, a position after the
+    other. Scales and zero points: (B, kv_heads, L, 1). kind_k, kind_v: of `KINDS`. The others: as in `Sight` and `attend`; the
+    mask is bool.
+    """
+    b, h, t, d = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    group = h // kv_heads
+    blocks = cdiv(group * t, 8)
+    splits = splits_of(b * kv_heads * blocks, length, q.device, warps, programs)
+    pieces, rows = splits * warps, b * kv_heads * blocks * 8
+    out, top, total = (torch.empty(rows, pieces, n, device=q.device) for n in (d, 1, 1))
+    merged, logs = torch.empty(b, h, t, d, dtype=q.dtype, device=q.device), torch.empty(b, h, t, device=q.device)
+    words = [x.view(torch.uint8).view(torch.int32) for x in (q.to(torch.bfloat16).contiguous(), k, v)]
+    none = top
+    mask_strides = (0, 0, 0)
+    if mask is not None:
+        batch, head, query, one = mask.stride()
+        mask = mask.view(torch.uint8) if one == 1 else mask.contiguous().view(torch.uint8)
+        batch, head, query, _ = mask.stride()
+        mask_strides = batch * (mask.shape[0] > 1), head * (mask.shape[1] > 1), query * (mask.shape[2] > 1)
+    launch(
+        decode_kernel, (splits, b * kv_heads, blocks), *words, k_scale, k_scale if k_zero is None else k_zero, v_scale,
+        v_scale if v_zero is None else v_zero, none if mask is None else mask, stop, stop if offset is None else offset, out,
+        top, total, kv_heads, t, length, start, splits, *words[1].stride()[:2], *words[2].stride()[:2],
+        *k_scale.stride()[:2], *v_scale.stride()[:2], *mask_strides, SCALE=scale * math.log2(math.e),
+        SOFTCAP=softcap or 0.0, WINDOW=window or 0, CAUSAL=offset is not None, MASK=mask is not None,
+        KIND_K=KINDS[kind_k], KIND_V=KINDS[kind_v], GROUP=group, D=d, KW=words[1].shape[3] // 4, VW=words[2].shape[3] // 8,
+        W=warps, num_warps=warps,
+    )  # fmt: skip
+    width = min(d, 32)
+    launch(
+        merge_kernel, (b * h * t, d // width), out, top, total, none if sinks is None else sinks, merged, logs, kv_heads, t,
+        blocks, PIECES=pieces, P=power_of_two(pieces), SINKS=sinks is not None, GROUP=group, D=d, BD=width,
+    )  # fmt: skip
+    return merged, logs
+
+
+_NAME = "kv_decode"
+torch.library.define(
+    f"ao::{_NAME}",
+    "(Tensor q, Tensor k, Tensor k_scale, Tensor? k_zero, Tensor v, Tensor v_scale, Tensor? v_zero, str kind_k, str kind_v, "
+    "int start, Tensor stop, Tensor? offset, int? window, Tensor? mask, float scale, float? softcap, Tensor? sinks) "
+    "-> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl(f"ao::{_NAME}", "CUDA", decode)
+torch.library.register_fake(
+    f"ao::{_NAME}", lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32))
+)
+decode_operator = torch.ops.ao.kv_decode.default
+"""`decode`, for graphs too."""

@@ -25,6 +25,7 @@ PURE = {
     "layouts",
     "onnx_mode",
     "operand",
+    "pairs",
     "pieces",
     "running_layer",
     "tracing",

@@ -25,6 +25,7 @@ from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
 from .shifted import Shifted, ShiftedTensor
+from .sparse24 import Sparse24, Sparse24Tensor
 from .ternary import Ternary, TernaryTensor
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ __all__ = [
     "Shared",
     "Shifted",
     "ShiftedTensor",
+    "Sparse24",
+    "Sparse24Tensor",
     "Spec",
     "TensorCoreTiledLayout",
     "Ternary",

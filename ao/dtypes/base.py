@@ -418,6 +418,8 @@ class QTensor(torch.Tensor):
     """The elements at which a packed dim of the `Elements` can be cut."""
     grain: ClassVar[int] = 8
     """What the size of a packed dim is a multiple of."""
+    turns: ClassVar[bool] = True
+    """Whether the `Elements` can be packed along another dim than the one they were packed along."""
     own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
     """Handlers of ATen operators that come before those in `OPS` where the first argument is of this type."""
 

@@ -73,9 +73,9 @@ def test_an_operand_is_the_numbers(case):
     if operand is None:
         pytest.skip("has none")
     if operand.kind == "sparse24":
-        which, pairs = unpack_codes(operand.codes), operand.pairs
-        numbers = pairs if isinstance(pairs, Tensor) else numbers_of(pairs, torch.Size([*shape[:-1], shape[-1] // 2]))
-        numbers = spread(numbers, which)
+        part = operand.part
+        numbers = numbers_of(part.spec.operand(part), part.shape) if isinstance(part, QTensor) else part
+        numbers = spread(numbers, unpack_codes(operand.codes))
     else:
         numbers = numbers_of(operand, shape)
     torch.testing.assert_close(numbers, q.decode(), rtol=1e-6, atol=1e-6)

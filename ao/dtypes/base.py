@@ -146,6 +146,11 @@ class Spec:
         that is stored in another order."""
         return None
 
+    def unfolded(self, q: Any) -> Tensor | None:
+        """The same numbers in a larger form, plain or another QTensor, whose products are faster, or None: what ao.matmul keeps
+        beside a weight that leaves out zeros."""
+        return None
+
     def cast(self) -> Cast | None:
         """How data becomes codes of a byte that `operand` gives, or None, where they are made otherwise."""
         return None

@@ -30,6 +30,8 @@ class Sparse24(Spec):
         float32).
     prune: what becomes of data that is not 2:4. False, the default: ValueError, which counts the groups. True keeps the two of
         the largest magnitude, the first of equal ones: for training and for weights that are changed in place.
+    decay: in `fake_quantize`, what is pruned gets this times itself for a gradient, beside the one that passes straight through
+        (SR-STE, arXiv:2102.04010).
 
     Scales are chosen for the two alone. Traced code, which cannot look at numbers, keeps the largest in either case. Raises
     ValueError for a last dim that is no multiple of 16, for a block that is no multiple of 4 along it, and for `act` in values.
@@ -37,6 +39,7 @@ class Sparse24(Spec):
 
     values: Spec | None = None
     prune: bool = False
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.values is None:
@@ -100,6 +103,11 @@ class Sparse24(Spec):
             self._check(x)
         return super().quantize(x, **given)
 
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """As `Spec.fake_quantize`, with the decay of what is pruned."""
+        out = super().fake_quantize(x)
+        return out + _Decay.apply(x, self.decay) if self.decay and x.requires_grad and torch.is_grad_enabled() else out
+
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """Those of the two of four; none for plain values."""
         return {} if self.inner is None else self.inner.choose_qparams(taken(x, largest(x)), grid)
@@ -125,14 +133,39 @@ class Sparse24(Spec):
             fields = {**fields, "pairs": values.to(dtype)}
         return super().wrap(fields, dtype, shape, **common)
 
-    def operand(self, q: Any) -> Operand | None:
-        """The codes of which two, and the operand of the two, or the plain two."""
-        pairs = q.pairs if self.inner is None else self.inner.operand(q.pairs)
-        if pairs is None:
+    def unfolded(self, q: Any) -> Tensor | None:
+        """The zeros beside the two, in the values' format where it has an exact zero; None where it has not."""
+        numbers = q.decode()
+        if self.values is None:
+            return numbers.to(q.dtype)
+        spec = replace(self.values, act=self.act)
+        part = q.pairs
+        qparams = {name: t for name, t in part.fields().items() if part.roles[name] == "per_block"}
+        if part.dim() != 2 or not qparams or q.dim_of_groups != 1:
             return None
-        return Operand(
-            q.places, pairs.scale if isinstance(pairs, Operand) else q.pairs, None, "sparse24", 4, pairs=pairs
-        )
+        fields = spec.encode(numbers, **qparams)
+        made = spec.wrap(fields, q.dtype, q.shape, act_scale=q.act_scale)
+        return made if torch.equal(made.decode(), numbers) else None
+
+    def operand(self, q: Any) -> Operand | None:
+        """The codes of which two, and the two."""
+        return Operand(q.places, q.places, None, "sparse24", 4, part=q.pairs)
+
+
+class _Decay(torch.autograd.Function):
+    """0, whose gradient is that of decay / 2 * (x**2, summed over what two of four leave out)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.decay = decay
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        codes = largest(x)
+        return ctx.decay * (x - spread(taken(x, codes), codes)), None
 
 
 class Sparse24Tensor(QTensor, spec=Sparse24):

@@ -6,10 +6,12 @@ from .kernels.device import has_float8
 from .layers import QuantizedLayer, adopt, layer_class, set_parameter
 from .linear import path_name
 from .product import cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
+from .sparse import both_pruned, pruned_both, semi_sparse_product, transposable_mask
 
 __all__ = [
     "QuantizedLayer",
     "adopt",
+    "both_pruned",
     "cast_whole",
     "codes_both",
     "codes_of",
@@ -18,8 +20,11 @@ __all__ = [
     "is_square",
     "layer_class",
     "path_name",
+    "pruned_both",
     "scaled_product",
+    "semi_sparse_product",
     "set_parameter",
     "swizzle",
+    "transposable_mask",
     "unswizzle",
 ]

@@ -1,6 +1,7 @@
 """Time sparse linear layers beside dense ones of the same format and beside bfloat16, in one run.
 
     large   2:4 (bf16, int8 and float8 with their activations, int4) and dense at many numbers of tokens
+    ways    on a GPU, each way that a 2:4 product can take by itself: what ao.matmul.sparse chooses by
     blocks  kept blocks at a share of zeros, one token and more
     train   a linear layer's forward and backward, dense and pruned at every step (SemiSparseLinear), compiled
 
@@ -128,6 +129,46 @@ def large(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 del made
 
 
+def ways(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """In registers, one token after another or on the tensor cores; with the zeros beside; and on the sparse units."""
+    from ao.matmul import sparse
+    from ao.matmul.kernels import two_of_four
+
+    def in_turn(x: Tensor, q: Any) -> Tensor:
+        return two_of_four.gemv(x, q.places, *sparse._reading(q))  # type: ignore[misc]
+
+    def in_registers(x: Tensor, q: Any) -> Tensor:
+        return two_of_four.few(x, q.places, *sparse._reading(q))  # type: ignore[misc]
+
+    def beside(x: Tensor, q: Any) -> Tensor:
+        form: Any = sparse._unfolded(q)
+        return F.linear(x, form)
+
+    def on_units(x: Tensor, q: Any) -> Any:
+        return sparse._compressed_product(x, q, q.spec.operand(q))
+
+    for shape in args.shapes:
+        n, k = map(int, shape.split("x"))
+        w = (
+            Sparse24(prune=True)
+            .quantize(torch.randn(n, k, device=args.device, dtype=torch.bfloat16) * 0.02)
+            .dequantize()
+        )
+        for name in args.formats:
+            made = copies(FORMATS[name][1].quantize(w), args.device)
+            for way in (in_turn, in_registers, beside, on_units):
+                for m in args.tokens:
+                    if (way is in_turn and m > 4) or (way is in_registers and m > 256) or (way is on_units and m < 64):
+                        continue
+                    x = torch.randn(m, k, device=args.device, dtype=torch.bfloat16)
+
+                    def run(way: Any = way, made: list[Tensor] = made, x: Tensor = x) -> float:
+                        return timed([lambda q=q: way(x, q) for q in made], args.device)  # type: ignore[misc]
+
+                    row(f"{name} {way.__name__}", shape, m, run, rows)
+            del made
+
+
 def blocks(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Kept blocks."""
     dtype = torch.bfloat16 if args.device != "cpu" else torch.float32
@@ -199,7 +240,7 @@ def main() -> None:
     print(facts, flush=True)
     rows: list[dict[str, Any]] = []
     for part in args.parts:
-        {"large": large, "blocks": blocks, "train": train}[part](args, rows)
+        {"large": large, "ways": ways, "blocks": blocks, "train": train}[part](args, rows)
     show(rows)
     if args.json:
         args.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")

@@ -35,6 +35,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import optim as optim
     from . import quant as quant
+    from . import sparsity as sparsity
     from . import train as train
     from .dtypes import load, save
     from .quant import *  # noqa: F403
@@ -47,8 +48,8 @@ else:
     del __all__  # asked for by `from ao import *`
 
     def __getattr__(name: str) -> Any:
-        """`ao.optim`, `ao.quant`, `ao.train`, `load`, `save`, and the public names of `ao.quant`."""
-        if name in ("optim", "quant", "train"):
+        """`ao.optim`, `ao.quant`, `ao.sparsity`, `ao.train`, `load`, `save`, and the public names of `ao.quant`."""
+        if name in ("optim", "quant", "sparsity", "train"):
             return importlib.import_module(f".{name}", __name__)
         if name in ("load", "save"):
             return getattr(importlib.import_module(".dtypes", __name__), name)
@@ -61,4 +62,4 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__getattr__("__all__"), "optim", "train"})
+        return sorted({*globals(), *__getattr__("__all__"), "optim", "sparsity", "train"})

@@ -27,6 +27,7 @@ from ao.dtypes import (
     MXInt,
     PositiveSteps,
     Shifted,
+    Sparse24,
     Spec,
     Ternary,
 )
@@ -115,4 +116,6 @@ CASES = [
     Case(Shifted(4, (1, 32), centered=True, scale_dtype="bfloat16"), 0.07837),
     Case(Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 2), narrow=True, scale_dtype="float16")), 0.02192),
     Case(Shifted(5, (1, 32), scale_spec=BYTE_SCALES, shift_spec=BYTE_SCALES), 0.03790),
+    Case(Sparse24(prune=True), 0.36407),
+    Case(Sparse24(Intx(4, (1, 64), symmetric=True), prune=True), 0.37152),
 ]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, QTensor, Spec, pieces, to_nf4
+from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, QTensor, Sparse24, Spec, pieces, to_nf4
 from ao.dtypes.base import dense
 from ao.dtypes.blocks import expand
 from ao.dtypes.lattice import lattice
@@ -57,6 +57,8 @@ def test_rounding_without_storing_gives_the_same_bits(case, dtype, device):
     for name, t in qparams.items():
         assert again[name].dtype == t.dtype
         assert (dense(again[name]).float() - dense(t).float()).norm() <= 1e-3 * dense(t).float().norm()
+    if isinstance(case.spec, Sparse24):
+        return  # which is of four columns
     # A column, whose qparams are those of its elements.
     columns = {name: expand(dense(t), SHAPE)[:, 5:6] for name, t in qparams.items()}
     assert torch.equal(
@@ -192,7 +194,11 @@ def test_intx_properties(bits, block, signed, symmetric, zero_point, power):
 def test_views_share_storage(case):
     q = case.spec.quantize(weight())
     for view in (q[32:96], q.t(), q.view(-1), q[:, 64:128], q.detach()):
-        assert view.qdata.untyped_storage().data_ptr() == q.qdata.untyped_storage().data_ptr()
+        assert first_field(view).untyped_storage().data_ptr() == first_field(q).untyped_storage().data_ptr()
+
+
+def first_field(q: QTensor) -> Tensor:
+    return next(iter(q.fields().values()))
 
 
 @every
@@ -232,9 +238,9 @@ def test_state_dict(case, assign):
 def test_copy_and_in_place(case):
     spec, w = case.spec, weight()
     q = spec.quantize(w)
-    before = q.qdata.data_ptr()
+    before = q.data_ptr()
     q.copy_(2 * w)
-    assert torch.equal(q, spec.quantize(2 * w)) and q.qdata.data_ptr() == before
+    assert torch.equal(q, spec.quantize(2 * w)) and q.data_ptr() == before
     q.copy_(spec.quantize(w))
     assert torch.equal(q, spec.quantize(w))
     expected = q.dequantize()
@@ -428,7 +434,7 @@ def test_contiguous(case):
         try:
             made = op(q)
         except ValueError as error:  # Blocks of several rows, which permuting rows would tear apart.
-            assert case.spec.grid(SHAPE)[0] != SHAPE[0] and "cannot view" in str(error)
+            assert (case.spec.grid(SHAPE)[0] != SHAPE[0] or not q.turns) and "cannot view" in str(error)
         else:
             assert isinstance(made, QTensor) and torch.equal(made.dequantize(), op(plain))
 
@@ -543,7 +549,7 @@ def test_module_moves(case, device):
     layer.weight = nn.Parameter(case.spec.quantize(weight()), requires_grad=False)
     values = layer.weight.dequantize()
     layer.to(device)
-    assert layer.weight.device.type == device and layer.weight.qdata.device.type == device
+    assert layer.weight.device.type == device and first_field(layer.weight).device.type == device
     layer.to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
     assert torch.equal(layer.weight.dequantize().cpu(), values.bfloat16())

@@ -31,9 +31,23 @@ from ao.dtypes import (
     reciprocal,
     unpack,
 )
+from ao.dtypes.pairs import spread, unpack_codes
 from ao.matmul import cpu_decode, linear, path_name
 
-ROOMS = {"base", "bits", "blocks", "caching", "lattice", "onnx_mode", "operand", "ops", "pieces", "rounding", "tracing"}
+ROOMS = {
+    "base",
+    "bits",
+    "blocks",
+    "caching",
+    "lattice",
+    "onnx_mode",
+    "operand",
+    "ops",
+    "pairs",
+    "pieces",
+    "rounding",
+    "tracing",
+}
 
 
 def test_products_know_no_format():
@@ -55,19 +69,28 @@ def test_every_path_has_the_name_of_its_function():
 def test_an_operand_is_the_numbers(case):
     """Read as operand.py says, it gives what the format decodes."""
     q = case.spec.quantize(weight())
-    operand = case.spec.operand(q)
+    operand, shape = case.spec.operand(q), q.shape
     if operand is None:
         pytest.skip("has none")
+    if operand.kind == "sparse24":
+        part = operand.part
+        numbers = numbers_of(part.spec.operand(part), part.shape) if isinstance(part, QTensor) else part
+        numbers = spread(numbers, unpack_codes(operand.codes))
+    else:
+        numbers = numbers_of(operand, shape)
+    torch.testing.assert_close(numbers, q.decode(), rtol=1e-6, atol=1e-6)
+
+
+def numbers_of(operand: Operand, shape: torch.Size) -> Tensor:
     codes = operand.codes
     if operand.bits < 8:
-        codes = unpack(codes, operand.bits, packed_dim(codes.shape, q.shape))
+        codes = unpack(codes, operand.bits, packed_dim(codes.shape, shape))
     values = operand.read(codes if operand.bits == 8 else codes.int())
     zero = torch.tensor(operand.offset)
     if operand.zero_point is not None:
         zero = zero + operand.zero_point.float()
     scale = operand.scale.dequantize() if isinstance(operand.scale, QTensor) else operand.scale
-    numbers = (values - (expand(zero, q.shape) if zero.dim() else zero)) * expand(scale.float(), q.shape)
-    torch.testing.assert_close(numbers, q.decode(), rtol=1e-6, atol=1e-6)
+    return (values - (expand(zero, shape) if zero.dim() else zero)) * expand(scale.float(), shape)
 
 
 @pytest.mark.parametrize(

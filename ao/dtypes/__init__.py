@@ -9,6 +9,7 @@ from . import ops as _ops  # noqa: F401  gives slices, views and copies theirs
 from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
 from .bits import pack, pack_dim, pack_trits, packed_dim, unpack, unpack_trits
+from .block_sparse import BlockSparse, BlockSparseTensor
 from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
@@ -18,13 +19,23 @@ from .float8 import Float8, Float8Tensor
 from .floatx import FP6, MXFP4, MXFP6, MXFP8, NVFP4, FloatX, FloatXTensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
-from .layouts import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
+from .layouts import (
+    BlockSparseLayout,
+    Int4CPULayout,
+    Int4XPULayout,
+    Layout,
+    MarlinSparseLayout,
+    PlainLayout,
+    SemiSparseLayout,
+    TensorCoreTiledLayout,
+)
 from .mapped import Mapped, MappedTensor
 from .mxint import MXINT8, MXInt, MXIntTensor
 from .operand import Cast, Operand
 from .positive_steps import PositiveSteps
 from .rounding import reciprocal
 from .shifted import Shifted, ShiftedTensor
+from .sparse24 import Sparse24, Sparse24Tensor
 from .ternary import Ternary, TernaryTensor
 
 if TYPE_CHECKING:
@@ -52,6 +63,9 @@ __all__ = [
     "MXINT8",
     "NF4",
     "NVFP4",
+    "BlockSparse",
+    "BlockSparseLayout",
+    "BlockSparseTensor",
     "Cast",
     "Codebook",
     "CodebookTensor",
@@ -75,6 +89,7 @@ __all__ = [
     "MXIntTensor",
     "Mapped",
     "MappedTensor",
+    "MarlinSparseLayout",
     "NF4Tensor",
     "Opaque",
     "Operand",
@@ -82,9 +97,12 @@ __all__ = [
     "PlainLayout",
     "PositiveSteps",
     "QTensor",
+    "SemiSparseLayout",
     "Shared",
     "Shifted",
     "ShiftedTensor",
+    "Sparse24",
+    "Sparse24Tensor",
     "Spec",
     "TensorCoreTiledLayout",
     "Ternary",

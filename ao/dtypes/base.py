@@ -146,6 +146,11 @@ class Spec:
         that is stored in another order."""
         return None
 
+    def unfolded(self, q: Any) -> Tensor | None:
+        """The same numbers in a larger form, plain or another QTensor, whose products are faster, or None: what ao.matmul keeps
+        beside a weight that leaves out zeros."""
+        return None
+
     def cast(self) -> Cast | None:
         """How data becomes codes of a byte that `operand` gives, or None, where they are made otherwise."""
         return None
@@ -418,6 +423,8 @@ class QTensor(torch.Tensor):
     """The elements at which a packed dim of the `Elements` can be cut."""
     grain: ClassVar[int] = 8
     """What the size of a packed dim is a multiple of."""
+    turns: ClassVar[bool] = True
+    """Whether the `Elements` can be packed along another dim than the one they were packed along."""
     own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
     """Handlers of ATen operators that come before those in `OPS` where the first argument is of this type."""
 

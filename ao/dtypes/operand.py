@@ -15,7 +15,7 @@ from torch import Tensor
 from .onnx_mode import exporting, reads_no_bits
 from .pieces import is_eager
 
-Kind = Literal["affine", "float", "minifloat", "table", "int4pack"]
+Kind = Literal["affine", "float", "minifloat", "table", "int4pack", "sparse24", "blocks"]
 
 
 class Operand(NamedTuple):
@@ -31,12 +31,16 @@ class Operand(NamedTuple):
         "minifloat"  x = minifloat(code) * scale, where codes are a sign, exponent and mantissa bits
         "table"     x = table[code] * scale
         "int4pack"  codes and scale are in the layout of ATen's int4 product on their device: only that product reads them
+        "sparse24"  codes say which two of four are there (pairs.py), (N, K / 8), and `part` is the two: (N, K / 2)
+        "blocks"    codes are the columns of the blocks that are there, scale is where each row of blocks begins among them, and
+                    `part` is the blocks, one above the other: (kept * size, size)
 
     bits: of a code.
     offset: what the codes are stored with; signed ones of fewer than 8 bits with 2**(bits - 1).
     table: (2**bits,) float32.
     exponent: bits of the exponent of a minifloat; its mantissa has bits - 1 - exponent.
     powers: the scales as bytes, uint8, where they are powers of two, 2**(byte - 127).
+    part: the numbers that are not zero, a QTensor or plain.
     """
 
     codes: Tensor
@@ -48,6 +52,7 @@ class Operand(NamedTuple):
     table: Tensor | None = None
     exponent: int = 0
     powers: Tensor | None = None
+    part: Any = None
 
     @property
     def linear(self) -> bool:

@@ -33,7 +33,7 @@ def clone(q: QTensor, *, memory_format: Any = None) -> QTensor:
     d = _packed(q)
     fields = {}
     for name, t in q.fields().items():
-        if q.roles[name] == "elements" and memory_format == torch.contiguous_format and d is not None:
+        if q.turns and q.roles[name] == "elements" and memory_format == torch.contiguous_format and d is not None:
             t = packed_along(t, q.shape, pack_dim(q.shape, 1))
         fields[name] = torch.clone(t, memory_format=memory_format if t.dim() == q.dim() else torch.preserve_format)
     return q.like(q.shape, q.dtype, fields)
@@ -141,6 +141,10 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
             return target
         source = source.decode_scaled()
     values = source.to(target.device, torch.float32, non_blocking=non_blocking).expand(target.shape)
+    d = _packed(target)
+    if not target.turns and d is not None and d != target.dim() - 1:
+        copy_(transpose(target, d, -1), values.transpose(d, -1))
+        return target
     fields = target.fields()
     nested = any(isinstance(t, QTensor) for t in fields.values())
     first = next(iter(fields.values()))
@@ -151,8 +155,7 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         # Blocks of scales that are quantized themselves are those of the tensor as it was before it was turned.
         copy_(permute(target, order), values.permute(order))
         return target
-    d = _packed(target)
-    if d is not None and d != pack_dim(target.shape, 1) and not nested:
+    if target.turns and d is not None and d != pack_dim(target.shape, 1) and not nested:
         # Codes are packed along a dim that `encode` would not choose for this shape: a transposed view. Turn it back.
         copy_(transpose(target, d, -1), values.transpose(d, -1))
         return target

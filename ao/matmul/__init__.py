@@ -9,6 +9,7 @@ from .kernels.device import has_float8
 from .layers import QuantizedLayer, adopt, layer_class, set_parameter
 from .linear import path_name
 from .product import cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
+from .sparse import both_pruned, pruned_both, semi_sparse_product, transposable_mask
 
 if TYPE_CHECKING:
     from .attention import attend
@@ -35,6 +36,7 @@ __all__ = [
     "adopt",
     "attend",
     "attend_fields",
+    "both_pruned",
     "cast_whole",
     "codes_both",
     "codes_of",
@@ -45,9 +47,12 @@ __all__ = [
     "layer_class",
     "path_name",
     "register_form",
+    "pruned_both",
     "scaled_product",
+    "semi_sparse_product",
     "set_parameter",
     "swizzle",
     "tensor_of",
+    "transposable_mask",
     "unswizzle",
 ]

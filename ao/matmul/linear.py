@@ -4,6 +4,10 @@ Every product and every embedding comes here: what users call (`__torch_function
 (`__torch_dispatch__`: inference mode, DTensor, exported graphs), and the backward of the one autograd.Function of a product.
 A product takes the first path in `PATHS` of its device that accepts it:
 
+    of weights that leave out zeros (sparse.py)
+        unfolded    two of four, on a CPU, eager: the product of the format of the numbers, with the zeros beside them, kept
+        sparse      on a GPU: kernels that decode in registers, the sparse units, or dense ones, by the number of tokens
+        blocks      kept blocks, on any device
     on a CPU
         made        eager, and in graphs where no unit multiplies bfloat16: C++ that decodes in registers, compiled when it is
                     first needed (made.py); 8 tokens where there are units, any number elsewhere
@@ -37,7 +41,7 @@ A product takes the first path in `PATHS` of its device that accepts it:
     in a graph that becomes an ONNX model
         standard_operators  those that ONNX has
 
-The paths themselves are in cpu.py, gpu.py, anywhere.py and onnx.py. What they know of a weight is its operand
+The paths themselves are in cpu.py, gpu.py, anywhere.py, sparse.py and onnx.py. What they know of a weight is its operand
 (ao/dtypes/operand.py), and never its format.
 
 Autograd: the weight is kept packed and decoded again in backward, so that a frozen quantized weight costs a training run
@@ -58,14 +62,19 @@ from ..dtypes import onnx_mode
 from ..dtypes.base import OPS, QTensor, as_bytes
 from ..dtypes.ops import gather
 from ..dtypes.pieces import is_eager
-from . import anywhere, cpu, gpu, onnx
+from . import anywhere, cpu, gpu, onnx, sparse
 from .form import key_of
 from .path import Path, Product
 from .shared_graph import inlined
 
 aten = torch.ops.aten
 
-PATHS: dict[str, tuple[Path, ...]] = {"cpu": cpu.PATHS, "cuda": gpu.PATHS, "onnx": onnx.PATHS, "": anywhere.PATHS}
+PATHS: dict[str, tuple[Path, ...]] = {
+    "cpu": (*sparse.CPU, *cpu.PATHS),
+    "cuda": (*sparse.GPU, *gpu.PATHS),
+    "onnx": onnx.PATHS,
+    "": (*sparse.ANYWHERE, *anywhere.PATHS),
+}
 """The paths of each type of device, in the order in which they are asked; then come those of "", which any device has."""
 
 

@@ -12,9 +12,11 @@ from .algorithms.bias_correction import BiasCorrection
 from .algorithms.clip import Clip
 from .algorithms.gptq import GPTQ
 from .algorithms.hqq import HQQ
+from .algorithms.pruning import Magnitude, Sparsity, Wanda
 from .algorithms.recipe import Recipe, RoundToNearest
 from .algorithms.rotation import RotationPlan, rotate_, rotation_plan
 from .algorithms.smoothquant import SmoothQuant
+from .algorithms.sparsegpt import SparseGPT
 from .autoquant.candidates import (
     ALL_AUTOQUANT_CLASS_LIST,
     DEFAULT_AUTOQUANT_CLASS_LIST,
@@ -40,6 +42,7 @@ from .granularity import (
     ZeroPointDomain,
 )
 from .presets import (
+    BlockSparseWeightConfig,
     Float8DynamicActivationFloat8WeightConfig,
     Float8StaticActivationFloat8WeightConfig,
     Float8WeightOnlyConfig,
@@ -57,6 +60,7 @@ from .presets import (
     NF4WeightOnlyConfig,
     NVFP4DynamicActivationNVFP4WeightConfig,
     NVFP4WeightOnlyConfig,
+    SemiSparseWeightConfig,
     TernaryWeightOnlyConfig,
     UIntXWeightOnlyConfig,
 )
@@ -75,6 +79,7 @@ __all__: list[str] = [
     "OTHER_AUTOQUANT_CLASS_LIST",
     "AutoquantReport",
     "BiasCorrection",
+    "BlockSparseWeightConfig",
     "Clip",
     "Config",
     "FPXWeightOnlyConfig",
@@ -93,6 +98,7 @@ __all__: list[str] = [
     "IntxWeightOnlyConfig",
     "MXDynamicActivationMXWeightConfig",
     "MXFPWeightOnlyConfig",
+    "Magnitude",
     "MappingType",
     "ModuleFqnToConfig",
     "NF4WeightOnlyConfig",
@@ -108,12 +114,16 @@ __all__: list[str] = [
     "Report",
     "RotationPlan",
     "RoundToNearest",
+    "SemiSparseWeightConfig",
     "Sensitivity",
     "SmoothQuant",
+    "SparseGPT",
+    "Sparsity",
     "SpecConfig",
     "Statistics",
     "TernaryWeightOnlyConfig",
     "UIntXWeightOnlyConfig",
+    "Wanda",
     "ZeroPointDomain",
     "autoquant",
     "benchmark_model",

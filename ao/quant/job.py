@@ -191,7 +191,7 @@ def check(job: Job) -> None:
             f"{job.fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
             "FromIntXQuantizationAwareTrainingConfig() first"
         )
-    check_values(job.fqn, job.parameter, job.spec)
+    check_values(job.fqn, job.parameter, None if job.recipe.prunes else job.spec)
 
 
 def check_values(fqn: str, weight: Tensor, spec: Spec | None = None) -> None:

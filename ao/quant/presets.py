@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..dtypes import (
     NVFP4,
+    BlockSparse,
+    BlockSparseLayout,
     Codebook,
     Float8,
     FloatX,
@@ -21,8 +23,11 @@ from ..dtypes import (
     Int4Prepacked,
     Intx,
     Layout,
+    MarlinSparseLayout,
     MXInt,
     PlainLayout,
+    SemiSparseLayout,
+    Sparse24,
     Spec,
     TensorCoreTiledLayout,
     Ternary,
@@ -103,6 +108,43 @@ def _pair(config: Config, granularity: Any) -> tuple[Granularity, Granularity]:
     return pair
 
 
+def _sparse(layout: Layout, values: Spec) -> Spec:
+    """The Spec of a weight that leaves out zeros, whose numbers are stored as `values`; values itself for the plain layout."""
+    if isinstance(layout, BlockSparseLayout):
+        return BlockSparse((layout.blocksize, layout.blocksize), values)
+    return Sparse24(values) if isinstance(layout, (SemiSparseLayout, MarlinSparseLayout)) else values
+
+
+@dataclass(frozen=True)
+class SemiSparseWeightConfig(Config):
+    """2:4 weights in their own dtype, 9 bits per element of a 16-bit one: `Sparse24()`, for weights that are 2:4.
+
+    alg_id: accepted because other libraries have it. The algorithm is the one that was fastest for the shape.
+    """
+
+    alg_id: int = 0
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return Sparse24()
+
+
+@dataclass(frozen=True)
+class BlockSparseWeightConfig(Config):
+    """Weights whose blocks of zeros are left out: `BlockSparse(blocksize)`.
+
+    blocksize: rows and columns of a block.
+    """
+
+    blocksize: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _size(self, "blocksize")
+
+    def weight(self, shape: tuple[int, ...]) -> Spec:
+        return BlockSparse((self.blocksize, self.blocksize))
+
+
 @dataclass(frozen=True)
 class Int8WeightOnlyConfig(Config):
     """Symmetric int8 weights: 8 + 32 / block bits per element.
@@ -131,7 +173,8 @@ class Int4WeightOnlyConfig(Config):
 
     group_size: elements of a row that share a scale.
     layout: PlainLayout(), or a device's own: TensorCoreTiledLayout() (CUDA, bfloat16), Int4CPULayout(). Int4XPULayout()
-        is the plain one.
+        is the plain one. MarlinSparseLayout() is for weights that are 2:4, symmetric, with group_size 128 or -1:
+        3 + 16 / group_size bits per element.
     zero_point_domain: INT (an 8-bit zero point, 0 is exact), FLOAT (32 bits), NONE for the usual one of the layout and the
         algorithm.
     use_hqq: another way to say algorithm="hqq".
@@ -157,6 +200,14 @@ class Int4WeightOnlyConfig(Config):
                 f"Int4WeightOnlyConfig: {self.layout} stores float zero points; "
                 "use zero_point_domain=ZeroPointDomain.FLOAT or layout=PlainLayout()"
             )
+        sparse = isinstance(self.layout, MarlinSparseLayout)
+        if isinstance(self.layout, (SemiSparseLayout, BlockSparseLayout)):
+            raise ValueError(f"Int4WeightOnlyConfig: {self.layout} is for int8 and float8; use MarlinSparseLayout()")
+        if sparse and (self.group_size not in (128, -1) or self.zero_point_domain is ZeroPointDomain.FLOAT):
+            raise ValueError(
+                "Int4WeightOnlyConfig: layout=MarlinSparseLayout() is symmetric, with group_size=128 or -1; for others give "
+                "Sparse24(Intx(4, ...)) in place of the config"
+            )
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         block = (1, self.group_size)
@@ -164,6 +215,8 @@ class Int4WeightOnlyConfig(Config):
             return Int4Prepacked("cuda", block, self.layout.inner_k_tiles)
         if isinstance(self.layout, Int4CPULayout):
             return Int4Prepacked("cpu", block)
+        if isinstance(self.layout, MarlinSparseLayout):
+            return Sparse24(Intx(4, block, symmetric=True, scale_dtype="bfloat16"))
         return Intx(4, block, signed=False, symmetric=False, **_zero_point(self, self.zero_point_domain))
 
     @functools.cached_property
@@ -175,7 +228,7 @@ class Int4WeightOnlyConfig(Config):
 class Int8DynamicActivationInt8WeightConfig(Config):
     """int8 weights and int8 activations, scaled anew at each call; the product runs on the integer units.
 
-    layout: PlainLayout().
+    layout: PlainLayout(), or for weights that leave out zeros SemiSparseLayout() (2:4) or BlockSparseLayout(blocksize).
     act_mapping_type: SYMMETRIC, or ASYMMETRIC for activations that are not centred.
     granularity: PerRow() (a scale per token and per output channel), PerTensor(), or a pair (activation, weight).
     """
@@ -186,12 +239,12 @@ class Int8DynamicActivationInt8WeightConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of(self, "layout", (PlainLayout,))
+        _one_of(self, "layout", (PlainLayout, SemiSparseLayout, BlockSparseLayout))
         _one_of(self, "act_mapping_type", tuple(MappingType))
         _pair(self, self.granularity)
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
-        return Intx(8, _pair(self, self.granularity)[1].block())
+        return _sparse(self.layout, Intx(8, _pair(self, self.granularity)[1].block()))
 
     def act(self) -> Spec:
         return Intx(8, _pair(self, self.granularity)[0].block(), **_mapping(self.act_mapping_type))
@@ -376,20 +429,24 @@ class Float8DynamicActivationFloat8WeightConfig(Config):
 
     activation_dtype, weight_dtype: torch.float8_e4m3fn or torch.float8_e5m2.
     granularity: PerTensor() (None), PerRow(), or a pair (activation, weight).
+    layout: PlainLayout(), or SemiSparseLayout() for weights that are 2:4.
     """
 
     activation_dtype: torch.dtype = torch.float8_e4m3fn
     weight_dtype: torch.dtype = torch.float8_e4m3fn
     granularity: Granularity | tuple[Granularity, Granularity] | None = None
+    layout: Layout = PlainLayout()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _one_of(self, "layout", (PlainLayout, SemiSparseLayout))
         _one_of(self, "activation_dtype", tuple(FLOAT8_FORMATS))
         _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
         _pair(self, self.granularity or PerTensor())
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
-        return Float8(FLOAT8_FORMATS[self.weight_dtype], _pair(self, self.granularity or PerTensor())[1].block())
+        block = _pair(self, self.granularity or PerTensor())[1].block()
+        return _sparse(self.layout, Float8(FLOAT8_FORMATS[self.weight_dtype], block))
 
     def act(self) -> Spec:
         return Float8(FLOAT8_FORMATS[self.activation_dtype], _pair(self, self.granularity or PerTensor())[0].block())

@@ -82,7 +82,7 @@ def quantize_(
         )
     if isinstance(config, str):
         config = read_format(config)
-    batches = None if calibration_data is None else _batches(calibration_data)
+    batches = None if calibration_data is None else batches_of(calibration_data)
     if isinstance(config, ModelConfig):
         return config.apply(model, filter_fn, batches)
     if isinstance(config, Conversion) and not isinstance(config, (Config, Spec)):
@@ -153,7 +153,8 @@ def _convert_layers(
     return report
 
 
-def _batches(data: Iterable[Batch]) -> list[Batch]:
+def batches_of(data: Iterable[Batch]) -> list[Batch]:
+    """The batches of `calibration_data`. Raises TypeError for what is one batch, ValueError where there is none."""
     if isinstance(data, (Tensor, dict)):
         raise TypeError(
             f"quantize_: calibration_data must be an iterable of batches, got one {type(data).__name__}; put it in a list"

@@ -7,10 +7,15 @@ from .bias_correction import BiasCorrection
 from .clip import Clip
 from .gptq import GPTQ
 from .hqq import HQQ
+from .pruning import Magnitude, Wanda
 from .recipe import Recipe, RoundToNearest
 from .smoothquant import SmoothQuant
+from .sparsegpt import SparseGPT
 
-RECIPES: tuple[type[Recipe], ...] = (RoundToNearest, Clip, HQQ, GPTQ, AWQ, SmoothQuant, BiasCorrection)
+RECIPES: tuple[type[Recipe], ...] = (
+    *(RoundToNearest, Clip, HQQ, GPTQ, AWQ, SmoothQuant, BiasCorrection),
+    *(Magnitude, Wanda, SparseGPT),
+)
 
 
 def parse_recipe(algorithm: str | Recipe, who: str = "algorithm") -> Recipe:

@@ -92,7 +92,7 @@ class GPTQ(Recipe):
         if h is None:
             return _without_data(weight, spec, "its Hessian is singular")
         target = seen.target.total if seen.target is not None and self.match_original else None
-        found = _Solver(spec, h, self, importance).run(weight, target)
+        found = Solver(spec, h, self, importance).run(weight, target)
         dead = int((importance == 0).sum())
         if dead:
             found.notes.append(
@@ -107,7 +107,7 @@ def _without_data(weight: Tensor, spec: Spec, why: str) -> Rounded:
     return Rounded(spec.round(weight, **qparams), qparams, notes=[f"fell back to a search without data: {why}"])
 
 
-class _Solver:
+class Solver:
     """GPTQ on one weight, in pieces of rows. Inside a piece, columns stand in the order of `h`."""
 
     def __init__(self, spec: Spec, h: Factored, recipe: GPTQ, importance: Tensor) -> None:
@@ -169,10 +169,14 @@ class _Solver:
             part -= q[:, :start] @ self.h.back(start, stop)
             u = self.h.within(start, stop)
             for j in range(stop - start):
-                column = self.spec.round(part[:, j : j + 1], **qparams[self.group[start + j]])
+                column = self.rounded(part, start, j, qparams)
                 q[:, start + j : start + j + 1] = column
                 part[:, j + 1 :].addmm_(column, u[j : j + 1, j + 1 :], alpha=-1)
         return q
+
+    def rounded(self, part: Tensor, start: int, j: int, qparams: list[Qparams]) -> Tensor:
+        """Column j of a block of columns that begins at `start`, rounded when its turn comes: (n, 1)."""
+        return self.spec.round(part[:, j : j + 1], **qparams[self.group[start + j]])
 
     def descend(self, left: Tensor, q: Tensor, qparams: list[Qparams]) -> None:
         """Round each column anew: q_j = round(q_j + left_j / H_jj), with left = (T - q) H. Both (n, K), in place."""
@@ -184,12 +188,14 @@ class _Solver:
             steps = self.h.diagonal[start:stop].reciprocal().tolist()
             for j in range(stop - start):
                 old = q[:, start + j : start + j + 1]
-                new = self.spec.round(
-                    torch.add(old, part[:, j : j + 1], alpha=steps[j]), **qparams[self.group[start + j]]
-                )
+                new = self.again(torch.add(old, part[:, j : j + 1], alpha=steps[j]), start + j, qparams)
                 part.addmm_(new - old, square[j : j + 1], alpha=-1)
                 old.copy_(new)
             left -= (q[:, start:stop] - before) @ rows
+
+    def again(self, column: Tensor, j: int, qparams: list[Qparams]) -> Tensor:
+        """Column j, (n, 1), rounded once more."""
+        return self.spec.round(column, **qparams[self.group[j]])
 
     def fit(self, left: Tensor, q: Tensor, qparams: Qparams) -> Qparams:
         """The qparams of least error for the codes of `q`, group after group; `left` and `q`, (n, K), are kept true.

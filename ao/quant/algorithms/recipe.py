@@ -63,6 +63,8 @@ class Recipe:
     """What it needs to know of the layer's input: names of `statistics.OBSERVERS`. Only `nn.Linear` layers have that."""
     name: ClassVar[str]
     """What `algorithm=` calls it."""
+    prunes: ClassVar[bool] = False
+    """Whether it makes zeros, so that a format which leaves out zeros takes what it makes of any weight."""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -1,0 +1,392 @@
+"""The products with weights that leave out zeros: two of four along K, or whole blocks.
+
+Decoding every zero at each product would take longer than a dense weight does. So, where it is faster, another form of the weight
+is made at first use and kept beside it, within `KEPT_BYTES` in all and never in files:
+
+    unfolded    the zeros beside the numbers, in the format that these have: what any product of that format takes. On a CPU, in
+                eager mode, for any number of tokens; on a GPU between FEW and MANY tokens, where sparse units lose
+    compressed  as NVIDIA's cuSPARSELt reads two of four, from MANY tokens on, with the algorithm that was fastest for the shape
+                when it was first multiplied
+
+A few tokens on a GPU are multiplied by kernels that decode in registers (kernels/two_of_four.py, kernels/kept_blocks.py).
+
+In a graph all of that is one operator: the choice is made when it runs, and what is kept is kept beside the first field.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dtypes.base import QTensor, Spec
+from ..dtypes.operand import Operand
+from ..dtypes.pairs import spread, unpack_codes
+from ..dtypes.pieces import is_eager
+from .anywhere import compiling, quantize_act, quantized_act, row_cast
+from .form import Form, form_of, leaves, made
+from .kernels.device import cuda_capability, has_kernels
+from .path import Path
+
+KEPT_BYTES = 2**34
+"""What is kept beside weights may take so much in all. Beyond, a weight is decoded at every call."""
+
+FEW = 8
+"""Up to so many tokens a GPU decodes in registers."""
+
+MANY = 256
+"""From so many tokens on NVIDIA's sparse units are faster than its dense ones."""
+
+
+class _Kept:
+    """Another form of a weight. It is counted as long as it lives, beside the first field of the weight."""
+
+    total = 0
+
+    def __init__(self, of: tuple[int, ...], form: Tensor | None) -> None:
+        self.of, self.form = of, form
+        self.bytes = 0 if form is None else sum(t.nbytes for t in leaves(form))
+        _Kept.total += self.bytes
+
+    def __del__(self) -> None:
+        type(self).total -= self.bytes
+
+
+def _beside(w: QTensor, name: str, make: Any) -> Tensor | None:
+    """`make()` once for a weight as it is now; None for a weight that does not tell when it changes, or beyond the budget."""
+    tensors = list(leaves(w))
+    if any(t.is_inference() for t in tensors):
+        return None
+    of = tuple(n for t in tensors for n in (t._version, t.data_ptr()))
+    kept: _Kept | None = tensors[0].__dict__.get(name)
+    if kept is None or kept.of != of:
+        if _Kept.total >= KEPT_BYTES:
+            return None
+        with torch.no_grad():
+            kept = _Kept(of, make())
+        setattr(tensors[0], name, kept)
+    return kept.form
+
+
+def operand_of(w: QTensor, kind: str) -> Operand | None:
+    """The operand of a weight (N, K) that is stored so, as rows of its own; else None."""
+    operand = w.spec.operand(w) if w.dim() == 2 and w.numel() else None
+    if operand is None or operand.kind != kind:
+        return None
+    return operand if kind == "blocks" or operand.codes.shape == (w.shape[0], w.shape[1] // 8) else None
+
+
+def _unfolded(w: QTensor) -> Tensor | None:
+    return _beside(w, "unfolded", lambda: w.spec.unfolded(w))
+
+
+# On a CPU.
+
+
+def unfolded_accepts(x: Tensor, w: QTensor) -> bool:
+    return is_eager(x, or_recorded=False) and operand_of(w, "sparse24") is not None
+
+
+def unfolded(x: Tensor, w: QTensor) -> Tensor:
+    """x @ w.T by the product of the format that the numbers have, with the zeros beside them."""
+    form = _unfolded(w)
+    if form is None:
+        return F.linear(quantized_act(x, w), w.decode(x.dtype))
+    if isinstance(form, QTensor):
+        return F.linear(x, form)
+    return F.linear(quantized_act(x, w), form.to(x.dtype))
+
+
+def blocks_accepts(x: Tensor, w: QTensor) -> bool:
+    return operand_of(w, "blocks") is not None
+
+
+def blocks(x: Tensor, w: QTensor) -> Tensor:
+    """The sum over the kept blocks of what each makes of its part of x: time in proportion to what is kept."""
+    operand = operand_of(w, "blocks")
+    assert operand is not None
+    n, kept = w.shape[0], operand.codes.shape[0]
+    wide = x.dtype if x.device.type != "cpu" or x.dtype == torch.float64 else torch.float32
+    rows = quantized_act(x, w).to(wide)
+    part = operand.part.decode(wide) if isinstance(operand.part, QTensor) else operand.part.to(wide)
+    size = part.shape[1]
+    part = part.view(kept, size, size).transpose(1, 2)
+    at = torch.searchsorted(
+        operand.scale[1:].contiguous(), torch.arange(kept, device=x.device, dtype=torch.int32), right=True
+    )
+    made = torch.bmm(
+        rows.unflatten(1, (-1, size)).transpose(0, 1).index_select(0, operand.codes), part
+    )  # (kept, M, size)
+    out = torch.zeros(n // size, x.shape[0], size, device=x.device)
+    out = out.index_add(0, at, made.float())
+    return out.transpose(0, 1).reshape(x.shape[0], n).to(x.dtype)
+
+
+CPU = (Path(unfolded_accepts, unfolded),)
+ANYWHERE = (Path(blocks_accepts, blocks),)
+
+
+# On a GPU.
+
+
+def sparse_accepts(x: Tensor, w: QTensor) -> bool:
+    if not has_kernels(x.device) or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if operand_of(w, "blocks") is not None:
+        return _reading(w) is not None
+    return operand_of(w, "sparse24") is not None
+
+
+def sparse(x: Tensor, w: QTensor) -> Tensor:
+    """x @ w.T by what is fastest for so many tokens."""
+    if compiling():
+        return torch.ops.ao.sparse_product(x.contiguous(), list(leaves(w)), _text(form_of(w)), w.shape[0])
+    return _on_gpu(x, w)
+
+
+def _on_gpu(x: Tensor, w: QTensor) -> Tensor:
+    operand, m = w.spec.operand(w), x.shape[0]
+    assert operand is not None
+    if m == 0:
+        return x.new_empty(0, w.shape[0])
+    if operand.kind == "blocks":
+        from .kernels import kept_blocks
+
+        reading, fields = _reading(w)  # type: ignore[misc]
+        rows = quantized_act(x, w).contiguous()
+        return kept_blocks.product(rows, operand.scale, operand.codes, w.shape[0], reading, fields)
+    if m >= MANY and has_sparse_units(x.device) and (y := _compressed_product(x, w, operand)) is not None:
+        return y
+    if m > FEW and (form := _unfolded(w)) is not None:
+        if isinstance(form, QTensor):
+            return F.linear(x, form)
+        return F.linear(quantized_act(x, w), form.to(x.dtype))
+    if (read := _reading(w)) is None:
+        return F.linear(quantized_act(x, w), w.decode(x.dtype))
+    from .kernels import two_of_four
+
+    rows, places = quantized_act(x, w).contiguous(), operand.codes
+    if m <= 2 and two_of_four.for_one_token(*read):
+        return two_of_four.gemv(rows, places, *read)
+    if m <= 64:
+        return two_of_four.few(rows, places, *read)
+    return F.linear(rows, two_of_four.decoded(places, *read, x.dtype))
+
+
+def _reading(w: QTensor) -> tuple[Any, Any] | None:
+    """How the kernels read what is there of a weight; None where they do not."""
+    from .kernels.reading import Reading, reading_of
+
+    operand = w.spec.operand(w)
+    assert operand is not None
+    part = operand.part
+    whole = all(t.is_contiguous() for t in (operand.codes, operand.scale))
+    if not whole or (operand.kind == "sparse24" and w.shape[1] % 64) or w.numel() >= 2**31:
+        return None
+    if isinstance(part, QTensor):
+        read = reading_of(part)
+    else:
+        (n, k), plain = part.shape, part.dtype.itemsize == 2 and part.is_contiguous()
+        read = (Reading(n, k, 16, "affine", 0, False, 0.0, 1, 1), (part, part, *[None] * 4)) if plain else None
+    if read is None or operand.kind == "sparse24":
+        return read
+    from .kernels import kept_blocks
+
+    return read if kept_blocks.takes(read[0]) else None
+
+
+GPU = (Path(sparse_accepts, sparse, operator=True),)
+"""The paths of a CPU, of any device and of a GPU, which come before others."""
+
+
+# NVIDIA's sparse units, by the operators that PyTorch has for cuSPARSELt.
+
+
+_CUSPARSELT = torch.backends.cusparselt.is_available()
+
+
+def has_sparse_units(device: torch.device) -> bool:
+    """Whether PyTorch was built with cuSPARSELt, for a chip that has the units: since Ampere."""
+    return _CUSPARSELT and cuda_capability(device) >= (8, 0)
+
+
+def _compressed_product(x: Tensor, w: QTensor, operand: Operand) -> Tensor | None:
+    """x @ w.T on the sparse units, in 8 bits where activation and weight are; None for shapes that they do not take."""
+    n, k = w.shape
+    if n % 32 or k % 32:
+        return None
+    act, part = row_cast(w), operand.part
+    eight = act is not None and not act.zero_point and isinstance(part, QTensor)
+    codes = _codes_of_eight_bits(part, act) if eight else None
+    if codes is None:
+        compressed = _beside(w, f"compressed_{x.dtype}", lambda: _compress(w, x.dtype))
+        return None if compressed is None else multiplied(compressed, quantized_act(x, w).contiguous())
+    compressed = _beside(w, "compressed", lambda: torch._cslt_compress(_spread(codes.codes, operand.codes)))
+    if compressed is None:
+        return None
+    q, columns = quantize_act(x, w), codes.scale.float().expand(n, 1).reshape(n).contiguous()
+    y = multiplied(compressed, q.codes.contiguous(), columns, torch.bfloat16)
+    return y.mul_(q.scale) if x.dtype == y.dtype else (y.float() * q.scale).to(x.dtype)
+
+
+def _codes_of_eight_bits(part: QTensor, act: Any) -> Operand | None:
+    """The operand of pairs that multiply as their codes do with such an activation."""
+    operand = part.spec.operand(part)
+    if operand is None or not operand.plain or not operand.by_row or operand.codes.dtype != act.dtype:
+        return None
+    return operand if act.dtype in (torch.int8, torch.float8_e4m3fn) else None
+
+
+def _spread(pairs: Tensor, places: Tensor) -> Tensor:
+    """Codes of a byte each in their places: (N, K)."""
+    return spread(pairs.view(torch.int8), unpack_codes(places)).view(pairs.dtype)
+
+
+def _compress(w: QTensor, dtype: torch.dtype) -> Tensor:
+    return torch._cslt_compress(w.decode(dtype).contiguous())
+
+
+def multiplied(compressed: Tensor, x: Tensor, alpha: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ w.T for a compressed w (N, K), times alpha (N,). x: (M, K), contiguous -> (M, N) in `dtype`."""
+    m = x.shape[0]
+    rows = F.pad(x, (0, 0, 0, -m % 16)) if m % 16 else x
+    algorithm = _algorithm(compressed, rows, alpha, dtype)
+    y = torch._cslt_sparse_mm(
+        compressed, rows.t(), alpha=alpha, out_dtype=dtype, transpose_result=True, alg_id=algorithm[0],
+        split_k=algorithm[1], split_k_mode=algorithm[2],
+    )  # fmt: skip
+    return y[:m] if m % 16 else y
+
+
+_ALGORITHMS: dict[Any, tuple[int, int, int]] = {}
+
+
+def _algorithm(
+    compressed: Tensor, rows: Tensor, alpha: Tensor | None, dtype: torch.dtype | None
+) -> tuple[int, int, int]:
+    """The number of cuSPARSELt's fastest algorithm, into how many parts it cuts K and how: searched once per shape."""
+    size = 1 << (rows.shape[0] - 1).bit_length()
+    key = compressed.device, compressed.shape, compressed.dtype, rows.shape[1], size, dtype, alpha is None
+    found = _ALGORITHMS.get(key)
+    if found is None:
+        if torch.cuda.is_current_stream_capturing():
+            return 0, 1, -1
+        found = _ALGORITHMS[key] = _searched(compressed, rows, alpha, dtype)
+    return found
+
+
+def _searched(
+    compressed: Tensor, rows: Tensor, alpha: Tensor | None, dtype: torch.dtype | None
+) -> tuple[int, int, int]:
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if search is not None:
+        algorithm, parts, mode, *_ = search(compressed, rows.t(), None, alpha, dtype, True)
+        return int(algorithm), int(parts), int(mode)
+    found = torch._cslt_sparse_mm_search(compressed, rows.t(), alpha=alpha, out_dtype=dtype, transpose_result=True)
+    return int(found), 1, -1
+
+
+# Weights that are pruned at every step of training.
+
+
+_ROWS = [tuple(float(i in pair) for i in range(4)) for pair in itertools.combinations(range(4), 2)]
+_PATTERNS = [sum(s, ()) for s in itertools.product(_ROWS, repeat=4) if all(sum(column) == 2 for column in zip(*s))]
+"""The 90 masks of 4 x 4 with two in each row and each column."""
+
+
+def transposable_mask(w: Tensor) -> Tensor:
+    """The mask of two of four along both dims that keeps the largest sum of magnitudes of each 4 x 4: (N, K) bool."""
+    (n, k), patterns = w.shape, torch.tensor(_PATTERNS, device=w.device)  # (90, 16)
+    tiles = w.detach().float().abs().view(n // 4, 4, k // 4, 4).transpose(1, 2).reshape(-1, 16)  # (tiles, 16)
+    best = (tiles @ patterns.t()).argmax(1)
+    mask = patterns[best].bool().view(n // 4, k // 4, 4, 4)
+    return mask.transpose(1, 2).reshape(n, k)
+
+
+def _on_sparse_units(w: Tensor) -> bool:
+    """Whether PyTorch's kernel prunes and compresses `w`."""
+    fits = w.dim() == 2 and w.dtype in (torch.bfloat16, torch.float16) and w.shape[0] % 64 == 0 and w.shape[1] % 64 == 0
+    return fits and w.is_cuda and has_sparse_units(w.device)
+
+
+def both_pruned(w: Tensor) -> Tensor:
+    """w (N, K) with two of four along both dims, as `pruned_both` has it."""
+    if _on_sparse_units(w):
+        *_, threads = torch._sparse_semi_structured_tile(w.contiguous(), "", False)
+        return torch._sparse_semi_structured_apply_dense(w.contiguous(), threads)
+    return torch.where(transposable_mask(w), w, 0)
+
+
+def pruned_both(w: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """w (N, K) with two of four along both dims, and its transpose: compressed for so many tokens, or plain."""
+    if _on_sparse_units(w) and tokens >= MANY:
+        return torch.ops.ao.pruned_both(w.contiguous())
+    pruned = both_pruned(w)
+    return pruned, pruned.t()
+
+
+def semi_sparse_product(x: Tensor, w: Tensor, n: int) -> Tensor:
+    """x @ w.T (M, n) of what `pruned_both` gives. x: (M, K), contiguous."""
+    if w.dtype == x.dtype and w.shape[1] == x.shape[1]:
+        return x @ w.t()
+    return torch.ops.ao.compressed_product(x, w, n)
+
+
+def _pruned_both(w: Tensor) -> tuple[Tensor, Tensor]:
+    packed, _, packed_t, *_ = torch._sparse_semi_structured_tile(w, "", False)
+    return packed.view(w.shape[0], -1), packed_t.view(w.shape[1], -1)
+
+
+def _compressed_shapes(w: Tensor) -> tuple[Tensor, Tensor]:
+    n, k = w.shape
+    return w.new_empty(n, k * 9 // 16), w.new_empty(k, n * 9 // 16)
+
+
+# The operator of graphs.
+
+
+def _text(form: Form) -> str:
+    """A form as a word."""
+    return json.dumps(_plain(form))
+
+
+def _plain(form: Form) -> list[Any]:
+    fields = [[name, None if inner is None else _plain(inner)] for name, inner in form.fields]
+    shape = [int(n) for n in form.shape]
+    return [form.spec.to_dict(), str(form.dtype).removeprefix("torch."), shape, form.whole, fields]
+
+
+@functools.cache
+def _form(text: str) -> Form:
+    """The inverse of `_text`."""
+    return _parsed(json.loads(text))
+
+
+def _parsed(plain: list[Any]) -> Form:
+    spec = Spec.from_dict(plain[0])
+    fields = tuple((name, None if inner is None else _parsed(inner)) for name, inner in plain[4])
+    return Form(spec.tensor_type, spec, getattr(torch, plain[1]), tuple(plain[2]), plain[3], fields)
+
+
+def _operator(x: Tensor, tensors: list[Tensor], form: str, n: int) -> Tensor:
+    return _on_gpu(x, made(_form(form), iter(tensors)))
+
+
+torch.library.define(
+    "ao::sparse_product", "(Tensor x, Tensor[] tensors, str form, int n) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.impl("ao::sparse_product", "CUDA", _operator)
+torch.library.register_fake("ao::sparse_product", lambda x, tensors, form, n: x.new_empty(x.shape[0], n))
+torch.library.define("ao::pruned_both", "(Tensor w) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+torch.library.impl("ao::pruned_both", "CUDA", _pruned_both)
+torch.library.register_fake("ao::pruned_both", _compressed_shapes)
+torch.library.define(
+    "ao::compressed_product", "(Tensor x, Tensor w, int n) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.impl("ao::compressed_product", "CUDA", lambda x, w, n: multiplied(w, x.contiguous()))
+torch.library.register_fake("ao::compressed_product", lambda x, w, n: x.new_empty(x.shape[0], n))

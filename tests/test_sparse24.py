@@ -1,0 +1,103 @@
+"""Two of four: what is stored, what is refused, and what a product makes of it."""
+
+import pytest
+import torch
+from cases import weight
+from test_dtypes import STRUCTURAL
+
+import ao
+from ao.dtypes import NF4, NVFP4, Float8, Intx, Sparse24, pairs
+from ao.quant import compute_error
+
+VALUES = [None, Intx(8), Intx(8, (-1, -1), symmetric=False), Intx(4, (1, 128)), Float8(), NF4, NVFP4]
+
+
+def pruned(shape=(128, 256), dtype=torch.float32, seed=0):
+    """A 2:4 weight."""
+    return Sparse24(prune=True).quantize(weight(shape, seed, dtype)).dequantize()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_plain_values_are_kept_as_they_are(dtype):
+    w = pruned(dtype=dtype)
+    q = Sparse24().quantize(w)
+    assert torch.equal(q.dequantize(), w) and q.pairs.dtype == dtype
+    assert q.nbytes_packed * 8 == w.numel() * (dtype.itemsize * 4 + 1)
+
+
+def test_the_largest_two_are_kept():
+    w = weight((64, 32))
+    w[0, :8] = torch.tensor([1.0, -1.0, 1.0, 1.0, 0.0, 0.0, 0.0, -3.0])  # equal ones, and fewer than two
+    w[1, 0] = torch.nan
+    q = Sparse24(prune=True).quantize(w)
+    size = w.nan_to_num(torch.inf).abs().view(-1, 4)
+    keep = (
+        torch.zeros_like(size)
+        .scatter_(1, size.sort(dim=1, descending=True, stable=True)[1][:, :2], 1)
+        .bool()
+        .view_as(w)
+    )
+    torch.testing.assert_close(q.dequantize(), torch.where(keep, w, 0), rtol=0, atol=0, equal_nan=True)
+
+
+def test_packing():
+    for groups in (2, 4, 16, 20, 64):
+        codes = torch.randint(0, 16, (3, groups), dtype=torch.uint8)
+        packed = pairs.pack_codes(codes)
+        assert packed.shape == (3, groups // 2) and torch.equal(pairs.unpack_codes(packed), codes)
+    assert pairs.unpack_codes(pairs.pack_codes(torch.empty(2, 0, dtype=torch.uint8))).shape == (2, 0)
+
+
+@pytest.mark.parametrize("values", VALUES, ids=str)
+def test_what_is_done_to_it_is_done_to_its_numbers(values):
+    q = Sparse24(values).quantize(pruned())
+    plain = q.dequantize()
+    error = (plain - pruned()).norm() / pruned().norm()
+    assert error == 0 if values is None else error < 0.12
+    for name, op in STRUCTURAL.items():
+        assert torch.equal(op(q).dequantize(), op(plain)), name
+    q.mul_(2)
+    assert compute_error(2 * plain, q.dequantize()) > 20
+    turned = q.t()
+    turned.copy_(pruned(seed=1).t())
+    assert torch.equal(q, q.spec.quantize(pruned(seed=1)))
+
+
+def test_what_is_not_two_of_four_is_an_error():
+    w = pruned()
+    w[3, 4:8] = 1
+    w[100, :4] = 1
+    q = Sparse24(Intx(8)).quantize(pruned())
+    before = q.clone()
+    for call in (Sparse24().quantize, Sparse24(Intx(8)).quantize, Sparse24(Float8()).check_range, q.copy_, q.add_):
+        with pytest.raises(ValueError, match=r"2 of the 8,192 groups of four have more than two .*prune_"):
+            call(w if call != q.add_ else w - q.dequantize())
+    assert torch.equal(q, before)
+    layer = torch.nn.Linear(256, 128)
+    with pytest.raises(ValueError, match=r"^weight: .*of the 8,192 groups"):
+        ao.quantize_(layer, Sparse24())
+    assert not isinstance(layer.weight, ao.QTensor)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        Sparse24().quantize(torch.zeros(4, 24))
+    with pytest.raises(ValueError, match="multiple of 4 along the last dim"):
+        Sparse24(Intx(8, (1, 2)))
+    with pytest.raises(ValueError, match="to Sparse24 rather than"):
+        Sparse24(Intx(8, act=Intx(8)))
+    with pytest.raises(TypeError, match="must be a Spec"):
+        Sparse24(4)
+
+
+@pytest.mark.parametrize("values", VALUES, ids=str)
+@pytest.mark.parametrize("act", [None, Intx(8)], ids=str)
+def test_products(values, act):
+    """And their gradients."""
+    x, w = weight((5, 256), 1), pruned()
+    q = Sparse24(values, act=act).quantize(w)
+    expected = (x if act is None else act.fake_quantize(x)) @ q.dequantize().t()
+    assert compute_error(expected, torch.nn.functional.linear(x, q)) > 50
+    x.requires_grad_()
+    torch.nn.functional.linear(x, q).sum().backward()
+    assert compute_error(q.dequantize().sum(0).expand_as(x), x.grad) > 50

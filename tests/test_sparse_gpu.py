@@ -1,0 +1,66 @@
+"""Sparse weights on a GPU: each kernel and the sparse units against plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import weight
+
+from ao import compute_error
+from ao.dtypes import NF4, NVFP4, BlockSparse, Float8, Intx, Sparse24
+from ao.matmul import path_name, sparse
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+VALUES = [
+    (None, None),
+    (Intx(4, (1, 128), symmetric=True, scale_dtype="bfloat16"), None),
+    (Intx(4, (1, 64)), None),
+    (Intx(8), None),
+    (Intx(8), Intx(8)),
+    (Float8(), Float8()),
+    (NF4, None),
+    (NVFP4, None),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("values", "act"), VALUES, ids=str)
+def test_two_of_four(values, act, dtype):
+    q = Sparse24(values, prune=True, act=act).quantize(weight((384, 1024), 0, dtype).cuda())
+    for m in (1, 2, 3, 8, 17, 100, 256, 300, 1000):
+        x = weight((m, 1024), 1, dtype).cuda()
+        expected = (x if act is None else act.fake_quantize(x)).float() @ q.dequantize().float().t()
+        assert path_name(x, q) == "sparse"
+        assert compute_error(expected, F.linear(x, q).float()) > 40, m
+    compiled = torch.compile(F.linear, dynamic=True)
+    for m in (1, 17, 300):
+        x = weight((m, 1024), 1, dtype).cuda()
+        assert compute_error(F.linear(x, q), compiled(x, q)) > 40
+
+
+@pytest.mark.parametrize("values", [None, Intx(8), Intx(4, (1, 64), symmetric=True), Intx(4, (1, 32))], ids=str)
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_kept_blocks(values, size):
+    w = weight((512, 1024), 0, torch.bfloat16).cuda()
+    keep = torch.rand(512 // size, 1024 // size, device="cuda") < 0.3
+    keep[1] = False
+    w = torch.where(keep.repeat_interleave(size, 0).repeat_interleave(size, 1), w, 0)
+    q = BlockSparse(size, values).quantize(w)
+    for m in (1, 2, 5, 17, 100, 300):
+        x = weight((m, 1024), 1, torch.bfloat16).cuda()
+        assert compute_error(x.float() @ q.dequantize().float().t(), F.linear(x, q).float()) > 40, m
+
+
+def test_what_is_kept_follows_the_weight():
+    q = Sparse24(prune=True).quantize(weight((384, 1024), 0, torch.bfloat16).cuda())
+    x = weight((300, 1024), 1, torch.bfloat16).cuda()
+    first = F.linear(x, q)
+    q.mul_(2)
+    assert compute_error(2 * first, F.linear(x, q)) > 40
+    before = sparse._Kept.total
+    assert before > 0
+    del q
+    assert sparse._Kept.total < before

@@ -34,7 +34,7 @@ def journey(call: Callable[[], object]) -> tuple[set[tuple[str, str]], set[str]]
 
 
 @pytest.mark.parametrize(
-    ("config", "functions", "files"), [(ao.Int4WeightOnlyConfig, 98, 22), (ao.Int8WeightOnlyConfig, 92, 22)]
+    ("config", "functions", "files"), [(ao.Int4WeightOnlyConfig, 97, 22), (ao.Int8WeightOnlyConfig, 90, 22)]
 )
 def test_quantize_one_layer(config, functions, files):
     def layer() -> nn.Module:

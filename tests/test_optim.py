@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import re
 import warnings
 from unittest import mock
@@ -439,6 +440,37 @@ def test_parameters_of_other_layouts():
     q.grad = torch.ones(64, 64)
     eager(AdamW8bit, [q], lr=0.5).step()
     assert (q.dequantize() - weight).mean() < -0.4
+
+
+def test_what_a_step_needs_is_found_once():
+    """And anew where states, memory or parameters are others: the numbers are those of an optimizer that always looks."""
+    results, kept = [], []
+    for forgets in (True, False):
+        torch.manual_seed(0)
+        m = model(torch.bfloat16)
+        optimizer = eager(AdamW8bit, m.parameters(), lr=1e-2)
+        for change in ("", "", "state", "memory", "unused", "", "load", ""):
+            if change == "state":
+                state = optimizer.state[m[0].bias]
+                state["exp_avg"] = state["exp_avg"] * 2
+            elif change == "memory":
+                m[0].weight.data = m[0].weight.detach() * 0.5
+            elif change == "load":
+                saved = copy.deepcopy(optimizer.state_dict())
+                saved["state"][0]["exp_avg"].blocks.scale.mul_(3)
+                optimizer.load_state_dict(saved)
+            for i, p in enumerate(m.parameters()):
+                p.grad = torch.ones_like(p) * (i + 1)
+            if change == "unused":
+                m[2].weight.grad = None
+            if forgets:
+                optimizer.__dict__.pop("_kept", None)
+            optimizer.step()
+            kept.append(optimizer._kept[0])
+        results.append(m)
+    assert same(*results)
+    found = kept[8:]
+    assert [a is b for a, b in itertools.pairwise(found)] == [True, False, False, False, False, False, True]
 
 
 # State dicts.

@@ -34,7 +34,7 @@ CONSUMERS = {"checkpoint"}
 # What the modules of ao/integrations are for; each is imported by whoever has the library.
 HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
 # What needs Triton or a C++ compiler, or is there for those, and is imported inside the functions that launch them.
-KERNELS = {"launch", "ampere", "hopper", "cast", "one_token", "operators", "reading", "template", "made"}
+KERNELS = {"adam_kernel", "launch", "ampere", "hopper", "cast", "one_token", "operators", "reading", "template", "made"}
 # Where the public names of ao are.
 ROOMS = {
     "dtypes",

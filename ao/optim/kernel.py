@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ao.dtypes import Spec
 
-from .parts import Part
+from .parts import Large, Part
 from .rows import Rows, field_names, in_memory, planes_of, read, reading, scales, to_planes, write
 from .stochastic_rounding import stochastic_round
 
@@ -117,6 +117,11 @@ COMPILED_PIECE = {"cpu": 2**18, "cuda": 2**30}
 def run(plan: Plan, part: Part, hyper: Tensor, noise: Tensor | None, compile: bool) -> None:
     """The step of a part, compiled or eagerly. noise: a row for each of its rows, where parameters are rounded at random."""
     kind = hyper.device.type
+    launch = _launch(plan, part) if compile and kind == "cuda" and isinstance(part, Large) else None
+    if launch is not None:
+        launch(part.grads(), hyper, noise)
+        part.finish()
+        return
     size = (COMPILED_PIECE if compile else EAGER_PIECE).get(kind, 2**24)
     if kind == "cpu":
         size *= torch.get_num_threads()
@@ -133,6 +138,18 @@ def run(plan: Plan, part: Part, hyper: Tensor, noise: Tensor | None, compile: bo
             steps[single] = _step(plan, single, [hyper, *tensors]) if compile else eagerly
         steps[single](hyper, *tensors)
     part.finish()
+
+
+def _launch(plan: Plan, part: Large) -> Any:
+    """One launch for all parameters of a part (adam_kernel.py), kept by it; None where no such kernel is for them."""
+    if part.launch is None or part.launch[0] != plan:
+        made = None
+        if torch.version.hip is None and torch.cuda.get_device_capability(part.device) >= (8, 0):
+            from . import adam_kernel  # which needs Triton
+
+            made = adam_kernel.AdamLaunch(plan, part) if adam_kernel.takes(plan, part) else None
+        part.launch = plan, made
+    return part.launch[1]
 
 
 def _pieces(plan: Plan, item: Rows, size: int) -> Iterable[Sequence[Tensor]]:

@@ -109,6 +109,8 @@ class Large(Part):
             copied = isinstance(mine, QTensor) or not mine.is_contiguous()
             self.views.append(None if copied else to_planes(mine, self.width, self.planes))
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self.launch: Any = None
+        """What a kernel for all of them keeps, with the plan that it is for."""
 
     def rows(self) -> list[Rows]:
         made = []

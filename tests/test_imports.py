@@ -49,6 +49,7 @@ KERNELS = {
     "two_of_four",
     "kept_blocks",
 }
+KERNELS = {"adam_kernel", "launch", "ampere", "hopper", "cast", "one_token", "operators", "reading", "template", "made"}
 # Where the public names of ao are.
 ROOMS = {
     "dtypes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import re
 import warnings
 from unittest import mock
@@ -32,6 +33,7 @@ from ao.optim import (
     stochastic_round,
 )
 from ao.optim import optimizer as optimizer_module
+from ao.optim.code_tables import code_tables
 from ao.optim.stochastic_rounding import stochastic_round_e4m3
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -441,6 +443,37 @@ def test_parameters_of_other_layouts():
     assert (q.dequantize() - weight).mean() < -0.4
 
 
+def test_what_a_step_needs_is_found_once():
+    """And anew where states, memory or parameters are others: the numbers are those of an optimizer that always looks."""
+    results, kept = [], []
+    for forgets in (True, False):
+        torch.manual_seed(0)
+        m = model(torch.bfloat16)
+        optimizer = eager(AdamW8bit, m.parameters(), lr=1e-2)
+        for change in ("", "", "state", "memory", "unused", "", "load", ""):
+            if change == "state":
+                state = optimizer.state[m[0].bias]
+                state["exp_avg"] = state["exp_avg"] * 2
+            elif change == "memory":
+                m[0].weight.data = m[0].weight.detach() * 0.5
+            elif change == "load":
+                saved = copy.deepcopy(optimizer.state_dict())
+                saved["state"][0]["exp_avg"].blocks.scale.mul_(3)
+                optimizer.load_state_dict(saved)
+            for i, p in enumerate(m.parameters()):
+                p.grad = torch.ones_like(p) * (i + 1)
+            if change == "unused":
+                m[2].weight.grad = None
+            if forgets:
+                optimizer.__dict__.pop("_kept", None)
+            optimizer.step()
+            kept.append(optimizer._kept[0])
+        results.append(m)
+    assert same(*results)
+    found = kept[8:]
+    assert [a is b for a, b in itertools.pairwise(found)] == [True, False, False, False, False, False, True]
+
+
 # State dicts.
 
 
@@ -699,6 +732,47 @@ def test_no_compiler_falls_back_to_eager_code(monkeypatch):
             train(m, AdamW8bit(m.parameters()), 1)
     finally:
         kernel.has_compiler.cache_clear()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("cls", [AdamW8bit, AdamW4bit, Adam8bit])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_one_launch_on_a_gpu_is_the_step_of_eager_code(cls, stochastic):
+    """Of all parameters at once, the last program of each beyond its end; gradients that are not contiguous or aligned."""
+    results = []
+    for compile in (True, False):
+        generator = torch.Generator("cuda").manual_seed(0)
+        make = functools.partial(torch.randn, device="cuda", generator=generator)
+        params = [nn.Parameter(make(n, 256).bfloat16()) for n in (16, 33, 100)]
+        optimizer = cls(params, lr=1e-2, weight_decay=0.1, bf16_stochastic_round=stochastic, compile=compile)
+        torch.manual_seed(1)
+        for _ in range(3):
+            for p in params:
+                p.grad = (make(p.shape) * 10 ** make(len(p), 1)).bfloat16()
+            params[0].grad = make(256, 16).bfloat16().t()
+            params[1].grad = make(33 * 256 + 1).bfloat16()[1:].view(33, 256)
+            optimizer.step()
+        (part,) = optimizer._kept[0]
+        assert compile == (part.launch is not None and part.launch[1] is not None)
+        states = [optimizer.state[p][name].blocks for p in params for name in ("exp_avg", "exp_avg_sq")]
+        results.append([*params, *(s.qdata for s in states), *(s.scale for s in states)])
+    for a, b in zip(*results):
+        assert ((a.float() - b.float()).abs() > 2e-6 * b.float().abs()).float().mean() < 1e-2
+        assert (a.float() - b.float()).abs().max() <= 0.02 * b.float().abs().max()
+
+
+@pytest.mark.parametrize("spec", [DynamicTree(8), DynamicTree(8, False), DynamicTree(4), PositiveSteps(4)], ids=repr)
+def test_tables_of_codes_are_the_map(spec):
+    tables = code_tables(spec, torch.device("cpu"))
+    values = torch.tensor(spec.values)
+    assert torch.equal(tables.values, values)
+    middle = ((values[1:] + values[:-1]) / 2).view(torch.int32)
+    near = torch.cat([(middle + d).view(torch.float32) for d in range(-3, 4)])
+    top = int(values[-1:].view(torch.int32))
+    anything = torch.randint(0, top, (2**16,), dtype=torch.int32).view(torch.float32)
+    for x in (values, near, anything, -anything, torch.tensor([0.0, -0.0])):
+        assert torch.equal(tables.nearest(x), spec.nearest(x))
 
 
 def test_public_names():

@@ -46,7 +46,7 @@ class _Map:
     forward: entry = max(0, max over the lines), at most the largest entry, `top` in bits.
     inverse: of the entry; its integer part is j. `floor`, in bits: its value at 0.
     last: the line by which j passes from the last entry of the last decade to that of the largest entry.
-    end: j of the largest entry. Numbers beyond the map take its ends.
+    end: j of the largest entry, in bits. Numbers beyond the map take its ends. past: half more, in bits.
     """
 
     entries: tuple[float, ...]
@@ -58,6 +58,7 @@ class _Map:
     top: int
     floor: int
     end: int
+    past: int
 
 
 def _map(bits: int, signed: bool) -> _Map:
@@ -92,7 +93,8 @@ def _map(bits: int, signed: bool) -> _Map:
         (steep, end + 0.2 - steep * middle),
         _bits(top),
         _bits(inverse[0][1]),
-        end,
+        _bits(end),
+        _bits(end + 0.5),
     )
 
 
@@ -125,10 +127,10 @@ class DynamicTree(Mapped):
 
     def entries(self, codes: Tensor) -> Tensor:
         """values[codes], float32: looked up in eager code, computed in compiled code."""
+        if is_eager(codes, or_recorded=False):
+            return _table(self.bits, self.signed, codes.device)[codes.int()]
         if reads_no_bits():
             return look_up(torch.tensor(self.values, device=codes.device), codes)
-        if is_eager(codes):
-            return _table(self.bits, self.signed, codes.device)[codes.int()]
         form = _MAPS[self.bits, self.signed]
         rank = codes.float() - form.zero if self.signed else codes.float()
         r = rank.abs() - form.center if self.signed else rank - form.center
@@ -145,9 +147,9 @@ class DynamicTree(Mapped):
         size = x.abs() if self.signed else x
         place = _outermost(torch.minimum, size, form.inverse)  # j and a fraction
         if self.signed:
-            place = place.clamp(max=_bits(form.end) - 1)  # the maximum has no negative
+            place = place.clamp(max=form.end - 1)  # the maximum has no negative
         place = torch.maximum(place, (x * form.last[0] + form.last[1]).view(torch.int32))
-        place = place.clamp(None if self.signed else form.floor, _bits(form.end + 0.5))
+        place = place.clamp(None if self.signed else form.floor, form.past)
         # Between the last entry of a decade and the first of the next, whose steps are five times as wide, the middle is a
         # fifth of a step beyond the decade: where the place less 0.2 falls below a power of two, the entry below is nearer.
         # So the place is at most the last number below the power of two that comes after the place less 0.2.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ao.dtypes import Spec
 
+from .parts import Large, Part
 from .rows import Rows, field_names, in_memory, planes_of, read, reading, scales, to_planes, write
 from .stochastic_rounding import stochastic_round
 
@@ -55,7 +56,7 @@ class Plan:
     @functools.cached_property
     def planes(self) -> int:
         """In how many planes the parameters come."""
-        return planes_of([spec for _, spec in self.states])
+        return planes_of(tuple(spec for _, spec in self.states))
 
     @functools.cached_property
     def by_row(self) -> tuple[bool, ...]:
@@ -98,8 +99,9 @@ def update_rows(plan: Plan, rows: Rows, h: Mapping[str, Tensor]) -> None:
         write(spec, fields, wide, qparams, slow=name == "exp_avg_sq")
     if rows.noise is not None:
         seed, start = rows.noise.unbind()
-        index = torch.arange(rows.count * rows.width, dtype=torch.int32, device=seed.device) + start
-        places = to_planes(index, rows.width, plan.planes) if plan.planes > 1 else [index.view_as(new[0])]
+        count, width = rows.shape
+        index = torch.arange(count * width, dtype=torch.int32, device=seed.device) + start
+        places = to_planes(index, width, plan.planes) if plan.planes > 1 else [index.view_as(new[0])]
         new = [stochastic_round(value, seed, place) for value, place in zip(new, places)]
     for target, value in zip(rows.params, new):
         target.copy_(value)
@@ -112,12 +114,21 @@ COMPILED_PIECE = {"cpu": 2**18, "cuda": 2**30}
 """The same with one. A CPU keeps the values before rounding in its cache: so many per thread. 32-bit indices for a GPU."""
 
 
-def run(plan: Plan, items: Sequence[Rows], hyper: Tensor, compile: bool) -> None:
-    """The step of parameters of one dtype, compiled or eagerly."""
+def run(plan: Plan, part: Part, hyper: Tensor, noise: Tensor | None, compile: bool) -> None:
+    """The step of a part, compiled or eagerly. noise: a row for each of its rows, where parameters are rounded at random."""
     kind = hyper.device.type
+    launch = _launch(plan, part) if compile and kind == "cuda" and isinstance(part, Large) else None
+    if launch is not None:
+        launch(part.grads(), hyper, noise)
+        part.finish()
+        return
     size = (COMPILED_PIECE if compile else EAGER_PIECE).get(kind, 2**24)
     if kind == "cpu":
         size *= torch.get_num_threads()
+    items = part.rows()
+    if noise is not None:
+        for rows, each in zip(items, noise):
+            rows.noise = each
     steps: dict[bool, Callable[..., None]] = {}
     for tensors in itertools.chain.from_iterable(_pieces(plan, item, size) for item in items):
         # One row is another graph: a compiler takes a size of 1 for a fact.
@@ -126,20 +137,33 @@ def run(plan: Plan, items: Sequence[Rows], hyper: Tensor, compile: bool) -> None
             eagerly = functools.partial(_step_eagerly, plan)
             steps[single] = _step(plan, single, [hyper, *tensors]) if compile else eagerly
         steps[single](hyper, *tensors)
+    part.finish()
+
+
+def _launch(plan: Plan, part: Large) -> Any:
+    """One launch for all parameters of a part (adam_kernel.py), kept by it; None where no such kernel is for them."""
+    if part.launch is None or part.launch[0] != plan:
+        made = None
+        if torch.version.hip is None and torch.cuda.get_device_capability(part.device) >= (8, 0):
+            from . import adam_kernel  # which needs Triton
+
+            made = adam_kernel.AdamLaunch(plan, part) if adam_kernel.takes(plan, part) else None
+        part.launch = plan, made
+    return part.launch[1]
 
 
 def _pieces(plan: Plan, item: Rows, size: int) -> Iterable[Sequence[Tensor]]:
     """The tensors of `item`, cut into pieces of at most `size` elements, all about as long."""
     tensors = item.tensors()
-    rows = item.count
-    count = math.ceil(rows / max(size // item.width, 1)) if rows else 1
+    rows, width = item.shape
+    count = math.ceil(rows / max(size // width, 1)) if rows else 1
     if count == 1:
         return [tensors]
     length = math.ceil(rows / count)
     starts = range(0, rows, length)
     parts = [t.split(length) if by_row else [t] * len(starts) for t, by_row in zip(tensors, plan.by_row)]
     if item.noise is not None:
-        positions = [(start * item.width + 2**31) % 2**32 - 2**31 for start in starts]  # they wrap around
+        positions = [(start * width + 2**31) % 2**32 - 2**31 for start in starts]  # they wrap around
         moved = torch.tensor([[0, position] for position in positions], dtype=torch.int32)
         parts[-1] = (item.noise + moved.to(item.noise.device)).unbind()
     return zip(*parts)

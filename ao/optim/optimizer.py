@@ -13,15 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ao.dtypes import Flat, FlatTensor, QTensor, Spec
 
 from .conversion import Kept, keep, kept_states, torch_form
-from .joined import JOINED, Joined, joined
 from .kernel import Plan, has_compiler, run
-from .rows import Fields, Rows, planes_of, row, state_fields, to_planes
-from .sharded import grad_like, local, shard_like
+from .parts import Part, parts_of
+from .rows import row
+from .sharded import local, shard_like
 
 SMALL = 4096
 """A parameter with fewer elements keeps full-precision states: they take little, and biases and norms are sensitive."""
@@ -30,7 +29,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 FullPrecision = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 Formats = Mapping[str, Callable[[int], Spec]]
-Run = Callable[[], None]
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -192,119 +190,63 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        runs: list[Run] = []
-        for i, group in enumerate(self.param_groups):
-            used = [(index, p) for index, p in enumerate(group["params"]) if p.grad is not None]
-            for _, p in used:
-                if p.grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not take sparse gradients, and the parameter of shape {tuple(p.shape)} "
-                        "has one; use nn.Embedding(..., sparse=False), or give this parameter to torch.optim.SparseAdam"
-                    )
-            runs += self._prepare(i, group, used)
-        for each in runs:
-            each()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients, and the parameter of shape {tuple(p.shape)} "
+                    "has one; use nn.Embedding(..., sparse=False), or give this parameter to torch.optim.SparseAdam"
+                )
+        parts = [(group, part) for i, group in enumerate(self.param_groups) for part in self._parts(i, group)]
+        for group, part in parts:
+            self._update(group, part)
         return loss
 
-    def _prepare(self, group_index: int, group: dict[str, Any], used: list[tuple[int, Tensor]]) -> list[Run]:
-        """What to do for the `used` parameters (index, parameter) of a group. Makes their states, and changes nothing."""
+    def _parts(self, index: int, group: dict[str, Any]) -> Sequence[Part]:
+        """The parameters of a group that have a gradient, with their states, which are made here at the first step."""
         names = self.state_names(group)
-        whole: list[tuple[Tensor, dict[str, Any]]] = []
-        small: list[tuple[Tensor, dict[str, Any]]] = []
-        for index, p in used:
-            state = self.state[p]
-            if not state or any(name not in state for name in names):  # the first step, or amsgrad was switched on
-                sizes = [t.spec.block_size for t in map(local, state.values()) if isinstance(t, FlatTensor)]
-                made_as = {**group, "block_size": sizes[0]} if sizes else group
-                state = self.state[p] = {**self.new_state(p, self.specs(made_as, index)), **state}
-            mine = local(p)
-            if mine.numel() <= JOINED and not isinstance(mine, QTensor) and not _is_quantized(state, names):
-                small.append((p, state))
-            else:
-                whole.append((p, state))
-        return self._prepare_whole(group, names, whole) + self._prepare_small(group_index, group, names, small)
-
-    def _prepare_whole(
-        self, group: dict[str, Any], names: tuple[str, ...], used: list[tuple[Tensor, dict[str, Any]]]
-    ) -> list[Run]:
-        """One kernel per parameter, of a graph that all of them share."""
-        counts = (torch.stack([state["step"] for _, state in used]) + 1).tolist() if used else []
-        buckets: dict[Any, list[Rows]] = {}
-        written: list[tuple[Tensor, Tensor]] = []
-        for (p, state), count in zip(used, counts):
-            mine = local(p)
-            if mine.numel() == 0:
+        used: list[tuple[Tensor, dict[str, Any]]] = []
+        for i, p in enumerate(group["params"]):
+            if p.grad is None:
                 continue
-            states = [local(state[name]) for name in names]
-            specs = tuple(t.spec.inner if isinstance(t, FlatTensor) else None for t in states)
-            rows = _rows(mine, grad_like(p), states, specs, written)
-            stochastic = bool(group["bf16_stochastic_round"]) and rows.params[0].dtype == torch.bfloat16
-            key = (rows.count, count, specs, stochastic, mine.device, rows.params[0].dtype, rows.grads[0].dtype)
-            buckets.setdefault(key, []).append(rows)
-        runs: list[Run] = []
-        # The largest first: the compiler tunes a kernel for the first size that it sees.
-        for key in sorted(buckets, key=lambda key: -key[0]):
-            _, count, specs, stochastic, device, *_ = key
-            runs.append(self._run(group, tuple(zip(names, specs)), buckets[key], count, stochastic, device))
+            state = self.state.get(p)
+            if not state or any(name not in state for name in names):  # the first step, or amsgrad was switched on
+                state = self.state[p] = self._with_states(p, i, group, state or {})
+            used.append((p, state))
+        kept: dict[int, Sequence[Part]] = self.__dict__.setdefault("_kept", {})
+        kept[index] = parts_of(kept.get(index, ()), names, used)
+        return kept[index]
 
-        def finish() -> None:
-            for target, values in written:
-                target.copy_(values.view(target.shape))
-            torch._foreach_add_([state["step"] for _, state in used], 1.0)
+    def _with_states(self, p: Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with what it lacks, in blocks as large as those that it has."""
+        sizes = [t.spec.block_size for t in map(local, state.values()) if isinstance(t, FlatTensor)]
+        made_as = {**group, "block_size": sizes[0]} if sizes else group
+        return {**self.new_state(p, self.specs(made_as, index)), **state}
 
-        return [*runs, finish] if used else []
-
-    def _prepare_small(
-        self, group_index: int, group: dict[str, Any], names: tuple[str, ...], used: list[tuple[Tensor, dict[str, Any]]]
-    ) -> list[Run]:
-        """One kernel for all small parameters of a dtype."""
-        cache: dict[int, Sequence[Joined]] = self.__dict__.setdefault("_joined", {})
-        cache[group_index] = joined(cache.get(group_index, ()), names, used)
-        runs: list[Run] = []
-        for part in cache[group_index]:
-            stochastic = bool(group["bf16_stochastic_round"]) and part.param.dtype == torch.bfloat16
-            rows = Rows([part.param], [part.grad], [(t,) for t in part.states])
-            update = self._run(
-                group, tuple((name, None) for name in names), [rows], part.count + 1, stochastic, part.param.device
-            )
-            runs += [part.gather, update, part.scatter]
-        return runs
-
-    def _run(
-        self,
-        group: dict[str, Any],
-        specs: tuple[tuple[str, Spec | None], ...],
-        items: list[Rows],
-        count: float,
-        stochastic: bool,
-        device: torch.device,
-    ) -> Run:
+    def _update(self, group: dict[str, Any], part: Part) -> None:
+        """The step of a part, by the settings that its group has now."""
         lr = group["lr"]
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-        scalars = self.scalars(group, lr.detach().squeeze() if on_device else float(lr), count)
+        scalars = self.scalars(group, lr.detach().squeeze() if on_device else float(lr), part.steps[0].item() + 1)
+        stochastic = bool(group["bf16_stochastic_round"]) and part.dtype == torch.bfloat16
         plan = Plan(
             type(self).update,
             tuple(self.options(group).items()),
             tuple(scalars),
-            specs,
+            tuple(zip(part.names, part.specs)),
             bool(group["maximize"]),
             stochastic,
         )
-
-        def update() -> None:
-            values = [0.0 if isinstance(value, Tensor) else value for value in scalars.values()]
-            hyper = torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
-            for i, value in enumerate(scalars.values()):
-                if isinstance(value, Tensor):  # without waiting for the device
-                    hyper[i].copy_(value)
-            if stochastic:
-                noise = torch.zeros(len(items), 2, dtype=torch.int32)
-                noise[:, 0] = torch.randint(2**31 - 1, (len(items),))
-                for rows, each in zip(items, noise.to(device, non_blocking=True)):
-                    rows.noise = each
-            run(plan, items, hyper, self.compile and has_compiler(device.type))
-
-        return update
+        values = [0.0 if isinstance(value, Tensor) else value for value in scalars.values()]
+        hyper = torch.tensor(values, dtype=torch.float32).to(part.device, non_blocking=True)
+        for i, value in enumerate(scalars.values()):
+            if isinstance(value, Tensor):  # without waiting for the device
+                hyper[i].copy_(value)
+        noise = None
+        if stochastic:
+            noise = torch.zeros(part.kernels, 2, dtype=torch.int32)
+            noise[:, 0] = torch.randint(2**31 - 1, (part.kernels,))
+            noise = noise.to(part.device, non_blocking=True)
+        run(plan, part, hyper, noise, self.compile and has_compiler(part.device.type))
 
     # State dicts: conversion.py has what is done with them.
 
@@ -339,46 +281,6 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if self.torch_class is None:
             raise TypeError(f"torch.optim has no counterpart of {type(self).__name__}")
         return torch_form(self.state_dict(), self.torch_class, self.torch_states)
-
-
-def _is_quantized(state: dict[str, Any], names: tuple[str, ...]) -> bool:
-    return any(isinstance(local(state[name]), FlatTensor) for name in names)
-
-
-def _rows(
-    mine: Tensor,
-    grad: Tensor,
-    states: list[Tensor],
-    specs: tuple[Spec | None, ...],
-    written: list[tuple[Tensor, Tensor]],
-) -> Rows:
-    """The parameter of which this rank holds `mine`, as rows.
-
-    written: gets (parameter, new values) where the rows are a copy, since the parameter is quantized or not contiguous.
-    """
-    spec = next((spec for spec in specs if spec is not None), None)
-    width = None if spec is None else spec.block[-1]
-    values = mine.detach()
-    if isinstance(values, QTensor):
-        values = values.to(torch.float32).dequantize()
-    values = values.contiguous()
-    if isinstance(mine, QTensor) or not mine.is_contiguous():
-        written.append((mine.detach(), values))
-    planes = planes_of(specs)
-    fields = [(t.view(-1),) if spec is None else _fields(t, planes) for spec, t in zip(specs, states)]
-    return Rows(to_planes(values, width, planes), to_planes(grad.contiguous(), width, planes), fields)
-
-
-_views = WeakIdKeyDictionary()
-"""The fields of quantized states as `state_fields` makes them, while the states live: a view costs as much as a launch."""
-
-
-def _fields(state: Tensor, planes: int) -> Fields:
-    blocks = state.blocks  # type: ignore[attr-defined]
-    known = _views.get(blocks)
-    if known is None or known[0] != planes:
-        known = _views[blocks] = planes, state_fields(blocks, planes)
-    return known[1]
 
 
 def _leaves(t: Tensor) -> Iterable[Tensor]:

@@ -40,14 +40,10 @@ class Rows:
         return [*self.params, *self.grads, *(t for fields in self.states for t in fields), *noise]
 
     @property
-    def count(self) -> int:
-        """How many rows."""
-        return self.params[0].shape[0]
-
-    @property
-    def width(self) -> int:
-        """Elements of a row."""
-        return sum(t.numel() for t in self.params) // max(self.count, 1)
+    def shape(self) -> tuple[int, int]:
+        """How many rows, and the elements of a row."""
+        rows = self.params[0].shape[0]
+        return rows, self.params[0].numel() * len(self.params) // max(rows, 1)
 
 
 def row(spec: Spec, device: torch.device) -> QTensor:
@@ -67,7 +63,8 @@ def field_names(spec: Spec) -> tuple[str, ...]:
 # that a compiler makes one kernel of it all.
 
 
-def planes_of(specs: Sequence[Spec | None]) -> int:
+@functools.cache
+def planes_of(specs: tuple[Spec | None, ...]) -> int:
     """How many planes there are: 1, or 2 for states of 4 bits."""
     if not specs or not all(isinstance(spec, Mapped) and spec.bits == 4 for spec in specs):
         return 1
@@ -100,9 +97,10 @@ def read(spec: Spec | None, fields: Fields, params: Sequence[Tensor]) -> list[Te
         if _for_a_cpu(named["qdata"]):
             return [spec.numbers(named["qdata"]) * named["scale"]]
         named["qdata"] = named["qdata"].view(spec.dtype)
-    if len(params) == 1:
+    if not isinstance(spec, Mapped) or (spec.bits < 8 and len(params) == 1):  # several codes in a byte
         return [spec.wrap(named, torch.float32, params[0].shape).decode()]
-    assert isinstance(spec, Mapped)
+    if len(params) == 1:
+        return [spec.entries(named["qdata"]) * named["scale"]]
     # In 32 bits: vectors have no shifts of bytes.
     return [spec.entries((named["qdata"].to(torch.int32) >> 4 * i) & 15) * named["scale"] for i in range(len(params))]
 
@@ -111,10 +109,9 @@ def scales(spec: Spec | None, values: Sequence[Tensor]) -> dict[str, Tensor]:
     """The qparams of a state that becomes `values`, given by plane, and `inverse`, 1 / scale, where `write` wants it."""
     if spec is None:
         return {}
-    if len(values) == 1:
+    if not isinstance(spec, Mapped) or (spec.bits < 8 and len(values) == 1):
         known = dict(spec.choose_qparams(values[0], spec.grid(values[0].shape)))
     else:
-        assert isinstance(spec, Mapped)
         known = {"scale": spec.scale(_largest(values))}
     if isinstance(spec, (Mapped, Float8)):
         known["inverse"] = _inverse(known["scale"])
@@ -132,9 +129,9 @@ def write(
         fields[0].copy_(values[0])
         return
     made: dict[str, Any]
-    if len(values) > 1:
-        assert isinstance(spec, Mapped)
-        codes = (spec.nearest(x * known["inverse"]) << 4 * i for i, x in enumerate(values))
+    if isinstance(spec, Mapped) and (spec.bits == 8 or len(values) > 1):
+        codes = [spec.nearest(x * known["inverse"]) for x in values]
+        codes = [codes[0], *(c << 4 * i for i, c in enumerate(codes[1:], 1))]
         made = {"scale": known["scale"], "qdata": functools.reduce(torch.bitwise_or, codes).to(torch.uint8)}
     elif isinstance(spec, Float8) and spec.format == "e4m3":
         q = (values[0] * known["inverse"]).clamp(-spec.max, spec.max)
@@ -149,12 +146,13 @@ def write(
 
 
 def _largest(planes: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of each row, (rows, 1, 1)."""
+    """The largest magnitude of each row, (rows, 1) or of planes (rows, 1, 1)."""
     sizes = [x.abs() for x in planes]
+    inside = tuple(range(1, planes[0].dim()))
     if sizes[0].device.type == "cpu":
-        return functools.reduce(torch.maximum, sizes).amax((1, 2), keepdim=True)
+        return functools.reduce(torch.maximum, sizes).amax(inside, keepdim=True)
     # Bits are ordered as the numbers are, with NaN above all (ao/dtypes/blocks.py).
-    return functools.reduce(torch.maximum, (x.view(torch.int32) for x in sizes)).amax((1, 2), True).view(torch.float32)
+    return functools.reduce(torch.maximum, (x.view(torch.int32) for x in sizes)).amax(inside, True).view(torch.float32)
 
 
 def _inverse(scale: Tensor) -> Tensor:

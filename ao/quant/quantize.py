@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
@@ -98,18 +99,15 @@ def quantize_(
             "nothing was quantized: by default linear layers are; filter_fn, or a rule by name (FqnToConfig), takes others"
         )
     target = None if device is None else _there(device)
-    rows: dict[str, Row] = {}
-
-    def finish(job: Job, seen: Statistics | None) -> None:
-        rows[job.fqn] = quantize_job(job, seen, target, report)
-
     if batches is not None and any(job.needs for job in jobs):
         with restored_on_error(model, jobs, target):
+            finish = functools.partial(quantize_job, device=target, report=report)
             quantize_in_sequence(model, jobs, batches, target, finish)
+        place = {job.fqn: i for i, job in enumerate(jobs)}
+        report.rows.sort(key=lambda row: place[row.name])
     else:
         for job in progress(jobs, "quantize"):
-            finish(job, job.seen())
-    report.rows.extend(rows[job.fqn] for job in jobs)
+            quantize_job(job, job.seen(), target, report)
     for module in model.modules():
         module.__dict__.pop(ATTRIBUTE, None)
     if target is not None:
@@ -165,8 +163,8 @@ def batches_of(data: Iterable[Batch]) -> list[Batch]:
     return batches
 
 
-def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None, report: Report) -> Row:
-    """Quantize the parameter of a job, and install it. What is to be said of it goes to the notes of the report."""
+def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None, report: Report) -> None:
+    """Quantize the parameter of a job, and install it. What is to be said of it goes to the report."""
     old = job.parameter
     data = old.detach() if device is None else old.detach().to(device)
     new, found = job.quantize(data, seen)
@@ -175,7 +173,7 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
         if found.bias is not None and not _add_to_bias(job, found.bias):
             report.notes.append(f"{job.fqn}: its bias is not corrected: it would be beyond the range of {old.dtype}")
     job.install(nn.Parameter(new, requires_grad=False))
-    return job.row(old, new)
+    report.rows.append(job.row(old, new))
 
 
 def _add_to_bias(job: Job, bias: Tensor) -> bool:

@@ -36,6 +36,8 @@ CONSUMERS = {"checkpoint"}
 HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "transformers", "vllm"}
 # What needs Triton or a C++ compiler, or is there for those, and is imported inside the functions that launch them.
 KERNELS = {
+    "adam_kernel",
+    "adam_kernel",
     "launch",
     "ampere",
     "decode_attention",
@@ -49,7 +51,6 @@ KERNELS = {
     "two_of_four",
     "kept_blocks",
 }
-KERNELS = {"adam_kernel", "launch", "ampere", "hopper", "cast", "one_token", "operators", "reading", "template", "made"}
 # Where the public names of ao are.
 ROOMS = {
     "dtypes",

@@ -33,6 +33,7 @@ from . import graph_fields
 from .form import form_of
 from .linear import linear
 
+
 def _linear(x: Tensor, fields: list[Tensor], bias: Tensor | None, form: str) -> Tensor:
     """`linear` of a weight given as its fields."""
     return linear(x, _weight(fields, form), bias)

@@ -37,7 +37,6 @@ HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "t
 # What needs Triton or a C++ compiler, or is there for those, and is imported inside the functions that launch them.
 KERNELS = {
     "adam_kernel",
-    "adam_kernel",
     "launch",
     "ampere",
     "decode_attention",

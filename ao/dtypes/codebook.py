@@ -22,7 +22,7 @@ from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, expand, in_blocks, mean, to_blocks
 from .intx import Intx
 from .operand import Operand, look_up
-from .rounding import narrow, reciprocal, round_to
+from .rounding import narrow, reciprocal, round_to, uncontracted
 
 
 def _dynamic() -> tuple[float, ...]:
@@ -150,7 +150,7 @@ class Codebook(Spec):
         """The nearest multiples of the scale for `x` (float32)."""
         codes, table = self._codes(x, scale, offset)
         values = (to_blocks(look_up(table, codes), scale.shape) * in_blocks(dense(scale).float())).reshape(x.shape)
-        return values if offset is None else values + expand(offset, x.shape)
+        return values if offset is None else uncontracted(values) + expand(offset, x.shape)
 
     def operand(self, q: Any) -> Operand | None:
         """Codes into a table; None with an offset."""
@@ -193,7 +193,7 @@ class CodebookTensor(QTensor, spec=Codebook):
         codes = unpack(self.qdata, self.spec.bits, packed_dim(self.qdata.shape, self.shape), blocks)
         values = look_up(self.table, codes) * in_blocks(dense(self.scale).float())
         if self.offset is not None:
-            values = values.reshape(self.shape) + expand(self.offset, self.shape)
+            values = uncontracted(values).reshape(self.shape) + expand(self.offset, self.shape)
         return narrow(values, dtype).reshape(self.shape)
 
 

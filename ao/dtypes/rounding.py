@@ -48,6 +48,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def uncontracted(product: Tensor) -> Tensor:
+    """A finite product in float32, all bits of it, for a sum to follow: a compiler would have to contract across a maximum."""
+    return product.clamp(min=torch.finfo(torch.float32).min)
+
+
 _STEPS = 2.0**16
 
 

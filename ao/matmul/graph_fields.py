@@ -45,14 +45,12 @@ def kept(module: nn.Module, name: str) -> bool:
     """Put what `module` keeps of its quantized parameters right. False where `name` is none of them."""
     own = module.__dict__.setdefault("in_graph", {})
     now = {}
-    weight: Any
     for other, weight in module._parameters.items():
         if isinstance(weight, QTensor):
             if "in_graph" not in weight.__dict__:
-                weight.in_graph = {}
-                weight.on_new_data = _filled
+                weight.__dict__.update(in_graph={}, on_new_data=_filled)
                 _filled(weight)
-            now[other] = weight.in_graph
+            now[other] = weight.__dict__["in_graph"]
     if own.keys() - now:
         own.clear()
     own.update(now)
@@ -65,12 +63,12 @@ def forgotten(module: nn.Module) -> None:
         module.__dict__["in_graph"].clear()
 
 
-def _filled(weight: Any) -> None:
+def _filled(weight: QTensor) -> None:
     """The dict of a parameter, as its fields are now."""
     form, paths = registered(form_of(weight))
     fields = zip(map(key_of, paths), forms.leaves(weight))
-    weight.in_graph.clear()
-    weight.in_graph.update({"form": form, **dict(fields)})
+    weight.__dict__["in_graph"].clear()
+    weight.__dict__["in_graph"].update({"form": form, **dict(fields)})
 
 
 class _Trace:
@@ -85,8 +83,8 @@ def direct() -> bool:
 
 
 def met(context: Any) -> None:
-    """At compile time, in a frame with `self`, a module, `own`, its parameters, and `name`, which is one of them: whether the graph
-    can have the fields as the module keeps them, and the guard for it.
+    """At compile time, in a frame with `self`, a module, `own`, its parameters, and `name`, which is one of them: whether the
+    graph can have the fields as the module keeps them, and the guard for it.
 
     It cannot where the program has put another parameter in its place, as torch.func.functional_call does.
 

@@ -44,7 +44,7 @@ def key_of(path: tuple[str, ...]) -> str:
 def kept(module: nn.Module, name: str) -> bool:
     """Put what `module` keeps of its quantized parameters right. False where `name` is none of them."""
     own = module.__dict__.setdefault("in_graph", {})
-    now = {}
+    now: dict[str, Any] = {}
     for other, weight in module._parameters.items():
         if isinstance(weight, QTensor):
             if "in_graph" not in weight.__dict__:

@@ -80,14 +80,13 @@ def gemv(x: Tensor, w: QTensor) -> Tensor:
     against 4e-3 of bfloat16 itself), and the sum over the group is exact. An activation that is quantized by the defaults is
     quantized in the kernel; any other goes in as its codes, of which bfloat16 has every one.
     """
-    from .kernels import ampere  # Triton is there only with a GPU build of PyTorch
+    from .kernels import operators  # Triton is there only with a GPU build of PyTorch
 
-    product = ampere.gemv if compiling() else on_its_device(ampere.gemv)  # compiled code sees to that itself
     operand = w.spec.operand(w)
     if w.spec.act is None or _quantized_in_kernel(w, operand):
-        return product(x.contiguous(), *_weight(operand), w.spec.act is not None)
+        return operators.gemv(x.contiguous(), *_weight(operand), w.spec.act is not None)
     codes, scale = _codes(x, w)
-    return (product(codes, *_weight(operand), False).float() * scale).to(x.dtype)
+    return (operators.gemv(codes, *_weight(operand), False).float() * scale).to(x.dtype)
 
 
 def _codes(x: Tensor, w: QTensor) -> tuple[Tensor, Tensor]:
@@ -197,11 +196,7 @@ def gemv_codes_accepts(x: Tensor, w: QTensor) -> bool:
 
 def gemv_codes(x: Tensor, w: QTensor) -> Tensor:
     """As `gemv`, for integers of 1 to 7 bits, tables of 16 numbers and floats of 4 bits, with scales of any kind."""
-    from .kernels import one_token
-
-    reading, fields = _reading(w)
-    product = one_token.gemv if compiling() else on_its_device(one_token.gemv)
-    return product(quantized_act(x, w).contiguous(), *fields, reading.text)
+    return few(x, w)
 
 
 def gemv_codes_launch(x: Tensor, w: QTensor) -> Product:

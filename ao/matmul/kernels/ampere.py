@@ -9,6 +9,7 @@ No tile has fewer than 8 rows: Triton 3.6 stores a reduced tile of 4 rows wrongl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 from triton.language.extra.cuda import gdc_wait
 
 from .device import multiprocessors
@@ -434,25 +434,14 @@ def _gemv_kernel(
     return gemv_int_kernel, (cdiv(tiles, rounds),), constants
 
 
-@torch.library.triton_op("ao::gemv", mutates_args={})
 def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool) -> Tensor:
     """One token. x: (1, K), qdata: (N, K) one-byte or (N, K / 2) 4-bit, scale: (N, K / group) or (N, 1), zero_point alike
     -> (1, N).
 
     offset: what to add to zero_point. act: whether x is first quantized to 8 bits, as `Intx(8)` or `Float8()` do.
     """
-    # int: the kernel is made for one shape of the weight, also where the compiler would keep it open.
-    n, k, width, groups = int(qdata.shape[0]), int(x.shape[1]), int(qdata.shape[1]), int(scale.shape[1])
-    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
-    kernel, grid, constants = _gemv_kernel(
-        n, k, width, qdata.dtype, groups, zero_point is not None, offset, act, x.device
-    )
-    if qdata.dtype.is_floating_point:
-        wrap_triton(kernel)[grid](x, qdata, scale, out, n, **constants)
-    else:
-        zeros = scale if zero_point is None else zero_point
-        wrap_triton(kernel)[grid](x, qdata.view(torch.int32), scale, zeros, out, n, **constants)
-    return out
+    run = gemv_launch(qdata.shape[0], x.shape[1], qdata, scale, zero_point, offset, act)
+    return run(x, qdata, scale, zero_point)
 
 
 Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -462,12 +451,19 @@ Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 def gemv_launch(
     n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool
 ) -> Product:
-    """`gemv` in eager mode for weights of the form of these: what it decides is decided once."""
-    device, index = qdata.device, qdata.device.index
-    kernel, grid, constants = _gemv_kernel(
-        n, k, qdata.shape[1], qdata.dtype, scale.shape[1], zero_point is not None, offset, act, device
-    )
-    if qdata.dtype.is_floating_point:
+    """`gemv` for weights of the form of these: what it decides is decided once."""
+    zero = zero_point is not None
+    return _gemv_launch(n, k, qdata.shape[1], qdata.dtype, scale.shape[1], zero, offset, act, qdata.device)
+
+
+@functools.cache
+def _gemv_launch(
+    n: int, k: int, width: int, qdata_dtype: torch.dtype, groups: int, zero: bool, offset: int, act: bool,
+    device: torch.device,
+) -> Product:  # fmt: skip
+    index = device.index
+    kernel, grid, constants = _gemv_kernel(n, k, width, qdata_dtype, groups, zero, offset, act, device)
+    if qdata_dtype.is_floating_point:
         start = Launch(kernel, grid, **constants)
 
         def run_float(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

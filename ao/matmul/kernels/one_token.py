@@ -9,12 +9,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .ampere import _bytes, _fixed_point, _largest
 from .device import multiprocessors
 from .launch import Launch, cdiv, launch, power_of_two
-from .reading import Fields, Reading, reading_from
+from .reading import Fields, Reading
 from .template import _AFFINE, _MINIFLOAT, _TABLE, _numbers, _scale_of, _scales, given
 
 
@@ -349,22 +348,8 @@ def _gemv_constants(reading: Reading, device: torch.device) -> tuple[tuple[int],
     return (cdiv(tiles, rounds),), {"J": units, "num_warps": warps}
 
 
-@torch.library.triton_op("ao::gemv_codes", mutates_args={})
-def gemv(
-    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, outer_scale: Tensor | None,
-    outer_zero_point: Tensor | None, reading: str,
-) -> Tensor:  # fmt: skip
-    """One token, for weights of which `reads_one_token`. x: (1, K) -> (1, N)."""
-    r = reading_from(reading)
-    out = torch.empty(1, r.n, dtype=x.dtype, device=x.device)
-    fields = given((codes, scale, zero_point, table, outer_scale, outer_zero_point))
-    grid, tile = _gemv_constants(r, x.device)
-    wrap_triton(gemv_codes_kernel)[grid](x, *fields, out, r.n, **r.constants(zero_point is not None), **tile)
-    return out
-
-
 def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
-    """`gemv` in eager mode for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once."""
+    """One token, for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once."""
     device, n = fields[0].device, reading.n
     grid, tile = _gemv_constants(reading, device)
     start = Launch(gemv_codes_kernel, grid, **reading.constants(fields[2] is not None), **tile)
@@ -378,7 +363,7 @@ def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], 
 
 
 def gemv_each(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
-    """`gemv` for each of a few tokens, in one launch. x: (M, K), contiguous -> (M, N)."""
+    """One token or each of a few, in one launch, for weights whose reading is `for_one_token`. x: (M, K), contiguous -> (M, N)."""
     m, n = x.shape[0], reading.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     (programs,), tile = _gemv_constants(reading, x.device)

@@ -1,6 +1,7 @@
-"""The operators by which compiled graphs call the products of several tokens in ampere.py and hopper.py.
+"""The operators by which compiled graphs call the products of ampere.py, hopper.py and template.py.
 
-They are opaque to the compiler, so that one graph serves every number of tokens and the kernel is chosen at the call.
+They are opaque to the compiler, so that one graph serves every number of tokens and the kernel is chosen at the call. A kernel
+of Triton that the compiler sees would be parsed three times for every layer, which takes longer than all the rest.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[.
         return getattr(torch.ops.ao, name).default
 
     return define
+
+
+@_operator(
+    "gemv",
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act) -> Tensor",
+    lambda x, qdata, *_: x.new_empty(1, qdata.shape[0]),
+)
+def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool) -> Tensor:
+    """One token: `ampere.gemv`."""
+    return ampere.gemv(x, qdata, scale, zero_point, offset, act)
 
 
 @_operator(

@@ -363,7 +363,7 @@ def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], 
 
 
 def gemv_each(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
-    """One token or each of a few, in one launch, for weights whose reading is `for_one_token`. x: (M, K), contiguous -> (M, N)."""
+    """One token, or each of a few in one launch, for weights whose reading is `for_one_token`. x: (M, K) -> (M, N)."""
     m, n = x.shape[0], reading.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     (programs,), tile = _gemv_constants(reading, x.device)

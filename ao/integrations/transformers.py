@@ -44,10 +44,18 @@ from .foreign.checkpoint import ForeignCheckpoint, quantization_config
 from .mapped_memory import MappedFiles
 from .redirect import redirect
 from .stored_tensors import StoredTensors, only_safetensors
+from .transformers_kv_cache import QuantizedCache, enable_quantized_kv_cache
 from .transformers_layers import embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
 
-__all__ = ["AoConfig", "AoHfQuantizer", "QuantizationMethod", "mark_quantized"]
+__all__ = [
+    "AoConfig",
+    "AoHfQuantizer",
+    "QuantizationMethod",
+    "QuantizedCache",
+    "enable_quantized_kv_cache",
+    "mark_quantized",
+]
 
 
 class QuantizationMethod(str, Enum):

@@ -16,6 +16,7 @@ from ..dtypes.base import QTensor, Spec, quantize_fields, sources_digest
 from . import form as forms
 from .attention import attend
 from .form import Form, form_of
+from .shared_graph import shared, shared_tuple
 from .softmax_pieces import Exact, Sight
 
 _FORMS: dict[str, Form] = {}
@@ -37,10 +38,22 @@ def tensor_of(form: str, fields: Sequence[Tensor]) -> QTensor:
     return forms.made(_FORMS[form], iter(fields))
 
 
-def _encode(x: Tensor, form: str) -> list[Tensor]:
+@shared_tuple
+def _encoded(x: Tensor, form: str) -> tuple[Tensor, ...]:
     known = _FORMS[form]
     fields = quantize_fields(known.spec, x, known.spec.grid(x.shape))
-    return [t for name, _ in known.fields for t in forms.leaves(fields[name])]
+    return tuple(t for name, _ in known.fields for t in forms.leaves(fields[name]))
+
+
+def _encode(x: Tensor, form: str) -> list[Tensor]:
+    return list(_encoded(x, form))
+
+
+@shared
+def _attended(q: Tensor, k: QTensor, v: QTensor, *more: Any) -> Tensor:
+    start, stop, offset, window, mask, scale, softcap, sinks, *exact = more
+    others = [Exact(*exact[i : i + 3]) for i in range(0, len(exact), 3)]
+    return attend(q, k, v, Sight(start, stop, offset, window, mask), scale, softcap, sinks, others)
 
 
 def _attend(
@@ -59,9 +72,8 @@ def _attend(
     sinks: Tensor | None,
     exact: list[Tensor],
 ) -> Tensor:
-    sight = Sight(start, stop, offset, window, mask)
-    others = [Exact(*exact[i : i + 3]) for i in range(0, len(exact), 3)]
-    return attend(q, tensor_of(k_form, k), tensor_of(v_form, v), sight, scale, softcap, sinks, others)
+    more = start, stop, offset, window, mask, scale, softcap, sinks, *exact
+    return _attended(q, tensor_of(k_form, k), tensor_of(v_form, v), *more)
 
 
 def _define(name: str, schema: str, function: Any) -> Any:

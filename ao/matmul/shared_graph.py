@@ -39,11 +39,12 @@ _inline = ContextVar("inline", default=False)
 class _Subgraph:
     """What calls with arguments of one form share in a graph that is being traced.
 
-    function: of plain tensors; the compiler knows the subgraph again by it. result: shape, strides and dtype, if they are known.
+    function: of plain tensors; the compiler knows the subgraph again by it. result: shape, strides and dtype of each tensor that
+    it gives, if they are known.
     """
 
-    function: Callable[..., tuple[Tensor]]
-    result: tuple[Any, Any, torch.dtype] | None = None
+    function: Callable[..., tuple[Tensor, ...]]
+    result: list[tuple[Any, Any, torch.dtype]] | None = None
 
 
 _subgraphs: WeakKeyDictionary[Any, dict[Any, _Subgraph]] = WeakKeyDictionary()
@@ -54,9 +55,20 @@ def shared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     function: of tensors, QTensors and hashable constants; what it returns shares no memory with them.
     """
+    several = shared_tuple(lambda *args: (function(*args),))
 
     @functools.wraps(function)
     def call(*args: Any) -> Tensor:
+        return several(*args)[0]
+
+    return call
+
+
+def shared_tuple(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """`shared`, of a function that returns several tensors."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> tuple[Tensor, ...]:
         context = torch._guards.TracingContext.try_get()
         inline = _invoke is None or context is None or _inline.get() or torch.is_grad_enabled()
         if inline or torch.compiler.is_exporting():
@@ -71,13 +83,15 @@ def shared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         subgraph = subgraphs.setdefault(key, _Subgraph(_of_operands(function, args)))
         if get_proxy_mode() is None and subgraph.result is not None:
             # Nothing is recorded: the compiler asks what the result looks like, and does so several times for each call.
-            shape, stride, dtype = subgraph.result
-            return operands[0].new_empty_strided(shape, stride, dtype=dtype)
+            first = operands[0]
+            return tuple(
+                first.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in subgraph.result
+            )
         # A compiled subgraph knows of the symbols in shapes, such as of b * n rows, only those that it is given.
         env: Any = context.fake_mode and context.fake_mode.shape_env
         sizes = [env.create_symintnode(symbol, hint=None) for symbol in symbols]
-        (out,) = _invoke(subgraph.function, *operands, *sizes)
-        subgraph.result = out.shape, out.stride(), out.dtype
+        out = tuple(_invoke(subgraph.function, *operands, *sizes))
+        subgraph.result = [(t.shape, t.stride(), t.dtype) for t in out]
         return out
 
     return call
@@ -93,13 +107,15 @@ def inlined() -> Iterator[None]:
         _inline.reset(token)
 
 
-def _of_operands(function: Callable[..., Tensor], args: tuple[Any, ...]) -> Callable[..., tuple[Tensor]]:
+def _of_operands(
+    function: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]
+) -> Callable[..., tuple[Tensor, ...]]:
     """`function` of the plain tensors in `args`, and of symbols that need no place: they are in the shapes."""
 
-    def call(*operands: Any) -> tuple[Tensor]:
+    def call(*operands: Any) -> tuple[Tensor, ...]:
         rest = iter(operands)
         with inlined():  # a subgraph holds no other
-            return (function(*(_filled(a, rest) for a in args)),)
+            return function(*(_filled(a, rest) for a in args))
 
     return call
 

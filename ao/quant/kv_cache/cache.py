@@ -191,6 +191,23 @@ class KVCache:
         where = last - (last - torch.arange(size, device=self.device)) % size
         return begin, torch.where(where >= torch.clamp(begin, min=config.first), where, -1)
 
+    def read(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The first keys and values as numbers, (B, kv_heads, tokens, head_dim) in `dtype`: for attention that cannot read codes.
+        Positions that hold no token yet have some number."""
+        where = torch.arange(tokens, device=self.device)
+        plain = []
+        for i, q in enumerate((self.keys, self.values)):
+            x = q.dequantize()[:, :, :tokens].to(self.dtype)
+            if self.config.residual:
+                begin, _ = self._recent_positions()
+                x = torch.where((where >= begin)[:, None], self.recent[i][:, :, where % self.config.residual], x)
+            if self.config.first:
+                index = where.clamp(max=self.config.first)
+                x = torch.where((where < self.config.first)[:, None], self.first[i][:, :, index], x)
+            turn = self.turns[i]
+            plain.append(x if turn is None else rotated(x, turn.t()))
+        return plain[0], plain[1]
+
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens. Raises ValueError for more than there are, or than the residual window can take back."""
         if not 0 <= tokens <= int(self.length):

@@ -69,7 +69,7 @@ def tokens_of(spec: Spec) -> int:
 
 
 def _integers(bits: int, block: tuple[int, int]) -> Intx:
-    return Intx(bits, block, signed=False, symmetric=False, zero_point="float", scale_dtype="float16")
+    return Intx(bits, block, signed=False, symmetric=False, zero_point="float", scale_dtype="bfloat16")
 
 
 def _kivi(bits: int) -> KVCacheConfig:

@@ -29,7 +29,7 @@ import ao
 from ao.dtypes import Intx, Sparse24, Spec
 from ao.quant import SpecConfig
 from ao.quant.qat import QATConfig
-from ao.sparsity import SparseGPT, apply_fake_sparsity, prune_
+from ao.sparsity import SparseGPT, fake_sparsify_, prune_
 
 INT4 = Intx(4, (1, 128), symmetric=True, scale_dtype="bfloat16")
 INT3 = Intx(3, (1, 128), symmetric=True, scale_dtype="bfloat16")
@@ -107,7 +107,7 @@ class Bench:
         prune_(model, "sparsegpt", filter_fn=self.what.is_quantized, calibration_data=self.calibration)
         model = model.float().requires_grad_(True)
         model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
-        apply_fake_sparsity(model, self.what.is_quantized, decay=args.decay)
+        fake_sparsify_(model, self.what.is_quantized, decay=args.decay)
         data: Tensor = self.data[args.calibration_windows :]
         steps = train(Distillation(model, self.what.load(), args), data, end)
         ao.quantize_(model, QATConfig(step="convert"))

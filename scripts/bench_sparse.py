@@ -231,6 +231,29 @@ def train(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             row(f"train {name}", f"{out}x{features}", tokens, run, rows)
 
 
+def pieces(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """What a step of SemiSparseLinear is made of."""
+    from ao.matmul import pruned_both, semi_sparse_product, sparse
+
+    tokens = 13008
+    for out, features in ((4096, 1024), (1024, 4096)):
+        w = torch.randn(out, features, device=args.device, dtype=torch.bfloat16)
+        x = torch.randn(tokens, features, device=args.device, dtype=torch.bfloat16)
+        pruned, turned = pruned_both(w, tokens)
+        grad = torch.randn(tokens, out, device=args.device, dtype=torch.bfloat16)
+        cases: dict[str, Callable[[], Any]] = {
+            "prune": lambda w=w: pruned_both(w, tokens),  # type: ignore[misc]
+            "forward": lambda x=x, p=pruned, n=out: semi_sparse_product(x, p, n),  # type: ignore[misc]
+            "input gradient": lambda g=grad, t=turned, n=features: semi_sparse_product(g, t, n),  # type: ignore[misc]
+            "dense forward": lambda x=x, w=w: x @ w.t(),  # type: ignore[misc]
+            "dense input gradient": lambda g=grad, w=w: g @ w,  # type: ignore[misc]
+            "weight gradient": lambda g=grad, x=x: g.t() @ x,  # type: ignore[misc]
+        }
+        for name, call in cases.items():
+            row(name, f"{out}x{features}", tokens, lambda call=call: timed([call] * 5, args.device), rows)  # type: ignore[misc]
+        print(pruned.shape, turned.shape, sparse._ALGORITHMS, flush=True)
+
+
 def main() -> None:
     args = parse()
     if args.threads:
@@ -240,7 +263,7 @@ def main() -> None:
     print(facts, flush=True)
     rows: list[dict[str, Any]] = []
     for part in args.parts:
-        {"large": large, "ways": ways, "blocks": blocks, "train": train}[part](args, rows)
+        {"large": large, "ways": ways, "blocks": blocks, "train": train, "pieces": pieces}[part](args, rows)
     show(rows)
     if args.json:
         args.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")

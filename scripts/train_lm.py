@@ -6,6 +6,9 @@ trains one run per optimizer, all on the same batches from the same weights, and
 last steps, the loss on held-out files, bytes of state per parameter, peak memory, time. Each run has a folder in --out, with
 its log and its last checkpoint. A run that was killed goes on from there when the same command is given again, and comes to
 the same numbers, bit for bit on a CPU. Under torchrun the model and the optimizer are sharded with FSDP2.
+
+--sparse has all linear layers but the head compute with 2:4 weights: pruned at every step along rows and columns
+(SemiSparseLinear), or with "fake" along rows alone, with a decay of what is pruned (SR-STE).
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from lm_text import STDLIB, texts_of
 from optim_page import draw
 from torch import Tensor, nn
 
-from ao import optim
+from ao import is_linear, optim
+from ao.sparsity import SemiSparseLinear, fake_sparsify_, swap_linear_with_semi_sparse_linear
 from ao.train import PRECISIONS, convert_to_precision
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -60,6 +64,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optim", nargs="+", default=["adamw8bit"], choices=list(OPTIMIZERS), metavar="NAME")
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=list(PRECISIONS), metavar="NAME")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    parser.add_argument(
+        "--sparse", nargs="?", const="masks", choices=["masks", "fake"], help="2:4 weights; default: masks"
+    )
     parser.add_argument("--offload", action="store_true", help="states and steps on the host (CPUOffloadOptimizer)")
     parser.add_argument("--lr", type=float, default=2e-3, help="at its peak; default: 2e-3")
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -153,11 +160,13 @@ class Run:
     def __init__(self, args: argparse.Namespace, name: str, precision: str, ranks: Ranks, device: torch.device) -> None:
         self.args, self.ranks, self.device = args, ranks, device
         self.name = name if precision == "bf16" else f"{name}-{precision}"
+        self.name += f"-sparse-{args.sparse}" if args.sparse else ""
         self.name += "-offload" if args.offload else ""
         self.folder = args.out / self.name
         kept = ("lr", "weight_decay", "clip", "steps", "warmup", "batch", "length", "dim", "layers", "heads", "seed")
         self.settings = {key: getattr(args, key) for key in (*kept, "dtype", "offload")}
         self.settings |= {"optim": name, "precision": precision, "ranks": ranks.count}
+        self.settings |= {"sparse": args.sparse} if args.sparse else {}
         torch.manual_seed(args.seed)
         hidden = (args.dim * 8 // 3 + 31) // 32 * 32
         config = LlamaConfig(args.dim, args.layers, args.heads, args.heads, args.dim // args.heads, hidden, 256)
@@ -169,6 +178,11 @@ class Run:
         self.model.make_rotary(args.length)
         head = self.model.head
         convert_to_precision(self.model, precision, module_filter_fn=lambda module, _: module is not head)
+        sparse = {n: SemiSparseLinear for n, m in self.model.named_modules() if is_linear(m, n) and m is not head}
+        if args.sparse == "masks":
+            swap_linear_with_semi_sparse_linear(self.model, sparse)
+        elif args.sparse == "fake":
+            fake_sparsify_(self.model, lambda _, name: name in sparse)
         if ranks.count > 1:
             from torch.distributed.fsdp import fully_shard
 

@@ -232,24 +232,47 @@ def _sparsify():
     sparsify_(model(), semi_sparse_weight())
 
 
-def _sparse_training():
-    from ao.compat.torchao.sparsity.training import SemiSparseLinear
-
-    SemiSparseLinear.from_dense(nn.Linear(8, 8))
-
-
 @pytest.mark.parametrize(
-    "use",
-    [
-        lambda: quantize_(model(), tq.int8_dynamic_activation_int8_semi_sparse_weight()),
-        _sparse_int4,
-        _sparsify,
-        _sparse_training,
-    ],
+    "use", [lambda: quantize_(model(), tq.int8_dynamic_activation_int8_semi_sparse_weight()), _sparse_int4, _sparsify]
 )
-def test_what_is_not_here_says_what_to_use(use):
-    with pytest.raises(NotImplementedError, match="use "):
+def test_what_is_not_pruned_says_so(use):
+    with pytest.raises(ValueError, match="groups of four"):
         use()
+
+
+def test_sparsity():
+    from ao.compat.torchao.dtypes import MarlinSparseLayout
+    from ao.compat.torchao.sparsity import SupermaskLinear, WandaSparsifier, apply_fake_sparsity, sparsify_
+    from ao.compat.torchao.sparsity.training import (
+        SemiSparseLinear,
+        swap_linear_with_semi_sparse_linear,
+        swap_semi_sparse_linear_with_linear,
+    )
+    from ao.dtypes import Sparse24
+
+    for config in (
+        tq.int8_dynamic_activation_int8_semi_sparse_weight(),
+        tq.int4_weight_only(layout=MarlinSparseLayout()),
+    ):
+        m = model(k=128)
+        apply_fake_sparsity(m)
+        assert sparsify_(m, config) is m and isinstance(m[0].weight.spec, Sparse24)
+    m, x = model(), torch.randn(20, 128)
+    w = m[0].weight.detach().clone()
+    sparsifier = WandaSparsifier(0.5, semi_structured_block_size=4)
+    sparsifier.prepare(m, [{"tensor_fqn": "0.weight"}])
+    m(x)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    other = model()
+    ao.sparsity.prune_(other, "wanda", filter_fn=lambda _, name: name == "0", calibration_data=[x])
+    assert torch.equal(m[0].weight, other[0].weight) and not torch.equal(m[0].weight, w)
+    swap_linear_with_semi_sparse_linear(m, {"2": SemiSparseLinear})
+    assert type(m[2]) is SemiSparseLinear
+    swap_semi_sparse_linear_with_linear(m)
+    assert type(m[2]) is nn.Linear
+    with pytest.raises(NotImplementedError, match="use "):
+        SupermaskLinear(8, 8)
 
 
 def test_a_shape_that_does_not_fit_is_passed_over_with_a_note():

@@ -194,6 +194,14 @@ def test_losses_become_a_table(eager, threads, tmp_path):
     assert f"{rows[1]['loss']:.4f}" in table
 
 
+@pytest.mark.parametrize("sparse", ["masks", "fake"])
+def test_sparse_weights_are_trained(sparse, eager, threads, tmp_path):
+    words = [*TRAIN, "--out", str(tmp_path), "--steps", "6", "--optim", "adamw"]
+    (row,) = train_lm.main(train_lm.parse([*words, "--sparse", sparse]))
+    (dense,) = train_lm.main(train_lm.parse(words))
+    assert row["run"] == f"adamw-sparse-{sparse}" and row["losses"][0] != dense["losses"][0]
+
+
 def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [

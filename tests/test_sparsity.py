@@ -21,8 +21,8 @@ from ao.sparsity import (
     Sparsity,
     SparsitySchedule,
     Wanda,
-    apply_fake_sparsity,
     block_sparse_weight,
+    fake_sparsify_,
     int8_dynamic_activation_int8_semi_sparse_weight,
     prune_,
     semi_sparse_weight,
@@ -244,7 +244,7 @@ def test_sparse_in_training_is_sparse_in_inference():
 @pytest.mark.parametrize("act", [None, Intx(8)], ids=str)
 def test_fake_sparsity_and_quantization_at_once(act):
     model = mlp()
-    apply_fake_sparsity(model, values=INT4, act=act, decay=0.1)
+    fake_sparsify_(model, values=INT4, act=act, decay=0.1)
     w = model[0].weight
     x = batches()[0]
     model(x).sum().backward()

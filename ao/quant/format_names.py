@@ -62,10 +62,13 @@ ALIASES = {
 }
 """What others call them -> one of FORMATS, or an expression."""
 
-RECIPES = ("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction")
+RECIPES = (
+    *("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction"),
+    *("magnitude", "wanda", "sparsegpt"),
+)
 """Names of recipes, which may be joined by "+", and follow the name of a format: "int4-g128+gptq"."""
 
-WITHOUT_DATA = ("rtn", "clip", "hqq")
+WITHOUT_DATA = ("rtn", "clip", "hqq", "magnitude")
 """The recipes that need none to calibrate on."""
 
 PLAIN = ("bf16", "float32")

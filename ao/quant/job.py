@@ -49,6 +49,11 @@ class Job:
         return self.slots[0].parameter
 
     @property
+    def limits(self) -> Spec | None:
+        """The Spec that a weight must fit; None where the recipe makes it fit."""
+        return None if self.recipe.prunes else self.spec
+
+    @property
     def owners(self) -> list[nn.Module]:
         return [slot.owner for slot in self.slots]
 
@@ -191,7 +196,7 @@ def check(job: Job) -> None:
             f"{job.fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
             "FromIntXQuantizationAwareTrainingConfig() first"
         )
-    check_values(job.fqn, job.parameter, None if job.recipe.prunes else job.spec)
+    check_values(job.fqn, job.parameter, job.limits)
 
 
 def check_values(fqn: str, weight: Tensor, spec: Spec | None = None) -> None:

@@ -7,7 +7,7 @@ docs/sparsity.md says what it costs and where it pays.
 """
 
 from ..quant import BlockSparseWeightConfig, Magnitude, SemiSparseWeightConfig, SparseGPT, Sparsity, Wanda
-from .fake import SparsitySchedule, apply_fake_sparsity
+from .fake import SparsitySchedule, fake_sparsify_
 from .prune import PruneReport, prune_, sparsity_of
 from .sparsify import (
     block_sparse_weight,
@@ -33,8 +33,8 @@ __all__ = [
     "Sparsity",
     "SparsitySchedule",
     "Wanda",
-    "apply_fake_sparsity",
     "block_sparse_weight",
+    "fake_sparsify_",
     "int8_dynamic_activation_int8_semi_sparse_weight",
     "prune_",
     "semi_sparse_weight",

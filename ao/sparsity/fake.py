@@ -1,6 +1,6 @@
 """Fake sparsity: training a dense weight with the zeros, and the rounding, that it will have, on any device.
 
-It is quantization-aware training with the format `Sparse24(values, prune=True)`: `apply_fake_sparsity(model)`, train, and
+It is quantization-aware training with the format `Sparse24(values, prune=True)`: `fake_sparsify_(model)`, train, and
 `quantize_(model, QATConfig(step="convert"))` gives a model that computes the same. With `decay` what is pruned is also pulled
 towards zero (SR-STE, arXiv:2102.04010), so that fewer weights go back and forth.
 """
@@ -18,7 +18,7 @@ from ..quant.qat import QATConfig
 from ..quant.qat.layers import FakeQuantized
 
 
-def apply_fake_sparsity(
+def fake_sparsify_(
     model: nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     *,
@@ -52,7 +52,7 @@ class SparsitySchedule:
     def __init__(self, model: nn.Module, begin: int = 0, end: int | None = None) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, FakeQuantized) and isinstance(m.spec, Sparse24)]
         if not self.layers:
-            raise ValueError("SparsitySchedule: no layer has fake sparsity; call apply_fake_sparsity(model) first")
+            raise ValueError("SparsitySchedule: no layer has fake sparsity; call fake_sparsify_(model) first")
         self.specs = [m.spec for m in self.layers]
         self.begin, self.end, self.steps = begin, end, 0
         self._set()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .core.config import Translated
 
-ROOMS = ("ao", "ao.dtypes", "ao.optim", "ao.train", "ao.quant.qat")
+ROOMS = ("ao", "ao.dtypes", "ao.optim", "ao.train", "ao.quant.qat", "ao.sparsity")
 """Where a name of `ao` is looked for, the first before the others."""
 
 EQUIVALENTS = {
@@ -52,11 +52,14 @@ EQUIVALENTS = {
     "TorchAOBaseTensor": "ao.QTensor",
     "_auto_filter_for_recipe": "ao.train.auto_module_filter",
     "apply_spinquant": "ao.rotate_",
+    "WandaSparsifier": "ao.sparsity.Wanda",
+    "apply_fake_sparsity": "ao.sparsity.prune_",
     "autoquant": "ao.autoquant",
     "convert_to_float8_training": "ao.train.convert_to_float8_training",
     "flatten_tensor_state_dict": "ao.save",
     "int8_mixed_precision_training": "ao.train.int8_mixed_precision_training",
     "quantize_": "ao.quantize_",
+    "sparsify_": "ao.sparsity.sparsify_",
     "to_affine_quantized_intx": "ao.Intx",
     "to_affine_quantized_floatx": "ao.Float8",
     "to_nf4": "ao.dtypes.to_nf4",

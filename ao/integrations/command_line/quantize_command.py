@@ -27,6 +27,7 @@ from .tables import print_json
 from .texts import check_texts
 
 NAME = "quantize"
+PRUNERS = ("magnitude", "wanda", "sparsegpt")
 HELP = "quantize a Hugging Face model folder"
 DETAILS = """OUT_DIR is a folder that transformers loads after `import ao.integrations.transformers`, and appears when it is
 whole. MODEL_DIR is only read, one tensor at a time: the model may be larger than memory. The output head, and the embedding
@@ -36,11 +37,13 @@ that is tied to it, stay as they are unless --include-embedding says so. `ao for
   hqq                          needs no data, and still reads one tensor at a time
   gptq, awq, smoothquant, bias_correction, or several: awq+gptq
                                run the model, which has to fit in memory, on --data; on --device, a block at a time
+  magnitude, wanda, sparsegpt  with --sparsity 2:4, choose which two of four weights stay; the last two on --data
 
 examples:
   ao quantize Llama-3.1-8B Llama-3.1-8B-int4 --config int4-g128
   ao quantize Llama-3.1-8B out --config int4-g128 --recipe hqq
   ao quantize Llama-3.1-8B out --config 'Intx(bits=3, block=(1, 64))' --recipe awq+gptq --data notes.txt --device cuda
+  ao quantize Llama-3.1-8B out --config int4-g128 --sparsity 2:4 --recipe sparsegpt --data notes.txt
   ao quantize Llama-3.1-8B out --config int8 --skip lm_head model.layers.0 --report out.html --text wiki.json --latency 1 128"""
 
 
@@ -50,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FORMAT", help="a name such as int4-g128, or an expression")
     what.add_argument("--plan", type=Path, metavar="FILE.json", help="what `ao autoquant` has chosen, layer by layer")
+    parser.add_argument(
+        "--sparsity", choices=["2:4"], help="prune to two of four, and store those; by --recipe, or by magnitude"
+    )
     parser.add_argument("--recipe", metavar="NAME", help="how codes are found: rtn (the default), hqq, gptq, ...")
     parser.add_argument(
         "--data", type=Path, nargs="+", metavar="FILE", help="to calibrate on: plain text or a JSON list"
@@ -177,6 +183,12 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     # A format takes an eighth of 16 bits at least; what stays as it is, is not counted.
     check_space("OUT_DIR", args.out, sum(t.stop - t.start for t in stored.values()) / 8)
     check_device(args.device)
+    if args.sparsity is not None:
+        if args.plan is not None:
+            raise ValueError("--sparsity goes with --config; a plan says itself what each layer becomes")
+        args.recipe = args.recipe or "magnitude"
+    elif args.recipe in PRUNERS:
+        raise ValueError(f"--recipe {args.recipe} prunes; say how with --sparsity 2:4")
     if args.recipe is not None:
         try:
             check_recipe(args.recipe)
@@ -184,7 +196,7 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             raise ValueError(f"--recipe {error}") from None
     if args.plan is not None:
         calibrates = check_plan(args.plan, args.recipe)
-    elif args.config in PLAIN:
+    elif args.config in PLAIN and args.sparsity is None:
         raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
     else:
         calibrates = check_format(args.config, args.recipe)
@@ -206,6 +218,10 @@ def _config(args: argparse.Namespace) -> tuple[Any, bool]:
         from ao.quant import load_plan
 
         config = load_plan(args.plan)
+    if args.sparsity is not None:
+        from ao.quant.presets import two_of_four
+
+        config = two_of_four(config)
     if args.recipe is not None:
         config = with_recipe(config, args.recipe)
     return config, needs_data(config)

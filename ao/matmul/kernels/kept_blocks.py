@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ampere import sum_kernel
 from .launch import cdiv, launch
 from .reading import Fields, Reading
 from .template import given
@@ -35,7 +36,7 @@ def gemv_blocks_kernel(
     rn = tl.arange(0, BN)
     ks = tl.arange(0, K)
     acc = tl.zeros((BN * BLOCKS, K), tl.float32)
-    for t in tl.range(start, end, BLOCKS, num_stages=2):
+    for t in tl.range(start, end, BLOCKS, num_stages=1):
         j = t + tl.arange(0, BLOCKS)
         column = tl.load(column_ptr + j, mask=j < end, other=0)
         x = tl.load(x_ptr + column[:, None] * K + ks[None, :], mask=(j < end)[:, None], other=0.0)
@@ -55,11 +56,13 @@ def few_blocks_kernel(
     x_ptr, start_ptr, column_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, WIDTH,
     K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr,
     ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr,
-    NG2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+    NG2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same on the tensor cores, of BM tokens, block after block."""
+    """The same on the tensor cores, of BM tokens, block after block of 1 / SPLIT of a row, for which it writes its own sum."""
     first = tl.program_id(0) * BN
-    start, end = tl.load(start_ptr + first // K), tl.load(start_ptr + first // K + 1)
+    begin, stop = tl.load(start_ptr + first // K), tl.load(start_ptr + first // K + 1)
+    start = begin + (stop - begin) * tl.program_id(2) // SPLIT
+    end = begin + (stop - begin) * (tl.program_id(2) + 1) // SPLIT
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
     here = (rm < M)[:, None]
     rn = tl.arange(0, BN)
@@ -73,7 +76,7 @@ def few_blocks_kernel(
             SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, K, RUN, True,
         )  # fmt: skip
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc)
-    out = out_ptr + rm[:, None] * N + (first + rn)[None, :]
+    out = out_ptr + (tl.program_id(2) * M + rm[:, None]) * N + (first + rn)[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=here)
 
 
@@ -84,18 +87,23 @@ def product(x: Tensor, starts: Tensor, columns: Tensor, n: int, reading: Reading
     run = min(size, reading.group & -reading.group)
     constants = _constants(reading, fields)
     if m <= 2:
-        height = 8 if n < 16384 else 16
+        height = 8
         launch(
             gemv_blocks_kernel, (n // height, m), x, starts, columns, *given(fields), out, n, k, **constants, BN=height,
             BLOCKS=max(512 // size, 1), RUN=run, num_warps=4,
         )  # fmt: skip
         return out
     tokens = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    height = min(size, 16 if m <= 32 and n < 16384 else 64)
+    height = min(size, 64)
+    tiles = n // height * cdiv(m, tokens)
+    split = max(1, min(8, round(1056 / tiles)))
+    parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     launch(
-        few_blocks_kernel, (n // height, cdiv(m, tokens)), x, starts, columns, *given(fields), out, m, n, k, **constants,
-        BM=tokens, BN=height, RUN=run, STAGES=3, num_warps=4 if tokens < 128 else 8,
+        few_blocks_kernel, (n // height, cdiv(m, tokens), split), x, starts, columns, *given(fields), parts, m, n, k,
+        **constants, BM=tokens, BN=height, RUN=run, SPLIT=split, STAGES=3, num_warps=4 if tokens < 128 else 8,
     )  # fmt: skip
+    if split > 1:
+        launch(sum_kernel, (cdiv(m * n, 1024),), parts, out, m * n, SPLIT=split, B=1024, EARLY=False)
     return out
 
 

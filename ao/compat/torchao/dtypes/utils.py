@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from ao.dtypes import Int4CPULayout, Int4XPULayout, Layout, PlainLayout, TensorCoreTiledLayout
+from ao.dtypes import (
+    BlockSparseLayout,
+    Int4CPULayout,
+    Int4XPULayout,
+    Layout,
+    MarlinSparseLayout,
+    PlainLayout,
+    SemiSparseLayout,
+    TensorCoreTiledLayout,
+)
 
 __all__ = [
     "BlockSparseLayout",
@@ -83,29 +92,12 @@ class PackedLinearInt8DynamicActivationIntxWeightLayout(Layout):
     target: str = "auto"
 
 
-# Not layouts of ao: a config that is given one raises when it is used.
-
-
 @dataclass(frozen=True)
-class SemiSparseLayout:
-    """2:4 sparse weights, which `ao` does not have."""
+class CutlassSemiSparseLayout(SemiSparseLayout):
+    """The same as SemiSparseLayout: `ao` has one storage of 2:4 weights."""
 
 
-@dataclass(frozen=True)
-class CutlassSemiSparseLayout:
-    """2:4 sparse weights, which `ao` does not have."""
-
-
-@dataclass(frozen=True)
-class BlockSparseLayout:
-    """Block-sparse weights, which `ao` does not have."""
-
-    blocksize: int = 64
-
-
-@dataclass(frozen=True)
-class MarlinSparseLayout:
-    """2:4 sparse int4 weights, which `ao` does not have."""
+# Not a layout of ao: a config that is given it raises when it is used.
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ao
 from ao import Config, QTensor, Spec
+from ao.dtypes import MarlinSparseLayout, SemiSparseLayout
 
 from ..core.config import Translated
 from ..kinds import Kind
@@ -21,7 +22,6 @@ from .quant_api import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
 )
-from .specs import not_here
 
 __all__ = [
     "ALL_AUTOQUANT_CLASS_LIST",
@@ -120,16 +120,15 @@ class AQInt8DynamicallyQuantizedLinearWeight(Candidate):
 
 
 class AQInt8DynamicallyQuantizedSemiSparseLinearWeight(Candidate):
-    """2:4 sparse int8, which `ao` does not have: trying it raises."""
+    """int8 activations, and int8 weights that are 2:4."""
 
-    @classmethod
-    def to_ao(cls) -> Config | Spec | None:
-        """Raises NotImplementedError."""
-        raise not_here(cls.__name__, "AQInt8DynamicallyQuantizedLinearWeight")
+    config = Int8DynamicActivationInt8WeightConfig(layout=SemiSparseLayout())
 
 
-class AQInt4G128WeightOnlyQuantizedMarlinSparseLinearWeight(AQInt8DynamicallyQuantizedSemiSparseLinearWeight):
-    """2:4 sparse int4, which `ao` does not have: trying it raises."""
+class AQInt4G128WeightOnlyQuantizedMarlinSparseLinearWeight(Candidate):
+    """int4 weights that are 2:4, in groups of 128."""
+
+    config = Int4WeightOnlyConfig(128, layout=MarlinSparseLayout())
 
 
 class AQInt4G32WeightOnlyQuantizedLinearWeight(Candidate):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import ao
 from ao import Config, Float8, Intx, QTensor, Report, Spec, SpecConfig, ZeroPointDomain
-from ao.dtypes import Layout, PlainLayout
+from ao.dtypes import BlockSparseLayout, Layout, MarlinSparseLayout, PlainLayout, SemiSparseLayout
 
 from ..core.config import AOBaseConfig, Translated
 from .granularity import Granularity, PerAxis, PerBlock, PerGroup, PerRow, PerTensor
@@ -147,9 +147,16 @@ def _algorithm(config: Translated, hqq: bool) -> dict[str, Any]:
     return {"unsupported": "skip", "algorithm": "hqq" if hqq else "rtn"}
 
 
-def _no_sparsity(config: AOBaseConfig, layout: Any) -> None:
-    if layout is not None and not isinstance(layout, Layout):
+_SPARSE = (BlockSparseLayout, MarlinSparseLayout, SemiSparseLayout)
+
+
+def _sparse(config: AOBaseConfig, layout: Any, *taken: type[Layout]) -> Layout | None:
+    """The layout, if it is one of the sparse ones that are `taken`; None for one that is only a packing."""
+    if isinstance(layout, taken):
+        return layout
+    if layout is not None and (not isinstance(layout, Layout) or isinstance(layout, _SPARSE)):
         raise not_here(f"{type(config).__name__}(layout={layout!r})", "the same config without a layout")
+    return None
 
 
 @dataclass
@@ -172,8 +179,9 @@ class Int4WeightOnlyConfig(Translated):
 
     def to_ao(self) -> Config | Spec:
         """`ao.Int4WeightOnlyConfig`."""
-        _no_sparsity(self, self.layout)
         Int4PackingFormat(self.int4_packing_format)
+        if (sparse := _sparse(self, self.layout, MarlinSparseLayout)) is not None:
+            return ao.Int4WeightOnlyConfig(self.group_size, layout=sparse, unsupported="skip")
         hqq = self.use_hqq or self.int4_choose_qparams_algorithm == Int4ChooseQParamsAlgorithm.HQQ
         return ao.Int4WeightOnlyConfig(
             self.group_size, zero_point_domain=self.zero_point_domain, **_algorithm(self, hqq)
@@ -216,8 +224,8 @@ class Int8DynamicActivationInt8WeightConfig(Translated):
 
     def to_ao(self) -> Config | Spec:
         """`ao.Int8DynamicActivationInt8WeightConfig`."""
-        _no_sparsity(self, self.layout)
         return ao.Int8DynamicActivationInt8WeightConfig(
+            _sparse(self, self.layout, SemiSparseLayout, BlockSparseLayout) or PlainLayout(),
             act_mapping_type=self.act_mapping_type,
             granularity=_one_or_two(self.granularity) or PerRow(),
             unsupported="skip",
@@ -236,7 +244,7 @@ class Int8DynamicActivationInt4WeightConfig(Translated):
 
     def to_ao(self) -> Config | Spec:
         """`ao.Int8DynamicActivationInt4WeightConfig`."""
-        _no_sparsity(self, self.layout)
+        _sparse(self, self.layout)
         return ao.Int8DynamicActivationInt4WeightConfig(
             self.group_size,
             mapping_type=self.mapping_type,
@@ -386,14 +394,19 @@ class Float8DynamicActivationFloat8WeightConfig(Translated):
 
     def to_ao(self) -> Config | Spec:
         """`ao.Float8DynamicActivationFloat8WeightConfig`, or a `Float8` in blocks."""
-        if Float8PackingFormat(self.packing_format) is not Float8PackingFormat.PLAIN:
-            raise not_here(f"{type(self).__name__}({self.packing_format})", "Float8PackingFormat.PLAIN")
+        sparse = Float8PackingFormat(self.packing_format) is not Float8PackingFormat.PLAIN
         act, weight = _float8_pair(self.granularity)
+        if sparse and (isinstance(act, PerBlock) or isinstance(weight, PerBlock)):
+            raise not_here(f"{type(self).__name__}({self.packing_format}) in blocks", "granularity=PerRow()")
         if isinstance(act, PerBlock) or isinstance(weight, PerBlock):
             inner = Float8(FLOAT8[self.activation_dtype], block_of(act))
             return SpecConfig(Float8(FLOAT8[self.weight_dtype], block_of(weight), act=inner), unsupported="skip")
         return ao.Float8DynamicActivationFloat8WeightConfig(
-            self.activation_dtype, self.weight_dtype, (act, weight), unsupported="skip"
+            self.activation_dtype,
+            self.weight_dtype,
+            (act, weight),
+            SemiSparseLayout() if sparse else PlainLayout(),
+            unsupported="skip",
         )
 
 
@@ -485,21 +498,21 @@ class FPXWeightOnlyConfig(Translated):
 
 @dataclass
 class Float8DynamicActivationFloat8SemiSparseWeightConfig(Translated):
-    """2:4 sparse float8 weights, which `ao` does not have: using it raises."""
+    """float8 weights that are 2:4, and float8 activations: `ao.Float8DynamicActivationFloat8WeightConfig`."""
 
     layout: Any = None
     activation_dtype: torch.dtype = torch.float8_e5m2
     weight_dtype: torch.dtype = torch.float8_e4m3fn
 
     def to_ao(self) -> Config | Spec:
-        """Raises NotImplementedError."""
-        raise not_here(type(self).__name__, "Float8DynamicActivationFloat8WeightConfig()")
+        """The same in `ao`, with a scale per row."""
+        return ao.Float8DynamicActivationFloat8WeightConfig(
+            self.activation_dtype, self.weight_dtype, PerRow(), SemiSparseLayout(), unsupported="skip"
+        )
 
 
 def int8_dynamic_activation_int8_semi_sparse_weight() -> Int8DynamicActivationInt8WeightConfig:
-    """2:4 sparse int8 weights, which `ao` does not have: using it raises."""
-    from ..dtypes import SemiSparseLayout
-
+    """int8 activations, and int8 weights that are 2:4."""
     return Int8DynamicActivationInt8WeightConfig(layout=SemiSparseLayout())
 
 

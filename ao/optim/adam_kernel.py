@@ -40,15 +40,14 @@ def _pointer(at, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _nearest(x, cells, FIRST: tl.constexpr, LOW: tl.constexpr, ZERO: tl.constexpr, CELLS: tl.constexpr):
-    """`CodeTables.nearest` of a tile. ZERO is negative for a map without negative numbers."""
-    bits = (tl.abs(x) if ZERO >= 0 else tl.maximum(x, 0.0)).to(tl.int32, bitcast=True)
-    cell = tl.minimum(tl.maximum(bits >> LOW, FIRST), FIRST + CELLS - 1) - FIRST
-    entry = tl.reshape(tl.gather(cells, tl.ravel(cell), 0), x.shape)
-    beyond = (bits & ((1 << LOW) - 1)) >= (entry & ((2 << LOW) - 1))
-    code = (entry >> (LOW + 1)) + beyond.to(tl.int32)
+def _nearest(x, cells, LEAST: tl.constexpr, FIRST: tl.constexpr, LOW: tl.constexpr, ZERO: tl.constexpr):
+    """`CodeTables.nearest` of a tile. ZERO is negative for a map without negative numbers. A NaN becomes LEAST."""
+    size = tl.maximum(tl.abs(x) if ZERO >= 0 else x, LEAST)
+    bits = size.to(tl.int32, bitcast=True)
+    code = (bits + tl.reshape(tl.gather(cells, tl.ravel((bits >> LOW) - FIRST), 0), x.shape)) >> LOW
     if ZERO >= 0:
-        code = ZERO + tl.where(x < 0, -tl.minimum(code, ZERO), code)
+        sign = x.to(tl.int32, bitcast=True) >> 31
+        code = tl.maximum((code ^ sign) + (ZERO - sign), 0)
     return code
 
 
@@ -84,8 +83,8 @@ def _scaled(bits, ONE_OVER: tl.constexpr):
 def adam_kernel(
     table_ptr, grads_ptr, owner_ptr, hyper_ptr, noise_ptr, values1_ptr, cells1_ptr, values2_ptr, cells2_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
-    SIZE: tl.constexpr, TOP1: tl.constexpr, FIRST1: tl.constexpr, LOW1: tl.constexpr, ZERO1: tl.constexpr,
-    CELLS1: tl.constexpr, TOP2: tl.constexpr, FIRST2: tl.constexpr, LOW2: tl.constexpr, ZERO2: tl.constexpr,
+    SIZE: tl.constexpr, TOP1: tl.constexpr, LEAST1: tl.constexpr, FIRST1: tl.constexpr, LOW1: tl.constexpr, ZERO1: tl.constexpr,
+    CELLS1: tl.constexpr, TOP2: tl.constexpr, LEAST2: tl.constexpr, FIRST2: tl.constexpr, LOW2: tl.constexpr, ZERO2: tl.constexpr,
     CELLS2: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """TOP: 1 / the largest entry of a map. hyper: as `_Adam.scalars` gives them."""
@@ -153,11 +152,11 @@ def adam_kernel(
     tl.store(s1_ptr + start + row, scale1, mask=there)
     tl.store(s2_ptr + start + row, scale2, mask=there)
     cells1, cells2 = tl.load(cells1_ptr + tl.arange(0, CELLS1)), tl.load(cells2_ptr + tl.arange(0, CELLS2))
-    q1 = _nearest(m0 * inverse1[:, None], cells1, FIRST1, LOW1, ZERO1, CELLS1)
-    q2 = _nearest(v0 * inverse2[:, None], cells2, FIRST2, LOW2, ZERO2, CELLS2)
+    q1 = _nearest(m0 * inverse1[:, None], cells1, LEAST1, FIRST1, LOW1, ZERO1)
+    q2 = _nearest(v0 * inverse2[:, None], cells2, LEAST2, FIRST2, LOW2, ZERO2)
     if PLANES > 1:
-        q1 = q1 | (_nearest(m1 * inverse1[:, None], cells1, FIRST1, LOW1, ZERO1, CELLS1) << 4)
-        q2 = q2 | (_nearest(v1 * inverse2[:, None], cells2, FIRST2, LOW2, ZERO2, CELLS2) << 4)
+        q1 = q1 | (_nearest(m1 * inverse1[:, None], cells1, LEAST1, FIRST1, LOW1, ZERO1) << 4)
+        q2 = q2 | (_nearest(v1 * inverse2[:, None], cells2, LEAST2, FIRST2, LOW2, ZERO2) << 4)
     tl.store(q1_ptr + codes, q1.to(tl.uint8), mask=mask)
     tl.store(q2_ptr + codes, q2.to(tl.uint8), mask=mask)
 
@@ -177,14 +176,14 @@ def takes(plan: Plan, part: Large) -> bool:
     return all(t.data_ptr() % 16 == 0 for t in part.locals)
 
 
-ELEMENTS = 4096
+ELEMENTS = 2048
 """Of a program."""
 
 
 class AdamLaunch:
     """The launch for the parameters of a part, and what does not change from step to step."""
 
-    def __init__(self, plan: Plan, part: Large, elements: int = ELEMENTS, warps: int = 8) -> None:
+    def __init__(self, plan: Plan, part: Large, elements: int = ELEMENTS, warps: int = 4) -> None:
         first, second = part.specs
         assert isinstance(first, Mapped) and isinstance(second, Mapped)
         width = first.block[-1]
@@ -230,11 +229,6 @@ def _copied(grad: Tensor) -> Tensor:
 
 def _constants(spec: Mapped, tables: CodeTables, number: int) -> dict[str, Any]:
     zero = -1 if tables.zero is None else tables.zero
-    known = {
-        "TOP": 1 / spec.values[-1],
-        "FIRST": tables.first,
-        "LOW": tables.low,
-        "ZERO": zero,
-        "CELLS": tables.cells.numel(),
-    }
+    known = {"TOP": 1 / spec.values[-1], "LEAST": tables.least, "FIRST": tables.first, "LOW": tables.low, "ZERO": zero}
+    known["CELLS"] = tables.cells.numel()
     return {f"{name}{number}": value for name, value in known.items()}

@@ -4,8 +4,8 @@ A GPU computes the entries of a dynamic tree, and the places of numbers among th
 some forty instructions for the two directions, twice per element of Adam. From shared memory they take a quarter of that.
 
 The second table has a cell for each range of numbers whose bits agree in their upper part. No cell has more than one place where
-the code changes: it holds the code below that place, and the lower bits of the place. Both tables are made of what the format's
-own `values` and `nearest` say, so that codes are theirs for every number.
+the code changes. What it holds is such that, added to all bits of a number, it carries into the code from that place on. Both
+tables are made of what the format's own `values` and `nearest` say, so that codes are theirs for every number.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class CodeTables:
     """The two tables of a map.
 
     values: float32, the numbers of the codes.
-    cells: int32; `code << low + 1 | place`, where a place of `2**low` is in none of the numbers of the cell.
-    first: the upper bits of the numbers of the first cell. low: how many bits are the lower ones.
-    zero: the code of 0, of a map that has negative numbers: codes in the cells are then counted from it, and `least` is how far
-        they go below. None for a map without.
+    cells: int32; the code of a number of cell `c` with these `bits` is `(bits + cells[c]) >> low`, where c is
+        `(bits >> low) - first`.
+    low: how many bits are the lower ones. first: the upper bits of the numbers of the first cell.
+    zero: the code of 0, of a map that has negative numbers: codes of the cells are then counted from it. None for a map without.
     """
 
     values: Tensor
@@ -38,18 +38,17 @@ class CodeTables:
     first: int
     low: int
     zero: int | None
-    least: int
+
+    @property
+    def least(self) -> float:
+        """The least number of the first cell, which smaller ones are taken for."""
+        return float(torch.tensor(self.first << self.low, dtype=torch.int32).view(torch.float32))
 
     def nearest(self, x: Tensor) -> Tensor:
-        """`spec.nearest(x)` by the cells, for numbers that are no NaN: what the kernel computes, in PyTorch."""
-        size = x.abs() if self.zero is not None else x.clamp(min=0)
-        bits = size.view(torch.int32)
-        cell = ((bits >> self.low) - self.first).clamp(0, self.cells.numel() - 1)
-        entry = self.cells[cell.long()]
-        code = (entry >> (self.low + 1)) + ((bits & (2**self.low - 1)) >= (entry & (2 ** (self.low + 1) - 1))).int()
-        if self.zero is None:
-            return code
-        return self.zero + torch.where(x < 0, -code.clamp(max=self.least), code)
+        """`spec.nearest(x)` by the cells, for numbers no larger than the largest entry: what the kernel computes, in PyTorch."""
+        bits = (x if self.zero is None else x.abs()).clamp(min=self.least).view(torch.int32)
+        code = (bits + self.cells[((bits >> self.low) - self.first).long()]) >> self.low
+        return code if self.zero is None else (self.zero + torch.where(x < 0, -code, code)).clamp(min=0)
 
 
 @functools.cache
@@ -61,13 +60,14 @@ def code_tables(spec: Mapped, device: torch.device) -> CodeTables:
     places = _places(spec, codes[1:])
     low = next(n for n in range(FRACTION, 0, -1) if (places >> n).unique().numel() == places.numel())
     upper = places >> low
-    first, last = int(upper[0]) - 1, int(upper[-1]) + 1  # the cells at the ends are for all numbers beyond
+    top = int(torch.tensor(1.001 * spec.values[-1]).view(torch.int32)) >> low
+    first, last = int(upper[0]) - 1, max(int(upper[-1]), top) + 1
     size = 1 << (last - first).bit_length()
-    below = torch.searchsorted(upper, torch.arange(first, first + size))  # how many places are in cells before
-    cells = (below + (codes[0] - (zero or 0))) << (low + 1) | 2**low
-    cells[upper - first] = (cells[upper - first] & -(2 ** (low + 1))) | (places & (2**low - 1))
-    made = CodeTables(values.to(device), cells.int().to(device), first, low, zero, zero or 0)
-    return made
+    cell = torch.arange(first, first + size)
+    cells = (torch.searchsorted(upper, cell) + (codes[0] - (zero or 0))) << low  # places in the cells before
+    cells[upper - first] += 2**low - (places & (2**low - 1))
+    cells -= cell << low
+    return CodeTables(values.to(device), cells.int().to(device), first, low, zero)
 
 
 def _places(spec: Mapped, codes: Tensor) -> Tensor:

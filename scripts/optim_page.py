@@ -151,6 +151,11 @@ STATES_OF: list[tuple[type[optim.LowBitOptimizer], str, str]] = [
     (optim.AdamW4bit, "signed dynamic tree map, 4 bits", "1, 2, ..., 16 sixteenths, 4 bits"),
     (optim.Lion8bit, "signed dynamic tree map, 8 bits", ""),
     (optim.SGD8bit, "signed dynamic tree map, 8 bits", ""),
+    (optim.RMSprop8bit, "", "unsigned dynamic tree map, 8 bits"),
+    (optim.Adagrad8bit, "", "unsigned dynamic tree map, 8 bits"),
+    (optim.AdEMAMix8bit, "signed dynamic tree map, 8 bits, twice", "unsigned dynamic tree map, 8 bits"),
+    (optim.LAMB8bit, "signed dynamic tree map, 8 bits", "unsigned dynamic tree map, 8 bits"),
+    (optim.LARS8bit, "signed dynamic tree map, 8 bits", ""),
 ]
 
 

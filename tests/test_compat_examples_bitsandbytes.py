@@ -105,11 +105,35 @@ class TestOptimizers:
         assert p.grad.norm() == pytest.approx(2.0)  # of 2, 4 and 200 the smallest
 
     @pytest.mark.parametrize(
-        "name", ["AdamW", "AdamW8bit", "PagedAdamW32bit", "PagedAdamW8bit", "Lion8bit", "PagedLion", "SGD8bit", "SGD"]
+        "name",
+        [
+            "AdamW",
+            "AdamW8bit",
+            "PagedAdamW32bit",
+            "PagedAdamW8bit",
+            "Lion8bit",
+            "PagedLion",
+            "SGD8bit",
+            "SGD",
+            "RMSprop",
+            "RMSprop8bit",
+            "Adagrad",
+            "Adagrad8bit",
+            "LAMB",
+            "LAMB8bit",
+            "LAMB32bit",
+            "LARS",
+            "LARS8bit",
+            "PytorchLARS",
+            "AdEMAMix",
+            "AdEMAMix8bit",
+            "PagedAdEMAMix8bit",
+            "PagedAdEMAMix32bit",
+        ],
     )
     def test_others(self, name):
         model = Net()
-        rate = {"lr": 1e-2, "momentum": 0.9} if "SGD" in name else {"lr": 1e-3}
+        rate = {"lr": 1e-2, "momentum": 0.9} if "SGD" in name or "LARS" in name else {"lr": 1e-3}
         losses = fit(model, getattr(bnb.optim, name)(model.parameters(), **rate, compile=False))
         assert losses[-1] < losses[0]
 

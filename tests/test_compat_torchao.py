@@ -22,6 +22,7 @@ from ao import Float8, Intx
 from ao.compat import torchao
 from ao.compat.torchao import quantization as tq
 from ao.compat.torchao.core.config import AOBaseConfig, Translated, config_from_dict, config_to_dict
+from ao.compat.torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from ao.compat.torchao.quantization import (
     FqnToConfig,
     Int4WeightOnlyConfig,
@@ -178,6 +179,10 @@ CASES = [
     (
         tq.gemlite_uintx_weight_only(group_size=64, mode="dynamic", contiguous=True),
         ao.GemliteUIntXWeightOnlyConfig(64, mode="dynamic", unsupported="skip"),
+    ),
+    (
+        PrototypeInt4WeightOnlyConfig(group_size=64),
+        ao.Int4WeightOnlyConfig(64, zero_point_domain=tq.ZeroPointDomain.NONE, unsupported="skip"),
     ),
 ]
 
@@ -409,6 +414,53 @@ def test_own_config_and_own_tensor():
     replaced = model()
     quantize_(replaced, lambda module: nn.Identity() if module.in_features == 256 else module)
     assert isinstance(replaced[2], nn.Identity)
+
+
+def test_a_subclass_of_ones_own_tensor_knows_what_its_bases_did():
+    """The last base before the others; what a base learns later, and what is said nowhere, is an error."""
+    from ao.compat.torchao.utils import TorchAOBaseTensor
+
+    class First(TorchAOBaseTensor):
+        @staticmethod
+        def __new__(cls, shape):
+            return torch.Tensor._make_wrapper_subclass(cls, shape)
+
+    class Second(First):
+        pass
+
+    First.implements(torch.ops.aten.neg.default)(lambda func, types, args, kwargs: torch.tensor(1))
+    Second.implements(torch.ops.aten.neg.default)(lambda func, types, args, kwargs: torch.tensor(2))
+
+    class Both(Second, First):
+        pass
+
+    class Child(Second):
+        pass
+
+    First.implements(torch.ops.aten.relu.default)(lambda func, types, args, kwargs: torch.tensor(3))
+    assert torch.ops.aten.neg.default(Child((2,))) == 2 and torch.ops.aten.neg.default(Both((2,))) == 1
+    assert torch.ops.aten.relu.default(First((2,))) == 3
+    with pytest.raises(
+        NotImplementedError, match=r"Child does not say what aten.relu.default means \(arg_types: Child\)"
+    ):
+        torch.ops.aten.relu.default(Child((2,)))
+
+
+def test_stochastic_rounding_of_a_shard():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ao.compat.torchao.optim.quant_utils import _fp32_to_bf16_sr
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        x = torch.full((4, 4096), 1.001)
+        found = _fp32_to_bf16_sr(DTensor.from_local(x, init_device_mesh("cpu", (1,)), [Replicate()]))
+        assert isinstance(found, DTensor) and found.dtype == torch.bfloat16
+        assert found.to_local().float().mean().item() == pytest.approx(1.001, abs=2e-4)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("how", ["base", "parts", "old", "quantizer"])
@@ -851,6 +903,37 @@ def test_a_smoothquant_layer_converts_by_itself():
     assert torch.equal(smooth(x), expected)
     smooth.to_inference()
     assert compute_error(expected, smooth(x)) > 35 and not hasattr(smooth, "to_inference")
+
+
+def test_observers_of_smoothquant():
+    """One keeps all inputs, one a number per channel, which sees the data twice for its range."""
+    from ao.compat.torchao.prototype.smoothquant import RunningAbsMaxSmoothQuantObserver, SmoothQuantObserver
+
+    weight, batches = torch.randn(8, 16), [torch.randn(3, 5, 16) * (1 + torch.arange(16)) for _ in range(3)]
+    whole, running = SmoothQuantObserver(weight, 0.25), RunningAbsMaxSmoothQuantObserver(weight, 0.25)
+    for observer in (whole, running):
+        with pytest.raises(AssertionError, match="has seen no data"):
+            observer.calculate_qparams()
+        for batch in batches:
+            assert observer(batch) is batch
+    x = torch.cat(batches).flatten(0, -2)
+    expected = x.abs().amax(0) ** 0.25 / weight.abs().amax(0) ** 0.75
+    torch.testing.assert_close(running.compute_smoothing_factor(), expected, rtol=1e-5, atol=0)
+    for batch in batches:
+        running(batch)
+    low, high = (x / expected).aminmax()
+    for kwargs, scale, zero in [
+        ({}, max(-low, high) / 127.5, 0),
+        (
+            {"quant_min": 0, "quant_max": 255, "is_symmetric": False},
+            (high - low) / 255,
+            (-low / ((high - low) / 255)).round(),
+        ),
+    ]:
+        for observer in (whole, running):
+            found = observer.calculate_qparams(kwargs)
+            torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=0)
+            assert found[1].item() == pytest.approx(float(scale), rel=1e-4) and found[2] == zero
 
 
 def test_mx_training_by_recipe_names():

@@ -9,13 +9,17 @@ from cases import weight
 
 import ao
 from ao import compute_error
-from ao.dtypes import NF4, Codebook, Float8, FloatX, Intx
+from ao.dtypes import NF4, Codebook, Float8, FloatX, Intx, Shifted
 from ao.matmul import linear, made, path_name
 from ao.matmul.kernels import built
 
 pytestmark = pytest.mark.skipif(built.compiler() is None, reason="needs a C++ compiler")
 
-N, K = 70, 1152  # no multiple of what is computed side by side, and more than one step of the decoding
+N, K = 70, 1280  # no multiple of what is computed side by side, and more than one step of the decoding
+
+HALF = {"signed": False, "symmetric": True, "scale_dtype": "float16"}
+Q4_K = Shifted(4, (1, 32), scale_spec=Intx(6, (1, 8), **HALF), shift_spec=Intx(6, (1, 8), **HALF))
+"""As GGUF has it: 4.5 bits."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +42,7 @@ def product(x, q):
         Intx(8, (1, 16), signed=False),
         *(Intx(bits, (1, 32), signed=bits % 2 == 0) for bits in range(1, 8)),
         Intx(4, (1, 16), symmetric=True),
-        Intx(4, (1, 192), zero_point="float", scale_dtype="bfloat16"),
+        Intx(4, (1, 320), zero_point="float", scale_dtype="bfloat16"),
         NF4,
         Codebook(table=tuple(i * i * i / 100 for i in range(-7, 1)), block=(1, 32)),
         Codebook(table=tuple(i / 32 for i in range(-31, 33)), block=(1, 32)),
@@ -48,6 +52,12 @@ def product(x, q):
         FloatX(3, 2, block=(1, 32)),
         FloatX(2, 3, block=(1, 16)),
         FloatX(5, 2, block=(1, 32)),
+        Shifted(4, (1, 32), scale_dtype="float16"),
+        Shifted(4, (1, 64), centered=True, scale_dtype="bfloat16"),
+        Q4_K,
+        Shifted(2, (1, 16), scale_spec=Intx(4, (1, 16), **HALF), shift_spec=Intx(4, (1, 16), **HALF)),
+        Shifted(3, (1, 16), symmetric=True, scale_spec=Intx(6, (1, 16), symmetric=True, scale_dtype="float16")),
+        Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 16), scale_dtype="float16")),
     ],
     ids=str,
 )
@@ -91,7 +101,7 @@ def test_quantized_activations(spec, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [(), ("-DW=16",)], ids=["eight lanes", "sixteen lanes"])
-@pytest.mark.parametrize("spec", [Intx(3, (1, 32)), Intx(8, (1, 16)), NF4], ids=str)
+@pytest.mark.parametrize("spec", [Intx(3, (1, 32)), Intx(8, (1, 16)), NF4, Q4_K], ids=str)
 def test_other_machines(spec, flags, monkeypatch, tmp_path):
     """The same without instructions of AVX2, and in the order of vectors of 16 lanes, which AVX-512 has."""
     monkeypatch.setattr(built, "_FLAGS", {torch.backends.cpu.get_cpu_capability(): flags})
@@ -164,3 +174,13 @@ def test_in_a_graph():
         y = torch.compile(F.linear, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(x, q)
     assert any("cpu_product" in name for name in called)
     assert compute_error(x @ q.dequantize().t(), y) > 110
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 6e-8, 65504.0])
+def test_scales_of_float16(scale):
+    """The smallest and the largest, and what is no number."""
+    q = Intx(4, (1, 32), symmetric=True, scale_dtype="float16").quantize(weight((N, K)))
+    q.scale[3, 1] = scale
+    expected = weight((1, K), 1) @ q.dequantize().t()
+    y = product(weight((1, K), 1), q)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3, equal_nan=True)

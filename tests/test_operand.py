@@ -25,6 +25,7 @@ from ao.dtypes import (
     Spec,
     amax_abs,
     amin_amax,
+    dense,
     expand,
     pack,
     packed_dim,
@@ -86,11 +87,11 @@ def numbers_of(operand: Operand, shape: torch.Size) -> Tensor:
     if operand.bits < 8:
         codes = unpack(codes, operand.bits, packed_dim(codes.shape, shape))
     values = operand.read(codes if operand.bits == 8 else codes.int())
-    zero = torch.tensor(operand.offset)
-    if operand.zero_point is not None:
-        zero = zero + operand.zero_point.float()
-    scale = operand.scale.dequantize() if isinstance(operand.scale, QTensor) else operand.scale
-    return (values - (expand(zero, shape) if zero.dim() else zero)) * expand(scale.float(), shape)
+    scale = expand(dense(operand.scale).float(), shape)
+    zero = 0.0 if operand.zero_point is None else expand(dense(operand.zero_point).float(), shape)
+    if operand.kind == "shifted":
+        return (values - operand.offset) * scale - zero
+    return (values - (operand.offset + zero)) * scale
 
 
 @pytest.mark.parametrize(

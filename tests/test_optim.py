@@ -17,6 +17,7 @@ from torch import nn
 import ao.optim
 from ao.dtypes import DynamicTree, Flat, FlatTensor, Float8, PositiveSteps, QTensor
 from ao.optim import (
+    Adagrad8bit,
     Adam4bit,
     Adam8bit,
     AdamFp8,
@@ -24,8 +25,12 @@ from ao.optim import (
     AdamW4bit,
     AdamW8bit,
     AdamWFp8,
+    AdEMAMix8bit,
+    LAMB8bit,
+    LARS8bit,
     Lion8bit,
     LowBitOptimizer,
+    RMSprop8bit,
     SGD8bit,
     kernel,
     load_state_dict,
@@ -38,7 +43,7 @@ from ao.optim.stochastic_rounding import stochastic_round_e4m3
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LOW_BIT = [AdamW8bit, AdamW4bit, AdamWFp8, Adam8bit, Adam4bit, AdamFp8]
-ALL = [*LOW_BIT, AdamW, Lion8bit, SGD8bit]
+ALL = [*LOW_BIT, AdamW, Lion8bit, SGD8bit, RMSprop8bit, Adagrad8bit, AdEMAMix8bit, LAMB8bit, LARS8bit]
 
 
 def model(dtype=torch.float32) -> nn.Sequential:
@@ -211,6 +216,10 @@ PAIRS = [
     (SGD8bit, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "dampening": 0.5}),
     (SGD8bit, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     (SGD8bit, torch.optim.SGD, {"momentum": 0.0}),
+    (RMSprop8bit, torch.optim.RMSprop, {"weight_decay": 0.1, "alpha": 0.9}),
+    (RMSprop8bit, torch.optim.RMSprop, {"momentum": 0.8, "eps": 1e-3}),
+    (Adagrad8bit, torch.optim.Adagrad, {"lr_decay": 0.1, "weight_decay": 0.1}),
+    (Adagrad8bit, torch.optim.Adagrad, {"initial_accumulator_value": 0.3, "maximize": True}),
 ]
 
 
@@ -235,6 +244,103 @@ def test_lion_formula():
         m = 0.99 * m + 0.01 * p.grad
         optimizer.step()
     assert torch.allclose(p, expected, atol=1e-6)
+
+
+# Rules that torch.optim does not have, by their formulas in float64. Each gives the parameter after a step.
+
+
+def ademamix_twin(p, g, s, t, lr, wd, alpha, beta3):
+    s["m"] = 0.9 * s.get("m", 0) + 0.1 * g
+    s["slow"] = beta3 * s.get("slow", 0) + (1 - beta3) * g
+    s["v"] = 0.999 * s.get("v", 0) + 0.001 * g**2
+    update = (s["m"] / (1 - 0.9**t) + alpha * s["slow"]) / ((s["v"] / (1 - 0.999**t)).sqrt() + 1e-8)
+    return p - lr * (update + wd * p)
+
+
+def clipped(p, update, most):
+    size, length = p.norm(), update.norm()
+    return update * (most * size / length) if length > most * size > 0 else update
+
+
+def lamb_twin(p, g, s, t, lr, wd, most):
+    s["m"] = 0.9 * s.get("m", 0) + 0.1 * g
+    s["v"] = 0.999 * s.get("v", 0) + 0.001 * g**2
+    update = s["m"] / (1 - 0.9**t) / ((s["v"] / (1 - 0.999**t)).sqrt() + 1e-8)
+    return p * (1 - lr * wd) - lr * clipped(p, update, most)
+
+
+def lars_twin(p, g, s, t, lr, wd, most):
+    g = g + wd * p
+    s["b"] = 0.9 * s["b"] + g if s else g
+    return p - lr * clipped(p, s["b"], most)
+
+
+TWINS = [
+    (AdEMAMix8bit, ademamix_twin, {}, {"alpha": 5.0, "beta3": 0.9999}),
+    (LAMB8bit, lamb_twin, {"max_unorm": 0.5}, {"most": 0.5}),
+    (LAMB8bit, lamb_twin, {"max_unorm": 0.0}, {"most": 1e9}),
+    (LARS8bit, lars_twin, {}, {"most": 0.02}),
+]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("cls, twin, settings, known", TWINS)
+def test_formulas_that_torch_does_not_have(cls, twin, settings, known, quantized):
+    m = model()
+    with torch.no_grad():
+        m[2].bias.zero_()  # has no norm to compare with
+    expected, states = [p.detach().double() for p in m.parameters()], [{} for _ in m.parameters()]
+    optimizer = eager(cls, m.parameters(), lr=1e-2, weight_decay=0.1, full_precision=() if quantized else m, **settings)
+    for t in range(1, 5):
+        for i, (p, s) in enumerate(zip(m.parameters(), states)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * t + i)) * 0.1
+            expected[i] = twin(expected[i], p.grad.double(), s, t, 1e-2, 0.1, **known)
+        optimizer.step()
+    for p, e in zip(m.parameters(), expected):
+        far = (p.double() - e).norm() / e.norm()
+        assert far < (1e-6 if not quantized or p.numel() < 4096 else 3e-2)
+    assert isinstance(next(t for t in optimizer.state[m[0].weight].values() if t.dim()), FlatTensor) == quantized
+
+
+def test_ademamix_warms_up():
+    """alpha by a straight line; beta3 so that the half-life of its mean grows by one. Both end where they are told."""
+    optimizer = AdEMAMix8bit([nn.Parameter(torch.zeros(1))], t_alpha=10, t_beta3=10)
+    group, found = optimizer.param_groups[0], []
+    for step in (1, 5, 10, 50):
+        h = optimizer.scalars(group, 1e-3, step)
+        found.append((h["alpha"], -1 / torch.log1p(-torch.tensor(h["one_minus_beta3"], dtype=torch.float64)).item()))
+    life = [-1 / torch.log(torch.tensor(beta, dtype=torch.float64)).item() for beta in (0.9, 0.9999)]
+    wanted = [(5.0 * part, life[0] + part * (life[1] - life[0])) for part in (0.1, 0.5, 1.0, 1.0)]
+    assert found == [pytest.approx(each, rel=1e-6) for each in wanted]
+
+
+def test_settings_out_of_range():
+    p = [nn.Parameter(torch.zeros(1))]
+    for cls, settings, said in [
+        (RMSprop8bit, {"alpha": 1.0}, "alpha must be above 0 and below 1"),
+        (Adagrad8bit, {"lr_decay": -1}, "lr_decay must not be negative"),
+        (AdEMAMix8bit, {"betas": (0.9, 0.999)}, "betas must be three numbers"),
+        (AdEMAMix8bit, {"t_alpha": 0}, "t_alpha must be above 0"),
+        (LAMB8bit, {"max_unorm": -1.0}, "max_unorm must not be negative"),
+        (LARS8bit, {"nesterov": True, "momentum": 0.0}, "nesterov needs momentum"),
+    ]:
+        with pytest.raises(ValueError, match=f"{cls.__name__}: {said}"):
+            cls(p, **settings)
+
+
+@pytest.mark.parametrize("cls", [AdEMAMix8bit, LAMB8bit])
+def test_other_rules_compiled(cls):
+    """As in eager code, but for states on the edge between two codes; parameters are rounded stochastically."""
+    start, found = torch.linspace(-1, 1, 8192, dtype=torch.bfloat16).view(32, 256), []
+    for compile in (True, False):
+        p = nn.Parameter(start.clone())
+        optimizer = cls([p], lr=1e-2, compile=compile, bf16_stochastic_round=True)
+        torch.manual_seed(0)
+        for step in range(3):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(p.dtype)
+            optimizer.step()
+        found.append(p.detach())
+    assert (found[0] != found[1]).double().mean() < 1e-2 and (found[0] != start).double().mean() > 0.5
 
 
 @pytest.mark.parametrize("cls, tolerance", [(AdamW8bit, 0.02), (AdamWFp8, 0.02), (AdamW4bit, 0.25)])
@@ -541,6 +647,28 @@ def test_load_converts_from_torch_and_back():
     assert four.state_nbytes < a.state_nbytes
     with pytest.raises(TypeError, match="no counterpart of Lion8bit"):
         eager(Lion8bit, ours.parameters()).torch_state_dict()
+
+
+@pytest.mark.parametrize(
+    "cls, torch_cls, settings",
+    [(RMSprop8bit, torch.optim.RMSprop, {"momentum": 0.5}), (Adagrad8bit, torch.optim.Adagrad, {"lr_decay": 0.1})],
+)
+def test_other_rules_convert_from_torch_and_back(cls, torch_cls, settings):
+    ours, theirs = model(), model()
+    a = eager(cls, ours.parameters(), full_precision=ours)
+    b = torch_cls(theirs.parameters(), 1e-2, **settings)
+    train(theirs, b, 3)
+    ours.load_state_dict(theirs.state_dict())
+    a.load_state_dict(b.state_dict())
+    train(ours, a, 3, 3), train(theirs, b, 3, 3)
+    assert distance(ours, theirs) < 1e-6
+    back, third = torch_cls(ours.parameters(), 1.0), copy.deepcopy(ours)
+    back.load_state_dict(a.torch_state_dict())
+    train(ours, back, 2, 6)
+    c = eager(cls, third.parameters(), full_precision=third)
+    c.load_state_dict(a.state_dict())
+    train(third, c, 2, 6)
+    assert distance(ours, third) < 1e-6
 
 
 def test_sgd_converts_from_torch_and_back():

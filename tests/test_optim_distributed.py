@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ao.dtypes import FlatTensor
-from ao.optim import AdamW, AdamW4bit, AdamW8bit, AdamWFp8, LowBitOptimizer
+from ao.optim import AdamW, AdamW4bit, AdamW8bit, AdamWFp8, LAMB8bit, LowBitOptimizer
 
 WORLD = 2
-CLASSES = (AdamW, AdamW8bit, AdamW4bit, AdamWFp8)
+CLASSES = (AdamW, AdamW8bit, AdamW4bit, AdamWFp8, LAMB8bit)
 
 
 def model(device: str, width: int = 128) -> nn.Sequential:

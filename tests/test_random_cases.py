@@ -195,6 +195,21 @@ def test_a_weight_in_another_order(inner):
     assert compute_error(d, q.dequantize()) > 15
 
 
+@pytest.mark.parametrize("inner", [Intx(4, (1, 32)), Float8()], ids=str)
+def test_experts_in_another_order(inner):
+    """The order goes where the columns go, among the last two dims; a dim of experts is exchanged with rows."""
+    spec, order, w = Permuted(inner), torch.randperm(64), weight((3, 16, 64))
+    q = spec.wrap({"qdata": inner.quantize(w[..., order]), "order": order.int()}, torch.float32, w.shape)
+    d = q.dequantize()
+    assert compute_error(w, d) > 15 and torch.equal(q.mT.dequantize(), d.mT) and torch.equal(q.mT.mT.dequantize(), d)
+    assert torch.equal(q.transpose(0, 1).dequantize(), d.transpose(0, 1))
+    assert torch.equal(q.mT.transpose(0, 2).dequantize(), d.mT.transpose(0, 2))
+    x, y = weight((3, 5, 64), 1), weight((3, 5, 16), 2)
+    assert compute_error(x @ d.mT, torch.bmm(x, q.mT)) > 100 and compute_error(y @ d, torch.bmm(y, q)) > 100
+    with pytest.raises(NotImplementedError, match="stored in another order and stay in one of the last two dims"):
+        q.transpose(0, 2)
+
+
 def test_a_vector_is_written_where_it_changes():
     """Blocks that are as they were stay, and what all share, such as the table of a codebook, is no block."""
     for case in CASES:

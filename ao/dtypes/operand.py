@@ -15,7 +15,7 @@ from torch import Tensor
 from .onnx_mode import exporting, reads_no_bits
 from .pieces import is_eager
 
-Kind = Literal["affine", "float", "minifloat", "table", "int4pack", "sparse24", "blocks"]
+Kind = Literal["affine", "shifted", "float", "minifloat", "table", "int4pack", "sparse24", "blocks"]
 
 
 class Operand(NamedTuple):
@@ -23,10 +23,11 @@ class Operand(NamedTuple):
 
     codes: (N, K), a byte each, or codes of fewer bits packed by `pack` along the dim where they are shorter.
     scale: one per block; of the rank of the data. It may be a QTensor that dequantizes to it.
-    zero_point: like scale, or None.
+    zero_point: like scale, or None; it may be a QTensor too, where the kind is "shifted".
     kind: how a code becomes a number:
 
         "affine"    x = (code - offset - zero_point) * scale; the dtype of codes of 8 bits says whether they have a sign
+        "shifted"   x = (code - offset) * scale - zero_point
         "float"     x = code * scale, where codes are float8
         "minifloat"  x = minifloat(code) * scale, where codes are a sign, exponent and mantissa bits
         "table"     x = table[code] * scale

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .base import OPS, Opaque, QTensor, Spec, dense
-from .lattice import opaque
 from .rounding import narrow
 
 
@@ -60,7 +59,7 @@ class PermutedTensor(QTensor, spec=Permuted):
     """x[..., order] = qdata.
 
     qdata: a QTensor of the shape of the tensor.
-    order: (K,) int32, the column that each stored column is; (K, 1) where the tensor is turned, and it is the rows.
+    order: (K,) int32, the column that each stored column is; (K, 1) where the last two dims are exchanged, and it is the rows.
     """
 
     qdata: Opaque
@@ -76,7 +75,7 @@ class PermutedTensor(QTensor, spec=Permuted):
     @property
     def dim_of_order(self) -> int:
         """The dim whose order is another."""
-        return -1 if self.order.dim() == 1 else 0
+        return -1 if self.order.dim() == 1 else -2
 
 
 aten = torch.ops.aten
@@ -84,15 +83,28 @@ aten = torch.ops.aten
 
 def _turned(q: PermutedTensor) -> QTensor:
     """The transpose of a matrix."""
-    if q.dim() != 2:
-        raise opaque(q, "qdata")
-    fields = {name: t if name == "act_scale" else t.t() for name, t in q.fields().items() if name != "order"}
-    order = q.order.unsqueeze(-1) if q.order.dim() == 1 else q.order.squeeze(-1)
-    return q.like(q.shape[::-1], q.dtype, {**fields, "order": order})
+    return _transpose(q, 0, -1)
 
 
 def _transpose(q: PermutedTensor, a: int, b: int) -> Any:
-    return _turned(q) if a % q.dim() != b % q.dim() else OPS[aten.alias.default](q)
+    """Two dims exchanged. The order goes with the columns, which stay among the last two dims."""
+    a, b, ordered = a % q.dim(), b % q.dim(), q.dim_of_order % q.dim()
+    if a == b:
+        return OPS[aten.alias.default](q)
+    order = q.order
+    if {a, b} == {q.dim() - 2, q.dim() - 1}:
+        order = order.unsqueeze(-1) if order.dim() == 1 else order.squeeze(-1)
+    elif ordered in (a, b):
+        raise NotImplementedError(
+            f"transpose({a}, {b}) of a {type(q).__name__} of shape {tuple(q.shape)}: the columns are stored in another order and "
+            "stay in one of the last two dims; exchange these two, or call dequantize() first"
+        )
+    fields = {
+        name: t if name == "act_scale" else t.transpose(a, b) for name, t in q.fields().items() if name != "order"
+    }
+    shape = list(q.shape)
+    shape[a], shape[b] = shape[b], shape[a]
+    return q.like(tuple(shape), q.dtype, {**fields, "order": order})
 
 
 def _permute(q: PermutedTensor, dims: Sequence[int]) -> Any:

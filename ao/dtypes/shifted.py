@@ -8,6 +8,7 @@ Codes are packed along the last dim that is a multiple of 8 (bits.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, to_blocks
+from .operand import Operand
 from .rounding import narrow, reciprocal, round_to
 
 
@@ -93,6 +95,10 @@ class Shifted(Spec):
     def round(self, x: Tensor, *, scale: Tensor, shift: Tensor | None = None) -> Tensor:
         """What `x` (float32) becomes."""
         return self.values(self._codes(x, scale, shift), scale, shift).reshape(x.shape)
+
+    def operand(self, q: Any) -> Operand:
+        """Codes, and what is taken off after the scale, both of which may be quantized."""
+        return Operand(q.qdata, q.scale, q.shift, "shifted", self.bits, self.middle)
 
     def _codes(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         """Codes in float32 and in blocks."""

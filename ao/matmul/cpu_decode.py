@@ -83,8 +83,12 @@ def zero(w: Operand, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Te
 
 def scaled(q: Tensor, w: Operand) -> Tensor:
     """(q - zero) * scale, float32. q: `numbers` of the weight, or `halves` of them."""
-    z, scale = zero(w), dense(w.scale).float()
     broad = (...,) + (None,) * (q.dim() - 2)
+    scale = dense(w.scale).float()
+    if w.kind == "shifted":
+        q = (q - w.offset if w.offset else q) * scale[broad]
+        return q if w.zero_point is None else q - dense(w.zero_point).float()[broad]
+    z = zero(w)
     if not isinstance(z, Tensor) and z == 0:
         return q * scale[broad]
     if AVX512:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor, dense
 from ..dtypes.bits import CHUNK
-from ..dtypes.operand import Operand, stored_scale
+from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
 from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
 from .cpu_decode import AVX512
 from .form import leaves
-from .kernels.built import CODES, DTYPES, Act, Kind, Library, Weight, compiler, library
+from .kernels.built import CODES, DTYPES, SCALES, Act, Kind, Level, Library, Weight, compiler, library
 from .kernels.device import FLOATS, VNNI
 from .path import Product
 
@@ -65,7 +65,7 @@ def readable(w: QTensor) -> Operand | None:
 
 def _kind(operand: Operand) -> Kind | None:
     codes = operand.codes.dtype
-    if operand.kind == "affine":
+    if operand.kind in ("affine", "shifted"):
         return Kind("signed" if codes == torch.int8 else "unsigned", operand.bits)
     if operand.kind == "table" or (operand.kind == "minifloat" and operand.bits <= 4):
         return Kind("table", operand.bits)
@@ -258,46 +258,63 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
         kept = of.__dict__.get("cpu_weight")
         if kept is not None and kept[0] == where:
             return kept[1]
-    scale, inner_scale, inner_zero = _levels(operand)
-    zero = None if zero is None else _plain(zero)
     if operand.kind == "minifloat" and operand.bits <= 4:
         table = _minifloats(operand.bits, operand.exponent)
     if table is not None and table.numel() < 16:
         table = F.pad(table, (0, 16 - table.numel()))  # it is read by whole vectors
-    tensors = codes, scale, inner_scale, inner_zero, zero, table
+    levels = [_level(scale), (Level(), ()) if zero is None else _level(zero)]
     weight = Weight(
-        *(None if t is None else t.data_ptr() for t in tensors),
-        *(n, k, codes.stride(0), scale.shape[1], scale.shape[0]),
-        0 if inner_scale is None else inner_scale.shape[0],
-        0 if zero is None else zero.shape[0],
-        *(DTYPES[scale.dtype], 0 if zero is None else DTYPES[zero.dtype]),
+        *(None if t is None else t.data_ptr() for t in (codes, table)),
+        *(level for level, _ in levels),
+        *(n, k, codes.stride(0), scale.shape[1]),
         operand.offset,
         zero is not None or operand.offset != 0,
+        operand.kind == "shifted",
     )
+    tensors = codes, table, *(t for _, of_level in levels for t in of_level)
     described = _Described(weight, tensors)
     if where is not None and all(t is None or t is table or t.data_ptr() in where for t in tensors):
         of.cpu_weight = where, described  # type: ignore[union-attr]
     return described
 
 
-def _levels(operand: Operand) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The scales as the compiled functions read them, and, where they are quantized by row or as a whole, what multiplies and
-    what is taken off."""
-    found, rows = stored_scale(operand), operand.scale.shape[0]
-    if found is None or found.scale is None or operand.scale.dtype != torch.float32:
-        return _plain(operand.scale), None, None
-    fits = found.scale.shape in ((1, 1), (rows, 1)) and found.values.dtype in DTYPES
-    if not fits or (found.zero_point is not None and found.zero_point.shape != found.scale.shape):
-        return _plain(operand.scale), None, None
-    zero = None if found.zero_point is None else _float(found.zero_point)
-    return found.values.contiguous(), _float(found.scale), zero
+def _level(t: Tensor) -> tuple[Level, tuple[Tensor, ...]]:
+    """Scales or zero points as the compiled functions read them, and what must live as long: numbers, or codes with an affine map
+    of their own, where that is all that leads to numbers."""
+    inner = t.spec.operand(t) if isinstance(t, QTensor) and t.dtype == torch.float32 and t.pre_scale is None else None
+    if inner is None or not _fits(inner, t.shape):
+        t = _plain(t)
+        return Level(t.data_ptr(), None, None, t.shape[0], 0, 0, SCALES[t.dtype]), (t,)
+    codes, scale = inner.codes.contiguous(), _plain(inner.scale)
+    zero = None if inner.zero_point is None else _plain(inner.zero_point)
+    level = Level(
+        codes.data_ptr(),
+        scale.data_ptr(),
+        None if zero is None else zero.data_ptr(),
+        *(t.shape[0], *scale.shape),
+        *(SCALES[codes.dtype], inner.bits if inner.bits < 8 else 0),
+        *(SCALES[scale.dtype], 0 if zero is None else SCALES[zero.dtype]),
+        inner.offset,
+    )
+    return level, (codes, scale) if zero is None else (codes, scale, zero)
 
 
-def _float(t: Tensor) -> Tensor:
-    return t.float().contiguous()
+def _fits(a: Operand, shape: torch.Size) -> bool:
+    """Whether `_level` reads scales (rows, groups) by their codes."""
+    (rows, groups), scale, zero = shape, a.scale, a.zero_point
+    return (
+        a.linear
+        and a.codes.shape == (rows, groups * a.bits // 8)
+        and a.codes.dtype in SCALES
+        and not isinstance(scale, QTensor)
+        and scale.dim() == 2
+        and scale.shape[0] in (1, rows)
+        and groups % scale.shape[1] == 0
+        and (zero is None or (zero.shape == scale.shape and not isinstance(zero, QTensor)))
+    )
 
 
 def _plain(t: Tensor) -> Tensor:
     t = dense(t)
-    t = t if t.dtype in DTYPES else t.float()
+    t = t if t.dtype in SCALES else t.float()
     return t if t.is_contiguous() else t.contiguous()

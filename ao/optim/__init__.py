@@ -3,9 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .adagrad import Adagrad8bit
 from .adam import Adam4bit, Adam8bit, AdamFp8, AdamW, AdamW4bit, AdamW8bit, AdamWFp8
+from .ademamix import AdEMAMix8bit
+from .lamb import LAMB8bit
+from .lars import LARS8bit
 from .lion import Lion8bit
 from .optimizer import LowBitOptimizer
+from .rmsprop import RMSprop8bit
 from .sgd import SGD8bit
 from .stochastic_rounding import stochastic_round
 
@@ -26,6 +31,8 @@ else:
 
 
 __all__ = [
+    "AdEMAMix8bit",
+    "Adagrad8bit",
     "Adam4bit",
     "Adam8bit",
     "AdamFp8",
@@ -34,8 +41,11 @@ __all__ = [
     "AdamW8bit",
     "AdamWFp8",
     "CPUOffloadOptimizer",
+    "LAMB8bit",
+    "LARS8bit",
     "Lion8bit",
     "LowBitOptimizer",
+    "RMSprop8bit",
     "SGD8bit",
     "load_state_dict",
     "save_state_dict",

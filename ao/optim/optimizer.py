@@ -64,6 +64,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
     torch_states: ClassVar[tuple[str, ...]] = ()
     """The states that `torch_class` knows."""
 
+    alone: ClassVar[type[Part] | None] = None
+    """The kind of part that each parameter is, where none steps together with others."""
+
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What specializes the rule: a change compiles another graph."""
         return {}
@@ -213,7 +216,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 state = self.state[p] = self._with_states(p, i, group, state or {})
             used.append((p, state))
         kept: dict[int, Sequence[Part]] = self.__dict__.setdefault("_kept", {})
-        kept[index] = parts_of(kept.get(index, ()), names, used)
+        kept[index] = parts_of(kept.get(index, ()), names, used, self.alone)
         return kept[index]
 
     def _with_states(self, p: Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:

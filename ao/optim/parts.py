@@ -164,8 +164,10 @@ class Joined(Part):
         self.steps += 1
 
 
-def parts_of(known: Sequence[Part], names: Sequence[str], used: Used) -> Sequence[Part]:
-    """The parameters `used` in parts: `known`, if those still fit, else made anew."""
+def parts_of(
+    known: Sequence[Part], names: Sequence[str], used: Used, alone: type[Part] | None = None
+) -> Sequence[Part]:
+    """The parameters `used` in parts: `known`, if those still fit, else made anew. alone: the kind of parts of one each."""
     if sum(len(part.params) for part in known) == len(used):
         now = {id(p): state for p, state in used}
         if all(part.fits(names, now) for part in known):
@@ -177,8 +179,9 @@ def parts_of(known: Sequence[Part], names: Sequence[str], used: Used) -> Sequenc
             states = [local(state[name]) for name in names]
             specs = tuple(s.spec.inner if isinstance(s, FlatTensor) else None for s in states)
             small = t.numel() <= JOINED and not isinstance(t, QTensor) and not any(specs)
-            kind = Joined if small else Large
-            key = (kind, specs, t.device, t.dtype, p.grad.dtype, state["step"].item())  # type: ignore[union-attr]
+            kind: type[Part] = alone or (Joined if small else Large)
+            own = id(p) if alone else 0
+            key = (kind, specs, own, t.device, t.dtype, p.grad.dtype, state["step"].item())  # type: ignore[union-attr]
             found.setdefault(key, []).append((p, state))
     return [kind(names, each, specs) for (kind, specs, *_), each in found.items()]
 

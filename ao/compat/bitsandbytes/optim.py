@@ -234,6 +234,154 @@ class SGD(_Sized, _optim.SGD8bit):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **own)
 
 
+class RMSprop(_Sized, _optim.RMSprop8bit):
+    """RMSprop. momentum counts, as in torch.optim. centered: False. The other parameters are those of `Adam`."""
+
+    bits: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **old: Any,
+    ) -> None:
+        who = type(self).__name__
+        if alpha == 0:
+            raise NotImplementedError(f"{who}: alpha must be above 0, got 0")
+        if centered:
+            raise NotImplementedError(f"{who} has no centered=True; use torch.optim.RMSprop for it")
+        own = self._size(optim_bits if self.bits is None else self.bits, min_8bit_size, old)
+        super().__init__(params, lr, alpha, eps, weight_decay, momentum, **own)
+
+
+class Adagrad(_Sized, _optim.Adagrad8bit):
+    """Adagrad. lr_decay and initial_accumulator_value count, as in torch.optim. The other parameters are those of `Adam`."""
+
+    bits: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **old: Any,
+    ) -> None:
+        own = self._size(optim_bits if self.bits is None else self.bits, min_8bit_size, old)
+        super().__init__(params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, **own)
+
+
+class LAMB(_Sized, _optim.LAMB8bit):
+    """LAMB. max_unorm holds for states of 8 bits as well. amsgrad, adam_w_mode: accepted; the weight decay is decoupled.
+
+    The other parameters are those of `Adam`.
+    """
+
+    bits: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        adam_w_mode: bool = True,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        *,
+        max_unorm: float = 1.0,
+        **old: Any,
+    ) -> None:
+        own = self._size(optim_bits if self.bits is None else self.bits, min_8bit_size, old)
+        super().__init__(params, lr, bias_correction, betas, eps, weight_decay, max_unorm, **own)
+
+
+class LARS(_Sized, _optim.LARS8bit):
+    """LARS. max_unorm holds for states of 8 bits as well. The other parameters are those of `Adam`."""
+
+    bits: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        *,
+        max_unorm: float = 0.02,
+        **old: Any,
+    ) -> None:
+        own = self._size(optim_bits if self.bits is None else self.bits, min_8bit_size, old)
+        if momentum == 0:
+            raise NotImplementedError(f"{type(self).__name__}: momentum must be above 0; PytorchLARS goes without")
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, max_unorm, **own)
+
+
+class PytorchLARS(_optim.LARS8bit):
+    """LARS with float32 states, without momentum too."""
+
+    formats = {}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.01,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        max_unorm: float = 0.02,
+        **own: Any,
+    ) -> None:
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, max_unorm, **own)
+
+
+class AdEMAMix(_Sized, _optim.AdEMAMix8bit):
+    """AdEMAMix. The parameters are those of `ao.optim.AdEMAMix8bit` and `Adam`."""
+
+    bits: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        optim_bits: int = 32,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **old: Any,
+    ) -> None:
+        own = self._size(optim_bits if self.bits is None else self.bits, min_8bit_size, old)
+        super().__init__(params, lr, betas, alpha, t_alpha or None, t_beta3 or None, eps, weight_decay, **own)
+
+
 class Adam8bit(Adam):
     """`Adam` with 8-bit states."""
 
@@ -282,27 +430,81 @@ class SGD32bit(SGD):
     bits = 32
 
 
+class RMSprop8bit(RMSprop):
+    """`RMSprop` with 8-bit states."""
+
+    bits = 8
+
+
+class RMSprop32bit(RMSprop):
+    """`RMSprop` with 32-bit states."""
+
+    bits = 32
+
+
+class Adagrad8bit(Adagrad):
+    """`Adagrad` with an 8-bit state."""
+
+    bits = 8
+
+
+class Adagrad32bit(Adagrad):
+    """`Adagrad` with a 32-bit state."""
+
+    bits = 32
+
+
+class LAMB8bit(LAMB):
+    """`LAMB` with 8-bit states."""
+
+    bits = 8
+
+
+class LAMB32bit(LAMB):
+    """`LAMB` with 32-bit states."""
+
+    bits = 32
+
+
+class LARS8bit(LARS):
+    """`LARS` with an 8-bit state."""
+
+    bits = 8
+
+
+class LARS32bit(LARS):
+    """`LARS` with a 32-bit state."""
+
+    bits = 32
+
+
+class AdEMAMix8bit(AdEMAMix):
+    """`AdEMAMix` with 8-bit states."""
+
+    bits = 8
+
+
+class AdEMAMix32bit(AdEMAMix):
+    """`AdEMAMix` with 32-bit states."""
+
+    bits = 32
+
+
 PagedAdam, PagedAdam8bit, PagedAdam32bit = Adam, Adam8bit, Adam32bit
 PagedAdamW, PagedAdamW8bit, PagedAdamW32bit = AdamW, AdamW8bit, AdamW32bit
 PagedLion, PagedLion8bit, PagedLion32bit = Lion, Lion8bit, Lion32bit
-
-MISSING = ("AdEMAMix", "Adagrad", "LAMB", "LARS", "RMSprop")
-"""The rules that ao does not have, each with its 8bit, 32bit and paged names."""
-
-
-def __getattr__(name: str) -> Any:
-    """Raises NotImplementedError for a rule that ao does not have."""
-    rule = name.removeprefix("Paged").removesuffix("8bit").removesuffix("32bit")
-    if rule in MISSING:
-        raise NotImplementedError(
-            f"ao has no {rule}: use AdamW8bit, Lion8bit or SGD8bit, write the rule for ao.optim.LowBitOptimizer, or take it from "
-            "torch.optim in 32 bits"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+PagedAdEMAMix, PagedAdEMAMix8bit, PagedAdEMAMix32bit = AdEMAMix, AdEMAMix8bit, AdEMAMix32bit
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "SGD",
+    "AdEMAMix",
+    "AdEMAMix8bit",
+    "AdEMAMix32bit",
+    "Adagrad",
+    "Adagrad8bit",
+    "Adagrad32bit",
     "Adam",
     "Adam8bit",
     "Adam32bit",
@@ -310,9 +512,16 @@ __all__ = [
     "AdamW8bit",
     "AdamW32bit",
     "GlobalOptimManager",
+    "LAMB8bit",
+    "LAMB32bit",
+    "LARS8bit",
+    "LARS32bit",
     "Lion",
     "Lion8bit",
     "Lion32bit",
+    "PagedAdEMAMix",
+    "PagedAdEMAMix8bit",
+    "PagedAdEMAMix32bit",
     "PagedAdam",
     "PagedAdam8bit",
     "PagedAdam32bit",
@@ -322,6 +531,10 @@ __all__ = [
     "PagedLion",
     "PagedLion8bit",
     "PagedLion32bit",
+    "PytorchLARS",
+    "RMSprop",
+    "RMSprop8bit",
+    "RMSprop32bit",
     "SGD8bit",
     "SGD32bit",
 ]

@@ -103,9 +103,14 @@ def finish(
     names = {name for name, m in model.named_modules() if LAYER in m.__dict__ and (not filter_fn or filter_fn(m, name))}
     batches = list(recording.batches)
     stop(model)
-    return ao.quantize_(
+    report = ao.quantize_(
         model, config, lambda _, name: name in names, device, calibration_data=batches if needed else None
     )
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, ao.QTensor) and weight.pre_scale is not None:
+            weight.act_pre_scale = weight.pre_scale  # type: ignore[attr-defined]  # torchao's name of it
+    return report
 
 
 def prepare_for_loading(model: nn.Module, config: Config, filter_fn: Callable[[nn.Module, str], bool]) -> Report:

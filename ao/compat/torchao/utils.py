@@ -235,7 +235,9 @@ class TorchAOBaseTensor(torch.Tensor):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._tables = ({}, {})
+        # What the bases know by now, the last base first; what a base learns later is its own.
+        known = [base._tables for base in cls.__bases__ if issubclass(base, TorchAOBaseTensor)]
+        cls._tables = ({k: v for t, _ in known for k, v in t.items()}, {k: v for _, t in known for k, v in t.items()})
         cls._layouts = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -329,16 +331,8 @@ class TorchAOBaseTensor(torch.Tensor):
         return f"{type(self).__name__}({shown})"
 
     @classmethod
-    def _find(cls, table: int, func: Any) -> Any:
-        for base in cls.__mro__:
-            found = vars(base).get("_tables", ({}, {}))[table].get(func)
-            if found is not None:
-                return found
-        return None
-
-    @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = cls._find(1, func)
+        handler = cls._tables[1].get(func)
         if handler is not None:
             return handler(func, types, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
@@ -349,14 +343,16 @@ class TorchAOBaseTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        handler = cls._find(0, func)
+        handler = cls._tables[0].get(func)
         if handler is not None:
             return handler(func, types, args, kwargs)
         if cls._names() and func in _COMMON:
             return _COMMON[func](func, args, kwargs)
-        known = ", ".join(sorted({str(op) for base in cls.__mro__ for op in vars(base).get("_tables", ({}, {}))[0]}))
+        known = ", ".join(sorted(map(str, cls._tables[0])))
+        arg_types = ", ".join(type(a).__name__ for a in args)
         raise NotImplementedError(
-            f"{cls.__name__} does not say what {func} means; use @{cls.__name__}.implements({func}). It knows: {known}"
+            f"{cls.__name__} does not say what {func} means (arg_types: {arg_types}); use @{cls.__name__}.implements({func}), or "
+            f"name its tensors in tensor_data_names. It knows: {known}"
         )
 
 

@@ -27,6 +27,9 @@ CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloa
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float8_e4m3fn: 4}
 """Dtypes of arguments, as cpu_source.py numbers them."""
 
+SCALES = {**DTYPES, torch.float16: 5}
+"""Dtypes of scales and zero points."""
+
 _FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
@@ -44,15 +47,26 @@ class Kind(NamedTuple):
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
+class Level(ctypes.Structure):
+    """`Level` of cpu_source.py."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("values", "inner", "inner_zero")),
+        *((name, _LONG) for name in ("rows", "inner_rows", "inner_groups")),
+        *((name, _INT) for name in ("dtype", "bits", "inner_dtype", "inner_zero_dtype")),
+        ("inner_offset", _FLOAT),
+    ]
+
+
 class Weight(ctypes.Structure):
     """`Weight` of cpu_source.py."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("codes", "scale", "inner_scale", "inner_zero", "zero", "table")),
-        *((name, _LONG) for name in ("n", "k", "row_bytes", "groups", "scale_rows", "inner_rows", "zero_rows")),
-        *((name, _INT) for name in ("scale_dtype", "zero_dtype")),
+        *((name, _POINTER) for name in ("codes", "table")),
+        *((name, Level) for name in ("scale", "zero")),
+        *((name, _LONG) for name in ("n", "k", "row_bytes", "groups")),
         ("offset", _FLOAT),
-        ("shifted", _INT),
+        *((name, _INT) for name in ("shifted", "after")),
     ]
 
 

@@ -215,6 +215,7 @@ INLINE vf halves(float a, float b, int i) {
 #define I8 2
 #define U8 3
 #define F8 4  // e4m3
+#define F16 5
 
 INLINE float bf16(uint16_t h) { uint32_t w = (uint32_t)h << 16; return load<float>(&w); }
 INLINE uint16_t to_bf16(float f) {
@@ -226,29 +227,64 @@ INLINE float e4m3(uint8_t c) {
   uint32_t w = (uint32_t)(c & 0x80) << 24 | (uint32_t)(c & 0x7F) << 20;
   return load<float>(&w) * 0x1p120f;
 }
+// Sign, exponent and mantissa to their places in a float, and 2**112 for the difference of the biases.
+static float f16(uint16_t h) {
+  uint32_t w = (uint32_t)(h & 0x7FFF) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+  float value = load<float>(&w) * 0x1p112f;
+  w = load<uint32_t>(&value) | ((h & 0x7C00) == 0x7C00 ? 0x7F800000u : 0u) | sign;
+  return load<float>(&w);
+}
 static void to_floats(const void* p, int64_t start, int64_t n, int dtype, float* out) {
   switch (dtype) {
     case F32: memcpy(out, (const float*)p + start, n * sizeof(float)); break;
     case BF16: for (int64_t i = 0; i < n; i++) out[i] = bf16(((const uint16_t*)p)[start + i]); break;
     case I8: for (int64_t i = 0; i < n; i++) out[i] = ((const int8_t*)p)[start + i]; break;
+    case F16: for (int64_t i = 0; i < n; i++) out[i] = f16(((const uint16_t*)p)[start + i]); break;
     case F8: for (int64_t i = 0; i < n; i++) out[i] = e4m3(((const uint8_t*)p)[start + i]); break;
     default: for (int64_t i = 0; i < n; i++) out[i] = ((const uint8_t*)p)[start + i];
   }
 }
 
-// A weight (n, k). scale, zero: (n or 1, groups), scale_rows and zero_rows of them; groups of 16 elements or of whole chunks.
-// A scale that is quantized itself is (scale - inner_zero) * inner_scale, each one number, or one per row.
+// `n` codes of `bits` bits from `p`, a row of chunks of 32 of which the last may be shorter, as floats.
+static void unpack(const uint8_t* p, int64_t n, int bits, float* out) {
+  for (int64_t start = 0; start < n; start += 32) {
+    const int64_t chunk = n - start < 32 ? n - start : 32;
+    uint8_t codes[32] = {};
+    int first = 0;
+    for (int size = 4; size; size >>= 1) {
+      if (!(bits & size)) continue;
+      const int64_t width = chunk * size / 8;
+      for (int plane = 0; plane < 8 / size; plane++)
+        for (int64_t lane = 0; lane < width; lane++)
+          codes[plane * width + lane] |= (p[lane] >> plane * size & ((1 << size) - 1)) << first;
+      p += width;
+      first += size;
+    }
+    for (int64_t i = 0; i < chunk; i++) out[start + i] = codes[i];
+  }
+}
+
+// Scales or zero points, (rows, groups), rows being those of the weight or 1. Such that are quantized themselves are
+// (value - inner_zero - inner_offset) * inner, with (inner_rows, inner_groups) of these.
+struct Level {
+  const void* values;
+  const void* inner;
+  const void* inner_zero;
+  int64_t rows, inner_rows, inner_groups;
+  int32_t dtype, bits;  // bits: of values that are packed, else 0
+  int32_t inner_dtype, inner_zero_dtype;
+  float inner_offset;
+};
+
+// A weight (n, k), with groups of 16 elements or of whole chunks.
 struct Weight {
   const uint8_t* codes;
-  const void* scale;
-  const float* inner_scale;
-  const float* inner_zero;
-  const void* zero;
   const float* table;
-  int64_t n, k, row_bytes, groups, scale_rows, inner_rows, zero_rows;
-  int32_t scale_dtype, zero_dtype;
+  Level scale, zero;
+  int64_t n, k, row_bytes, groups;
   float offset;
   int32_t shifted;  // there is a zero point or an offset
+  int32_t after;    // the zero point is taken off after the scale is applied
 };
 
 // Scale, and what is added to code * scale, of each group of a row.
@@ -260,13 +296,22 @@ struct Row {
 // One scale for a row, which is applied to the sum: that of integers is then exact up to 2**24.
 INLINE bool by_row(const Weight& w) { return w.groups == 1 && !w.shifted; }
 
-static void read_scale(const Weight& w, int64_t n, float* out) {
-  to_floats(w.scale, (w.scale_rows > 1 ? n : 0) * w.groups, w.groups, w.scale_dtype, out);
-  if (!w.inner_scale) return;
-  int64_t at = w.inner_rows > 1 ? n : 0;
-  float scale = w.inner_scale[at], zero = w.inner_zero ? w.inner_zero[at] : 0;
-  for (int64_t i = 0; i < w.groups; i++) out[i] = (out[i] - zero) * scale;
+static void read_level(const Level& l, int64_t groups, int64_t n, float* out) {
+  const int64_t row = l.rows > 1 ? n : 0;
+  if (l.bits) unpack((const uint8_t*)l.values + row * groups * l.bits / 8, groups, l.bits, out);
+  else to_floats(l.values, row * groups, groups, l.dtype, out);
+  if (!l.inner) return;
+  const int64_t first = l.inner_rows > 1 ? n * l.inner_groups : 0, each = groups / l.inner_groups;
+  for (int64_t i = 0; i < l.inner_groups; i++, out += each) {
+    float scale, zero = 0;
+    to_floats(l.inner, first + i, 1, l.inner_dtype, &scale);
+    if (l.inner_zero) to_floats(l.inner_zero, first + i, 1, l.inner_zero_dtype, &zero);
+    zero += l.inner_offset;
+    for (int64_t g = 0; g < each; g++) out[g] = (out[g] - zero) * scale;
+  }
 }
+
+static void read_scale(const Weight& w, int64_t n, float* out) { read_level(w.scale, w.groups, n, out); }
 
 static void read_row(const Weight& w, int64_t n, Row& row) {
   if (n == row.last) return;
@@ -277,9 +322,10 @@ static void read_row(const Weight& w, int64_t n, Row& row) {
   }
   read_scale(w, n, row.scale);
   if (!w.shifted) return;
-  if (w.zero) to_floats(w.zero, (w.zero_rows > 1 ? n : 0) * w.groups, w.groups, w.zero_dtype, row.shift);
+  if (w.zero.values) read_level(w.zero, w.groups, n, row.shift);
   else memset(row.shift, 0, w.groups * sizeof(float));
-  for (int64_t i = 0; i < w.groups; i++) row.shift[i] = -(row.shift[i] + w.offset) * row.scale[i];
+  for (int64_t i = 0; i < w.groups; i++)
+    row.shift[i] = w.after ? -(row.shift[i] + w.offset * row.scale[i]) : -(row.shift[i] + w.offset) * row.scale[i];
 }
 
 INLINE float* floats(int64_t n) { return (float*)aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64); }

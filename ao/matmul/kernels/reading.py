@@ -93,7 +93,7 @@ def reading_from(text: str) -> Reading:
 def reading_of(w: QTensor) -> tuple[Reading, Fields] | None:
     """How the kernels read a weight (N, K), and its fields; None where they cannot."""
     a = w.spec.operand(w) if w.dim() == 2 else None
-    if a is None or a.kind == "int4pack" or w.numel() >= 2**31:
+    if a is None or a.kind not in KINDS or w.numel() >= 2**31:
         return None
     n, k = (int(size) for size in w.shape)  # int: a graph may have any number of tokens, but one shape of the weight
     scale, nested = _scale_fields(a)

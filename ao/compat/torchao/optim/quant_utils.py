@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -58,5 +60,12 @@ def dequant_with_qmap(codes: Tensor, qmap: Tensor, scale: Tensor) -> Tensor:
 
 
 def _fp32_to_bf16_sr(x_f32: Tensor) -> Tensor:
-    """`ao.optim.stochastic_round` with a seed of torch's generator."""
+    """`ao.optim.stochastic_round` with a seed of torch's generator. A DTensor is rounded shard by shard."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # without it there is no DTensor
+    if distributed is not None and isinstance(x_f32, distributed.DTensor):
+        local = _fp32_to_bf16_sr(x_f32.to_local())
+        shape, stride = x_f32.shape, x_f32.stride()
+        return distributed.DTensor.from_local(
+            local, x_f32.device_mesh, x_f32.placements, run_check=False, shape=shape, stride=stride
+        )
     return stochastic_round(x_f32, torch.randint(2**31 - 1, (), dtype=torch.int32, device=x_f32.device))

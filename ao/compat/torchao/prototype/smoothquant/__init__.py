@@ -16,10 +16,13 @@ from ...core.config import AOBaseConfig
 from ...quantization.quant_api import Int8DynamicActivationInt8WeightConfig, _is_linear
 from ...quantization.quantize_.common import QuantizationStep
 from ...recording import Recorded, finish, prepare_for_loading, recording_of, start, stop, with_algorithm
+from .observers import RunningAbsMaxSmoothQuantObserver, SmoothQuantObserver
 
 __all__ = [
+    "RunningAbsMaxSmoothQuantObserver",
     "SmoothQuantConfig",
     "SmoothQuantObservedLinear",
+    "SmoothQuantObserver",
     "SmoothQuantStep",
     "insert_smooth_quant_observer_",
     "load_smooth_quant_recipe",

@@ -1,8 +1,10 @@
 """torchao.prototype.smoothquant.core."""
 
 from . import (
+    RunningAbsMaxSmoothQuantObserver,
     SmoothQuantObservedLinear,
+    SmoothQuantObserver,
     SmoothQuantStep,
 )
 
-__all__ = ["SmoothQuantObservedLinear", "SmoothQuantStep"]
+__all__ = ["RunningAbsMaxSmoothQuantObserver", "SmoothQuantObservedLinear", "SmoothQuantObserver", "SmoothQuantStep"]

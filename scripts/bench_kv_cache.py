@@ -35,7 +35,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--caches", nargs="+", default=["int8", "float8", "int4"], metavar="NAME")
     parser.add_argument("--queries", type=int, default=1, metavar="T", help="tokens of a step; default: 1")
     parser.add_argument(
-        "--tiles", nargs="+", default=[], metavar="WxP", help="try W warps, P programs a multiprocessor"
+        "--tiles",
+        nargs="+",
+        default=[],
+        metavar="WxPxR[+]",
+        help="try W warps, P programs a multiprocessor, and R registers; +: load ahead",
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
@@ -136,15 +140,16 @@ def main() -> None:
 def tiled(cache: KVCache, q: Tensor, tile: str) -> Tensor:
     """The kernel alone, with another tile. A rotation is left out."""
     from ao.matmul.attention_gpu import code_kind
-    from ao.matmul.kernels.decode_attention import decode
+    from ao.matmul.kernels.decode_attention import Tile, decode
 
-    warps, programs = map(int, tile.split("x"))
+    warps, programs, *registers = map(int, tile.rstrip("+").split("x"))
     k, v = (a.spec.operand(a) for a in (cache.keys, cache.values))
     kind = code_kind(k, DIM)
     assert k is not None and v is not None and kind is not None
+    how = Tile(warps, programs, tile.endswith("+"), next(iter(registers), None))
     return decode(
         q, k.codes, k.scale, k.zero_point, v.codes, v.scale, v.zero_point, kind, kind, 0, cache.length,
-        cache.length - q.shape[2], None, None, DIM**-0.5, None, None, warps, programs,
+        cache.length - q.shape[2], None, None, DIM**-0.5, None, None, how,
     )[0]  # fmt: skip
 
 

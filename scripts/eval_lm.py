@@ -35,6 +35,7 @@ from lm_text import STDLIB, texts_of, windows
 from torch import Tensor, nn
 
 import ao
+from ao.quant.kv_cache import kv_cache_config
 from ao.quant.report import storage_bytes
 
 LM_FORMATS = {
@@ -93,11 +94,14 @@ class LanguageModel:
 
 
 @torch.inference_mode()
-def perplexity(model: nn.Module, ids: Tensor, reference: nn.Module | None = None) -> tuple[float, float | None]:
-    """Perplexity over windows (W, T), and the mean KL divergence from a reference."""
+def perplexity(
+    model: nn.Module, ids: Tensor, reference: nn.Module | None = None, cache: str | None = None
+) -> tuple[float, float | None]:
+    """Perplexity over windows (W, T), and the mean KL divergence from a reference. cache: how keys and values are quantized."""
     nll, kl, count = 0.0, 0.0, 0
     for batch in LanguageModel.batches(ids):
-        log_p = F.log_softmax(model(**batch).logits[:, :-1].float(), -1)  # (B, T - 1, V)
+        own = batch if cache is None else batch | cached(model, cache, ids.shape[1])
+        log_p = F.log_softmax(model(**own).logits[:, :-1].float(), -1)  # (B, T - 1, V)
         targets = batch["input_ids"][:, 1:]
         nll -= float(log_p.gather(-1, targets[..., None]).double().sum())
         count += targets.numel()
@@ -105,6 +109,27 @@ def perplexity(model: nn.Module, ids: Tensor, reference: nn.Module | None = None
             log_q = F.log_softmax(reference(**batch).logits[:, :-1].float(), -1)
             kl += float(F.kl_div(log_p, log_q, reduction="sum", log_target=True).double())
     return math.exp(nll / count), None if reference is None else kl / count
+
+
+def cached(model: Any, cache: str, length: int) -> dict[str, Any]:
+    """Arguments of a call that reads all keys and values from a quantized cache."""
+    from ao.integrations.transformers import QuantizedCache
+
+    return {"past_key_values": QuantizedCache(model.config, cache, length), "use_cache": True}
+
+
+def cache_rows(model: Any, ids: Tensor, names: list[str], divergence: bool) -> Iterator[dict[str, Any]]:
+    """Perplexity and divergence of the model with quantized keys and values, and the bits of a number of those."""
+    from ao.quant.kv_cache import KVCache
+
+    text = model.config.get_text_config()
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for name in names:
+        start = time.perf_counter()
+        found, kl = perplexity(model, ids, model if divergence else None, name)
+        kv = KVCache(name, 1, 1, 2**16, dim)
+        row = {"format": f"KV cache {name}", "recipe": "", "bits": 8 * kv.nbytes_packed / (2 * 2**16 * dim)}
+        yield {**row, "perplexity": found, "divergence": kl, "seconds": time.perf_counter() - start}
 
 
 def bits_per_weight(model: nn.Module) -> float:
@@ -222,6 +247,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--divergence", action="store_true", help="measure KL(original || quantized) too; twice the time"
     )
     parser.add_argument("--layers", action="store_true", help="per layer: signal to noise of weights and outputs")
+    parser.add_argument(
+        "--kv-cache",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="quantize keys and values, not weights: int8, int4, kivi4, ...",
+    )
     parser.add_argument("--rotate", action="store_true", help="rotate the model first (ao.rotate_)")
     parser.add_argument("--rotate-block", type=int, help="rotate so many numbers among themselves, rather than all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
@@ -260,10 +292,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         what = LanguageModel(args.model, args.dtype, args.device, args.window)
         text = what.windows(args.text, args.windows)
-        calibration = what.windows(args.calibration, args.calibration_windows)
-        configs = [
-            (name, recipe, with_recipe(format_of(name), recipe)) for name in args.formats for recipe in args.recipes
-        ]
+        formats = [] if args.kv_cache else args.formats
+        calibration = what.windows(args.calibration, args.calibration_windows) if formats else text
+        configs = [(name, recipe, with_recipe(format_of(name), recipe)) for name in formats for recipe in args.recipes]
+        for name in args.kv_cache:
+            kv_cache_config(name)
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"error: {error}")
     original = what.load()
@@ -273,6 +306,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     run = run_of(args, what, base, text.shape[0] * (text.shape[1] - 1))
     rows: list[dict[str, Any]] = []
+    for row in cache_rows(original, text, args.kv_cache, args.divergence):
+        rows.append(row)
+        print(f"  {row['format']}: {row['perplexity']:.4f}", file=sys.stderr, flush=True)
     for name, recipe, config in configs:
         model = what.load()
         start = time.perf_counter(), time.process_time()

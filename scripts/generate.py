@@ -40,6 +40,7 @@ from performance import against_bf16, read
 from torch import Tensor, nn
 
 import ao
+from ao.quant.kv_cache import kv_cache_config
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,6 +61,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="needs --model; default: random tokens")
     parser.add_argument("--prompt-length", type=int, default=128, metavar="T", help="of random tokens; default: 128")
+    parser.add_argument(
+        "--kv-cache", default="bf16", metavar="C", help="bf16, or int8, int4, kivi4, ...; default: bf16"
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="T", help="tokens that the cache holds; the random prompt fills it"
+    )
+    parser.add_argument(
+        "--prompt-chunk", type=int, default=2048, metavar="T", help="tokens of a prompt at a time; default: 2048"
+    )
     parser.add_argument("--new-tokens", type=int, default=200, metavar="T", help="default: 200; 0 only quantizes")
     parser.add_argument("--batch", type=int, default=1, metavar="B")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
@@ -88,6 +98,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--prompt needs --model DIR, whose tokenizer.json reads it")
     if args.model is not None and not (args.model / "config.json").is_file():
         parser.error(f"{args.model} has no config.json; --model takes a Hugging Face folder")
+    if args.context is not None:
+        args.prompt_length = args.context - args.new_tokens
+        if args.prompt_length < 1:
+            parser.error("--context must be longer than --new-tokens")
+    try:
+        args.quantized = None if args.kv_cache == "bf16" else args.kv_cache
+        if args.quantized is not None:
+            kv_cache_config(args.quantized)
+    except ValueError as error:
+        parser.error(str(error))
     if args.new_tokens == 1:
         parser.error("--new-tokens must be 2 or more, so that there is a decode step, or 0 to only quantize")
     try:
@@ -143,13 +163,15 @@ class Generator:
     new_tokens: int
     prefill: Callable[..., Tensor]
     step: Callable[..., Tensor]
+    kv_cache: str | None = None
+    chunk: int = 2048
     graph: torch.cuda.CUDAGraph | None = None
     prefill_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         batch, length = self.prompt.shape
-        self.model.make_cache(batch, length + self.new_tokens)
+        self.model.make_cache(batch, length + self.new_tokens, self.kv_cache)
         device = self.prompt.device
         self.start = torch.arange(length, device=device)
         self.tokens = torch.zeros(batch, length + self.new_tokens, dtype=torch.int64, device=device)
@@ -160,7 +182,11 @@ class Generator:
     def first(self) -> None:
         """Read the prompt, and make the first token."""
         self.position.fill_(self.prompt.shape[1])
-        self.token.copy_(self.prefill(self.prompt, self.start))
+        for at in range(0, self.prompt.shape[1], self.chunk):
+            self.model.start_at(at)
+            part = slice(at, at + self.chunk)
+            token = self.prefill(self.prompt[:, part], self.start[part])
+        self.token.copy_(token)
         self.tokens.index_copy_(1, self.position, self.token)
 
     def advance(self) -> None:
@@ -250,8 +276,9 @@ def build(args: argparse.Namespace, name: str, prompt: Tensor, compiler: dict[st
             whole = torch.compile(measure.own_code(next_tokens, f"prefill_{name}"), fullgraph=True)
             prefill = functools.partial(whole, temperature=args.temperature, top_k=args.top_k)
     generator = Generator(
-        model, row, prompt, args.new_tokens, functools.partial(prefill, model), functools.partial(step, model)
-    )
+        model, row, prompt, args.new_tokens, functools.partial(prefill, model), functools.partial(step, model), args.quantized,
+        args.prompt_chunk,
+    )  # fmt: skip
     hits = cache_hits()
     row["compile_s"] = generator.compile(args.capture)
     row["compile_cache_hits"] = cache_hits() - hits
@@ -261,8 +288,13 @@ def build(args: argparse.Namespace, name: str, prompt: Tensor, compiler: dict[st
     generator.decode_s.clear()
     if device.type == "cuda" or args.one_by_one or len(args.formats) == 1:
         row["peak_bytes"] = measure.used_bytes(device, peak=True) - before
+    blocks: Any = model.blocks
     width = 2 * model.config.layers * model.config.kv_heads * model.config.head_dim
-    row["bytes_per_step"] = read_bytes + sequences * (length + args.new_tokens) * width * dtype.itemsize
+    plain = sequences * (length + args.new_tokens) * width * dtype.itemsize
+    row["cache_bytes"] = (
+        plain if args.quantized is None else sum(block.attention.cache.nbytes_packed for block in blocks)
+    )
+    row["bytes_per_step"] = read_bytes + row["cache_bytes"]
     return generator
 
 
@@ -413,6 +445,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         "layers": layers,
         "batch": args.batch,
         "prompt_length": prompt.shape[1],
+        "kv_cache": args.kv_cache,
         "new_tokens": args.new_tokens,
         "how": how,
         "quantize_embedding": args.quantize_embedding,
@@ -485,6 +518,7 @@ def show(run: dict[str, Any]) -> None:
     head = ["format", "model GB", "decode tok/s", "of bf16", "of bandwidth", "prefill tok/s", "peak GB", "compile s"]
     head += ["quantize s", "GB/s"]
     title = f"{s['model']}, {s['layers']} layers, batch {s['batch']}, {s['prompt_length']} + {s['new_tokens']} tokens"
+    title += f", {s['kv_cache']} cache" * (s.get("kv_cache", "bf16") != "bf16")
     measure.show(head, body, f"{title}; {s['how']}")
 
 

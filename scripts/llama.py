@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from ao.quant.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention. A call has the first tokens of a text, or, with a cache, one token at any position."""
+    """Causal attention. A call has the first tokens of a text, or, with a cache, one token at any position, or a chunk of a
+    prompt from `start` on.
+
+    cache: a quantized cache in place of `keys` and `values`, which knows by itself how far it is.
+    """
 
     keys: Tensor
     values: Tensor
+    cache: KVCache | None = None
+    start = 0
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -150,11 +159,20 @@ class Attention(nn.Module):
         q = rotate(q, cos, sin)
         k, v = rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)  # (B, kv_heads, S, head_dim)
         cached = "keys" in self._buffers
+        if self.cache is not None:
+            self.cache.update(k, v, check=False)
+            return self.out(self.cache.attend(q.transpose(1, 2)).transpose(1, 2).reshape(batch, tokens, -1))
         if cached:
             self.keys.index_copy_(2, positions, k)
             self.values.index_copy_(2, positions, v)
         if cached and tokens == 1:
             out = self.one(q, positions)
+        elif cached and self.start:
+            k, v = (t[:, :, : self.start + tokens] for t in (self.keys, self.values))
+            # No mask of tokens x positions is made where a kernel knows the bias by its name.
+            bias: Any = causal_lower_right(tokens, self.start + tokens)
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias, enable_gqa=True)
+            out = out.transpose(1, 2)
         else:
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
             out = out.transpose(1, 2)  # (B, S, heads, head_dim)
@@ -218,15 +236,30 @@ class Llama(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def make_cache(self, batch: int, length: int) -> None:
-        """Room for the keys and values of `batch` sequences of `length` tokens, in the dtype of the norms."""
+    def make_cache(self, batch: int, length: int, quantized: str | None = None) -> None:
+        """Room for the keys and values of `batch` sequences of `length` tokens, in the dtype of the norms, or `quantized`."""
         self.make_rotary(length)
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
         for block in self.blocks:
+            if quantized is not None:
+                kv_heads, head_dim = self.config.kv_heads, self.config.head_dim
+                cache = KVCache(quantized, batch, kv_heads, length, head_dim, dtype=dtype, device=device)
+                for t in cache.tensors():
+                    torch._dynamo.mark_static_address(t)
+                block.attention.cache = cache  # type: ignore[union-attr]
+                continue
             for name in ("keys", "values"):
                 shape = (batch, self.config.kv_heads, length, self.config.head_dim)
-                cache = torch.zeros(shape, device=device, dtype=dtype)
-                block.attention.register_buffer(name, cache, persistent=False)  # type: ignore[union-attr]
+                room = torch.zeros(shape, device=device, dtype=dtype)
+                block.attention.register_buffer(name, room, persistent=False)  # type: ignore[union-attr]
+
+    def start_at(self, position: int) -> None:
+        """Say where the tokens of the next calls begin; at 0, quantized caches forget what they hold."""
+        for block in self.blocks:
+            attention: Any = block.attention
+            attention.start = position
+            if position == 0 and attention.cache is not None:
+                attention.cache.reset()
 
     def make_rotary(self, length: int) -> None:
         """The rotations of `length` positions."""

@@ -192,8 +192,9 @@ class QuantizedCache(Cache):
     @property
     def nbytes_packed(self) -> int:
         """Bytes of all keys and values, once they are there."""
-        quantized = sum(e.kv.nbytes_packed for e in self.layers if isinstance(e, QuantizedLayer) and e.is_initialized)
-        plain = [e for e in self.layers if not isinstance(e, QuantizedLayer)]
+        own = [e.kv for e in self.layers if isinstance(e, QuantizedLayer) and e.is_initialized]
+        quantized = sum(kv.nbytes_packed for kv in own)
+        plain: list[Any] = [e for e in self.layers if not isinstance(e, QuantizedLayer)]
         return quantized + sum(t.nbytes for e in plain for t in (e.keys, e.values) if t is not None)
 
 

@@ -18,6 +18,7 @@ mantissa of 16 + c; that 16 and the zero point are taken off the sums. Every war
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,16 +28,16 @@ from torch import Tensor
 from .device import multiprocessors, on_its_device
 from .launch import cdiv, launch, power_of_two
 
-TILE = 32
-"""Positions of a step of a warp."""
+POSITIONS = 32
+"""Of a step of a warp."""
 
 _INT4, _INT8, _FLOAT8 = 0, 1, 2
 KINDS = {"uint4": _INT4, "int8": _INT8, "float8": _FLOAT8}
 
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32"
 
 
-def _pairs_of_words(kind: int, i: int, word: str, out: list[str]) -> list[tuple[str, str]]:
+def _pairs_of_words(kind: int, name: str, word: str, out: list[str]) -> list[tuple[str, str]]:
     """Instructions that make the fragments of q k^T of a word of codes: pairs of bfloat16 beside each other in head_dim (or two
     apart, for 4 bits). Gives the registers of each step, (b0, b1)."""
     if kind == _INT4:
@@ -45,19 +46,19 @@ def _pairs_of_words(kind: int, i: int, word: str, out: list[str]) -> list[tuple[
         for n, move in enumerate(
             ("shl.b32 t, {w}, 3;", "shr.u32 t, {w}, 5;", "shr.u32 t, {w}, 1;", "shr.u32 t, {w}, 9;")
         ):
-            out.append(move.format(w=word) + f" lop3.b32 k{i}{n}, t, 0x00780078, 0x41804180, 0xEA;")
-            names.append(f"k{i}{n}")
+            out.append(move.format(w=word) + f" lop3.b32 {name}{n}, t, 0x00780078, 0x41804180, 0xEA;")
+            names.append(f"{name}{n}")
         return [(names[0], names[1]), (names[2], names[3])]
     if kind == _INT8:
+        # In float16: the mantissa of 1024 + 128 + code.
         out.append(f"xor.b32 x, {word}, 0x80808080;")
-        for n in range(4):
-            out.append(f"prmt.b32 t, x, 0x4B000000, 0x744{n}; sub.f32 f{n}, t, 0f4B000080;")
-        out.append(f"prmt.b32 k{i}0, f0, f1, 0x7632; prmt.b32 k{i}1, f2, f3, 0x7632;")
-        return [(f"k{i}0", f"k{i}1")]
+        for n, sel in enumerate((0x4140, 0x4342)):
+            out.append(f"prmt.b32 t, x, 0x64646464, 0x{sel:04x}; sub.f16x2 {name}{n}, t, bias;")
+        return [(f"{name}0", f"{name}1")]
     for n, sel in enumerate((0x1404, 0x3424)):
         out.append(f"prmt.b32 x, {word}, 0, 0x{sel:04x};")
-        out += _float8(f"k{i}{n}")
-    return [(f"k{i}0", f"k{i}1")]
+        out += _float8(f"{name}{n}")
+    return [(f"{name}0", f"{name}1")]
 
 
 def _float8(name: str) -> list[str]:
@@ -68,30 +69,36 @@ def _float8(name: str) -> list[str]:
     ]
 
 
-def _mma(c: tuple[str, str], a: tuple[str, str], b: tuple[str, str], start: tuple[str, str]) -> str:
-    """One product, c = a b + start. Of its 16 rows the last 8 are zeros, and not looked at."""
-    return f"{_MMA} {{{c[0]}, {c[1]}, u0, u1}}, {{{a[0]}, z, {a[1]}, z}}, {{{b[0]}, {b[1]}}}, {{{start[0]}, {start[1]}, zf, zf}};"
+def _mma(
+    c: tuple[str, ...], a: tuple[str, str], b: tuple[str, str], start: tuple[str, ...], dtype: str = "bf16"
+) -> str:
+    """One product, c = a b + start. Of its 16 rows the last 8 are zeros: the last two registers of c and start stay 0."""
+    operation = _MMA.format(dtype)
+    return f"{operation} {{{', '.join(c)}}}, {{{a[0]}, z, {a[1]}, z}}, {{{b[0]}, {b[1]}}}, {{{', '.join(start)}}};"
 
 
 _REGISTERS = (
-    "{ .reg .b32 t, x, z, big, nz; .reg .f32 f0, f1, f2, f3, u0, u1, zf; mov.b32 z, 0; mov.f32 zf, 0f00000000; "
-    "mov.b32 big, 0x7B807B80; mov.b32 nz, 0x80008000; "
+    "{ .reg .b32 t, x, z, big, nz, bias; .reg .f32 f0, f1, u0, u1, zf; mov.b32 z, 0; mov.f32 zf, 0f00000000; "
+    "mov.b32 big, 0x7B807B80; mov.b32 nz, 0x80008000; mov.b32 bias, 0x64806480; "
 )
 
 
 def _scores_asm(kind: int, words: int) -> tuple[str, str]:
-    """The scores of 8 positions, two in a lane. Operands: two sums; the words of codes; two registers of queries per step."""
-    lines, step = ["mov.f32 s0, 0f00000000; mov.f32 s1, 0f00000000;"], 0
-    names: list[str] = []
+    """The scores of 4 times 8 positions, two of each in a lane. Operands: two sums of each; the words of codes of each; two
+    registers of queries per step. The four take turns, so that none waits for its own last product."""
+    lines, steps = [f"mov.f32 s{i}, 0f00000000;" for i in range(16)], 2 if kind == _INT4 else 1
+    dtype = "f16" if kind == _INT8 else "bf16"
     for i in range(words):
-        for b in _pairs_of_words(kind, i, f"${2 + i}", lines):
-            at = 2 + words + 2 * step
-            lines.append(_mma(("s0", "s1"), (f"${at}", f"${at + 1}"), b, ("s0", "s1")))
-            names += b
-            step += 1
-    lines.append("mov.f32 $0, s0; mov.f32 $1, s1;")
-    declared = f".reg .f32 s0, s1; .reg .b32 {', '.join(names)}; "
-    operands = ",".join(["=f"] * 2 + ["r"] * (words + 2 * step))
+        made = [_pairs_of_words(kind, f"k{four}", f"${8 + four * words + i}", lines) for four in range(4)]
+        for step in range(steps):
+            at = 8 + 4 * words + 2 * (i * steps + step)
+            for four in range(4):
+                sums = tuple(f"s{4 * four + n}" for n in range(4))
+                lines.append(_mma(sums, (f"${at}", f"${at + 1}"), made[four][step], sums, dtype))
+    lines += [f"mov.f32 ${2 * four + n}, s{4 * four + n};" for four in range(4) for n in range(2)]
+    names = ", ".join(f"k{four}{n}" for four in range(4) for n in range(4))
+    declared = f".reg .f32 {', '.join(f's{i}' for i in range(16))}; .reg .b32 {names}; "
+    operands = ",".join(["=f"] * 8 + ["r"] * (4 * words + 2 * words * steps))
     return _REGISTERS + declared + " ".join(lines) + " }", operands
 
 
@@ -115,39 +122,35 @@ def _columns(kind: int, first: tuple[str, str], out: list[str], names: tuple[str
             out += _float8(names[n])
 
 
-def _values_asm(kind: int, words: int, scaled: bool) -> tuple[str, str]:
-    """16 more positions of p v. Operands: the sums, two of each column; words of codes of 4 positions, one position after the
-    other; two registers of probabilities; the sums before; and, if scaled, what to multiply those by."""
+def _values_asm(kind: int, words: int) -> tuple[str, str]:
+    """32 more positions of p v. Operands: the sums, two of each column; words of codes of the 8 positions of a lane, one after
+    the other; four registers of probabilities; the sums before; and what to multiply those by."""
     each = 8 if kind == _INT4 else 4  # columns of a word
     sums = 2 * words * each
-    codes = [[f"${sums + p * words + w}" for w in range(words)] for p in range(4)]
-    at = sums + 4 * words
-    a, before, factor = (f"${at}", f"${at + 1}"), at + 2, f"${at + 2 + sums}"
-    low, high = tuple(f"p{i}" for i in range(each)), tuple(f"q{i}" for i in range(each))
+    codes = [[f"${sums + p * words + w}" for w in range(words)] for p in range(8)]
+    at = sums + 8 * words
+    first, second = (f"${at}", f"${at + 1}"), (f"${at + 2}", f"${at + 3}")
+    before, factor = at + 4, f"${at + 4 + sums}"
+    pairs = [tuple(f"p{n}_{i}" for i in range(each)) for n in range(4)]
     lines: list[str] = []
     for w in range(words):
-        _columns(kind, (codes[0][w], codes[1][w]), lines, low)
-        _columns(kind, (codes[2][w], codes[3][w]), lines, high)
+        for n in range(4):
+            _columns(kind, (codes[2 * n][w], codes[2 * n + 1][w]), lines, pairs[n])
         for j in range(each):
-            first = 2 * (w * each + j)
-            start = f"${before + first}", f"${before + first + 1}"
-            if scaled:
-                lines.append(f"mul.f32 c0, {start[0]}, {factor}; mul.f32 c1, {start[1]}, {factor};")
-                start = "c0", "c1"
-            lines.append(_mma((f"${first}", f"${first + 1}"), a, (low[j], high[j]), start))
-    declared = f".reg .b32 y, {', '.join(low + high)}; .reg .f32 c0, c1; "
-    operands = ["=f"] * sums + ["r"] * (4 * words + 2) + ["f"] * (sums + scaled)
+            column = 2 * (w * each + j)
+            lines += [f"mul.f32 c{i}, ${before + column + i}, {factor};" for i in range(2)]
+            lines.append(_mma(("c0", "c1", "u0", "u1"), first, (pairs[0][j], pairs[1][j]), ("c0", "c1", "zf", "zf")))
+            done = f"${column}", f"${column + 1}", "u0", "u1"
+            lines.append(_mma(done, second, (pairs[2][j], pairs[3][j]), ("c0", "c1", "u0", "u1")))
+    names = ", ".join(name for pair in pairs for name in pair)
+    declared = f".reg .b32 y, {names}; .reg .f32 c0, c1; "
+    operands = ["=f"] * sums + ["r"] * (8 * words + 4) + ["f"] * (sums + 1)
     return _REGISTERS + declared + " ".join(lines) + " }", ",".join(operands)
 
 
-# By 9 * kind + words of codes; of values, by twice that, and one more if scaled.
+# By 9 * kind + words of codes.
 _SCORES = [_scores_asm(kind, words or 1) for kind in KINDS.values() for words in range(9)]
-_VALUES = [
-    _values_asm(kind, min(words or 1, 4), scaled)
-    for kind in KINDS.values()
-    for words in range(9)
-    for scaled in (False, True)
-]
+_VALUES = [_values_asm(kind, min(words or 1, 4)) for kind in KINDS.values() for words in range(9)]
 _SCORES_ASM, _SCORES_OPERANDS = (tl.constexpr(part) for part in zip(*_SCORES))
 _VALUES_ASM, _VALUES_OPERANDS = (tl.constexpr(part) for part in zip(*_VALUES))
 _FLOATS = tl.constexpr(tuple((tl.float32,) * n for n in range(129)))
@@ -203,9 +206,14 @@ def _four(p):
 
 @triton.jit
 def _load8(at, there):
-    """Eight numbers beside each other from each of the addresses (N,), as float32."""
-    i = tl.arange(0, 8)
-    p = tl.load(at[:, None] + i[None, :], mask=there[:, None], other=0).to(tl.float32)
+    """Eight numbers beside each other from each of the addresses (N,)."""
+    return tl.load(at[:, None] + tl.arange(0, 8)[None, :], mask=there[:, None], other=0)
+
+
+@triton.jit
+def _eight(p):
+    """(N, 8) -> eight of (N,), float32."""
+    p = p.to(tl.float32)
     even, odd = tl.split(tl.reshape(p, (p.shape[0], 4, 2)))
     e0, e1, e2, e3 = _four(even)
     o0, o1, o2, o3 = _four(odd)
@@ -213,24 +221,72 @@ def _load8(at, there):
 
 
 @triton.jit
-def _words(at, WORDS: tl.constexpr, APART: tl.constexpr):
+def _words(at, there, WORDS: tl.constexpr, APART: tl.constexpr):
     """WORDS words from each of the addresses (N,); the second four of eight are APART words after the first."""
     if WORDS == 1:
-        return (tl.load(at),)
+        return (tl.load(at, mask=there, other=0),)
     elif WORDS == 2:
-        return _two(tl.load(at[:, None] + tl.arange(0, 2)[None, :]))
+        return _two(tl.load(at[:, None] + tl.arange(0, 2)[None, :], mask=there[:, None], other=0))
     elif WORDS == 4:
-        return _four(tl.load(at[:, None] + tl.arange(0, 4)[None, :]))
+        return _four(tl.load(at[:, None] + tl.arange(0, 4)[None, :], mask=there[:, None], other=0))
     else:
-        first = _four(tl.load(at[:, None] + tl.arange(0, 4)[None, :]))
-        return first + _four(tl.load(at[:, None] + APART + tl.arange(0, 4)[None, :]))
+        first = _four(tl.load(at[:, None] + tl.arange(0, 4)[None, :], mask=there[:, None], other=0))
+        return first + _four(tl.load(at[:, None] + APART + tl.arange(0, 4)[None, :], mask=there[:, None], other=0))
 
 
 @triton.jit
-def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr):
+def _tile(
+    k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, base, g, r, length, KIND_K: tl.constexpr, KIND_V: tl.constexpr,
+    D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr,
+):  # fmt: skip
+    """All that a warp reads of the 32 positions from `base` on; nothing of those past the end."""
+    mine, four = base + 8 * r, base + g // 2 * 8
+    inside, there = mine < length, four < length
+    at_k = k_ptr + (four + g % 2).to(tl.int64) * (4 * KW) + r * min(KW, 4)
+    k0 = _words(at_k, there, KW, D // 8)
+    k1 = _words(at_k + 2 * (4 * KW), there, KW, D // 8)
+    k2 = _words(at_k + 4 * (4 * KW), there, KW, D // 8)
+    k3 = _words(at_k + 6 * (4 * KW), there, KW, D // 8)
+    ks = _load8(ks_ptr + mine, inside)
+    kz = _load8(kz_ptr + mine, inside) if KIND_K == 0 else ks
+    vs = _load8(vs_ptr + mine, inside)
+    vz = _load8(vz_ptr + mine, inside) if KIND_V == 0 else vs
+    at_v = v_ptr + mine.to(tl.int64) * (8 * VW) + g * VW
+    v0 = _words(at_v, inside, VW, 0)
+    v1 = _words(at_v + 1 * (8 * VW), inside, VW, 0)
+    v2 = _words(at_v + 2 * (8 * VW), inside, VW, 0)
+    v3 = _words(at_v + 3 * (8 * VW), inside, VW, 0)
+    v4 = _words(at_v + 4 * (8 * VW), inside, VW, 0)
+    v5 = _words(at_v + 5 * (8 * VW), inside, VW, 0)
+    v6 = _words(at_v + 6 * (8 * VW), inside, VW, 0)
+    v7 = _words(at_v + 7 * (8 * VW), inside, VW, 0)
+    return k0 + k1 + k2 + k3, v0 + v1 + v2 + v3 + v4 + v5 + v6 + v7, (ks, kz, vs, vz)
+
+
+@triton.jit
+def _numbers(word, HALF: tl.constexpr):
+    """Both halves of words, float16 or bfloat16, as float32."""
+    if HALF:
+        a = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return a, (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _halves(a, b):
+    """Two float32 as float16 in a word; what is too large is the largest."""
+    a, b = tl.clamp(a, -65504.0, 65504.0), tl.clamp(b, -65504.0, 65504.0)
+    return tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [b, a], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr, HALF: tl.constexpr):
     """The fragments of a query per 8 lanes: two words of each step, in turn, and the sum of what they hold, over a thread's part.
 
-    q_ptr: addresses (N,) of words, of two bfloat16 each.
+    q_ptr: addresses (N,) of words, of two 16-bit floats each.
     """
     total = tl.zeros(r.shape, tl.float32)
     words = ()
@@ -244,15 +300,18 @@ def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.conste
             first = r * (4 * KW) + 4 * w
         for half in tl.static_range(2 if KIND == 0 else 1):
             at = q_ptr + (first + 16 * half) // 2
-            a = tl.load(at, mask=there, other=0)
-            b = tl.load(at + 1, mask=there, other=0)
-            total += (a << 16).to(tl.float32, bitcast=True) + (a & -65536).to(tl.float32, bitcast=True)
-            total += (b << 16).to(tl.float32, bitcast=True) + (b & -65536).to(tl.float32, bitcast=True)
-            if KIND == 0:
+            a0, a1 = _numbers(tl.load(at, mask=there, other=0), HALF)
+            b0, b1 = _numbers(tl.load(at + 1, mask=there, other=0), HALF)
+            if KIND == 1:
+                words += (_halves(a0, a1), _halves(b0, b1))  # type: ignore[assignment]
+            elif KIND == 0:
                 # Codes two apart are in a word.
-                words += ((a & 65535) | (b << 16), ((a >> 16) & 65535) | (b & -65536))  # type: ignore[assignment]
+                even, a0, b0 = _pair(a0, b0)
+                odd, a1, b1 = _pair(a1, b1)
+                total += a0 + b0 + a1 + b1
+                words += (even, odd)  # type: ignore[assignment]
             else:
-                words += (a, b)  # type: ignore[assignment]
+                words += (_pair(a0, a1)[0], _pair(b0, b1)[0])  # type: ignore[assignment]
     return words, total
 
 
@@ -262,15 +321,15 @@ def decode_kernel(
     kv_heads, queries, length, start, splits, k_batch, k_head, v_batch, v_head, ks_batch, ks_head, vs_batch, vs_head,
     mask_batch, mask_head, mask_query, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, W: tl.constexpr,
+    D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """A softmax per warp that is not normalized, over a part of the positions: out (rows, pieces, D), top and total
     (rows, pieces), float32, in base 2; rows are (B, kv_heads, blocks of 8).
 
     The grid is (splits, B * kv_heads, blocks), and there are W warps. Row i of a key head is head i % GROUP of query i / GROUP.
-    q: (B, heads, queries, D) bfloat16, as words. k, v: (B, kv_heads, length, 16 KW or 32 VW bytes), as words, with their strides;
-    scales and zero points, one for each position, in numbers. length is a multiple of 8. stop and offset: int64, as in `Sight`.
-    SCALE: times log2(e).
+    q: (B, heads, queries, D) bfloat16, or float16 if HALF, as words. k, v: (B, kv_heads, length, 16 KW or 32 VW bytes), as words,
+    with their strides; scales and zero points, one for each position, in numbers. length is a multiple of 8. stop and offset:
+    int64, as in `Sight`. SCALE: times log2(e). AHEAD: load what the next step needs before this one computes.
     """
     split, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // kv_heads, pair % kv_heads
@@ -280,7 +339,7 @@ def decode_kernel(
     there = row < GROUP * queries
     query, own_head = row // GROUP, head * GROUP + row % GROUP
     at_q = ((batch * kv_heads * GROUP + own_head) * queries + query) * (D // 2)
-    words, total_q = _queries(q_ptr + at_q, r, there, D, KIND_K, KW)
+    words, total_q = _queries(q_ptr + at_q, r, there, D, KIND_K, KW, HALF)
     total_q = _sum4(total_q)
 
     stop = tl.minimum(tl.load(stop_ptr).to(tl.int32), length)
@@ -296,8 +355,10 @@ def decode_kernel(
 
     k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
     v_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
-    at_ks = batch * ks_batch + head * ks_head
-    at_vs = batch * vs_batch + head * vs_head
+    ks_ptr += batch * ks_batch + head * ks_head
+    kz_ptr += batch * ks_batch + head * ks_head
+    vs_ptr += batch * vs_batch + head * vs_head
+    vz_ptr += batch * vs_batch + head * vs_head
     mask_ptr += batch.to(tl.int64) * mask_batch + own_head * mask_head + query * mask_query
 
     zero = tl.zeros((32 * W,), tl.float32)
@@ -307,35 +368,31 @@ def decode_kernel(
     COLUMNS: tl.constexpr = D // 8
     for _ in tl.static_range(COLUMNS - 1):
         out += (zero, zero)  # type: ignore[assignment]
-    for tile in tl.range(split * tiles // splits, (split + 1) * tiles // splits):
-        base = begin + (tile * W + warp) * 32
+    first, last = split * tiles // splits, (split + 1) * tiles // splits
+    base = begin + (first * W + warp) * 32
+    if AHEAD:
+        k, v, scales = _tile(
+            k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, base, g, r, tl.where(first < last, length, 0), KIND_K, KIND_V, D, KW, VW
+        )  # fmt: skip
+    for tile in tl.range(first, last):
         mine = base + 8 * r
-        inside = mine < length
-        # Past the end, what is read does not count.
-        at_k = k_ptr + (tl.minimum(base + g // 2 * 8, length - 8) + g % 2).to(tl.int64) * (4 * KW) + r * min(KW, 4)
-        k0 = _words(at_k, KW, D // 8)
-        k1 = _words(at_k + 2 * (4 * KW), KW, D // 8)
-        k2 = _words(at_k + 4 * (4 * KW), KW, D // 8)
-        k3 = _words(at_k + 6 * (4 * KW), KW, D // 8)
-        ks = _load8(ks_ptr + at_ks + mine, inside)
-        kz = _load8(kz_ptr + at_ks + mine, inside) if KIND_K == 0 else ks
-        vs = _load8(vs_ptr + at_vs + mine, inside)
-        vz = _load8(vz_ptr + at_vs + mine, inside) if KIND_V == 0 else vs
-        at_v = v_ptr + tl.minimum(mine, length - 8).to(tl.int64) * (8 * VW) + g * VW
-        v0 = _words(at_v, VW, 0)
-        v1 = _words(at_v + 1 * (8 * VW), VW, 0)
-        v2 = _words(at_v + 2 * (8 * VW), VW, 0)
-        v3 = _words(at_v + 3 * (8 * VW), VW, 0)
-        v4 = _words(at_v + 4 * (8 * VW), VW, 0)
-        v5 = _words(at_v + 5 * (8 * VW), VW, 0)
-        v6 = _words(at_v + 6 * (8 * VW), VW, 0)
-        v7 = _words(at_v + 7 * (8 * VW), VW, 0)
-
-        s0, s1 = _scores(k0, words, KIND_K, KW)
-        s2, s3 = _scores(k1, words, KIND_K, KW)
-        s4, s5 = _scores(k2, words, KIND_K, KW)
-        s6, s7 = _scores(k3, words, KIND_K, KW)
-        sums = (s0, s1, s2, s3, s4, s5, s6, s7)
+        if AHEAD:
+            now_k, now_v, now_scales = k, v, scales
+            base += 32 * W
+            k, v, scales = _tile(
+                k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, base, g, r, tl.where(tile + 1 < last, length, 0), KIND_K, KIND_V,
+                D, KW, VW,
+            )  # fmt: skip
+        else:
+            now_k, now_v, now_scales = _tile(
+                k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, base, g, r, length, KIND_K, KIND_V, D, KW, VW
+            )
+            base += 32 * W
+        sums = _scores(now_k, words, KIND_K, KW)
+        ks = _eight(now_scales[0])
+        kz = _eight(now_scales[1]) if KIND_K == 0 else ks
+        vs = _eight(now_scales[2])
+        vz = _eight(now_scales[3]) if KIND_V == 0 else vs
         scores = ()
         best = top
         for j in tl.static_range(8):
@@ -345,8 +402,7 @@ def decode_kernel(
             s *= ks[j] * SCALE
             if SOFTCAP > 0:
                 # softcap * tanh(x / softcap), in base 2
-                cap: tl.constexpr = SOFTCAP * 1.4426950408889634
-                s = cap * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / SOFTCAP))))
+                s = (SOFTCAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / SOFTCAP))))
             position = mine + j
             seen = (position < stop) & (position >= start)
             if CAUSAL:
@@ -371,9 +427,7 @@ def decode_kernel(
             if KIND_V == 0:
                 taken += w0 * (vz[2 * j] + 16.0) + w1 * (vz[2 * j + 1] + 16.0)
             weights += (word,)  # type: ignore[assignment]
-        w0, w1, w2, w3 = weights  # type: ignore[misc]
-        out = _values(v0 + v1 + v2 + v3, (w0, w1), out, (kept,), KIND_V, VW, COLUMNS)
-        out = _values(v4 + v5 + v6 + v7, (w2, w3), out, (), KIND_V, VW, COLUMNS)
+        out = _values(now_v, weights, out, (kept,), KIND_V, VW, COLUMNS)
 
     taken = _sum4(taken)
     total = _sum4(total)
@@ -426,30 +480,39 @@ def merge_kernel(
 
 @triton.jit
 def _scores(k, q, KIND: tl.constexpr, KW: tl.constexpr):
-    """The scores of 8 positions: two per lane."""
+    """The scores of 32 positions, eight in a lane."""
     return tl.inline_asm_elementwise(
-        _SCORES_ASM[9 * KIND + KW], _SCORES_OPERANDS[9 * KIND + KW], k + q, dtype=(tl.float32, tl.float32), is_pure=True,
-        pack=1,
-    )  # fmt: skip
+        _SCORES_ASM[9 * KIND + KW], _SCORES_OPERANDS[9 * KIND + KW], k + q, dtype=_FLOATS[8], is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def _values(v, weights, out, kept, KIND: tl.constexpr, VW: tl.constexpr, COLUMNS: tl.constexpr):
-    """`out`, times `kept` if that is given, and 16 more positions."""
-    N: tl.constexpr = 2 * (9 * KIND + VW) + len(kept)
+    """`out`, times `kept`, and 32 more positions."""
     return tl.inline_asm_elementwise(
-        _VALUES_ASM[N], _VALUES_OPERANDS[N], v + weights + out + kept, dtype=_FLOATS[2 * COLUMNS], is_pure=True, pack=1
-    )
+        _VALUES_ASM[9 * KIND + VW], _VALUES_OPERANDS[9 * KIND + VW], v + weights + out + kept, dtype=_FLOATS[2 * COLUMNS],
+        is_pure=True, pack=1,
+    )  # fmt: skip
 
 
-WARPS = 4
-PROGRAMS = 3
-"""That run on a multiprocessor at a time, which has registers for so many."""
+class Tile(NamedTuple):
+    """How `decode_kernel` runs: warps of a program, programs on a multiprocessor at a time, whether it loads ahead, and the most
+    registers of a thread, if there is a limit."""
+
+    warps: int = 4
+    programs: int = 3
+    ahead: bool = False
+    registers: int | None = None
 
 
-def splits_of(pairs: int, length: int, device: torch.device, warps: int = WARPS, programs: int = PROGRAMS) -> int:
+TILE_OF_KIND = {"uint4": Tile(4, 3, False, 168), "int8": Tile(), "float8": Tile(1, 12)}
+"""By the kind of the keys' codes."""
+
+
+def splits_of(pairs: int, length: int, device: torch.device, tile: Tile) -> int:
     """Into how many parts to cut the positions, for so many programs of each: the GPU is full once, and no part is empty."""
-    return max(1, min(multiprocessors(device) * programs // pairs, cdiv(length, TILE * warps), 1024 // warps))
+    full = multiprocessors(device) * tile.programs // pairs
+    return max(1, min(full, cdiv(length, POSITIONS * tile.warps), 1024 // tile.warps))
 
 
 @on_its_device
@@ -471,8 +534,7 @@ def decode(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    warps: int = WARPS,
-    programs: int = PROGRAMS,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The attention (B, heads, T, D) in q's dtype, and the logarithm of the sum of exp of the scores, (B, heads, T) float32.
 
@@ -484,11 +546,12 @@ def decode(
     kv_heads, length = k.shape[1], k.shape[2]
     group = h // kv_heads
     blocks = cdiv(group * t, 8)
-    splits = splits_of(b * kv_heads * blocks, length, q.device, warps, programs)
-    pieces, rows = splits * warps, b * kv_heads * blocks * 8
+    tile = TILE_OF_KIND[kind_k] if tile is None else tile
+    splits = splits_of(b * kv_heads * blocks, length, q.device, tile)
+    pieces, rows = splits * tile.warps, b * kv_heads * blocks * 8
     out, top, total = (torch.empty(rows, pieces, n, device=q.device) for n in (d, 1, 1))
     merged, logs = torch.empty(b, h, t, d, dtype=q.dtype, device=q.device), torch.empty(b, h, t, device=q.device)
-    words = [x.view(torch.uint8).view(torch.int32) for x in (q.to(torch.bfloat16).contiguous(), k, v)]
+    words = [x.view(torch.uint8).view(torch.int32) for x in (q.contiguous(), k, v)]
     none = top
     mask_strides = (0, 0, 0)
     if mask is not None:
@@ -503,7 +566,7 @@ def decode(
         *k_scale.stride()[:2], *v_scale.stride()[:2], *mask_strides, SCALE=scale * math.log2(math.e),
         SOFTCAP=softcap or 0.0, WINDOW=window or 0, CAUSAL=offset is not None, MASK=mask is not None,
         KIND_K=KINDS[kind_k], KIND_V=KINDS[kind_v], GROUP=group, D=d, KW=words[1].shape[3] // 4, VW=words[2].shape[3] // 8,
-        W=warps, num_warps=warps,
+        W=tile.warps, HALF=q.dtype == torch.float16, AHEAD=tile.ahead, num_warps=tile.warps, registers=tile.registers,
     )  # fmt: skip
     width = min(d, 32)
     launch(

@@ -20,13 +20,14 @@ _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 def launch(
     kernel: triton.JITFunction[Any], grid: tuple[int, ...], *args: Any, num_warps: int = 4, early: bool = False,
-    **constants: Any,
+    registers: int | None = None, **constants: Any,
 ) -> None:  # fmt: skip
     """Launch `kernel` on the current stream of the current device, which is that of its arguments.
 
     args: tensors, tensor descriptors and integers, in the order of the kernel's parameters.
     constants: its `constexpr` parameters, which come after those, in their order.
     early: whether it may start before the kernel before it is done (programmatic dependent launch).
+    registers: of a thread, at most.
     """
     kinds: list[Any] = []
     given: list[Any] = []
@@ -42,10 +43,10 @@ def launch(
             kinds.append((arg.base.dtype, *arg.block_shape))
             given.append(arg)
     device = torch.cuda.current_device()
-    key = (kernel, device, num_warps, early, *constants.values(), *kinds)
+    key = (kernel, device, num_warps, early, registers, *constants.values(), *kinds)
     compiled = _COMPILED.get(key)
     if compiled is None:
-        _COMPILED[key] = _compiled(kernel, grid, args, num_warps, early, constants)
+        _COMPILED[key] = _compiled(kernel, grid, args, num_warps, early, constants, registers)
     else:
         _run(compiled, (*grid, 1, 1)[:3], device, given, constants.values())
 
@@ -99,11 +100,12 @@ def _viewed(arg: Any, dtype: torch.dtype | None) -> Any:
 
 def _compiled(
     kernel: triton.JITFunction[Any], grid: tuple[int, ...], args: Sequence[Any], num_warps: int, early: bool,
-    constants: dict[str, Any],
+    constants: dict[str, Any], registers: int | None = None,
 ) -> Any:  # fmt: skip
     """Launch by Triton's own way, which gives the compiled kernel."""
     assert kernel.arg_names == [*kernel.arg_names[: len(args)], *constants]
-    more = {"launch_pdl": True} if early else {}  # an option that GPUs before Hopper do not have
+    more: dict[str, Any] = {"launch_pdl": True} if early else {}  # an option that GPUs before Hopper do not have
+    more |= {} if registers is None else {"maxnreg": registers}
     return kernel[grid](*args, num_warps=num_warps, **constants, **more)
 
 

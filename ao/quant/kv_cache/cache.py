@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class KVCache:
         # Fields as plain tensors: a graph that holds a subclass takes it apart in Python at every call.
         self.k_fields, self.k_form = self._room(config.k, self.dims[0])
         self.v_fields, self.v_form = self._room(config.v, self.dims[1])
-        self.turns = [self._turn(d) if config.rotate else None for d in self.dims]
+        self.turns = [Turn.of(d, dtype, self.device) if config.rotate else None for d in self.dims]
         # One place more, for what is not among the first tokens.
         self.first = [self._plain(config.first + 1, d) for d in self.dims] if config.first else []
         self.recent = [self._plain(config.residual, d) for d in self.dims] if config.residual else []
@@ -67,9 +67,6 @@ class KVCache:
     def _plain(self, tokens: int, dim: int) -> Tensor:
         return torch.zeros(self.batch, self.kv_heads, tokens, dim, dtype=self.dtype, device=self.device)
 
-    def _turn(self, dim: int) -> Tensor:
-        return random_hadamard(dim).to(self.device, torch.float32)
-
     @property
     def keys(self) -> QTensor:
         """The keys as they are stored, rotated if the config says so; (B, kv_heads, tokens, head_dim), at least `max_length`."""
@@ -82,7 +79,7 @@ class KVCache:
 
     def tensors(self) -> list[Tensor]:
         """All memory that `update` writes, and what it reads."""
-        turns = [t for t in self.turns if t is not None]
+        turns = [t for turn in self.turns if turn is not None for t in turn]
         return [*self.k_fields, *self.v_fields, *self.first, *self.recent, *turns, self.length, self.oldest]
 
     @property
@@ -114,7 +111,7 @@ class KVCache:
             raise ValueError(f"KVCache: {tokens} tokens are longer than max_length={self.max_length}")
         if check and not torch.compiler.is_compiling():
             self.check(tokens)
-        keys, values = (x if h is None else rotated(x, h) for x, h in zip((keys, values), self.turns))
+        keys, values = (x if turn is None else rotated(x, turn.into) for x, turn in zip((keys, values), self.turns))
         at = self.length + torch.arange(tokens, device=self.device)
         self._store(self.k_fields, self.k_form, self.config.k, keys, at, 0)
         self._store(self.v_fields, self.v_form, self.config.v, values, at, 1)
@@ -165,7 +162,7 @@ class KVCache:
         """
         config, turn, back = self.config, *self.turns
         if turn is not None:
-            q = rotated(q, turn)
+            q = rotated(q, turn.back)
         stop: Tensor = self.length
         exact: list[Tensor] = []
         if config.first:
@@ -178,7 +175,7 @@ class KVCache:
         out = attend_fields(
             q, self.k_fields, self.v_fields, self.k_form, self.v_form, sight, scale, softcap, sinks, exact
         )
-        return out if back is None else rotated(out, back.t())
+        return out if back is None else rotated(out, back.back.t())
 
     def _recent_positions(self) -> tuple[Tensor, Tensor]:
         """From which position on `recent` answers, and the position of each of its places, -1 where the others do."""
@@ -205,7 +202,7 @@ class KVCache:
                 index = where.clamp(max=self.config.first)
                 x = torch.where((where < self.config.first)[:, None], self.first[i][:, :, index], x)
             turn = self.turns[i]
-            plain.append(x if turn is None else rotated(x, turn.t()))
+            plain.append(x if turn is None else rotated(x, turn.back.t()))
         return plain[0], plain[1]
 
     def crop(self, tokens: int) -> None:
@@ -259,9 +256,31 @@ class KVCache:
         return [*self.k_fields, *self.v_fields, *self.first, *self.recent]
 
 
+class Turn(NamedTuple):
+    """A rotation H of the last dim in two factors, a multiple each, whose product is one: x @ into is what is stored, and
+    q @ back meets it in the same scores, as (q H) (H^T k). `into` @ `back`.t() = 1.
+
+    The entries of `back` are 1 and -1 where there is such a matrix, so that 16 bits hold both exactly.
+    """
+
+    into: Tensor
+    back: Tensor
+
+    @staticmethod
+    def of(dim: int, dtype: torch.dtype, device: torch.device) -> Turn:
+        """For numbers of `dtype`, in which both factors are if they are exact."""
+        turn = random_hadamard(dim)
+        signs = (turn * dim**0.5).round()
+        factors = Turn(signs / dim, signs)
+        exact = torch.equal(signs.abs(), torch.ones_like(signs))
+        if exact and all(torch.equal(t.to(dtype).double(), t) for t in factors):
+            return Turn(*(t.to(device, dtype) for t in factors))
+        return Turn(*(turn.to(device, torch.float32) for _ in factors))
+
+
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
-    """x @ turn over the last dim, in float32, as x's dtype."""
-    return (x.float() @ turn).to(x.dtype)
+    """x @ turn over the last dim, as x's dtype."""
+    return (x.to(turn.dtype) @ turn).to(x.dtype)
 
 
 def _bytes(t: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_linear  # noqa: E402
+import bench_models  # noqa: E402
 import formats  # noqa: E402
 import generate  # noqa: E402
 import llama  # noqa: E402
@@ -361,3 +362,15 @@ def test_generate_on_a_gpu(words):
         found.append(generator.tokens.cpu())
     # One greedy token that differs by rounding would change all that follow, so the first two are compared.
     assert torch.equal(found[0][:, :130], found[1][:, :130])
+
+
+@pytest.mark.parametrize("name", ["sam-vit-h", "vit-l", "dinov2-l", "sdxl", "flux", "whisper-encoder", "llama-prefill"])
+def test_whole_models(name, tmp_path):
+    """Each model in small: a row in float32 and bfloat16, whose outputs are close, and the ladder of both."""
+    if name in ("sdxl", "flux"):
+        pytest.importorskip("diffusers")
+    args = bench_models.parse(["--small", "--models", name, "--batch", "2", "--calls", "1", "--device", "cpu"])
+    rows = [row for rung in ("bf16", "float32") for row in bench_models.rows_of(name, rung, tmp_path, args)]
+    assert [row["rung"] for row in rows] == ["bf16", "float32"] and rows[1]["sqnr_db"] > 25
+    lines = bench_models.table(rows, 2).splitlines()
+    assert len(lines) == 4 and lines[3].split("|")[3].strip() == "1.00"

@@ -162,14 +162,14 @@ def _sdxl_step(module: Any, batch: int, small: bool) -> dict[str, Any]:
 
 def _flux_step(module: Any, batch: int, small: bool) -> dict[str, Any]:
     config, side, words = module.config, 4 if small else 64, 8 if small else 512
-    at = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(side), torch.arange(side), indexing="ij"), -1)
+    at = torch.cartesian_prod(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side)))
     return {
         "hidden_states": torch.randn(batch, side * side, config.in_channels),
         "encoder_hidden_states": torch.randn(batch, words, config.joint_attention_dim),
         "pooled_projections": torch.randn(batch, config.pooled_projection_dim),
         "timestep": torch.full((batch,), 0.5),
         "guidance": torch.full((batch,), 3.5),
-        "img_ids": at.view(-1, 3).float(),
+        "img_ids": at,
         "txt_ids": torch.zeros(words, 3),
     }
 

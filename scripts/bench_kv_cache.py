@@ -139,7 +139,7 @@ def main() -> None:
 
 def tiled(cache: KVCache, q: Tensor, tile: str) -> Tensor:
     """The kernel alone, with another tile. A rotation is left out."""
-    from ao.matmul.attention_gpu import code_kind
+    from ao.matmul.attention_kinds import code_kind
     from ao.matmul.kernels.decode_attention import Tile, decode
 
     warps, programs, *registers = map(int, tile.rstrip("+").split("x"))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import ao
 from ao.matmul import Sight, attend
-from ao.matmul.attention_gpu import decodes
+from ao.matmul.attention_kinds import kinds_of
 from ao.quant.kv_cache import KV_CACHES, KVCache
 
 pytestmark = [
@@ -52,7 +52,7 @@ def test_kernel(name):
             s["start"], torch.tensor(s["stop"], device=at), None if offset is None else torch.tensor(offset, device=at),
             s.get("window"), to(mask),
         )  # fmt: skip
-        assert device == "cpu" or decodes(to(q), to(k), to(v), to(mask)) is not None
+        assert device == "cpu" or kinds_of(to(q), to(k), to(v), to(mask)) is not None
         x = to(q) if device == "cuda" else q.float()
         return attend(x, to(k), to(v), sight, softcap=more.get("softcap"), sinks=to(sinks)).float().cpu()
 

@@ -574,19 +574,3 @@ def decode(
         blocks, PIECES=pieces, P=power_of_two(pieces), SINKS=sinks is not None, GROUP=group, D=d, BD=width,
     )  # fmt: skip
     return merged, logs
-
-
-_NAME = "kv_decode"
-torch.library.define(
-    f"ao::{_NAME}",
-    "(Tensor q, Tensor k, Tensor k_scale, Tensor? k_zero, Tensor v, Tensor v_scale, Tensor? v_zero, str kind_k, str kind_v, "
-    "int start, Tensor stop, Tensor? offset, int? window, Tensor? mask, float scale, float? softcap, Tensor? sinks) "
-    "-> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl(f"ao::{_NAME}", "CUDA", decode)
-torch.library.register_fake(
-    f"ao::{_NAME}", lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32))
-)
-decode_operator = torch.ops.ao.kv_decode.default
-"""`decode`, for graphs too."""

@@ -69,8 +69,8 @@ def _decode(
     def on(n: Tensor | int) -> Tensor:
         return n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.int64, device=q.device)
 
-    stop, offset = on(k.shape[2] if sight.stop is None else sight.stop), sight.offset
+    stop, end = on(k.shape[2] if sight.stop is None else sight.stop), sight.end
     return decode_operator(
         q, a.codes, a.scale, a.zero_point, b.codes, b.scale, b.zero_point, *kinds, sight.start, stop,
-        None if offset is None else on(offset), sight.window, sight.mask, scale, softcap, sinks,
+        None if end is None else on(end), sight.window, sight.mask, scale, softcap, sinks,
     )  # fmt: skip

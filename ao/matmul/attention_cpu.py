@@ -49,7 +49,7 @@ def decode(
     kind_v: str,
     start: int,
     stop: Tensor,
-    offset: Tensor | None,
+    end: Tensor | None,
     window: int | None,
     mask: Tensor | None,
     scale: float,
@@ -58,9 +58,9 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """As the function of that name in kernels/decode_attention.py."""
     b, h, t, d = q.shape
-    kv_heads, first = k.shape[1], 0 if offset is None else int(offset)
+    kv_heads, first = k.shape[1], 0 if end is None else int(end) - t
     last = min(int(stop), k.shape[2])
-    if offset is not None:
+    if end is not None:
         last = min(last, first + t)
     of_k, of_v = library(_KINDS[kind_k]), library(_KINDS[kind_v])
     assert of_k is not None and of_v is not None
@@ -72,7 +72,7 @@ def decode(
         scores = softcap * torch.tanh(scores / softcap)
     positions = torch.arange(last)
     seen = (positions >= start).expand(t, -1)
-    if offset is not None:
+    if end is not None:
         own = torch.arange(first, first + t)[:, None]
         seen = seen & (positions <= own)
         if window is not None:

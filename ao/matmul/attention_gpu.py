@@ -21,14 +21,14 @@ def takes_prompt(q: Tensor, v: QTensor, sight: Sight, softcap: float | None, sin
     """Whether PyTorch's flash attention does it, piece by piece: in eager mode, for causal attention without anything else."""
     plain = sight.mask is None and sight.window is None and sight.start == 0 and softcap is None and sinks is None
     halves = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0
-    return plain and halves and sight.offset is not None and is_eager(q) and has_kernels(q.device)
+    return plain and halves and sight.end is not None and is_eager(q) and has_kernels(q.device)
 
 
 def prompt(q: Tensor, k: QTensor, v: QTensor, sight: Sight, scale: float) -> State:
     """The softmax of T queries over what they see of `k` and `v`. Keys and values are decoded to q's dtype a piece at a time:
     what was there before, which all queries see, and then their own positions, where each sees those before it."""
-    assert sight.offset is not None
-    (b, _, t, d), kv_heads, first = q.shape, k.shape[1], int(sight.offset)
+    assert sight.end is not None
+    (b, _, t, d), kv_heads, first = q.shape, k.shape[1], int(sight.end) - q.shape[2]
     stop = min(k.shape[2] if sight.stop is None else int(sight.stop), first + t)
     state = first_state(q, kv_heads, d, None)
     size = max(PROMPT // (b * kv_heads * d) // 64 * 64, 64)

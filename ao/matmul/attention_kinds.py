@@ -65,7 +65,7 @@ def _on_cuda(*args: Any) -> tuple[Tensor, Tensor]:
 torch.library.define(
     "ao::kv_decode",
     "(Tensor q, Tensor k, Tensor k_scale, Tensor? k_zero, Tensor v, Tensor v_scale, Tensor? v_zero, str kind_k, str kind_v, "
-    "int start, Tensor stop, Tensor? offset, int? window, Tensor? mask, float scale, float? softcap, Tensor? sinks) "
+    "int start, Tensor stop, Tensor? end, int? window, Tensor? mask, float scale, float? softcap, Tensor? sinks) "
     "-> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )

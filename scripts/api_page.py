@@ -23,6 +23,7 @@ MODULES = {
     "ao": "Quantizing models, and the formats.",
     "ao.dtypes": "What a number is: Specs, the tensors that they make, layouts, and building blocks for formats of your own.",
     "ao.quant.qat": "Quantization-aware training.",
+    "ao.quant.kv_cache": "Keys and values of attention in few bits.",
     "ao.optim": "Optimizers with states of few bits.",
     "ao.train": "Training with products of few bits.",
     "ao.integrations.transformers": "Hugging Face transformers.",

@@ -139,7 +139,7 @@ def main() -> None:
 
 def tiled(cache: KVCache, q: Tensor, tile: str) -> Tensor:
     """The kernel alone, with another tile. A rotation is left out."""
-    from ao.matmul.attention_gpu import code_kind
+    from ao.matmul.attention_kinds import code_kind
     from ao.matmul.kernels.decode_attention import Tile, decode
 
     warps, programs, *registers = map(int, tile.rstrip("+").split("x"))
@@ -149,7 +149,7 @@ def tiled(cache: KVCache, q: Tensor, tile: str) -> Tensor:
     how = Tile(warps, programs, tile.endswith("+"), next(iter(registers), None))
     return decode(
         q, k.codes, k.scale, k.zero_point, v.codes, v.scale, v.zero_point, kind, kind, 0, cache.length,
-        cache.length - q.shape[2], None, None, DIM**-0.5, None, None, how,
+        cache.length, None, None, DIM**-0.5, None, None, how,
     )[0]  # fmt: skip
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ao
-from ao.quant.kv_cache import KV_CACHES, KVCache
+from ao.matmul import Sight, attend
+from ao.quant.kv_cache import KV_CACHES, KVCache, KVCacheConfig, kv_cache_config
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import long_context
+from tables import fill
 
 B, HEADS, KV_HEADS, D, LENGTH = 2, 4, 2, 32, 96
 LEAST = {"int8": 38, "float8": 26, "int4": 15, "kivi4": 16, "kivi2": 2}
 """Signal to noise of the output in dB, for normal keys, values and queries."""
+WIDE = KVCacheConfig(ao.Intx(8, (1, 8)), ao.Intx(8, (1, 8)))
+"""What no compiled function reads."""
 
 
 def states(tokens=LENGTH, seed=0):
@@ -19,13 +30,13 @@ def states(tokens=LENGTH, seed=0):
     return tuple(torch.randn(B, heads, tokens, D, generator=g) for heads in (HEADS, KV_HEADS, KV_HEADS))
 
 
-def cache_of(config, length=LENGTH, **kwargs):
-    return KVCache(config, B, KV_HEADS, length, D, dtype=torch.float32, **kwargs)
+def cache_of(config, length=LENGTH):
+    return KVCache(config, B, KV_HEADS, length, D, dtype=torch.float32)
 
 
-def run(cache, q, k, v, chunks, **kwargs):
+def run(cache, q, k, v, chunks, at=0, **kwargs):
     """The outputs of tokens that come in chunks."""
-    out, at = [], 0
+    out = []
     for n in chunks:
         cache.update(k[:, :, at : at + n], v[:, :, at : at + n])
         out.append(cache.attend(q[:, :, at : at + n], **kwargs))
@@ -43,3 +54,144 @@ def test_attention_of_a_cache(name):
         assert ao.compute_error(expected, out) > LEAST[name]
     if not KV_CACHES[name].residual:
         assert torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_windows_masks_caps_and_sinks():
+    """Of both ways to read 8 bits, against the formula."""
+    q, k, v = states()
+    q = q[:, :, :3]
+    mask = torch.rand(B, 1, 3, LENGTH, generator=torch.Generator().manual_seed(1)) > 0.3
+    sinks = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    for spec in (KV_CACHES["int8"].k, WIDE.k):
+        keys, values = spec.quantize(k), spec.quantize(v)
+        plain = [t.dequantize().repeat_interleave(HEADS // KV_HEADS, 1) for t in (keys, values)]
+        s = 5 * torch.tanh(q @ plain[0].mT * 0.3 / 5)
+        position, own = torch.arange(LENGTH), torch.arange(77, 80)[:, None]
+        seen = (position <= own) & (position > own - 50) & (position >= 40) & mask
+        s = s.masked_fill(~seen, -torch.inf)
+        p = torch.cat([s, sinks.view(1, HEADS, 1, 1).expand(B, -1, 3, 1)], -1).softmax(-1)[..., :-1]
+        out = attend(q, keys, values, Sight(40, 90, 80, 50, mask), 0.3, 5.0, sinks)
+        assert torch.allclose(out, p @ plain[1], atol=1e-5)
+        numbers = torch.where(mask, 0.0, -torch.inf)
+        assert torch.allclose(attend(q, keys, values, Sight(40, 90, 80, 50, numbers), 0.3, 5.0, sinks), out, atol=1e-5)
+        assert not attend(q, keys, values, Sight(stop=0)).any()
+
+
+def test_scaled_dot_product_attention():
+    q, k, v = states()
+    for spec in (ao.Intx(8), ao.Intx(4, (1, 32))):
+        keys, values = spec.quantize(k), spec.quantize(v)
+        for more in ({}, {"is_causal": True}, {"attn_mask": torch.randn(LENGTH, LENGTH)}):
+            out = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True, **more)
+            expected = F.scaled_dot_product_attention(
+                q, keys.dequantize(), values.dequantize(), enable_gqa=True, **more
+            )
+            assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_writing_by_the_dtype_layer():
+    """A position of a QTensor is written alone, and a block is not cut."""
+    _, k, v = states()
+    whole, one = ao.Intx(8, (1, -1)).quantize(k), ao.Intx(8, (1, -1)).quantize(v[:, :, :1])
+    before = whole.dequantize()
+    whole[:, :, 5] = v[:, :, 0]
+    after = whole.dequantize()
+    assert torch.equal(after[:, :, 5:6], one.dequantize())
+    before[:, :, 5] = after[:, :, 5]
+    assert torch.equal(before, after)
+    with pytest.raises(ValueError, match="cannot write at single positions of dim 2"):
+        KV_CACHES["kivi4"].k.quantize(k).index_copy_(2, torch.tensor([5]), v[:, :, :1])
+
+
+@pytest.mark.parametrize("name", ["int8", "kivi4"])
+def test_what_is_there_stays(name):
+    _, k, v = states()
+    cache = cache_of(name)
+    cache.update(k[:, :, :64], v[:, :, :64])
+    before = cache.keys.dequantize()[:, :, :64].clone()
+    cache.update(k[:, :, 64:70] * 100, v[:, :, 64:70])
+    assert torch.equal(before, cache.keys.dequantize()[:, :, :64])
+    if name == "int8":
+        assert torch.equal(before, cache.config.k.quantize(k[:, :, :64]).dequantize())
+
+
+def test_parts_in_floating_point():
+    """First and newest tokens are exact, and what is between is not."""
+    q, k, v = states()
+    config = KVCacheConfig(ao.Intx(2, (1, -1)), ao.Intx(2, (1, -1)), rotate=True, first=5, residual=16)
+    cache = cache_of(config)
+    run(cache, q, k, v, [30, 1, 9])
+    keys, values = cache.read(40)
+    for x, exact in ((keys, k), (values, v)):
+        error = (x - exact[:, :, :40]).abs().amax((0, 1, 3))
+        assert error[:5].max() < 1e-5 and error[25:].max() < 1e-5 and error[5:24].min() > 0.1
+    expected = F.scaled_dot_product_attention(q[:, :, 39:40], keys, values, enable_gqa=True)
+    assert torch.allclose(cache.attend(q[:, :, 39:40]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4", "kivi4"])
+def test_crop_reorder_select_and_grow(name):
+    q, k, v = states()
+    cache, straight = cache_of(name), cache_of(name)
+    run(cache, q, k, v, [50])
+    other = [t.flip(2) for t in (q, k, v)]
+    run(cache, *other, [9], at=50)
+    cache.crop(9)
+    run(straight, q, k, v, [50])
+    assert torch.allclose(run(cache, q, k, v, [6], at=50), run(straight, q, k, v, [6], at=50), atol=1e-5)
+    more = cache.grown(2 * LENGTH)
+    picked = cache.select(torch.tensor([1, 0, 0]))
+    cache.reorder(torch.tensor([1, 0]))
+    mine = [t[:, :, 56:57] for t in (q, k, v)]
+    a, b = (run(c, *(t.flip(0) if c is cache else t for t in mine), [1]) for c in (cache, more))
+    assert torch.allclose(a.flip(0), b, atol=1e-5)
+    assert torch.allclose(run(picked, *(t[[1, 0, 0]] for t in mine), [1]), b[[1, 0, 0]], atol=1e-5)
+    with pytest.raises(ValueError, match="tokens must be 0 to 57, got 58"):
+        more.crop(58)
+
+
+def test_errors_before_anything_is_written():
+    _, k, v = states()
+    cache = cache_of("int8", 48)
+    cache.update(k[:, :, :40], v[:, :, :40])
+    before = [t.clone() for t in cache.tensors()]
+    with pytest.raises(ValueError, match="40 tokens and 9 more are longer than max_length=48"):
+        cache.update(k[:, :, :9], v[:, :, :9])
+    with pytest.raises(ValueError, match=r"values must have shape \(2, 2, 3, 32\), got \(2, 2, 2, 32\)"):
+        cache.update(k[:, :, :3], v[:, :, :2])
+    assert all(map(torch.equal, before, cache.tensors()))
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 to pack k"):
+        KVCache("int4", 1, 1, 8, 20)
+    for wrong, message in (
+        (lambda: kv_cache_config("int5"), "unknown KV cache 'int5'; there are int8, "),
+        (lambda: kv_cache_config(k=ao.Intx(8)), "give a name .*, a KVCacheConfig, or both k= and v="),
+        (lambda: kv_cache_config(ao.Intx(8, (-1, -1))), "one scale for all tokens"),
+        (lambda: KVCacheConfig(ao.Intx(4, (32, 1)), ao.Intx(4)), "must be a multiple of 32 that keeps the others"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+@pytest.mark.parametrize("name", KV_CACHES)
+def test_outliers_and_nan_are_bounded(name):
+    """A number that is no number, or is a million times the others, touches its own token and head: or, in KIVI's keys, its own
+    channel of a block."""
+    q, k, v = states(160)
+    good, bad = cache_of(name, 160), cache_of(name, 160)
+    run(good, q, k, v, [160])
+    k, v = k.clone(), v.clone()
+    k[0, 0, 7, 3], v[1, 1, 9, 0], k[1, 0, 40, 2] = torch.nan, 1e6, torch.inf
+    run(bad, q, k, v, [160])
+    for (a, b), at in zip(zip(good.read(160), bad.read(160)), ([(0, 0, 7), (1, 0, 40)], [(1, 1, 9)])):
+        near = (a == b) | ~torch.isfinite(a)
+        for i, j, t in at:
+            near[i, j, t // 32 * 32 : t // 32 * 32 + 32 if name.startswith("kivi") else t + 1] = True
+            near[i, j, t] = True
+        assert near.all()
+    other = bad.attend(q[:, :, 159:])
+    assert torch.equal(other[0, 2:], good.attend(q[:, :, 159:])[0, 2:])  # the heads of a key head without any of it
+
+
+def test_the_page_is_what_the_numbers_say(tmp_path):
+    fill(long_context.PAGE, {"accuracy": long_context.accuracy, "memory": long_context.memory}, True)
+    assert long_context.speed(tmp_path) == "Not measured."

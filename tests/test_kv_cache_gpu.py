@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import ao
 from ao.matmul import Sight, attend
-from ao.matmul.attention_gpu import decodes
+from ao.matmul.attention_kinds import kinds_of
 from ao.quant.kv_cache import KV_CACHES, KVCache
 
 pytestmark = [
@@ -44,15 +44,15 @@ def test_kernel(name):
         of_heads = heads if s["mask"] == "heads" else 1
         mask = torch.rand(s["batch"], of_heads, s["queries"], s["length"], generator=g) > 0.3
     sinks = torch.randn(heads, generator=g) if more.get("sinks") else None
-    offset = s["stop"] - s["queries"] if s["causal"] else None
+    end = s["stop"] if s["causal"] else None
 
     def run(device):
         at, to = device, lambda t: None if t is None else t.to(device)
         sight = Sight(
-            s["start"], torch.tensor(s["stop"], device=at), None if offset is None else torch.tensor(offset, device=at),
+            s["start"], torch.tensor(s["stop"], device=at), None if end is None else torch.tensor(end, device=at),
             s.get("window"), to(mask),
         )  # fmt: skip
-        assert device == "cpu" or decodes(to(q), to(k), to(v), to(mask)) is not None
+        assert device == "cpu" or kinds_of(to(q), to(k), to(v), to(mask)) is not None
         x = to(q) if device == "cuda" else q.float()
         return attend(x, to(k), to(v), sight, softcap=more.get("softcap"), sinks=to(sinks)).float().cpu()
 

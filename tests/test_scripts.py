@@ -166,6 +166,34 @@ def test_generated_tokens_do_not_depend_on_the_compiler(quick, monkeypatch):
     assert torch.equal(found[0], found[2])
 
 
+def test_generate_with_a_quantized_cache(tmp_path, quick):
+    """The prompt comes in chunks, with either cache; what the caches hold is counted."""
+    words = (
+        "--context",
+        "50",
+        "--prompt-chunk",
+        "16",
+        "--new-tokens",
+        "4",
+        "--formats",
+        "bf16",
+        "--compile-mode",
+        "none",
+    )
+    plain, quantized = (run_generate(*words, "--kv-cache", c, path=tmp_path / "runs.json")[0] for c in ("bf16", "int8"))
+    assert "failed" not in quantized and 0.5 < quantized["cache_bytes"] / plain["cache_bytes"] < 0.7
+    args = [generate.parse(["--shape", "tiny", "--device", "cpu", *words, "--prompt-chunk", n]) for n in ("7", "46")]
+    texts = []
+    for each in args:
+        generator = generate.build(each, "bf16", generate.prompt_of(each)[0], {})
+        with torch.no_grad():
+            generator.generate()
+        texts.append(generator.tokens)
+    assert torch.equal(*texts)
+    with pytest.raises(SystemExit):
+        generate.parse(["--shape", "tiny", "--kv-cache", "int5"])
+
+
 def test_generate_reports_what_fails(tmp_path, quick):
     words = ["--device", "cpu", "--new-tokens", "0", "--format", "Intx(bits=4, block=(1, 96))", "int8"]
     rows = run_generate(*words, path=tmp_path / "generate-cpu.json")

@@ -51,9 +51,9 @@ def _encode(x: Tensor, form: str) -> list[Tensor]:
 
 @shared
 def _attended(q: Tensor, k: QTensor, v: QTensor, *more: Any) -> Tensor:
-    start, stop, offset, window, mask, scale, softcap, sinks, *exact = more
+    start, stop, end, window, mask, scale, softcap, sinks, *exact = more
     others = [Exact(*exact[i : i + 3]) for i in range(0, len(exact), 3)]
-    return attend(q, k, v, Sight(start, stop, offset, window, mask), scale, softcap, sinks, others)
+    return attend(q, k, v, Sight(start, stop, end, window, mask), scale, softcap, sinks, others)
 
 
 def _attend(
@@ -64,7 +64,7 @@ def _attend(
     v_form: str,
     start: int,
     stop: Tensor | None,
-    offset: Tensor | None,
+    end: Tensor | None,
     window: int | None,
     mask: Tensor | None,
     scale: float | None,
@@ -72,7 +72,7 @@ def _attend(
     sinks: Tensor | None,
     exact: list[Tensor],
 ) -> Tensor:
-    more = start, stop, offset, window, mask, scale, softcap, sinks, *exact
+    more = start, stop, end, window, mask, scale, softcap, sinks, *exact
     return _attended(q, tensor_of(k_form, k), tensor_of(v_form, v), *more)
 
 
@@ -86,7 +86,7 @@ def _define(name: str, schema: str, function: Any) -> Any:
 _ENCODE = _define("kv_encode", "(Tensor x, str form) -> Tensor[]", _encode)
 _ATTEND = _define(
     "kv_attend",
-    "(Tensor q, Tensor[] k, Tensor[] v, str k_form, str v_form, int start, Tensor? stop, Tensor? offset, int? window, "
+    "(Tensor q, Tensor[] k, Tensor[] v, str k_form, str v_form, int start, Tensor? stop, Tensor? end, int? window, "
     "Tensor? mask, float? scale, float? softcap, Tensor? sinks, Tensor[] exact) -> Tensor",
     _attend,
 )
@@ -110,5 +110,5 @@ def attend_fields(
     exact: list[Tensor],
 ) -> Tensor:
     """`attend` of keys and values by their fields. exact: keys, values and positions of each `Exact`, one after the other."""
-    start, stop, offset, window, mask = sight
-    return _ATTEND(q, k, v, k_form, v_form, start, stop, offset, window, mask, scale, softcap, sinks, exact)
+    start, stop, end, window, mask = sight
+    return _ATTEND(q, k, v, k_form, v_form, start, stop, end, window, mask, scale, softcap, sinks, exact)

@@ -180,6 +180,40 @@ def _embedding_bag(
     return F.embedding_bag(ids, rows, offsets, **bags, padding_idx=padding_idx)
 
 
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, which reads quantized keys and values piece by piece."""
+    more: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    heads_fit = query.dim() == 4 and (enable_gqa or query.shape[1] == key.shape[1]) and query.shape[0] == key.shape[0]
+    if (
+        not (isinstance(key, QTensor) and isinstance(value, QTensor) and _is_plain_float(query))
+        or not heads_fit
+        or key.dim() != 4
+        or key.shape[1] != value.shape[1]
+        or key.spec.act is not None
+        or value.spec.act is not None
+        or dropout_p
+        or (torch.is_grad_enabled() and (query.requires_grad or is_trained(key) or is_trained(value)))
+        or (is_causal and attn_mask is not None)
+    ):
+        return reading(F.scaled_dot_product_attention)(query, key, value, attn_mask, **more)
+    from .attention import attend
+    from .softmax_pieces import Sight
+
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*(1,) * (4 - attn_mask.dim()), *attn_mask.shape[:-2], query.shape[2], key.shape[2])
+    dtype = dtype_with(query)
+    return attend(query.to(dtype), key, value, Sight(end=query.shape[2] if is_causal else None, mask=attn_mask), scale)
+
+
 _MATRICES: dict[str, tuple[tuple[str, str], tuple[int, int] | None]] = {
     "matmul": (("input", "other"), None),
     "mm": (("input", "mat2"), (2, 2)),
@@ -256,6 +290,7 @@ def _fill() -> None:
 _fill()
 FUNCTIONS.update(
     {
+        F.scaled_dot_product_attention: _sdpa,
         torch.dequantize: decoded,
         torch.Tensor.dequantize: decoded,
         F.linear: _linear,

@@ -44,14 +44,14 @@ class Sight(NamedTuple):
     """Which positions a query sees.
 
     start, stop: the positions that quantized keys answer for, [start, stop). stop: an integer, a tensor of one, or None for all.
-    offset: the position of the first query, from which on each sees what is not behind itself; None where all see all.
+    end: the position after that of the last query; each sees its own and those before it. None where all see all.
     window: how many positions a query sees, its own among them.
     mask: (B or 1, heads or 1, T, positions), bool, True for what is seen, or a number to add to the scores.
     """
 
     start: int = 0
     stop: Tensor | int | None = None
-    offset: Tensor | int | None = None
+    end: Tensor | int | None = None
     window: int | None = None
     mask: Tensor | None = None
 
@@ -116,10 +116,10 @@ def pieces(q: Tensor, length: int, sight: Sight) -> Iterator[tuple[int, int]]:
     start, last = sight.start, length
     if is_eager(q):
         last = length if sight.stop is None else min(int(sight.stop), length)
-        if sight.offset is not None:
-            last = min(last, int(sight.offset) + t)
+        if sight.end is not None:
+            last = min(last, int(sight.end))
             if sight.window is not None:
-                start = max(start, int(sight.offset) - sight.window + 1)
+                start = max(start, int(sight.end) - t - sight.window + 1)
     else:
         size = max(size, -(-length // PIECES))
     # At multiples of 64, so that a packed chunk or a block of positions is never cut.
@@ -150,8 +150,8 @@ def step(
     if quantized and sight.stop is not None:
         seen = seen & (positions < sight.stop)
     seen = seen.expand(t, -1)  # (T, n)
-    if sight.offset is not None:
-        own = torch.arange(t, device=s.device)[:, None] + sight.offset
+    if sight.end is not None:
+        own = torch.arange(-t, 0, device=s.device)[:, None] + sight.end
         seen = seen & (positions <= own)
         if sight.window is not None:
             seen = seen & (positions > own - sight.window)

@@ -78,11 +78,12 @@ class Act(ctypes.Structure):
 
 class Library(NamedTuple):
     """product(weight, x, x_dtype, token_scale, y, dtype, tokens, threads), rows(weight, start, stop, out, dtype, threads),
-    quantize(act, x, dtype, tokens, k, given_scale, out, scale)."""
+    quantize(act, x, dtype, tokens, k, given_scale, out, scale), columns(weight, start, stop, p, m, out, threads)."""
 
     product: Any
     rows: Any
     quantize: Any
+    columns: Any
 
 
 @functools.cache
@@ -127,6 +128,7 @@ def library(kind: Kind) -> Library | None:
         "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT],
         "ao_rows": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _INT, _INT],
         "ao_quantize": [ctypes.POINTER(Act), _POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+        "ao_columns": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
     }
     functions = []
     for name, types in arguments.items():

@@ -11,7 +11,7 @@ compiler finds none, to widen bytes and to look up a small table. There are two 
 - `tiles`, for more: three rows are decoded into the first-level cache, a thousand elements at a time, and multiplied in tiles
   of three rows and four tokens, whose sums stay in registers.
 
-`rows` decodes rows into memory, for a product of PyTorch's.
+`rows` decodes rows into memory, for a product of PyTorch's. `columns` sums rows, each times a number, as attention does.
 """
 
 SOURCE = r"""
@@ -622,6 +622,40 @@ extern "C" void ao_rows(const Weight* weight, int64_t start, int64_t stop, void*
         for (int64_t i = 0; i < to - from; i++) ((uint16_t*)out)[at + from + i] = to_bf16(rest[i]);
       }
     }
+  }
+}
+
+// out (m, k) = p (m, stop - start) times the codes of rows start to stop, before zero point and scale. Threads share the columns.
+template <int T>
+INLINE void columns(const Weight& w, const Table& table, int64_t start, int64_t count, const float* p, int64_t c, float* out) {
+  vf total[T][PER_CHUNK] = {};
+  const uint8_t* codes = w.codes + start * w.row_bytes + c * 4 * BITS;
+  for (int64_t t = 0; t < count; t++, codes += w.row_bytes) {
+    vf v[PER_CHUNK];
+    decode(codes, table, v);
+    UNROLL for (int i = 0; i < T; i++) {
+      vf f = same(p[i * count + t]);
+      UNROLL for (int j = 0; j < PER_CHUNK; j++) total[i][j] += f * v[j];
+    }
+  }
+  for (int i = 0; i < T; i++) {
+    float chunk[32];
+    memcpy(chunk, total[i], sizeof(chunk));
+    float* to = out + i * w.k + c * 32;
+    for (int j = 0; j < 32; j++) to[W == 16 ? j : j / 8 * 4 + j % 4 + j % 8 / 4 * 16] = chunk[j];
+  }
+}
+
+extern "C" void ao_columns(const Weight* weight, int64_t start, int64_t stop, const float* p, int64_t m, float* out,
+                           int32_t threads) {
+  const Weight w = *weight;
+  const int64_t count = stop - start, chunks = w.k / 32;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t c = 0; c < chunks; c++) {
+    const Table table = table_of(w.table);
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) columns<4>(w, table, start, count, p + i * count, c, out + i * w.k);
+    for (; i < m; i++) columns<1>(w, table, start, count, p + i * count, c, out + i * w.k);
   }
 }
 """

@@ -24,8 +24,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .device import multiprocessors, on_its_device
+from .device import is_hopper, multiprocessors, on_its_device
 from .launch import cdiv, launch, power_of_two
 
 POSITIONS = 32
@@ -317,19 +318,21 @@ def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.conste
 
 @triton.jit
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, mask_ptr, stop_ptr, offset_ptr, out_ptr, top_ptr, total_ptr,
+    q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, mask_ptr, stop_ptr, end_ptr, out_ptr, top_ptr, total_ptr,
     kv_heads, queries, length, start, splits, k_batch, k_head, v_batch, v_head, ks_batch, ks_head, vs_batch, vs_head,
     mask_batch, mask_head, mask_query, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr, AHEAD: tl.constexpr,
+    D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr, FROM: tl.constexpr,
+    SEVERAL: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A softmax per warp that is not normalized, over a part of the positions: out (rows, pieces, D), top and total
     (rows, pieces), float32, in base 2; rows are (B, kv_heads, blocks of 8).
 
     The grid is (splits, B * kv_heads, blocks), and there are W warps. Row i of a key head is head i % GROUP of query i / GROUP.
     q: (B, heads, queries, D) bfloat16, or float16 if HALF, as words. k, v: (B, kv_heads, length, 16 KW or 32 VW bytes), as words,
-    with their strides; scales and zero points, one for each position, in numbers. length is a multiple of 8. stop and offset:
-    int64, as in `Sight`. SCALE: times log2(e). AHEAD: load what the next step needs before this one computes.
+    with their strides; scales and zero points, one for each position, in numbers. length is a multiple of 8. stop and end:
+    int64, as in `Sight`. SCALE: times log2(e). FROM: whether start is not 0. SEVERAL: queries.
+    AHEAD: load what the next step needs before this one computes. EARLY: `merge_kernel` may start before this one ends.
     """
     split, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // kv_heads, pair % kv_heads
@@ -343,7 +346,7 @@ def decode_kernel(
     total_q = _sum4(total_q)
 
     stop = tl.minimum(tl.load(stop_ptr).to(tl.int32), length)
-    first_query = tl.load(offset_ptr).to(tl.int32)
+    first_query = tl.load(end_ptr).to(tl.int32) - queries
     begin = start
     if CAUSAL:
         stop = tl.minimum(stop, first_query + queries)
@@ -404,9 +407,12 @@ def decode_kernel(
                 # softcap * tanh(x / softcap), in base 2
                 s = (SOFTCAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / SOFTCAP))))
             position = mine + j
-            seen = (position < stop) & (position >= start)
+            seen = position < stop
+            if FROM:
+                seen = seen & (position >= start)
             if CAUSAL:
-                seen = seen & (position <= last_seen)
+                if SEVERAL:
+                    seen = seen & (position <= last_seen)
                 if WINDOW > 0:
                     seen = seen & (position > last_seen - WINDOW)
             if MASK:
@@ -429,6 +435,8 @@ def decode_kernel(
             weights += (word,)  # type: ignore[assignment]
         out = _values(now_v, weights, out, (kept,), KIND_V, VW, COLUMNS)
 
+    if EARLY:
+        gdc_launch_dependents()
     taken = _sum4(taken)
     total = _sum4(total)
     at = ((pair * tl.num_programs(2) * 8 + row) * splits + split) * W + warp
@@ -449,7 +457,7 @@ def decode_kernel(
 @triton.jit
 def merge_kernel(
     out_ptr, top_ptr, total_ptr, sinks_ptr, merged_ptr, logs_ptr, kv_heads, queries, blocks, PIECES: tl.constexpr,
-    P: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    P: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """merged (B, heads, queries, D) and the logarithm of its total, (B, heads, queries) float32, of what `decode_kernel` gives.
 
@@ -459,6 +467,8 @@ def merge_kernel(
     query, head, batch = i % queries, i // queries % (kv_heads * GROUP), i // queries // (kv_heads * GROUP)
     row = (batch * kv_heads + head // GROUP) * blocks * 8 + query * GROUP + head % GROUP
     piece = tl.arange(0, P)
+    if EARLY:
+        gdc_wait()
     tops = tl.load(top_ptr + row * PIECES + piece, mask=piece < PIECES, other=-1e30)
     totals = tl.load(total_ptr + row * PIECES + piece, mask=piece < PIECES, other=0.0)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -505,7 +515,7 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-TILE_OF_KIND = {"uint4": Tile(4, 3, False, 168), "int8": Tile(), "float8": Tile(1, 12)}
+TILE_OF_KIND = {"uint4": Tile(4, 3, False, 168), "int8": Tile(2, 4, True), "float8": Tile(2, 4, False)}
 """By the kind of the keys' codes."""
 
 
@@ -528,7 +538,7 @@ def decode(
     kind_v: str,
     start: int,
     stop: Tensor,
-    offset: Tensor | None,
+    end: Tensor | None,
     window: int | None,
     mask: Tensor | None,
     scale: float,
@@ -552,7 +562,7 @@ def decode(
     out, top, total = (torch.empty(rows, pieces, n, device=q.device) for n in (d, 1, 1))
     merged, logs = torch.empty(b, h, t, d, dtype=q.dtype, device=q.device), torch.empty(b, h, t, device=q.device)
     words = [x.view(torch.uint8).view(torch.int32) for x in (q.contiguous(), k, v)]
-    none = top
+    none, early = top, is_hopper(q.device)
     mask_strides = (0, 0, 0)
     if mask is not None:
         batch, head, query, one = mask.stride()
@@ -561,32 +571,18 @@ def decode(
         mask_strides = batch * (mask.shape[0] > 1), head * (mask.shape[1] > 1), query * (mask.shape[2] > 1)
     launch(
         decode_kernel, (splits, b * kv_heads, blocks), *words, k_scale, k_scale if k_zero is None else k_zero, v_scale,
-        v_scale if v_zero is None else v_zero, none if mask is None else mask, stop, stop if offset is None else offset, out,
+        v_scale if v_zero is None else v_zero, none if mask is None else mask, stop, stop if end is None else end, out,
         top, total, kv_heads, t, length, start, splits, *words[1].stride()[:2], *words[2].stride()[:2],
         *k_scale.stride()[:2], *v_scale.stride()[:2], *mask_strides, SCALE=scale * math.log2(math.e),
-        SOFTCAP=softcap or 0.0, WINDOW=window or 0, CAUSAL=offset is not None, MASK=mask is not None,
+        SOFTCAP=softcap or 0.0, WINDOW=window or 0, CAUSAL=end is not None, MASK=mask is not None,
         KIND_K=KINDS[kind_k], KIND_V=KINDS[kind_v], GROUP=group, D=d, KW=words[1].shape[3] // 4, VW=words[2].shape[3] // 8,
-        W=tile.warps, HALF=q.dtype == torch.float16, AHEAD=tile.ahead, num_warps=tile.warps, registers=tile.registers,
+        W=tile.warps, HALF=q.dtype == torch.float16,
+        FROM=start > 0, SEVERAL=t > 1, AHEAD=tile.ahead, EARLY=early, num_warps=tile.warps, registers=tile.registers,
     )  # fmt: skip
     width = min(d, 32)
     launch(
         merge_kernel, (b * h * t, d // width), out, top, total, none if sinks is None else sinks, merged, logs, kv_heads, t,
         blocks, PIECES=pieces, P=power_of_two(pieces), SINKS=sinks is not None, GROUP=group, D=d, BD=width,
+        EARLY=early, early=early,
     )  # fmt: skip
     return merged, logs
-
-
-_NAME = "kv_decode"
-torch.library.define(
-    f"ao::{_NAME}",
-    "(Tensor q, Tensor k, Tensor k_scale, Tensor? k_zero, Tensor v, Tensor v_scale, Tensor? v_zero, str kind_k, str kind_v, "
-    "int start, Tensor stop, Tensor? offset, int? window, Tensor? mask, float scale, float? softcap, Tensor? sinks) "
-    "-> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl(f"ao::{_NAME}", "CUDA", decode)
-torch.library.register_fake(
-    f"ao::{_NAME}", lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32))
-)
-decode_operator = torch.ops.ao.kv_decode.default
-"""`decode`, for graphs too."""

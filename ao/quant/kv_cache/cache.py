@@ -171,7 +171,7 @@ class KVCache:
         if config.residual:
             stop, where = self._recent_positions()
             exact += [*self.recent, where]
-        sight = Sight(config.first, stop, self.length - q.shape[2], window, mask)
+        sight = Sight(config.first, stop, self.length, window, mask)
         out = attend_fields(
             q, self.k_fields, self.v_fields, self.k_form, self.v_form, sight, scale, softcap, sinks, exact
         )

@@ -1,0 +1,63 @@
+"""Make the tables of docs/long-context.md from docs/measured/kv-lm.json (eval_lm.py --kv-cache ... --divergence) and
+docs/measured/kv-cuda.json (bench_kv_cache.py).
+
+    .venv/bin/python scripts/long_context.py          rewrite them
+    .venv/bin/python scripts/long_context.py --check  exit with an error if that would change anything
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tables import ROOT, fill, markdown
+
+from ao.quant.kv_cache import KVCache
+
+PAGE = ROOT / "docs" / "long-context.md"
+MEASURED = ROOT / "docs" / "measured"
+
+
+def accuracy(folder: Path = MEASURED) -> str:
+    """Perplexity and divergence of each cache."""
+    data = json.loads((folder / "kv-lm.json").read_text())
+    run = data["runs"][0]
+    rows = [["as computed", "32", f"{run['perplexity']:.3f}", "0"]]
+    for r in data["rows"]:
+        name = r["format"].removeprefix("KV cache ")
+        rows.append([f"`{name}`", f"{r['bits']:.2f}", f"{r['perplexity']:.3f}", f"{r['divergence']:.5f}"])
+    head = ["cache", "bits per number", "perplexity", "KL per token"]
+    where = f"{run['tokens']:,} tokens of Python, {run['device']}, {run['dtype']}, torch {run['torch']}"
+    return f"{markdown(head, rows)}\n\n{where}: `{run['command']}`."
+
+
+def memory() -> str:
+    """Bytes of the cache of the shape of Llama-3.1-8B: 32 layers, 8 key heads of 128."""
+    lengths = [8192, 32768, 131072]
+    rows = [["bfloat16", *(f"{2 * 32 * 8 * 128 * 2 * n / 1e9:.2f}" for n in lengths)]]
+    for name in ("int8", "float8", "int4", "kivi4", "kivi2"):
+        sizes = [32 * KVCache(name, 1, 8, n, 128, device="meta").nbytes_packed / 1e9 for n in lengths]
+        rows.append([f"`{name}`", *(f"{size:.2f}" for size in sizes)])
+    return markdown(["GB", *(f"{n:,} tokens" for n in lengths)], rows)
+
+
+def speed(folder: Path = MEASURED) -> str:
+    """Microseconds of the attention of one token."""
+    path = folder / "kv-cuda.json"
+    if not path.exists():
+        return "Not measured."
+    data = json.loads(path.read_text())
+    contexts = list(dict.fromkeys(r["context"] for r in data["rows"]))
+    names = list(dict.fromkeys(r["cache"] for r in data["rows"]))
+    found = {(r["cache"], r["context"]): r for r in data["rows"]}
+    rows = []
+    for name in names:
+        cells = [found.get((name, c)) for c in contexts]
+        rows.append([name, *("-" if r is None else f"{r['seconds'] * 1e6:.0f} ({r['of_bf16']:.2f}x)" for r in cells)])
+    head = ["microseconds", *(c.replace("x", " x ") for c in contexts)]
+    return f"{markdown(head, rows)}\n\n{data['device']}, torch {data['torch']}."
+
+
+if __name__ == "__main__":
+    fill(PAGE, {"accuracy": accuracy, "memory": memory, "speed": speed}, "--check" in sys.argv[1:])

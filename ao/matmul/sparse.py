@@ -10,7 +10,7 @@ is made at first use and kept beside it, within `KEPT_BYTES` in all and never in
 
 A few tokens on a GPU are multiplied by kernels that decode in registers (kernels/two_of_four.py, kernels/kept_blocks.py).
 
-In a graph all of that is one operator: the choice is made when it runs, and what is kept is kept beside the first field.
+In a graph all of that is one operator: the choice is made when it runs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..dtypes.base import QTensor, Spec
 from ..dtypes.operand import Operand
@@ -31,7 +32,7 @@ from ..dtypes.pieces import is_eager
 from .anywhere import compiling, quantize_act, quantized_act, row_cast
 from .form import Form, form_of, leaves, made
 from .kernels.device import cuda_capability, has_kernels
-from .path import Path
+from .path import Path, Product
 
 KEPT_BYTES = 2**34
 """What is kept beside weights may take so much in all. Beyond, a weight is decoded at every call."""
@@ -43,8 +44,13 @@ MANY = 256
 """From so many tokens on NVIDIA's sparse units are faster than its dense ones."""
 
 
+_FORMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the first field of a weight: its other forms by name. No attributes of that tensor, which copies and files would take
+along."""
+
+
 class _Kept:
-    """Another form of a weight. It is counted as long as it lives, beside the first field of the weight."""
+    """Another form of a weight. It is counted as long as it lives, which is as long as the first field of the weight."""
 
     total = 0
 
@@ -63,13 +69,16 @@ def _beside(w: QTensor, name: str, make: Any) -> Tensor | None:
     if any(t.is_inference() for t in tensors):
         return None
     of = tuple(n for t in tensors for n in (t._version, t.data_ptr()))
-    kept: _Kept | None = tensors[0].__dict__.get(name)
+    forms: dict[str, _Kept] | None = _FORMS.get(tensors[0])
+    if forms is None:
+        forms = _FORMS[tensors[0]] = {}
+    kept = forms.get(name)
     if kept is None or kept.of != of:
+        forms.pop(name, None)
         if _Kept.total >= KEPT_BYTES:
             return None
         with torch.no_grad():
-            kept = _Kept(of, make())
-        setattr(tensors[0], name, kept)
+            kept = forms[name] = _Kept(of, make())
     return kept.form
 
 
@@ -127,7 +136,20 @@ def blocks(x: Tensor, w: QTensor) -> Tensor:
     return out.transpose(0, 1).reshape(x.shape[0], n).to(x.dtype)
 
 
-CPU = (Path(unfolded_accepts, unfolded),)
+def unfolded_launch(x: Tensor, w: QTensor) -> Product:
+    """`unfolded` for eager mode: x (..., K), and what the other form multiplies by is decided once."""
+    form = _unfolded(w)
+    if not isinstance(form, QTensor):
+        return lambda x, w: unfolded(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
+
+    def run(x: Tensor, w: QTensor) -> Tensor:
+        form = _unfolded(w)
+        return F.linear(quantized_act(x, w), w.decode(x.dtype)) if form is None else F.linear(x, form)
+
+    return run
+
+
+CPU = (Path(unfolded_accepts, unfolded, launch=unfolded_launch),)
 ANYWHERE = (Path(blocks_accepts, blocks),)
 
 

@@ -31,7 +31,8 @@ from ..dtypes.pairs import spread, unpack_codes
 from ..dtypes.pieces import is_eager
 from .anywhere import compiling, quantize_act, quantized_act, row_cast
 from .form import Form, form_of, leaves, made
-from .kernels.device import cuda_capability, has_kernels
+from .gpu import is_default_act
+from .kernels.device import cuda_capability, has_kernels, is_hopper
 from .path import Path, Product
 
 KEPT_BYTES = 2**34
@@ -251,9 +252,20 @@ def _compressed_product(x: Tensor, w: QTensor, operand: Operand) -> Tensor | Non
     compressed = _beside(w, "compressed", lambda: torch._cslt_compress(_spread(codes.codes, operand.codes)))
     if compressed is None:
         return None
-    q, columns = quantize_act(x, w), codes.scale.float().expand(n, 1).reshape(n).contiguous()
-    y = multiplied(compressed, q.codes.contiguous(), columns, torch.bfloat16)
-    return y.mul_(q.scale) if x.dtype == y.dtype else (y.float() * q.scale).to(x.dtype)
+    rows, scale = _quantized_rows(x, w, codes)
+    y = multiplied(compressed, rows, codes.scale.float().expand(n, 1).reshape(n).contiguous(), torch.bfloat16)
+    return y.mul_(scale) if x.dtype == y.dtype else (y.float() * scale).to(x.dtype)
+
+
+def _quantized_rows(x: Tensor, w: QTensor, codes: Operand) -> tuple[Tensor, Tensor]:
+    """The codes of an activation (M, K) and its scales (M, 1) or (1, 1), on Hopper by one kernel."""
+    if is_default_act(w, codes) and is_hopper(x.device) and x.shape[1] <= 65536:
+        from .kernels import hopper
+
+        assert w.spec.act is not None
+        return hopper.quantized(x.contiguous(), codes.codes.dtype, w.spec.act.block == (-1, -1))
+    q = quantize_act(x, w)
+    return q.codes.contiguous(), q.scale
 
 
 def _codes_of_eight_bits(part: QTensor, act: Any) -> Operand | None:

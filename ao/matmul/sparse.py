@@ -125,7 +125,7 @@ def blocks(x: Tensor, w: QTensor) -> Tensor:
     n, kept = w.shape[0], operand.codes.shape[0]
     wide = x.dtype if x.device.type != "cpu" or x.dtype == torch.float64 else torch.float32
     rows = quantized_act(x, w).to(wide)
-    part = operand.part.decode(wide) if isinstance(operand.part, QTensor) else operand.part.to(wide)
+    part = _plain_part(x, w, operand, wide)
     size = part.shape[1]
     part = part.view(kept, size, size).transpose(1, 2)
     at = torch.searchsorted(
@@ -150,6 +150,15 @@ def unfolded_launch(x: Tensor, w: QTensor) -> Product:
         return F.linear(quantized_act(x, w), w.decode(x.dtype)) if form is None else F.linear(x, form)
 
     return run
+
+
+def _plain_part(x: Tensor, w: QTensor, operand: Operand, dtype: torch.dtype) -> Tensor:
+    """The kept blocks as `dtype`: in eager mode decoded once, and kept beside the weight."""
+    part = operand.part
+    if not isinstance(part, QTensor):
+        return part.to(dtype)
+    kept = _beside(w, f"blocks {dtype}", lambda: part.decode(dtype)) if is_eager(x, or_recorded=False) else None
+    return part.decode(dtype) if kept is None else kept
 
 
 CPU = (Path(unfolded_accepts, unfolded, launch=unfolded_launch),)

@@ -10,6 +10,7 @@ trained on has to be other text than what is judged by.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -71,9 +72,9 @@ class Bench:
         self.calibration = self.what.batches(self.data[: args.calibration_windows])
         self.rows: list[dict[str, Any]] = []
 
-    def row(self, name: str, make: Callable[[nn.Module], Any]) -> float:
-        """The perplexity of the original after `make`."""
-        model = self.what.load()
+    def row(self, name: str, make: Callable[[nn.Module], Any], model: nn.Module | None = None) -> float:
+        """The perplexity of the original, or of `model`, after `make`."""
+        model = self.what.load() if model is None else model
         start = time.perf_counter()
         made = make(model)
         seconds = time.perf_counter() - start
@@ -83,14 +84,19 @@ class Bench:
         print(f"{name}: {found:.3f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
         return found
 
-    def pruned(self, algorithm: Any, then: Spec | None = None, recipe: str = "rtn") -> Callable[[nn.Module], None]:
-        """Pruned to 2:4, and perhaps quantized after that."""
-
-        def make(model: nn.Module) -> None:
-            prune_(model, algorithm, filter_fn=self.what.is_quantized, calibration_data=self.calibration)
-            ao.quantize_(model, SpecConfig(then or Sparse24(), algorithm=recipe), self.what.is_quantized)
-
-        return make
+    def pruned(self, name: str, algorithm: str | SparseGPT, then: bool = False) -> float:
+        """The perplexity of the original pruned to 2:4; `then`, also of that in int4."""
+        model = self.what.load()
+        keep = self.what.is_quantized
+        start = time.perf_counter()
+        prune_(model, algorithm, filter_fn=keep, calibration_data=self.calibration)
+        seconds = time.perf_counter() - start
+        again = copy.deepcopy(model)
+        found = self.row(name, lambda m: ao.quantize_(m, Sparse24(), keep), model)
+        self.rows[-1]["seconds"] += seconds
+        if then:
+            self.row(f"{name}, then int4", lambda m: ao.quantize_(m, Sparse24(INT4), keep), again)
+        return found
 
     def quantized(self, spec: Spec, recipe: str) -> Callable[[nn.Module], None]:
         """Quantized in one pass."""
@@ -122,16 +128,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     bench = Bench(args)
     base = bench.row("original", lambda model: None)
-    worst = bench.row("2:4 by magnitude", bench.pruned("magnitude"))
+    worst = bench.pruned("2:4 by magnitude", "magnitude")
     if not args.skip_rows:
-        bench.row("2:4 by Wanda", bench.pruned("wanda"))
-        bench.row("2:4 by SparseGPT as in its paper", bench.pruned(SparseGPT(rounds=0, match_original=False)))
-    pruned = bench.row("2:4 by SparseGPT", bench.pruned("sparsegpt"))
+        bench.pruned("2:4 by Wanda", "wanda")
+        bench.pruned("2:4 by SparseGPT as in its paper", SparseGPT(rounds=0, match_original=False))
+    pruned = bench.pruned("2:4 by SparseGPT", "sparsegpt", then=not args.skip_rows)
     if not args.skip_rows:
-        bench.row("2:4 by magnitude, then int4", bench.pruned("magnitude", Sparse24(INT4)))
-        bench.row("2:4 by SparseGPT, then int4", bench.pruned("sparsegpt", Sparse24(INT4)))
         bench.row("2:4 by SparseGPT along with int4", bench.quantized(Sparse24(INT4), "sparsegpt"))
-        bench.row("int4, GPTQ", bench.quantized(INT4, "gptq"))
         bench.row("int3, GPTQ", bench.quantized(INT3, "gptq"))
     if args.minutes:
         found = bench.row(f"2:4, {args.minutes:g} minutes of training", bench.trained)

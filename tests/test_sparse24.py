@@ -1,5 +1,8 @@
 """Two of four: what is stored, what is refused, and what a product makes of it."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from cases import weight
@@ -7,6 +10,7 @@ from test_dtypes import STRUCTURAL
 
 import ao
 from ao.dtypes import NF4, NVFP4, Float8, Intx, Sparse24, pairs
+from ao.matmul import sparse
 from ao.quant import compute_error
 
 VALUES = [None, Intx(8), Intx(8, (-1, -1), symmetric=False), Intx(4, (1, 128)), Float8(), NF4, NVFP4]
@@ -88,6 +92,23 @@ def test_what_is_refused():
         Sparse24(Intx(8, act=Intx(8)))
     with pytest.raises(TypeError, match="must be a Spec"):
         Sparse24(4)
+
+
+def test_what_is_kept_beside_stays_out_of_files_and_copies(tmp_path):
+    """And it follows the weight, and goes with it."""
+    q = Sparse24(Intx(8)).quantize(pruned())
+    x = weight((5, 256), 1)
+    start = sparse._Kept.total
+    first = torch.nn.functional.linear(x, q)
+    assert sparse._Kept.total > start
+    torch.save(q, tmp_path / "q.pt")
+    assert (tmp_path / "q.pt").stat().st_size < q.nbytes_packed + 8000
+    assert torch.equal(torch.load(tmp_path / "q.pt"), q) and torch.equal(copy.deepcopy(q), q)
+    q.mul_(2)
+    assert compute_error(2 * first, torch.nn.functional.linear(x, q)) > 30
+    del q
+    gc.collect()
+    assert sparse._Kept.total == start
 
 
 @pytest.mark.parametrize("values", VALUES, ids=str)

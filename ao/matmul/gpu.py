@@ -129,7 +129,7 @@ def _launched(w: QTensor, run: Callable[..., Tensor]) -> Product:
 
 def _quantized_in_kernel(w: QTensor, operand: Operand | None) -> bool:
     """Whether `gemv` quantizes the activation itself: per row or whole, which is the same for one token."""
-    return operand is not None and operand.bits == 8 and _is_default_act(w, operand)
+    return operand is not None and operand.bits == 8 and is_default_act(w, operand)
 
 
 def fused_accepts(x: Tensor, w: QTensor) -> bool:
@@ -368,7 +368,7 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     operand, act = w.spec.operand(w), w.spec.act
     assert operand is not None and act is not None
     columns = operand.scale.float().expand(w.shape[0], 1).contiguous()
-    if _is_default_act(w, operand) and w.shape[1] <= 65536 and is_hopper(x.device):
+    if is_default_act(w, operand) and w.shape[1] <= 65536 and is_hopper(x.device):
         return operators.dynamic_product(x.contiguous(), operand.codes, columns, act.block == (-1, -1))
     q = quantize_act(x, w)
     rows = q.scale.float().expand(x.shape[0], 1).contiguous()
@@ -382,7 +382,7 @@ _CASTS = {
 """What the kernels that quantize an activation do, by the dtype of the weight."""
 
 
-def _is_default_act(w: QTensor, operand: Operand) -> bool:
+def is_default_act(w: QTensor, operand: Operand) -> bool:
     """Whether the activation is quantized dynamically, per row or whole, as a kernel does it."""
     cast = row_cast(w)
     return w.act_scale is None and cast is not None and cast == _CASTS.get(operand.codes.dtype)

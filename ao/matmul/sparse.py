@@ -4,13 +4,14 @@ Decoding every zero at each product would take longer than a dense weight does. 
 is made at first use and kept beside it, within `KEPT_BYTES` in all and never in files:
 
     unfolded    the zeros beside the numbers, in the format that these have: what any product of that format takes. On a CPU, in
-                eager mode, for any number of tokens; on a GPU between FEW and MANY tokens, where sparse units lose
-    compressed  as NVIDIA's cuSPARSELt reads two of four, from MANY tokens on, with the algorithm that was fastest for the shape
-                when it was first multiplied
+                eager mode, for any number of tokens; on a GPU up to MANY tokens, where sparse units lose
+    compressed  as NVIDIA's cuSPARSELt reads two of four, from MANY tokens on where that is faster, with the algorithm that is
+                fastest: both are timed when a shape is first multiplied
 
-A few tokens on a GPU are multiplied by kernels that decode in registers (kernels/two_of_four.py, kernels/kept_blocks.py).
+One token or two, integers of 4 and 8 bits and kept blocks are multiplied by kernels that decode in registers
+(kernels/two_of_four.py, kernels/kept_blocks.py); where nothing more may be kept, so is any other 2:4 weight.
 
-In a graph all of that is one operator: the choice is made when it runs, and what is kept is kept beside the first field.
+In a graph all of that is one operator: the choice is made when it runs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..dtypes.base import QTensor, Spec
 from ..dtypes.operand import Operand
@@ -30,21 +33,27 @@ from ..dtypes.pairs import spread, unpack_codes
 from ..dtypes.pieces import is_eager
 from .anywhere import compiling, quantize_act, quantized_act, row_cast
 from .form import Form, form_of, leaves, made
-from .kernels.device import cuda_capability, has_kernels
-from .path import Path
+from .gpu import is_default_act
+from .kernels.device import cuda_capability, has_kernels, is_hopper, on_its_device
+from .path import Path, Product
 
 KEPT_BYTES = 2**34
 """What is kept beside weights may take so much in all. Beyond, a weight is decoded at every call."""
 
-FEW = 8
-"""Up to so many tokens a GPU decodes in registers."""
+FEW = 2
+"""Up to so many tokens a GPU decodes integers in registers, one token after another; more are faster with a dense weight."""
 
 MANY = 256
-"""From so many tokens on NVIDIA's sparse units are faster than its dense ones."""
+"""From so many tokens on NVIDIA's sparse units may be faster than its dense ones."""
+
+
+_FORMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the first field of a weight: its other forms by name. No attributes of that tensor, which copies and files would take
+along."""
 
 
 class _Kept:
-    """Another form of a weight. It is counted as long as it lives, beside the first field of the weight."""
+    """Another form of a weight. It is counted as long as it lives, which is as long as the first field of the weight."""
 
     total = 0
 
@@ -63,13 +72,16 @@ def _beside(w: QTensor, name: str, make: Any) -> Tensor | None:
     if any(t.is_inference() for t in tensors):
         return None
     of = tuple(n for t in tensors for n in (t._version, t.data_ptr()))
-    kept: _Kept | None = tensors[0].__dict__.get(name)
+    forms: dict[str, _Kept] | None = _FORMS.get(tensors[0])
+    if forms is None:
+        forms = _FORMS[tensors[0]] = {}
+    kept = forms.get(name)
     if kept is None or kept.of != of:
+        forms.pop(name, None)
         if _Kept.total >= KEPT_BYTES:
             return None
         with torch.no_grad():
-            kept = _Kept(of, make())
-        setattr(tensors[0], name, kept)
+            kept = forms[name] = _Kept(of, make())
     return kept.form
 
 
@@ -113,7 +125,7 @@ def blocks(x: Tensor, w: QTensor) -> Tensor:
     n, kept = w.shape[0], operand.codes.shape[0]
     wide = x.dtype if x.device.type != "cpu" or x.dtype == torch.float64 else torch.float32
     rows = quantized_act(x, w).to(wide)
-    part = operand.part.decode(wide) if isinstance(operand.part, QTensor) else operand.part.to(wide)
+    part = _plain_part(x, w, operand, wide)
     size = part.shape[1]
     part = part.view(kept, size, size).transpose(1, 2)
     at = torch.searchsorted(
@@ -127,7 +139,29 @@ def blocks(x: Tensor, w: QTensor) -> Tensor:
     return out.transpose(0, 1).reshape(x.shape[0], n).to(x.dtype)
 
 
-CPU = (Path(unfolded_accepts, unfolded),)
+def unfolded_launch(x: Tensor, w: QTensor) -> Product:
+    """`unfolded` for eager mode: x (..., K), and what the other form multiplies by is decided once."""
+    form = _unfolded(w)
+    if not isinstance(form, QTensor):
+        return lambda x, w: unfolded(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
+
+    def run(x: Tensor, w: QTensor) -> Tensor:
+        form = _unfolded(w)
+        return F.linear(quantized_act(x, w), w.decode(x.dtype)) if form is None else F.linear(x, form)
+
+    return run
+
+
+def _plain_part(x: Tensor, w: QTensor, operand: Operand, dtype: torch.dtype) -> Tensor:
+    """The kept blocks as `dtype`: in eager mode decoded once, and kept beside the weight."""
+    part = operand.part
+    if not isinstance(part, QTensor):
+        return part.to(dtype)
+    kept = _beside(w, f"blocks {dtype}", lambda: part.decode(dtype)) if is_eager(x, or_recorded=False) else None
+    return part.decode(dtype) if kept is None else kept
+
+
+CPU = (Path(unfolded_accepts, unfolded, launch=unfolded_launch),)
 ANYWHERE = (Path(blocks_accepts, blocks),)
 
 
@@ -149,6 +183,7 @@ def sparse(x: Tensor, w: QTensor) -> Tensor:
     return _on_gpu(x, w)
 
 
+@on_its_device
 def _on_gpu(x: Tensor, w: QTensor) -> Tensor:
     operand, m = w.spec.operand(w), x.shape[0]
     assert operand is not None
@@ -160,19 +195,22 @@ def _on_gpu(x: Tensor, w: QTensor) -> Tensor:
         reading, fields = _reading(w)  # type: ignore[misc]
         rows = quantized_act(x, w).contiguous()
         return kept_blocks.product(rows, operand.scale, operand.codes, w.shape[0], reading, fields)
-    if m >= MANY and has_sparse_units(x.device) and (y := _compressed_product(x, w, operand)) is not None:
-        return y
-    if m > FEW and (form := _unfolded(w)) is not None:
+    if m >= MANY and has_sparse_units(x.device) and _units_win(x, w, operand):
+        y = _compressed_product(x, w, operand)
+        if y is not None:
+            return y
+    from .kernels import two_of_four
+
+    read, places = _reading(w), operand.codes
+    if m <= FEW and w.spec.act is None and read is not None and two_of_four.for_one_token(*read):
+        return two_of_four.gemv(x.contiguous(), places, *read)
+    if (form := _unfolded(w)) is not None:
         if isinstance(form, QTensor):
             return F.linear(x, form)
         return F.linear(quantized_act(x, w), form.to(x.dtype))
-    if (read := _reading(w)) is None:
-        return F.linear(quantized_act(x, w), w.decode(x.dtype))
-    from .kernels import two_of_four
-
-    rows, places = quantized_act(x, w).contiguous(), operand.codes
-    if m <= 2 and two_of_four.for_one_token(*read):
-        return two_of_four.gemv(rows, places, *read)
+    rows = quantized_act(x, w).contiguous()
+    if read is None:
+        return F.linear(rows, w.decode(x.dtype))
     if m <= 64:
         return two_of_four.few(rows, places, *read)
     return F.linear(rows, two_of_four.decoded(places, *read, x.dtype))
@@ -216,7 +254,7 @@ def has_sparse_units(device: torch.device) -> bool:
 
 
 def _compressed_product(x: Tensor, w: QTensor, operand: Operand) -> Tensor | None:
-    """x @ w.T on the sparse units, in 8 bits where activation and weight are; None for shapes that they do not take."""
+    """x @ w.T on the sparse units, in 8 bits where activation and weight are; None for shapes and formats they do not take."""
     n, k = w.shape
     if n % 32 or k % 32:
         return None
@@ -224,14 +262,55 @@ def _compressed_product(x: Tensor, w: QTensor, operand: Operand) -> Tensor | Non
     eight = act is not None and not act.zero_point and isinstance(part, QTensor)
     codes = _codes_of_eight_bits(part, act) if eight else None
     if codes is None:
-        compressed = _beside(w, f"compressed_{x.dtype}", lambda: _compress(w, x.dtype))
+        if x.dtype != torch.bfloat16:
+            return None  # cuSPARSELt 0.8 was seen to fault in float16
+        compressed = _beside(w, "compressed_bfloat16", lambda: _compress(w, x.dtype))
         return None if compressed is None else multiplied(compressed, quantized_act(x, w).contiguous())
     compressed = _beside(w, "compressed", lambda: torch._cslt_compress(_spread(codes.codes, operand.codes)))
     if compressed is None:
         return None
-    q, columns = quantize_act(x, w), codes.scale.float().expand(n, 1).reshape(n).contiguous()
-    y = multiplied(compressed, q.codes.contiguous(), columns, torch.bfloat16)
-    return y.mul_(q.scale) if x.dtype == y.dtype else (y.float() * q.scale).to(x.dtype)
+    rows, scale = _quantized_rows(x, w, codes)
+    total = multiplied(compressed, rows, torch.bfloat16)
+    if total is None:
+        return None
+    from .kernels import ampere
+
+    m = x.shape[0]
+    columns = codes.scale.float().expand(n, 1).contiguous()
+    return ampere.scaled(total, scale.float().expand(m, 1).contiguous(), columns, x.dtype, m)
+
+
+_WINS: dict[Any, bool] = {}
+
+
+def _units_win(x: Tensor, w: QTensor, operand: Operand) -> bool:
+    """Whether the sparse units are faster than the dense product of the same format: timed once per shape, format and power of
+    two of tokens."""
+    key = x.device, w.spec, w.shape, x.dtype, (x.shape[0] - 1).bit_length()
+    found = _WINS.get(key)
+    if found is None:
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        form = _unfolded(w)
+        found = _compressed_product(x, w, operand) is not None
+        if found and form is not None:
+            dense = _took(
+                lambda: F.linear(x, form) if isinstance(form, QTensor) else F.linear(quantized_act(x, w), form)
+            )
+            found = _took(lambda: _compressed_product(x, w, operand)) < dense
+        _WINS[key] = found
+    return found
+
+
+def _quantized_rows(x: Tensor, w: QTensor, codes: Operand) -> tuple[Tensor, Tensor]:
+    """The codes of an activation (M, K) and its scales (M, 1) or (1, 1), on Hopper by one kernel."""
+    if is_default_act(w, codes) and is_hopper(x.device) and x.shape[1] <= 65536:
+        from .kernels import hopper
+
+        assert w.spec.act is not None
+        return hopper.quantized(x.contiguous(), codes.codes.dtype, w.spec.act.block == (-1, -1))
+    q = quantize_act(x, w)
+    return q.codes.contiguous(), q.scale
 
 
 def _codes_of_eight_bits(part: QTensor, act: Any) -> Operand | None:
@@ -251,52 +330,65 @@ def _compress(w: QTensor, dtype: torch.dtype) -> Tensor:
     return torch._cslt_compress(w.decode(dtype).contiguous())
 
 
-def multiplied(compressed: Tensor, x: Tensor, alpha: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ w.T for a compressed w (N, K), times alpha (N,). x: (M, K), contiguous -> (M, N) in `dtype`."""
+def multiplied(compressed: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """x @ w.T for a compressed w (N, K), as it is summed; None where the units do not take it. x: (M, K), contiguous -> (M, N) in
+    `dtype`."""
     m = x.shape[0]
     rows = F.pad(x, (0, 0, 0, -m % 16)) if m % 16 else x
-    y = _run(compressed, rows, alpha, dtype, _algorithm(compressed, rows, alpha, dtype))
+    algorithm = _algorithm(compressed, rows, dtype)
+    if algorithm < 0:
+        return None
+    y = _run(compressed, rows, dtype, algorithm)
     return y[:m] if m % 16 else y
 
 
 _ALGORITHMS: dict[Any, int] = {}
 
 
-def _algorithm(compressed: Tensor, rows: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> int:
-    """The number of cuSPARSELt's fastest algorithm: timed once per shape and power of two of tokens."""
+def _algorithm(compressed: Tensor, rows: Tensor, dtype: torch.dtype | None) -> int:
+    """The number of cuSPARSELt's fastest algorithm: timed once per shape and power of two of tokens. -1 where it has none."""
     size = 1 << (rows.shape[0] - 1).bit_length()
-    key = compressed.device, compressed.shape, compressed.dtype, rows.shape[1], size, dtype, alpha is None
+    key = compressed.device, compressed.shape, compressed.dtype, rows.shape[1], size, dtype
     found = _ALGORITHMS.get(key)
     if found is None:
         if torch.cuda.is_current_stream_capturing():
             return 0
-        found = _ALGORITHMS[key] = _fastest(compressed, rows, alpha, dtype)
+        found = _ALGORITHMS[key] = _fastest(compressed, rows, dtype)
     return found
 
 
-def _fastest(compressed: Tensor, rows: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> int:
-    """By the clock, and not by cuSPARSELt's own search, which was seen to fault, and a fault ends all work on the GPU."""
-    best, least = 0, float("inf")
+_AHEAD = 8_000_000
+"""Clock cycles that the GPU waits, so that the host, which takes longer to call cuSPARSELt than the product does, runs ahead."""
+
+
+def _fastest(compressed: Tensor, rows: Tensor, dtype: torch.dtype | None) -> int:
+    """By the clock of the GPU. cuSPARSELt's own search was seen to fault, and a fault ends all work on the GPU."""
+    best, least = -1, float("inf")
     for algorithm in range(64):
         try:
-            _run(compressed, rows, alpha, dtype, algorithm)
+            _run(compressed, rows, dtype, algorithm)
         except RuntimeError:
             break  # there are no more
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(3):
-            _run(compressed, rows, alpha, dtype, algorithm)
-        end.record()
-        end.synchronize()
-        took = start.elapsed_time(end)
+        took = _took(lambda: _run(compressed, rows, dtype, algorithm))  # noqa: B023  it is called at once
         best, least = (algorithm, took) if took < least else (best, least)
     return best
 
 
-def _run(compressed: Tensor, rows: Tensor, alpha: Tensor | None, dtype: torch.dtype | None, algorithm: int) -> Tensor:
-    return torch._cslt_sparse_mm(
-        compressed, rows.t(), alpha=alpha, out_dtype=dtype, transpose_result=True, alg_id=algorithm
-    )
+def _took(call: Callable[[], Any]) -> float:
+    """Milliseconds of the GPU for a few calls."""
+    call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(_AHEAD)
+    start.record()
+    for _ in range(4):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _run(compressed: Tensor, rows: Tensor, dtype: torch.dtype | None, algorithm: int) -> Tensor:
+    return torch._cslt_sparse_mm(compressed, rows.t(), out_dtype=dtype, transpose_result=True, alg_id=algorithm)
 
 
 # Weights that are pruned at every step of training.
@@ -318,7 +410,7 @@ def transposable_mask(w: Tensor) -> Tensor:
 
 def _on_sparse_units(w: Tensor) -> bool:
     """Whether PyTorch's kernel prunes and compresses `w`."""
-    fits = w.dim() == 2 and w.dtype in (torch.bfloat16, torch.float16) and w.shape[0] % 64 == 0 and w.shape[1] % 64 == 0
+    fits = w.dim() == 2 and w.dtype == torch.bfloat16 and w.shape[0] % 64 == 0 and w.shape[1] % 64 == 0
     return fits and w.is_cuda and has_sparse_units(w.device)
 
 
@@ -348,6 +440,15 @@ def semi_sparse_product(x: Tensor, w: Tensor, n: int) -> Tensor:
 def _pruned_both(w: Tensor) -> tuple[Tensor, Tensor]:
     packed, _, packed_t, *_ = torch._sparse_semi_structured_tile(w, "", False)
     return packed.view(w.shape[0], -1), packed_t.view(w.shape[1], -1)
+
+
+def _compressed(x: Tensor, w: Tensor, n: int) -> Tensor:
+    y = multiplied(w, x.contiguous())
+    if y is None:
+        raise RuntimeError(
+            f"cuSPARSELt does not multiply {tuple(x.shape)} by a 2:4 weight of {n} rows; use nn.Linear here"
+        )
+    return y
 
 
 def _compressed_shapes(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,5 +497,5 @@ torch.library.register_fake("ao::pruned_both", _compressed_shapes)
 torch.library.define(
     "ao::compressed_product", "(Tensor x, Tensor w, int n) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
-torch.library.impl("ao::compressed_product", "CUDA", lambda x, w, n: multiplied(w, x.contiguous()))
+torch.library.impl("ao::compressed_product", "CUDA", _compressed)
 torch.library.register_fake("ao::compressed_product", lambda x, w, n: x.new_empty(x.shape[0], n))

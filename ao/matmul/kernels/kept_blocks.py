@@ -37,15 +37,17 @@ def gemv_blocks_kernel(
     ks = tl.arange(0, K)
     acc = tl.zeros((BN * BLOCKS, K), tl.float32)
     for t in tl.range(start, end, BLOCKS, num_stages=1):
+        # First what does not wait for where the blocks are.
         j = t + tl.arange(0, BLOCKS)
         column = tl.load(column_ptr + j, mask=j < end, other=0)
-        x = tl.load(x_ptr + column[:, None] * K + ks[None, :], mask=(j < end)[:, None], other=0.0)
+        there = (j < end)[:, None]
         j = tl.minimum(j, end - 1)
         row = tl.reshape((j * K + first % K)[None, :] + rn[:, None], (BN * BLOCKS,))
         w = _pairs(
             q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, row, 0, K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET,
             RG, NG, NESTED, RG2, NG2, K, RUN, True,
         )  # fmt: skip
+        x = tl.load(x_ptr + column[:, None] * K + ks[None, :], mask=there, other=0.0)
         acc += tl.reshape(tl.reshape(w.to(tl.float32), (BN, BLOCKS, K)) * x.to(tl.float32)[None], (BN * BLOCKS, K))
     out = tl.sum(tl.reshape(acc, (BN, BLOCKS * K)), 1)
     tl.store(out_ptr + first + rn, out.to(out_ptr.dtype.element_ty))

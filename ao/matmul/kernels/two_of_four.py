@@ -332,6 +332,10 @@ def gemv24_kernel(
     unit = tl.arange(0, J)
     ahead0 = _row_ahead(place_ptr, q_ptr, scale_ptr, first * TURN, unit, N, K, BITS, NG)
     ahead1 = _row_ahead(place_ptr, q_ptr, scale_ptr, first * TURN + 1, unit, N, K, BITS, NG)
+    ahead2, ahead3 = ahead0, ahead1
+    if TURN == 4:
+        ahead2 = _row_ahead(place_ptr, q_ptr, scale_ptr, first * TURN + 2, unit, N, K, BITS, NG)
+        ahead3 = _row_ahead(place_ptr, q_ptr, scale_ptr, first * TURN + 3, unit, N, K, BITS, NG)
     at = (unit * 64)[:, None, None] + (tl.arange(0, 16) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
     top = _largest(tl.abs(x))
@@ -342,14 +346,19 @@ def gemv24_kernel(
     low = _columns(tl.reshape(low_bytes, (J, 16)))
     for tile in tl.range(first, tl.cdiv(N, TURN), tl.num_programs(0)):
         r = tile * TURN
-        w0, w1 = ahead0, ahead1
+        w0, w1, w2, w3 = ahead0, ahead1, ahead2, ahead3
         after = r + tl.num_programs(0) * TURN
         ahead0 = _row_ahead(place_ptr, q_ptr, scale_ptr, after, unit, N, K, BITS, NG)
         ahead1 = _row_ahead(place_ptr, q_ptr, scale_ptr, after + 1, unit, N, K, BITS, NG)
+        if TURN == 4:
+            ahead2 = _row_ahead(place_ptr, q_ptr, scale_ptr, after + 2, unit, N, K, BITS, NG)
+            ahead3 = _row_ahead(place_ptr, q_ptr, scale_ptr, after + 3, unit, N, K, BITS, NG)
         two = tl.join(_row_sum(w0, high, low, step, BITS), _row_sum(w1, high, low, step, BITS))  # (J, 2)
-        out = tl.sum(two, 0)
         at_row = r + tl.arange(0, 2)
-        tl.store(out_ptr + at_row, out.to(out_ptr.dtype.element_ty), mask=at_row < N)
+        tl.store(out_ptr + at_row, tl.sum(two, 0).to(out_ptr.dtype.element_ty), mask=at_row < N)
+        if TURN == 4:
+            two = tl.join(_row_sum(w2, high, low, step, BITS), _row_sum(w3, high, low, step, BITS))
+            tl.store(out_ptr + at_row + 2, tl.sum(two, 0).to(out_ptr.dtype.element_ty), mask=at_row + 2 < N)
 
 
 def for_one_token(reading: Reading, fields: Fields) -> bool:
@@ -366,10 +375,11 @@ def gemv(x: Tensor, places: Tensor, reading: Reading, fields: Fields) -> Tensor:
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     units = max(32, power_of_two(k // 64))
     warps = min(16, max(1, units // 32))
-    tiles = cdiv(n, 2)
+    turn = 4 if reading.bits == 4 else 2  # rows in flight: as many as registers hold
+    tiles = cdiv(n, turn)
     rounds = cdiv(tiles, multiprocessors(x.device) * max(1, 16 // warps))
     launch(
         gemv24_kernel, (cdiv(tiles, rounds), m), x, places.view(torch.int32), fields[0], fields[1], out, n, K=k,
-        BITS=reading.bits, NG=reading.groups, J=units, TURN=2, num_warps=warps,
+        BITS=reading.bits, NG=reading.groups, J=units, TURN=turn, num_warps=warps,
     )  # fmt: skip
     return out

@@ -46,6 +46,7 @@ KERNELS = {
     "operators",
     "reading",
     "template",
+    "words",
     "made",
     "two_of_four",
     "kept_blocks",
@@ -68,6 +69,7 @@ BUILT_ON = {
     "dynamic_tree": {"mapped"},
     "floatx": {"e8m0", "float8"},
     "int4_prepacked": {"intx"},
+    "intx": {"joint"},
     "mxint": {"e8m0"},
     "positive_steps": {"mapped"},
 }

@@ -19,6 +19,7 @@ from .float8 import Float8, Float8Tensor
 from .floatx import FP6, MXFP4, MXFP6, MXFP8, NVFP4, FloatX, FloatXTensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
+from .joint import Joint, JointTensor
 from .layouts import (
     BlockSparseLayout,
     Int4CPULayout,
@@ -84,6 +85,8 @@ __all__ = [
     "Int4XPULayout",
     "Intx",
     "IntxTensor",
+    "Joint",
+    "JointTensor",
     "Layout",
     "MXInt",
     "MXIntTensor",

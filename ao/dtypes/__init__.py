@@ -10,7 +10,7 @@ from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
 from .bits import pack, pack_dim, pack_trits, packed_dim, unpack, unpack_trits
 from .block_sparse import BlockSparse, BlockSparseTensor
-from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
+from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, is_finite, to_blocks
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
 from .e8m0 import E8M0, E8M0Tensor
@@ -118,6 +118,7 @@ __all__ = [
     "dense",
     "expand",
     "in_blocks",
+    "is_finite",
     "linear_nf4",
     "load",
     "nf4_spec",

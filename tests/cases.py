@@ -80,6 +80,8 @@ CASES = [
     Case(Intx(4, (1, 64), symmetric=True, clip=False), 0.10181),
     Case(Intx(4, (1, 32), zero_point="float", scale_dtype="bfloat16"), 0.07840),
     Case(Intx(4, (1, 64), zero_point="float"), 0.08930),
+    Case(Intx(4, (1, 32), signed=False, zero_point="joint"), 0.08031),
+    Case(Intx(2, (1, 32), zero_point="joint"), 0.39316),
     Case(Intx(3, (1, 64)), 0.19390),
     Case(Intx(2, (1, 32), symmetric=True), 0.40567),
     Case(Intx(2, (-1, -1), symmetric=True, narrow=True), 0.51213),

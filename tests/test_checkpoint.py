@@ -131,6 +131,20 @@ def test_grad_and_autograd_history_are_left_out(tmp_path):
     assert not back["w"].requires_grad and not back["v"].requires_grad and torch.equal(back["v"], w.detach() * 2)
 
 
+def test_files_from_before_scales_held_zero_points():
+    """What presets wrote then: float32 scales with zero points of a byte, and bfloat16 for both."""
+    stored = load(Path(__file__).parent / "stored_before_joint.safetensors")
+    for name, bits, kind in (("int4", 4, "int"), ("uint2_clip", 2, "int"), ("uint3_hqq", 3, "float")):
+        q = stored[name]
+        assert q.spec == Intx(
+            bits, (1, 32), signed=False, symmetric=False, zero_point=kind, scale_dtype=q.spec.scale_dtype
+        )
+        assert torch.equal(q.dequantize(), stored[f"{name}.expected"]) and q.zero_point.shape == q.scale.shape == (
+            16,
+            2,
+        )
+
+
 def test_the_format(tmp_path):
     q = NF4.quantize(weight((2, 128), dtype=torch.bfloat16))
     tied = nn.Parameter(torch.ones(2))

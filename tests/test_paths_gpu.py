@@ -51,7 +51,11 @@ def sqnr(x, q, out):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spec", [*SPECS, Intx(4, (1, 64), zero_point="float"), Float8()], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [*SPECS, Intx(4, (1, 64), zero_point="float"), Intx(4, (1, 32), signed=False, zero_point="joint"), Float8()],
+    ids=str,
+)
 def test_one_token(spec, dtype):
     for n, k in ((192, 512), (100, 1280), (5000, 2304)):
         x, q = activation(1, k, dtype), case(spec, n, k, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -147,13 +147,22 @@ def test_clip_works_in_pieces(monkeypatch):
         assert Clip().quantize(w[:0] if spec.block != (-1, -1) else w, spec, None).values.dim() == 3
 
 
-def test_presets_keep_their_size_with_clip():
-    for config in (Int4WeightOnlyConfig, lambda **kw: UIntXWeightOnlyConfig(torch.uint2, 32, **kw)):
-        assert config(algorithm="clip").weight((64, 128)) == config().weight((64, 128))
-    model = nn.Sequential(nn.Linear(128, 64))
-    report = quantize_(model, UIntXWeightOnlyConfig(torch.uint2, 32, algorithm="clip"))
-    assert report.rows[0].algorithm == "clip" and model[0].weight.nbytes_packed == 128 * 64 * (2 + 40 / 32) / 8
-    assert model[0].weight.zero_point.dtype == torch.uint8
+@pytest.mark.parametrize(("bits", "size", "decibels"), [(4, 4.64, 22.3), (3, 3.6, 16.5), (2, 2.6, 10.3)])
+def test_presets_take_less_with_clip(bits, size, decibels):
+    """Scale and zero point in 16 bits together, and the best range for what these can be."""
+    w = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+    model[0].weight.data = w
+    report = quantize_(model, UIntXWeightOnlyConfig(getattr(torch, f"uint{bits}"), 32, algorithm="clip"))
+    q = model[0].weight
+    assert report.rows[0].algorithm == "clip" and 8 * q.nbytes_packed / q.numel() == bits + 16 / 32 < size
+    assert compute_error(w, q.dequantize()) > decibels
+    assert bits != 4 or Int4WeightOnlyConfig(32, algorithm="clip").weight(w.shape) == q.spec
+    asked = UIntXWeightOnlyConfig(torch.uint4, zero_point_domain=ZeroPointDomain.INT, algorithm="clip")
+    assert asked.weight(w.shape).zero_point == "int"
+    signed = IntxWeightOnlyConfig(torch.int3, PerGroup(32), MappingType.ASYMMETRIC, algorithm="clip")
+    assert signed.weight(w.shape).zero_point == "joint"
+    assert replace(signed, scale_dtype=torch.float16).weight(w.shape).zero_point == "int"
 
 
 def test_hqq_finds_the_grid_that_made_the_weight():

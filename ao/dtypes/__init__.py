@@ -10,7 +10,7 @@ from . import sharding as _sharding  # noqa: F401  and collectives
 from .base import Elements, Opaque, PerBlock, QTensor, Shared, Spec, blank, dense, sources_digest, view_mode
 from .bits import pack, pack_dim, pack_trits, packed_dim, unpack, unpack_trits
 from .block_sparse import BlockSparse, BlockSparseTensor
-from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, to_blocks
+from .blocks import amax_abs, amin_amax, blocks_shape, expand, in_blocks, is_finite, to_blocks
 from .codebook import NF4, Codebook, CodebookTensor, NF4Tensor, linear_nf4, nf4_spec, to_nf4
 from .dynamic_tree import DynamicTree
 from .e8m0 import E8M0, E8M0Tensor
@@ -19,6 +19,7 @@ from .float8 import Float8, Float8Tensor
 from .floatx import FP6, MXFP4, MXFP6, MXFP8, NVFP4, FloatX, FloatXTensor
 from .int4_prepacked import Int4Prepacked, Int4PrepackedTensor
 from .intx import Intx, IntxTensor
+from .joint import Joint, JointTensor
 from .layouts import (
     BlockSparseLayout,
     Int4CPULayout,
@@ -84,6 +85,8 @@ __all__ = [
     "Int4XPULayout",
     "Intx",
     "IntxTensor",
+    "Joint",
+    "JointTensor",
     "Layout",
     "MXInt",
     "MXIntTensor",
@@ -115,6 +118,7 @@ __all__ = [
     "dense",
     "expand",
     "in_blocks",
+    "is_finite",
     "linear_nf4",
     "load",
     "nf4_spec",

@@ -372,6 +372,13 @@ def dense(field: Tensor) -> Tensor:
     return field.decode_scaled(field.dtype) if isinstance(field, QTensor) else field
 
 
+def repeated(field: Tensor, shape: Sequence[int]) -> Tensor:
+    """A field over smaller blocks, as plain numbers, or as it is where it is a QTensor of one number per element."""
+    if isinstance(field, QTensor) and all(t.shape == field.shape for t in field.fields().values()):
+        return field.like(shape, field.dtype, {name: expand(t, shape) for name, t in field.fields().items()})
+    return expand(dense(field), shape)
+
+
 def _stored(t: Tensor, kind: Tensor) -> Tensor:
     """`t` (float32) as a tensor like `kind`."""
     if isinstance(kind, QTensor):

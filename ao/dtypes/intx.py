@@ -2,7 +2,8 @@
 
 Signed codes of fewer than 8 bits are stored with an offset, as q + 2**(bits - 1), and packed along the last dim that is a
 multiple of 8 (bits.py); 8-bit codes are plain int8 or uint8. Cost: `bits + (32 + 8) / block` bits per element with a
-float32 scale and an integer zero point, `bits + 32 / block` without a zero point.
+float32 scale and an integer zero point, `bits + 32 / block` without a zero point, and `bits + 16 / block` with both in 16 bits
+(joint.py).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import Elements, PerBlock, QTensor, Spec
+from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
+from .joint import PLACES, Joint, JointTensor, join
 from .operand import Cast, Operand
 from .rounding import narrow, product, reciprocal, round_to, stochastic_round
 
@@ -41,7 +43,8 @@ class Intx(Spec):
         None, the default, is symmetric for 8 bits and asymmetric below, where the zero point earns its place.
     clip: False widens a symmetric scale to max(min(x) / qmin, max(x) / qmax), so that nothing clips.
     zero_point: "int" is qmin - round(lo / scale), so that 0 is exact; "float" keeps the fraction, and lo = min(x),
-        hi = max(x) need not include 0.
+        hi = max(x) need not include 0. "joint" is for at most 4 bits: scale and zero point share the 16 bits of a bfloat16
+        (joint.py). The scale is the nearest that there is, and the zero point is rounded to a 32nd of the range of codes.
     narrow: leave out the lowest code, so that the range is symmetric, [-127, 127] for 8 bits, and scale = m / qmax; 2 bits
         are then BitNet's ternary numbers -1, 0 and 1 times mean|x|.
     scale_dtype: "float32", "bfloat16" or "float16", also of a float zero point. bfloat16 has the range of float32; `quantize_`
@@ -57,7 +60,7 @@ class Intx(Spec):
     signed: bool = True
     symmetric: bool | None = None
     clip: bool = True
-    zero_point: Literal["int", "float"] = "int"
+    zero_point: Literal["int", "float", "joint"] = "int"
     narrow: bool = False
     scale_dtype: str = "float32"
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -67,8 +70,13 @@ class Intx(Spec):
             object.__setattr__(self, "symmetric", self.bits == 8)
         if not 1 <= self.bits <= 8:
             raise ValueError(f"Intx: bits must be 1 to 8, got {self.bits}")
-        if self.zero_point not in ("int", "float"):
-            raise ValueError(f"Intx: zero_point must be 'int' or 'float', got {self.zero_point!r}")
+        if self.zero_point not in ("int", "float", "joint"):
+            raise ValueError(f"Intx: zero_point must be 'int', 'float' or 'joint', got {self.zero_point!r}")
+        if self.zero_point == "joint" and (self.bits > 4 or self.symmetric or self.scale_dtype != "float32"):
+            raise ValueError(
+                "Intx: zero_point='joint' is for at most 4 bits with symmetric=False, and has 16 bits for both: leave out "
+                f"scale_dtype; got bits={self.bits}, symmetric={self.symmetric}, scale_dtype={self.scale_dtype!r}"
+            )
         if self.scale_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"Intx: scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype!r}")
         if self.rounding not in ("nearest", "stochastic"):
@@ -125,14 +133,26 @@ class Intx(Spec):
                 )
 
     def _asymmetric(self, lo: Tensor, hi: Tensor, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        if self.zero_point == "int":
+        if self.zero_point != "float":
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         scale = (hi - lo) * (1 / steps)
+        if self.zero_point == "joint":
+            return self._joint(scale, self.qmin - lo * reciprocal(scale))
         if self.zero_point == "float":
             return self._fraction(lo, hi, scale, dtype)
         scale = round_to(scale, dtype)
         zero_point = (self.qmin - (lo * reciprocal(scale)).round()).clamp(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
+
+    def _joint(self, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor]:
+        """Scale (bfloat16) and zero point (float32) as they are stored in one."""
+        place = self._place(zero_point)
+        found = join(scale, place).to(torch.bfloat16)
+        return {"scale": found, "zero_point": place.float() * (2**self.bits / PLACES) + self.qmin}
+
+    def _place(self, zero_point: Tensor) -> Tensor:
+        """Which of the zero points that there are is next, int32."""
+        return ((zero_point.float() - self.qmin) * (PLACES / 2**self.bits)).round().clamp(0, PLACES - 1).to(torch.int32)
 
     def _fraction(self, lo: Tensor, hi: Tensor, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The scale, no finer than its dtype can place a zero point for numbers far from 0, and the zero point.
@@ -156,6 +176,8 @@ class Intx(Spec):
     def stored(self, *, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor]:
         """The scale in its dtype. An integer zero point is rounded, and one of the codes, so that 0 is exact."""
         dtype = getattr(torch, self.scale_dtype)
+        if self.zero_point == "joint":
+            return self._joint(scale.float(), torch.zeros_like(scale) if zero_point is None else zero_point)
         found = {"scale": round_to(scale.float(), dtype)}
         if zero_point is not None and self.zero_point == "float":
             found["zero_point"] = round_to(zero_point.float(), dtype)
@@ -168,11 +190,20 @@ class Intx(Spec):
         self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None, inverse: Tensor | None = None
     ) -> dict[str, Tensor | None]:
         """Codes for `x` (float32) under the given qparams. inverse: 1 / scale, where it is known."""
+        if self.zero_point == "joint":
+            scale, zero_point = self.stored(scale=scale, zero_point=zero_point).values()
+            q = self._codes(x, scale, zero_point, inverse).reshape(x.shape)
+            both = Joint(self.bits)
+            words = both.encode(scale.float(), place=self._place(zero_point))
+            return {"qdata": self._store(q), "scale": both.wrap(words, torch.float32, scale.shape), "zero_point": None}
         q = self._codes(x, scale, zero_point, inverse).reshape(x.shape)
         return {"qdata": self._store(q), "scale": scale, "zero_point": zero_point}
 
     def round(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """The multiples of the scale that `x` (float32) becomes."""
+        if isinstance(scale, JointTensor):
+            zero_point = scale.zero_point.decode() + self.qmin
+            scale = dense(scale)
         q = self._codes(x, scale, zero_point)
         if self._offset:
             q = q.sub_(self._offset)
@@ -181,6 +212,9 @@ class Intx(Spec):
     def operand(self, q: Any) -> Operand:
         """Codes with an affine map."""
         bits = self.bits
+        if self.zero_point == "joint":
+            both: Any = q.scale
+            return Operand(q.qdata, both, both.zero_point, "affine", bits, words=both.words)
         offset = 2 ** (bits - 1) if self.signed and bits < 8 else 0
         return Operand(
             q.qdata, q.scale, q.zero_point, "affine", bits, 0.5 if offset == 1 and self.symmetric else offset
@@ -249,8 +283,8 @@ class IntxTensor(QTensor, spec=Intx):
     """x = (q - zero_point) * scale.
 
     qdata: (..., K) int8 or uint8 for 8 bits, else (..., K * bits / 8) uint8.
-    scale: one per block, float32, bfloat16 or float16.
-    zero_point: like scale, int8 or uint8, or the dtype of scale; None if symmetric.
+    scale: one per block, float32, bfloat16 or float16, or `JointTensor`.
+    zero_point: like scale, int8 or uint8, or the dtype of scale; None if symmetric, or in the scale.
     """
 
     qdata: Elements
@@ -265,4 +299,11 @@ class IntxTensor(QTensor, spec=Intx):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = self.codes(blocks_shape(self.scale.shape, self.shape)).float()
-        return narrow(self.spec._values(codes, self.scale, self.zero_point), dtype).reshape(self.shape)
+        scale, zero_point = dense(self.scale), self.zeros()
+        return narrow(self.spec._values(codes, scale, zero_point), dtype).reshape(self.shape)
+
+    def zeros(self) -> Tensor | None:
+        """The zero points as a plain tensor, wherever they are; None if there are none."""
+        if isinstance(self.scale, JointTensor):
+            return self.scale.zero_point.decode() + float(self.spec.qmin)
+        return self.zero_point

@@ -23,7 +23,7 @@ class Operand(NamedTuple):
 
     codes: (N, K), a byte each, or codes of fewer bits packed by `pack` along the dim where they are shorter.
     scale: one per block; of the rank of the data. It may be a QTensor that dequantizes to it.
-    zero_point: like scale, or None; it may be a QTensor too, where the kind is "shifted".
+    zero_point: like scale, or None; it may be a QTensor, too.
     kind: how a code becomes a number:
 
         "affine"    x = (code - offset - zero_point) * scale; the dtype of codes of 8 bits says whether they have a sign
@@ -42,6 +42,7 @@ class Operand(NamedTuple):
     exponent: bits of the exponent of a minifloat; its mantissa has bits - 1 - exponent.
     powers: the scales as bytes, uint8, where they are powers of two, 2**(byte - 127).
     part: the numbers that are not zero, a QTensor or plain.
+    words: scales and zero points, bfloat16, where one word holds both (joint.py).
     """
 
     codes: Tensor
@@ -54,6 +55,7 @@ class Operand(NamedTuple):
     exponent: int = 0
     powers: Tensor | None = None
     part: Any = None
+    words: Tensor | None = None
 
     @property
     def linear(self) -> bool:
@@ -91,10 +93,10 @@ class StoredScale(NamedTuple):
     """How the scales of an operand are stored.
 
     kind: "plain" for numbers, float8 among them; "power" for exponents, 2**(value - 127); "quantized" for bytes that stand for
-        (value - zero_point) * scale.
+        (value - zero_point) * scale; "joint" for words that hold zero points as well.
     """
 
-    kind: Literal["plain", "power", "quantized"]
+    kind: Literal["plain", "power", "quantized", "joint"]
     values: Tensor
     scale: Tensor | None = None
     zero_point: Tensor | None = None
@@ -104,6 +106,8 @@ def stored_scale(a: Operand) -> StoredScale | None:
     """The scales of `a` as they are stored; None where more than one step leads from them to numbers."""
     if a.powers is not None:
         return StoredScale("power", a.powers)
+    if a.words is not None:
+        return StoredScale("joint", a.words)
     scale: Any = a.scale
     if not hasattr(scale, "spec"):  # a QTensor, which this file does not import
         return StoredScale("plain", scale)

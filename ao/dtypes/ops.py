@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import FUNCTIONS, OPS, QTensor, as_bytes, dense, quantize_fields, requantize_in_place
+from .base import FUNCTIONS, OPS, QTensor, as_bytes, dense, quantize_fields, repeated, requantize_in_place
 from .bits import pack_dim, packed_along
 from .blocks import expand, spans, to_blocks
 from .lattice import lattice
@@ -454,7 +454,7 @@ def _common_tiles(parts: Sequence[QTensor], pieces: Sequence[Tensor], dim: int) 
         tile = math.gcd(*tiles)
         grid.append([max(p.shape[d] // max(tile, 1), 0 if p.shape[d] == 0 else 1) for p in parts])
     sizes = [[g[i] for g in grid] for i in range(len(parts))]
-    return [t if list(t.shape) == s else expand(dense(t), s) for t, s in zip(pieces, sizes)]
+    return [t if list(t.shape) == s else repeated(t, s) for t, s in zip(pieces, sizes)]
 
 
 @implements(aten.index_select.default)

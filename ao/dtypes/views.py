@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import OPS, QTensor, dense
-from .blocks import expand
+from .base import OPS, QTensor, repeated
 from .lattice import lattice, opaque
 
 aten = torch.ops.aten
@@ -221,7 +220,7 @@ def view(q: QTensor, size: Sequence[int]) -> QTensor:
             f if d in [old[-1] for old, _ in groups if len(old)] else n
             for d, (n, f) in enumerate(zip(q.shape, t.shape))
         ]
-        made = aten.view(expand(dense(t), rows).contiguous(), sizes(role, rows))
+        made = aten.view(repeated(t, rows).contiguous(), sizes(role, rows))
         whole = False
         return made
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes.base import QTensor
+from ..dtypes.base import QTensor, dense
 from ..dtypes.bits import CHUNK, packed_dim, unpack
 from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
@@ -40,7 +40,11 @@ _FEW = 4
 def _linear_in_chunks(w: QTensor) -> Operand | None:
     """The operand of a weight in chunks whose numbers are codes less a zero point."""
     operand = cpu_decode.in_chunks(w)
-    return None if operand is None or not operand.linear or isinstance(operand.scale, QTensor) else operand
+    if operand is None or not operand.linear:
+        return None
+    if operand.words is not None:
+        return operand._replace(scale=dense(operand.scale), zero_point=dense(operand.zero_point), words=None)  # type: ignore[arg-type]
+    return None if isinstance(operand.scale, QTensor) else operand
 
 
 def sums_accepts(x: Tensor, w: QTensor) -> bool:
@@ -266,7 +270,7 @@ class _Copy:
         operand = w.spec.operand(w)
         assert operand is not None
         scale, offset = operand.scale.float(), 8 - operand.offset
-        zero = scale * (offset if operand.zero_point is None else offset - operand.zero_point.float())
+        zero = scale * (offset if operand.zero_point is None else offset - dense(operand.zero_point).float())
         made = self.by_dtype[dtype] = self._counted(torch.stack([scale.t(), zero.t()], -1).to(dtype).contiguous())
         return made
 

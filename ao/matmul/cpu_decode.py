@@ -78,7 +78,9 @@ def numbers(w: Operand) -> Tensor:
 
 def zero(w: Operand, as_floats: Callable[[Tensor], Tensor] = Tensor.float) -> Tensor | float:
     """What is to be subtracted from `numbers`: (n, groups), (1, groups) or one number."""
-    return float(w.offset) if w.zero_point is None else as_floats(w.zero_point) + float(w.offset)
+    if w.zero_point is None:
+        return float(w.offset)
+    return (dense(w.zero_point) if isinstance(w.zero_point, QTensor) else as_floats(w.zero_point)) + float(w.offset)
 
 
 def scaled(q: Tensor, w: Operand) -> Tensor:

@@ -29,19 +29,24 @@ from .kernels.device import has_float8, has_kernels, is_hopper, on_its_device
 from .path import Path, Product
 
 
-def _linear_codes(w: QTensor) -> Operand | None:
-    """The operand of a weight (N, K) with codes of 4 or 8 bits, along K, whose numbers are codes less a zero point."""
+def _linear_codes(w: QTensor, words: bool = False) -> Operand | None:
+    """The operand of a weight (N, K) with codes of 4 or 8 bits, along K, whose numbers are codes less a zero point.
+
+    words: whether scale and zero point may be in one word.
+    """
     operand = w.spec.operand(w)
     if operand is None or operand.kind not in ("affine", "float") or operand.bits not in (4, 8) or w.dim() != 2:
         return None
-    if operand.offset not in (0, 8 if operand.bits == 4 else 0) or isinstance(operand.scale, QTensor):
+    plain = not isinstance(operand.scale, QTensor) or (words and operand.words is not None)
+    if operand.offset not in (0, 8 if operand.bits == 4 else 0) or not plain:
         return None
     return operand if packed_dim(operand.codes.shape, w.shape) == 1 else None
 
 
-def _packed(w: QTensor) -> Operand | None:
-    """The operand of a weight that the Triton kernels read: contiguous 4- or 8-bit codes, scales per row or group."""
-    operand = _linear_codes(w) if has_kernels(w.device) and w.numel() < 2**31 else None
+def _packed(w: QTensor, words: bool = False) -> Operand | None:
+    """The operand of a weight that the Triton kernels read: contiguous 4- or 8-bit codes, scales per row or group. words: as of
+    `_linear_codes`."""
+    operand = _linear_codes(w, words) if has_kernels(w.device) and w.numel() < 2**31 else None
     if operand is None:
         return None
     n, k = (int(size) for size in w.shape)  # int: a graph may have any number of tokens, but one shape of the weight
@@ -59,13 +64,16 @@ def _packed(w: QTensor) -> Operand | None:
 def _weight(operand: Operand | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """What the kernels read of a weight."""
     assert operand is not None
+    if operand.words is not None:
+        both = operand.words.view(torch.int16)  # by which dtype the kernels know them
+        return operand.codes, both, both, int(operand.offset)
     return operand.codes, operand.scale, operand.zero_point, int(operand.offset)
 
 
 def gemv_accepts(x: Tensor, w: QTensor) -> bool:
     if not (known(x.shape[0] == 1) and x.dtype in (torch.bfloat16, torch.float16)):
         return False
-    operand = _packed(w)
+    operand = _packed(w, words=True)
     return (
         operand is not None
         and (w.spec.act is None or row_cast(w) is not None)
@@ -124,7 +132,12 @@ def _launched(w: QTensor, run: Callable[..., Tensor]) -> Product:
         codes, scale, zero_point, *_ = operand(w)  # type: ignore[misc]
         return run(x.contiguous(), codes, scale, zero_point)
 
-    return on_its_device(launched)
+    def launched_words(x: Tensor, w: QTensor) -> Tensor:
+        codes, scale, zero_point, _ = _weight(operand(w))
+        return run(x.contiguous(), codes, scale, zero_point)
+
+    form = operand(w)
+    return on_its_device(launched if form is None or form.words is None else launched_words)
 
 
 def _quantized_in_kernel(w: QTensor, operand: Operand | None) -> bool:

@@ -25,7 +25,20 @@ from ..dtypes.tracing import known
 from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
 from .cpu_decode import AVX512
 from .form import leaves
-from .kernels.built import CODES, DTYPES, SCALES, Act, Kind, Level, Library, Weight, compiler, library
+from .kernels.built import (
+    CODES,
+    DTYPES,
+    JOINT_SCALE,
+    JOINT_ZERO,
+    SCALES,
+    Act,
+    Kind,
+    Level,
+    Library,
+    Weight,
+    compiler,
+    library,
+)
 from .kernels.device import FLOATS, VNNI
 from .path import Product
 
@@ -33,6 +46,9 @@ WORTH = 2**16
 """A weight of so many elements is worth compiling for: decoded by PyTorch's operators it takes a millisecond a call."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_JOINT = "joint"
+"""The kind of operand, in a graph, of integers whose scales are words that hold zero points as well."""
 
 _SIGNED = {torch.int8: "signed", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 """What codes of a byte are, by their dtype."""
@@ -172,8 +188,10 @@ def _of_rows(x: Tensor, operand: Operand) -> Tensor:
     """x: (M, K) float32 or bfloat16 -> (M, N) of its dtype."""
     if is_eager(x, or_recorded=False):
         return _multiplied(_library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]))
-    zero = None if operand.zero_point is None else _plain(operand.zero_point)
     numbers = operand.bits, operand.offset, operand.exponent
+    if operand.words is not None:
+        return torch.ops.ao.cpu_product(x, operand.codes, operand.words, None, _JOINT, *numbers, operand.table)
+    zero = None if operand.zero_point is None else _plain(operand.zero_point)
     return torch.ops.ao.cpu_product(
         x, operand.codes, _plain(operand.scale), zero, operand.kind, *numbers, operand.table
     )
@@ -190,7 +208,10 @@ def _operator(
     exponent: int,
     table: Tensor | None,
 ) -> Tensor:
-    operand = Operand(codes, scale, zero_point, kind, bits, offset, table, exponent)
+    if kind == _JOINT:
+        operand = Operand(codes, scale, scale, "affine", bits, offset, table, exponent, words=scale)
+    else:
+        operand = Operand(codes, scale, zero_point, kind, bits, offset, table, exponent)
     return _multiplied(_library(operand), x, _described(operand, codes.shape[0], x.shape[1]))
 
 
@@ -262,7 +283,12 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
         table = _minifloats(operand.bits, operand.exponent)
     if table is not None and table.numel() < 16:
         table = F.pad(table, (0, 16 - table.numel()))  # it is read by whole vectors
-    levels = [_level(scale), (Level(), ()) if zero is None else _level(zero)]
+    levels: list[tuple[Level, tuple[Tensor, ...]]]
+    if operand.words is not None:
+        words = _plain(operand.words)
+        levels = [(_numbers(words, kind), (words,)) for kind in (JOINT_SCALE, JOINT_ZERO)]
+    else:
+        levels = [_level(scale), (Level(), ()) if zero is None else _level(zero)]
     weight = Weight(
         *(None if t is None else t.data_ptr() for t in (codes, table)),
         *(level for level, _ in levels),
@@ -278,13 +304,18 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
     return described
 
 
+def _numbers(t: Tensor, kind: int) -> Level:
+    """Numbers as they are, of one of the kinds of cpu_source.py."""
+    return Level(t.data_ptr(), None, None, t.shape[0], 0, 0, kind)
+
+
 def _level(t: Tensor) -> tuple[Level, tuple[Tensor, ...]]:
     """Scales or zero points as the compiled functions read them, and what must live as long: numbers, or codes with an affine map
     of their own, where that is all that leads to numbers."""
     inner = t.spec.operand(t) if isinstance(t, QTensor) and t.dtype == torch.float32 and t.pre_scale is None else None
     if inner is None or not _fits(inner, t.shape):
         t = _plain(t)
-        return Level(t.data_ptr(), None, None, t.shape[0], 0, 0, SCALES[t.dtype]), (t,)
+        return _numbers(t, SCALES[t.dtype]), (t,)
     codes, scale = inner.codes.contiguous(), _plain(inner.scale)
     zero = None if inner.zero_point is None else _plain(inner.zero_point)
     level = Level(

@@ -33,6 +33,11 @@ def is_linear(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
+def is_plain(slot: Slot) -> bool:
+    """Whether a parameter is the weight of an `nn.Linear` that is nothing more: most are, and nothing else need be asked."""
+    return type(slot.owner) is nn.Linear and slot.name == "weight"
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' `Conv1D`, a linear layer whose weight has shape (K, N)."""
     return any(
@@ -69,6 +74,8 @@ def few(module: nn.Module, name: str) -> str:
 def by_default(slot: Slot, asked: bool = False) -> str:
     """The `Default` of `quantize_`. asked: whether somebody names the layer, whose size then does not count."""
     owner, leaf, p = slot.owner, slot.name, slot.parameter
+    if is_plain(slot) and p.is_floating_point() and p.element_size() > 1 and (asked or min(p.shape) >= FEW):
+        return ""
     kind = type(owner).__name__
     if computed := why_computed(owner, leaf):
         return computed

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import QTensor, Spec, blank
+from ..dtypes import QTensor, Spec, blank, is_finite
 from ..matmul import set_parameter
 from .algorithms.recipe import Recipe, Rounded, RoundToNearest, assemble
 from .calibration.observers import RangeMethod
-from .calibration.statistics import RANGES, Statistics, act_scale, is_finite, statistics_of
+from .calibration.statistics import RANGES, Statistics, act_scale, statistics_of
 from .choice import Chosen, choices
 from .config import Config, SpecConfig
-from .coverage import Default, by_default, why_computed
+from .coverage import Default, by_default, is_plain, why_computed
 from .report import Report, Row, storage_bytes
 from .slots import Filter, Slot
 from .trial import can_try, why_it_cannot
@@ -158,7 +158,7 @@ def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job 
             blank(spec, shape)
         else:
             spec.quantize(torch.empty(shape, dtype=p.dtype, device="meta"))
-        for slot in slots:
+        for slot in (slot for slot in slots if not is_plain(slot)):
             cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
             if cannot:
                 raise ValueError(cannot)

@@ -84,15 +84,17 @@ def _mapping(mapping: MappingType) -> dict[str, Any]:
     }
 
 
-def _zero_point(config: Config, domain: ZeroPointDomain) -> dict[str, Any]:
+def _zero_point(config: Config, domain: ZeroPointDomain, bits: int) -> dict[str, Any]:
     """The fields of `Intx` that say what an asymmetric weight's zero point is.
 
-    Where nothing was asked for, round-to-nearest and "clip" take an integer, and recipes, whose point is accuracy, a fraction;
-    that one and the scale in 16 bits each take less memory than a float32 scale and an integer. They are bfloat16, which has
-    the range of float32: weights of 1e-20 or 1e30 keep their scales.
+    Where nothing was asked for, round-to-nearest takes an integer; "clip", up to 4 bits, one that shares 16 bits with the scale;
+    and other recipes, whose point is accuracy, a fraction: that one and the scale in 16 bits each take less memory than a
+    float32 scale and an integer. They are bfloat16, which has the range of float32: weights of 1e-20 or 1e30 keep their scales.
     """
-    integer = domain is ZeroPointDomain.NONE and isinstance(config.recipe, (RoundToNearest, Clip))
-    if integer or domain is ZeroPointDomain.INT:
+    usual = domain is ZeroPointDomain.NONE
+    if usual and isinstance(config.recipe, Clip) and bits <= 4:
+        return {"zero_point": "joint"}
+    if (usual and isinstance(config.recipe, (RoundToNearest, Clip))) or domain is ZeroPointDomain.INT:
         return {"zero_point": "int"}
     return {"zero_point": "float", "scale_dtype": "float32" if domain is ZeroPointDomain.FLOAT else "bfloat16"}
 
@@ -198,8 +200,8 @@ class Int8WeightOnlyConfig(Config):
 
 @dataclass(frozen=True)
 class Int4WeightOnlyConfig(Config):
-    """Asymmetric int4 weights in groups: 4 + 40 / group_size bits per element, on every device; 4 + 32 / group_size with an
-    algorithm other than "clip".
+    """Asymmetric int4 weights in groups: 4 + 40 / group_size bits per element, on every device; 4 + 16 / group_size with
+    algorithm="clip", and 4 + 32 / group_size with others.
 
     group_size: elements of a row that share a scale.
     layout: PlainLayout(), or a device's own: TensorCoreTiledLayout() (CUDA, bfloat16), Int4CPULayout(). Int4XPULayout()
@@ -247,7 +249,7 @@ class Int4WeightOnlyConfig(Config):
             return Int4Prepacked("cpu", block)
         if isinstance(self.layout, MarlinSparseLayout):
             return Sparse24(Intx(4, block, symmetric=True, scale_dtype="bfloat16"))
-        return Intx(4, block, signed=False, symmetric=False, **_zero_point(self, self.zero_point_domain))
+        return Intx(4, block, signed=False, symmetric=False, **_zero_point(self, self.zero_point_domain, 4))
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -337,16 +339,18 @@ class IntxWeightOnlyConfig(Config):
     def weight(self, shape: tuple[int, ...]) -> Spec:
         settings, bits = _mapping(self.mapping_type), _int_bits(self, "weight_dtype", "int")
         if not settings["symmetric"]:
-            settings |= _zero_point(self, self.zero_point_domain)
+            settings |= _zero_point(self, self.zero_point_domain, bits)
         if self.scale_dtype is not None:
             settings["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
+            if settings.get("zero_point") == "joint":
+                settings["zero_point"] = "int"
         return Intx(bits, self.granularity.block(), **settings)
 
 
 @dataclass(frozen=True)
 class UIntXWeightOnlyConfig(Config):
     """Unsigned asymmetric integer weights of 1 to 8 bits in groups, packed: bits + 40 / group_size bits per element;
-    bits + 32 / group_size with an algorithm other than "clip".
+    bits + 16 / group_size with algorithm="clip" up to 4 bits, and bits + 32 / group_size with others.
 
     dtype: torch.uint1 to torch.uint8.
     group_size: elements of a row that share a scale.
@@ -372,7 +376,7 @@ class UIntXWeightOnlyConfig(Config):
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         bits = _int_bits(self, "dtype", "uint")
-        zero_point = _zero_point(self, self.zero_point_domain)
+        zero_point = _zero_point(self, self.zero_point_domain, bits)
         return Intx(bits, (1, self.group_size), signed=False, symmetric=False, **zero_point)
 
     @functools.cached_property

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dtypes import Spec
+from ..dtypes import Spec, is_finite
 from .calibration.sequential import Batch, call
-from .calibration.statistics import is_finite
 from .config import Config, SpecConfig
 from .job import Job, check, jobs_of
 from .presets import UIntXWeightOnlyConfig

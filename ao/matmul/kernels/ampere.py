@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .device import multiprocessors
 from .launch import Launch, cdiv, launch, power_of_two
+from .words import scale_number, zero_number
 
 # Decoding, 4 bytes of a register at a time.
 
@@ -151,7 +152,7 @@ def _scales_of_rows(scale_ptr, zero_ptr, row, unit, U: tl.constexpr, NG: tl.cons
     """
     at = (unit // (U // NG))[:, None] + row[None, :].to(tl.int64) * NG
     there = (unit < U)[:, None]
-    scale = tl.load(scale_ptr + at, mask=there, other=0.0)
+    scale = tl.load(scale_ptr + at, mask=there, other=0)
     return scale, tl.load(zero_ptr + at, mask=there, other=0) if ZERO else 0
 
 
@@ -223,10 +224,10 @@ def gemv_int_kernel(
         d = tl.sum(tl.reshape(dots, (BN, J, 4)), 2).to(tl.float32) * step[None, :]  # (BN, J)
         if ROW:
             if ZERO:
-                d -= (tl.load(zero_ptr + row).to(tl.float32) + OFFSET)[:, None] * total[None, :]
+                d -= (zero_number(tl.load(zero_ptr + row), BITS) + OFFSET)[:, None] * total[None, :]
             elif OFFSET:
                 d -= OFFSET * total[None, :]
-            out = tl.sum(d, 1) * tl.load(scale_ptr + row).to(tl.float32)
+            out = tl.sum(d, 1) * scale_number(tl.load(scale_ptr + row))
         else:
             if AHEAD:
                 scale, zero = scales, zeros
@@ -234,10 +235,10 @@ def gemv_int_kernel(
             else:
                 scale, zero = _scales_of_rows(scale_ptr, zero_ptr, row, unit, U, NG, ZERO)
             if ZERO:
-                d -= tl.trans(zero.to(tl.float32) + OFFSET) * total[None, :]
+                d -= tl.trans(zero_number(zero, BITS) + OFFSET) * total[None, :]
             elif OFFSET:
                 d -= OFFSET * total[None, :]
-            out = tl.sum(d * tl.trans(scale.to(tl.float32)), 1)
+            out = tl.sum(d * tl.trans(scale_number(scale)), 1)
         tl.store(out_ptr + tile * BN + rn, out.to(out_ptr.dtype.element_ty), mask=tile * BN + rn < N)
 
 

@@ -24,6 +24,9 @@ from .cpu_source import SOURCE
 CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloat": 5}
 """What codes are, as cpu_source.py numbers them."""
 
+JOINT_SCALE, JOINT_ZERO = 6, 7
+"""Likewise, of words that hold both a scale and a zero point."""
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float8_e4m3fn: 4}
 """Dtypes of arguments, as cpu_source.py numbers them."""
 

@@ -216,6 +216,8 @@ INLINE vf halves(float a, float b, int i) {
 #define U8 3
 #define F8 4  // e4m3
 #define F16 5
+#define JOINT_SCALE 6
+#define JOINT_ZERO 7
 
 INLINE float bf16(uint16_t h) { uint32_t w = (uint32_t)h << 16; return load<float>(&w); }
 INLINE uint16_t to_bf16(float f) {
@@ -241,6 +243,14 @@ static void to_floats(const void* p, int64_t start, int64_t n, int dtype, float*
     case I8: for (int64_t i = 0; i < n; i++) out[i] = ((const int8_t*)p)[start + i]; break;
     case F16: for (int64_t i = 0; i < n; i++) out[i] = f16(((const uint16_t*)p)[start + i]); break;
     case F8: for (int64_t i = 0; i < n; i++) out[i] = e4m3(((const uint8_t*)p)[start + i]); break;
+    case JOINT_SCALE: for (int64_t i = 0; i < n; i++) out[i] = bf16(((const uint16_t*)p)[start + i] & 0x7FFF); break;
+    // The sign and the last four bits, of which a code has 32 / 2**BITS.
+    case JOINT_ZERO:
+      for (int64_t i = 0; i < n; i++) {
+        uint32_t word = ((const uint16_t*)p)[start + i];
+        out[i] = (float)(word >> 11 & 16 | word & 15) * ((float)(1 << BITS) / 32);
+      }
+      break;
     default: for (int64_t i = 0; i < n; i++) out[i] = ((const uint8_t*)p)[start + i];
   }
 }

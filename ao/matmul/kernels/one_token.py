@@ -15,6 +15,7 @@ from .device import multiprocessors
 from .launch import Launch, cdiv, launch, power_of_two
 from .reading import Fields, Reading
 from .template import _AFFINE, _MINIFLOAT, _TABLE, _numbers, _scale_of, _scales, given
+from .words import zero_number
 
 
 def _integers_asm(bits: int) -> str:
@@ -234,24 +235,24 @@ def _row(
     d0, d1 = _unit_sums(ahead[0], high, low, table, KIND, BITS, HALVES)
     if NG == 1:
         d = (d0 + d1) * step
-        zero = tl.load(zero_ptr + row // RG).to(tl.float32) + OFFSET if ZERO else OFFSET
+        zero = zero_number(tl.load(zero_ptr + row // RG), BITS) + OFFSET if ZERO else OFFSET
         if ZERO or OFFSET != 0:
             d -= zero * (total0 + total1)
         return d * _scales(scale_ptr, scale2_ptr, zero2_ptr, row, 0, True, RG, NG, NESTED, RG2, NG2)
     elif HALVES:
-        d0 = d0 * step - _taken_off(ahead[2], total0, ZERO, OFFSET)
-        d1 = d1 * step - _taken_off(ahead[4], total1, ZERO, OFFSET)
+        d0 = d0 * step - _taken_off(ahead[2], total0, BITS, ZERO, OFFSET)
+        d1 = d1 * step - _taken_off(ahead[4], total1, BITS, ZERO, OFFSET)
         d = d0 * _scale_of(ahead[1], scale2_ptr, zero2_ptr, row, _group_of(unit, 0, K, NG), NG, NESTED, RG2, NG2)
         return d + d1 * _scale_of(ahead[3], scale2_ptr, zero2_ptr, row, _group_of(unit, 1, K, NG), NG, NESTED, RG2, NG2)
     else:
-        d = (d0 + d1) * step - _taken_off(ahead[2], total0 + total1, ZERO, OFFSET)
+        d = (d0 + d1) * step - _taken_off(ahead[2], total0 + total1, BITS, ZERO, OFFSET)
         return d * _scale_of(ahead[1], scale2_ptr, zero2_ptr, row, _group_of(unit, 0, K, NG), NG, NESTED, RG2, NG2)
 
 
 @triton.jit
-def _taken_off(zero, total, ZERO: tl.constexpr, OFFSET: tl.constexpr):
+def _taken_off(zero, total, BITS: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr):
     """Zero points times the sums of x."""
-    return (zero.to(tl.float32) + OFFSET) * total if ZERO else OFFSET * total
+    return (zero_number(zero, BITS) + OFFSET) * total if ZERO else OFFSET * total
 
 
 @triton.jit

@@ -130,7 +130,8 @@ def fields_of(w: QTensor) -> Fields:
     assert a is not None
     scale, (_, outer_scale, outer_zero_point) = _scale_fields(a)
     assert scale is not None
-    return a.codes.view(torch.int32), scale, a.zero_point, a.table, outer_scale, outer_zero_point
+    zero_point = a.zero_point if a.words is None else a.words.view(torch.int16)
+    return a.codes.view(torch.int32), scale, zero_point, a.table, outer_scale, outer_zero_point
 
 
 def _scale_fields(a: Operand) -> tuple[Tensor | None, tuple[Any, ...]]:
@@ -141,6 +142,8 @@ def _scale_fields(a: Operand) -> tuple[Tensor | None, tuple[Any, ...]]:
     kind, values, scale, zero_point = found
     if kind == "power":
         return values, ("power", None, None)
+    if kind == "joint":  # by this dtype the kernels know words of two numbers
+        return values.view(torch.int16), ("none", None, None)
     if values.dtype == torch.float8_e4m3fn:
         if scale is None:
             return values.view(torch.uint8), ("e4m3", None, None)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .ampere import sum_kernel
 from .launch import cdiv, launch, power_of_two
 from .reading import KINDS, NESTED, Fields, Reading
+from .words import scale_number, zero_number
 
 _AFFINE, _TABLE, _MINIFLOAT, _FLOAT = (tl.constexpr(i) for i in range(len(KINDS)))
 _PLAIN, _E4M3, _SCALED, _POWER, _INTEGERS = (tl.constexpr(i) for i in range(len(NESTED)))
@@ -149,7 +150,7 @@ def _scale_of(
 ):  # fmt: skip
     """Scales as they are stored -> float32. group: may be beyond the last."""
     if NESTED == _PLAIN:
-        return scale.to(tl.float32)
+        return scale_number(scale)
     elif NESTED == _POWER:
         code = scale.to(tl.int32)
         return (tl.where(code == 0, 1 << 22, code << 23) | (code == 255)).to(tl.float32, bitcast=True)
@@ -165,10 +166,13 @@ def _scale_of(
 
 
 @triton.jit
-def _zeros(zero_ptr, row, group, there, RG: tl.constexpr, NG: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr):
+def _zeros(
+    zero_ptr, row, group, there, BITS: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
     """What to take off the codes of groups of rows, float32."""
     if ZERO:
-        return tl.load(zero_ptr + (row // RG * NG + group), mask=there, other=0).to(tl.float32) + OFFSET
+        return zero_number(tl.load(zero_ptr + (row // RG * NG + group), mask=there, other=0), BITS) + OFFSET
     else:
         return tl.full((1, 1), OFFSET, tl.float32)
 
@@ -194,7 +198,7 @@ def decode_any_kernel(
     there = (run < K)[None, :]
     value = tl.reshape(value, (BN, BK // RUN, RUN))
     if ZERO or OFFSET != 0:
-        value -= _zeros(zero_ptr, row[:, None], group, there, RG, NG, ZERO, OFFSET)[:, :, None]
+        value -= _zeros(zero_ptr, row[:, None], group, there, BITS, RG, NG, ZERO, OFFSET)[:, :, None]
     value *= _scales(scale_ptr, scale2_ptr, zero2_ptr, row[:, None], group, there, RG, NG, NESTED, RG2, NG2)[:, :, None]
     k = first + tl.arange(0, BK)
     out = tl.reshape(value, (BN, BK)).to(out_ptr.dtype.element_ty)
@@ -247,7 +251,7 @@ def few_kernel(
     x_at = x_ptr + rm[:, None] * K + ks[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     if NG == 1:
-        zero = _zeros(zero_ptr, row[:, None], 0, True, RG, NG, ZERO, OFFSET)
+        zero = _zeros(zero_ptr, row[:, None], 0, True, BITS, RG, NG, ZERO, OFFSET)
         scale = tl.full((1, 1), 1.0, tl.float32)
     for t in tl.range(t0, t1, num_stages=STAGES):
         chunk = t * (BK // 32) + tl.arange(0, BK // 32)
@@ -256,7 +260,7 @@ def few_kernel(
         if NG > 1:
             group = ((t * BK + tl.arange(0, BK // RUN) * RUN) // (K // NG))[None, :]
             scale = _scales(scale_ptr, scale2_ptr, zero2_ptr, row[:, None], group, group < NG, RG, NG, NESTED, RG2, NG2)
-            zero = _zeros(zero_ptr, row[:, None], group, group < NG, RG, NG, ZERO, OFFSET)
+            zero = _zeros(zero_ptr, row[:, None], group, group < NG, BITS, RG, NG, ZERO, OFFSET)
         if KIND == _AFFINE:
             # Integers into the last bits of 2**BITS, so that taking off the zero point and scaling is one operation.
             BASE: tl.constexpr = 2.0**BITS + (128.0 if SIGNED else 0.0)

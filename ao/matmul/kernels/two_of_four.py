@@ -70,7 +70,7 @@ def _pairs(
         if ZERO or OFFSET != 0 or SCALED or NG > 1:
             value = tl.reshape(value, (R, BK // RUN, RUN))
             if ZERO or OFFSET != 0:
-                value -= _zeros(zero_ptr, row[:, None], group, there, RG, NG, ZERO, OFFSET)[:, :, None]
+                value -= _zeros(zero_ptr, row[:, None], group, there, BITS, RG, NG, ZERO, OFFSET)[:, :, None]
             if SCALED or NG > 1:
                 value *= _scales(
                     scale_ptr, scale2_ptr, zero2_ptr, row[:, None], group, there, RG, NG, NESTED, RG2, NG2

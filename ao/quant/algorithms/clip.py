@@ -10,7 +10,7 @@ keeps the middle of the range where it is, and the best is kept, block by block:
 where m is the middle of the range. Codes and qparams take the bits that they took, and any format with a scale per block can
 be cut. It gains the more, the fewer bits there are and the larger the blocks are.
 
-Cost: some twenty roundings of the weight. They are done in pieces, so that memory does not grow with them.
+Cost: some thirty roundings of the weight. They are done in pieces, so that memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -105,5 +105,6 @@ def _search(weight: Tensor, spec: Spec) -> Qparams:
         attempt(torch.full_like(least, f), moved)
     around((0.0,), moves)
     around((-0.05, 0.05), (0.0, *moves))
-    around((-0.025, 0.025), (0.0,))
+    around((-0.075, 0.075), (0.0, *moves))
+    around((-0.025, 0.025), (0.0, *moves))
     return best

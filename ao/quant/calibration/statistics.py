@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ...dtypes import Spec
+from ...dtypes import Spec, is_finite
 from .observers import Channels, Hessian, Histogram, MinMax, MovingAverage, RangeMethod, Target
 
 OBSERVERS: dict[str, Callable[[], Any]] = {
@@ -66,11 +65,6 @@ class Statistics:
         if method == "percentile":
             return observer.percentile(percentile)
         return observer.best(act) if method == "mse" else observer.amax()
-
-
-def is_finite(t: Tensor) -> bool:
-    """Whether all numbers are: forty times as fast as `t.isfinite().all()` on a CPU, and without a temporary."""
-    return t.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(t))
 
 
 def check_finite_inputs(x: Tensor, layer: str, batch: str) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..dtypes.base import FUNCTIONS, QTensor
+from ..dtypes.base import FUNCTIONS, OPS, QTensor
 from .linear import decoded, dtype_with, embedding, grouped_mm, is_trained, linear, matmul
 
 Door = Callable[..., Any]
@@ -304,3 +304,7 @@ FUNCTIONS.update(
         torch._cudnn_rnn_flatten_weight: lambda *args, **kwargs: None,
     }
 )
+
+# A whole layer of torch.nn, which PyTorch calls in graphs, and in eager mode for plain weights only.
+_LAYER = torch.ops.aten._transformer_encoder_layer_fwd.default
+OPS[_LAYER] = reading(_LAYER)

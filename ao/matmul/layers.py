@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes.base import QTensor
+from ..dtypes.tracing import passed_over
 from . import form as forms
 from . import graph_fields
 from .form import form_of
@@ -150,6 +151,7 @@ class QuantizedLayer(_QuantizedModule):
     bias: Any  # Tensor or None
     weight: Any
 
+    @passed_over
     def product(self, input: Tensor) -> Tensor:
         """`F.linear(input, self.weight, self.bias)`, whatever the weight is. input: (..., K) -> (..., N)."""
         if torch.compiler.is_compiling():
@@ -176,6 +178,7 @@ class _QuantizedLinear(QuantizedLayer):
 def _parameter(name: str) -> property:
     """The parameter `name`, which a graph gets as its fields."""
 
+    @passed_over
     def read(self: Any) -> Any:
         if name not in self._parameters:  # parametrizations and FSDP1 have it elsewhere
             if name in self.__dict__:

@@ -196,3 +196,22 @@ def test_a_format_from_elsewhere_is_compiled_like_ours(monkeypatch):
     assert {p.name for p in taken} == {"sums" if cpu_decode.AVX512 else "words"}
     assert seen and not any(issubclass(t, QTensor) for t in seen)
     assert ao.compute_error(x @ made.weight.dequantize().t(), y) > 80
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_scale_and_a_zero_point_in_one_word(bits):
+    """Both are there again: the zero point exactly, the scale but for a 16th of itself; and what is not finite."""
+    spec = Intx(bits, (1, 32), signed=False, symmetric=False, zero_point="joint")
+    scale = torch.logspace(-30, 30, 64).repeat_interleave(32).unsqueeze(1)  # each with all zero points
+    zero_point = (torch.arange(32) * 2.0 ** (bits - 5)).repeat(64).unsqueeze(1)
+    q = spec.quantize(torch.zeros(2048, 32), scale=scale, zero_point=zero_point)
+    assert q.scale.words.dtype == torch.bfloat16 and q.zero_point is None
+    assert torch.equal(q.zeros(), zero_point)
+    torch.testing.assert_close(dense(q.scale), scale, rtol=1 / 15, atol=0)
+    assert spec.quantize(torch.zeros(4, 64)).dequantize().eq(0).all()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x = torch.ones(2, 64)
+        x[0, 40] = value
+        assert (~spec.quantize(x).dequantize()[0, 32:].isfinite()).any() and spec.quantize(x).dequantize()[
+            1
+        ].isfinite().all()

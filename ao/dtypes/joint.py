@@ -26,10 +26,12 @@ _LOW = 15
 
 
 def join(scale: Tensor, place: Tensor) -> Tensor:
-    """The scale next to `scale` (float32, not negative) whose last bits, as a bfloat16, are those of `place` (int32, 0 to 31)."""
+    """The scale next to `scale` (float32, not negative) whose last bits, as a bfloat16, are those of `place` (int32, 0 to 31).
+
+    What is not finite stays so."""
     low = (place & _LOW) << 16
     nearest = ((scale.view(torch.int32) - low + (1 << 19)) >> 20).clamp(min=0)
-    return ((nearest << 20) + low).view(torch.float32)
+    return torch.where(scale.isfinite(), ((nearest << 20) + low).view(torch.float32), scale)
 
 
 @dataclass(frozen=True, repr=False)

@@ -492,7 +492,7 @@ def test_names():
     )
     assert parse_recipe(GPTQ(damping=0.1)) == GPTQ(damping=0.1)
     with pytest.raises(
-        ValueError, match="algorithm must be among awq, bias_correction, clip, gptq, hqq, rtn, smoothquant"
+        ValueError, match="algorithm must be among awq, bias_correction, clip, gptq, hqq, magnitude, rtn, smoothquant"
     ):
         Int4WeightOnlyConfig(algorithm="gtpq")
     with pytest.raises(ValueError, match="'gptq' decides the codes, and must come last"):

@@ -46,7 +46,7 @@ KERNELS = {
     "operators",
     "reading",
     "template",
-    "words",
+    "joint_words",
     "made",
     "two_of_four",
     "kept_blocks",

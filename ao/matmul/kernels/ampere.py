@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from .device import multiprocessors
+from .joint_words import scale_number, zero_number
 from .launch import Launch, cdiv, launch, power_of_two
-from .words import scale_number, zero_number
 
 # Decoding, 4 bytes of a register at a time.
 

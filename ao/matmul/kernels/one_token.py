@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .ampere import _bytes, _fixed_point, _largest
 from .device import multiprocessors
+from .joint_words import zero_number
 from .launch import Launch, cdiv, launch, power_of_two
 from .reading import Fields, Reading
 from .template import _AFFINE, _MINIFLOAT, _TABLE, _numbers, _scale_of, _scales, given
-from .words import zero_number
 
 
 def _integers_asm(bits: int) -> str:

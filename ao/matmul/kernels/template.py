@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .ampere import sum_kernel
+from .joint_words import scale_number, zero_number
 from .launch import cdiv, launch, power_of_two
 from .reading import KINDS, NESTED, Fields, Reading
-from .words import scale_number, zero_number
 
 _AFFINE, _TABLE, _MINIFLOAT, _FLOAT = (tl.constexpr(i) for i in range(len(KINDS)))
 _PLAIN, _E4M3, _SCALED, _POWER, _INTEGERS = (tl.constexpr(i) for i in range(len(NESTED)))

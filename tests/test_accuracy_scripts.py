@@ -95,6 +95,16 @@ def test_eval_lm(folder, tmp_path, capsys):
     assert {row["run"] for row in again["rows"]} == {0, 1}
 
 
+def test_eval_lm_with_quantized_keys_and_values(folder, tmp_path):
+    """The weights stay as they are; a cache of more bits is nearer to the original."""
+    out = tmp_path / "numbers.json"
+    eval_lm.main(words(folder, "--kv-cache", "int8", "int4", "--divergence", "--json", str(out)))
+    rows = {row["format"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["KV cache int8", "KV cache int4"]
+    assert 0 <= rows["KV cache int8"]["divergence"] < rows["KV cache int4"]["divergence"]
+    assert rows["KV cache int8"]["bits"] > 8 > rows["KV cache int4"]["bits"]
+
+
 def test_perplexity_is_that_of_the_model(folder):
     what = eval_lm.LanguageModel(folder, "float32", "cpu", 16)
     ids, model = torch.randint(2, 12, (9, 16)), what.load()
@@ -114,6 +124,7 @@ def test_arguments_are_checked(folder, tmp_path):
         ["--formats", "int9"],
         ["--formats", "bf16"],
         ["--recipes", "gtpq"],
+        ["--kv-cache", "int5"],
         ["--calibration", str(tmp_path / "none")],
     ):
         with pytest.raises(SystemExit, match="error: "):

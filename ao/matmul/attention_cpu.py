@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.built import DTYPES, Kind, Library, Weight, compiler, library
+from .kernels.built import SCALES, Kind, Level, Library, Weight, compiler, library
 
 _KINDS = {"int8": Kind("signed", 8), "uint4": Kind("unsigned", 4), "float8": Kind("e4m3", 8)}
 
@@ -29,12 +29,9 @@ def _head(codes: Tensor, scale: Tensor, zero: Tensor | None, b: int, h: int, len
     def at(t: Tensor | None) -> int | None:
         return None if t is None else t.data_ptr() + (b * t.stride(0) + h * t.stride(1)) * t.element_size()
 
-    zeros = 0 if zero is None else length
-    dtypes = DTYPES[scale.dtype], 0 if zero is None else DTYPES[zero.dtype]
-    return Weight(
-        at(codes), at(scale), None, None, at(zero), None, length, width, codes.stride(2) * codes.element_size(), 1, length, 0,
-        zeros, *dtypes, 0.0, int(zero is not None),
-    )  # fmt: skip
+    levels = [Level() if t is None else Level(at(t), None, None, length, 0, 0, SCALES[t.dtype]) for t in (scale, zero)]
+    row_bytes = codes.stride(2) * codes.element_size()
+    return Weight(at(codes), None, *levels, length, width, row_bytes, 1, 0.0, int(zero is not None), 0)
 
 
 def decode(
@@ -94,7 +91,7 @@ def decode(
 
 def _readable(scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """In dtypes that the compiled functions read."""
-    if scale.dtype in DTYPES and (zero is None or zero.dtype in DTYPES):
+    if scale.dtype in SCALES and (zero is None or zero.dtype in SCALES):
         return scale, zero
     return scale.float(), None if zero is None else zero.float()
 

@@ -10,6 +10,7 @@ product is known to have goes the second way, so that PyTorch itself answers.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -205,13 +206,11 @@ def _sdpa(
         or (is_causal and attn_mask is not None)
     ):
         return reading(F.scaled_dot_product_attention)(query, key, value, attn_mask, **more)
-    from .attention import attend
-    from .softmax_pieces import Sight
-
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*(1,) * (4 - attn_mask.dim()), *attn_mask.shape[:-2], query.shape[2], key.shape[2])
-    dtype = dtype_with(query)
-    return attend(query.to(dtype), key, value, Sight(end=query.shape[2] if is_causal else None, mask=attn_mask), scale)
+    room = importlib.import_module(".attention", __package__)  # what few programs need is imported when it is asked for
+    sight = room.Sight(end=query.shape[2] if is_causal else None, mask=attn_mask)
+    return room.attend(query.to(dtype_with(query)), key, value, sight, scale)
 
 
 _MATRICES: dict[str, tuple[tuple[str, str], tuple[int, int] | None]] = {

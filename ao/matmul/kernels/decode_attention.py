@@ -515,7 +515,7 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-TILE_OF_KIND = {"uint4": Tile(4, 3, False, 168), "int8": Tile(2, 4, True), "float8": Tile(2, 4, False)}
+TILE_OF_KIND = {"uint4": Tile(4, 3, False, 168), "int8": Tile(2, 4, True), "float8": Tile(1, 10)}
 """By the kind of the keys' codes."""
 
 

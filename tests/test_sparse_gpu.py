@@ -8,6 +8,7 @@ from cases import weight
 from ao import compute_error
 from ao.dtypes import NF4, NVFP4, BlockSparse, Float8, Intx, Sparse24
 from ao.matmul import path_name, sparse
+from ao.sparsity import SemiSparseLinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,3 +65,19 @@ def test_what_is_kept_follows_the_weight():
     assert before > 0
     del q
     assert sparse._Kept.total < before
+
+
+def test_training_on_the_sparse_units():
+    layer = torch.nn.Linear(512, 256, device="cuda", dtype=torch.bfloat16)
+    SemiSparseLinear.from_dense(layer)
+    x = weight((1024, 512), 1, torch.bfloat16).cuda().requires_grad_()
+    grad = weight((1024, 256), 2, torch.bfloat16).cuda()
+    pruned = layer.sparse_weight().float()
+    assert (pruned.view(256, 128, 4) != 0).sum(2).max() <= 2 and (pruned.view(64, 4, 512) != 0).sum(1).max() <= 2
+    for call in (layer, torch.compile(layer)):
+        x.grad = layer.weight.grad = None
+        y = call(x)
+        y.backward(grad)
+        assert compute_error(x.detach().float() @ pruned.t() + layer.bias.float(), y.float()) > 40
+        assert compute_error(grad.float() @ pruned, x.grad.float()) > 40
+        assert compute_error(grad.float().t() @ x.detach().float(), layer.weight.grad.float()) > 40

@@ -145,13 +145,21 @@ def _reduced(self: Any, protocol: Any) -> Any:
     return _remade, (self.own_class, self.quantized_names), state
 
 
+def _as_of_torch_nn(function: Any) -> Any:
+    """`function`, the forward of a layer, as TorchDynamo sees those of torch.nn: part of the graphs of what calls it, and of a layer
+    that is given to torch.compile by itself; passed over where PyTorch passes over the caller, as over a Sequential that is
+    compiled in place. Dynamo tells them by the file where they are."""
+    function.__code__ = function.__code__.replace(co_filename=nn.Linear.forward.__code__.co_filename)
+    return passed_over(function)
+
+
 class QuantizedLayer(_QuantizedModule):
     """What a linear layer has before its own class, so that its weight may be quantized at no cost."""
 
     bias: Any  # Tensor or None
     weight: Any
 
-    @passed_over
+    @_as_of_torch_nn
     def product(self, input: Tensor) -> Tensor:
         """`F.linear(input, self.weight, self.bias)`, whatever the weight is. input: (..., K) -> (..., N)."""
         if torch.compiler.is_compiling():

@@ -48,6 +48,7 @@ ROOMS = {
     "pieces",
     "rounding",
     "tracing",
+    "views",
 }
 
 

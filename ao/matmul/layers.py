@@ -145,21 +145,13 @@ def _reduced(self: Any, protocol: Any) -> Any:
     return _remade, (self.own_class, self.quantized_names), state
 
 
-def _as_of_torch_nn(function: Any) -> Any:
-    """`function`, the forward of a layer, as TorchDynamo sees those of torch.nn: part of the graphs of what calls it, and of a layer
-    that is given to torch.compile by itself; passed over where PyTorch passes over the caller, as over a Sequential that is
-    compiled in place. Dynamo tells them by the file where they are."""
-    function.__code__ = function.__code__.replace(co_filename=nn.Linear.forward.__code__.co_filename)
-    return passed_over(function)
-
-
 class QuantizedLayer(_QuantizedModule):
     """What a linear layer has before its own class, so that its weight may be quantized at no cost."""
 
     bias: Any  # Tensor or None
     weight: Any
 
-    @_as_of_torch_nn
+    @passed_over
     def product(self, input: Tensor) -> Tensor:
         """`F.linear(input, self.weight, self.bias)`, whatever the weight is. input: (..., K) -> (..., N)."""
         if torch.compiler.is_compiling():
@@ -176,10 +168,22 @@ class QuantizedLayer(_QuantizedModule):
         return linear(input, weight, parameters["bias"])
 
 
+def _forward_of_torch_nn() -> Callable[[Any, Tensor], Tensor]:
+    """`product`, called from where `nn.Linear` computes: TorchDynamo tells the layers of torch.nn by the file of their forward.
+    They are part of the graphs of what calls them, a graph where they are given to torch.compile by themselves, and passed over
+    where PyTorch passes over the caller, as over a Sequential that is compiled in place."""
+    place = nn.Linear.forward.__code__
+    line = max(line for *_, line in place.co_lines() if line is not None)  # that of its product
+    forward = lambda self, input: self.product(input)  # noqa: E731  (one line, as a traceback shows one)
+    forward.__code__ = forward.__code__.replace(co_filename=place.co_filename, co_firstlineno=line, co_name="forward")
+    forward.__name__ = forward.__qualname__ = "forward"
+    return forward
+
+
 class _QuantizedLinear(QuantizedLayer):
     """`nn.Linear` over a quantized weight."""
 
-    forward = QuantizedLayer.product
+    forward = _forward_of_torch_nn()
     __reduce_ex__ = _reduced
 
 

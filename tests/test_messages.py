@@ -61,7 +61,7 @@ IntxTensor(Intx(bits=8, act=Intx(bits=8)), shape=(64, 256), torch.bfloat16, cpu,
             known,
             """\
 ValueError: Intx: bits must be 1 to 8, got 9
-ValueError: Intx: zero_point must be 'int' or 'float', got 'maybe'
+ValueError: Intx: zero_point must be 'int', 'float' or 'joint', got 'maybe'
 ValueError: Intx: narrow=True needs signed=True, symmetric=True and at least 2 bits
 ValueError: Float8: format must be 'e4m3' or 'e5m2', got 'e3m4'
 ValueError: Codebook: table must be one of ['dynamic', 'fp4', 'nf4'] or a tuple of values, got 'nf5'

@@ -199,8 +199,7 @@ def _sdpa(
         or not heads_fit
         or key.dim() != 4
         or key.shape[1] != value.shape[1]
-        or key.spec.act is not None
-        or value.spec.act is not None
+        or any(q.spec.act is not None or q.pre_scale is not None for q in (key, value))
         or dropout_p
         or (torch.is_grad_enabled() and (query.requires_grad or is_trained(key) or is_trained(value)))
         or (is_causal and attn_mask is not None)

@@ -198,7 +198,7 @@ def test_the_page_is_what_the_numbers_say(tmp_path):
 
 
 def test_attention_to_a_scaled_weight_is_that_to_its_values():
-    w = Intx(8).quantize(torch.randn(64, 32), pre_scale=torch.rand(1, 32) + 0.5)
+    w = ao.Intx(8).quantize(torch.randn(64, 32), pre_scale=torch.rand(1, 32) + 0.5)
     q, dense = torch.randn(1, 1, 3, 32), w.dequantize()[None, None]
     out = F.scaled_dot_product_attention(q, w[None, None], w[None, None])
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, dense, dense))

@@ -26,6 +26,7 @@ MODULES = {
     "ao.quant.kv_cache": "Keys and values of attention in few bits.",
     "ao.optim": "Optimizers with states of few bits.",
     "ao.train": "Training with products of few bits.",
+    "ao.sparsity": "Pruning, storing and training weights with zeros.",
     "ao.integrations.transformers": "Hugging Face transformers.",
     "ao.integrations.peft": "PEFT. Importing the module makes adapters over quantized layers merge without loss.",
     "ao.integrations.diffusers": "Hugging Face diffusers.",

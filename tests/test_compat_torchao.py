@@ -276,8 +276,9 @@ def test_sparsity():
     assert type(m[2]) is SemiSparseLinear
     swap_semi_sparse_linear_with_linear(m)
     assert type(m[2]) is nn.Linear
-    with pytest.raises(NotImplementedError, match="use "):
-        SupermaskLinear(8, 8)
+    layer = SupermaskLinear(0.5, 4, False, True, 16, 8, bias=False)
+    assert layer(torch.randn(2, 16)).shape == (2, 8) and layer.mask().sum() == 64
+    assert type(SupermaskLinear.from_linear(m[0], 0.9, 32)) is SupermaskLinear
 
 
 def test_a_shape_that_does_not_fit_is_passed_over_with_a_note():

@@ -20,6 +20,7 @@ from ao.sparsity import (
     SemiSparseWeightConfig,
     Sparsity,
     SparsitySchedule,
+    SupermaskLinear,
     Wanda,
     block_sparse_weight,
     fake_sparsify_,
@@ -269,3 +270,28 @@ def test_fake_sparsity_and_quantization_at_once(act):
     assert isinstance(model[0].weight.spec, Sparse24) and compute_error(expected, model(x)) > 40
     with pytest.raises(ValueError, match="no layer has fake sparsity"):
         SparsitySchedule(mlp())
+
+
+def test_supermask_learns_which_blocks_to_keep():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32)
+    layer = SupermaskLinear.from_linear(linear, sparsity_level=0.75, blocksize=16)
+    assert layer.weight.data_ptr() == linear.weight.data_ptr() and not layer.weight.requires_grad
+    assert layer.mask().unflatten(0, (2, 16)).unflatten(2, (4, 16)).mean((1, 3)).sum() == 2  # blocks of eight
+    x, target = torch.randn(256, 64), torch.zeros(32, 64)
+    target[:16, 48:] = linear.weight.detach()[:16, 48:]
+    target[16:, :16] = linear.weight.detach()[16:, :16]
+    optimizer = torch.optim.SGD([layer.scores], lr=0.05)
+    for _ in range(60):
+        loss = (layer(x) - F.linear(x, target, linear.bias)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-10
+    plain = SupermaskLinear.to_linear(layer)
+    assert type(plain) is nn.Linear and torch.equal(plain.weight, target) and torch.equal(plain(x), layer(x))
+    sparsify_(plain, BlockSparseWeightConfig(16))
+    assert torch.equal(plain.weight.dequantize(), target)
+    for wrong in ({"sparsity_level": 1.0}, {"blocksize": 7}):
+        with pytest.raises(ValueError, match="SupermaskLinear"):
+            SupermaskLinear.from_linear(linear, **wrong)

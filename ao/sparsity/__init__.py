@@ -15,6 +15,7 @@ from .sparsify import (
     semi_sparse_weight,
     sparsify_,
 )
+from .supermask import SupermaskLinear
 from .training import (
     SemiSparseActivationLinear,
     SemiSparseLinear,
@@ -32,6 +33,7 @@ __all__ = [
     "SparseGPT",
     "Sparsity",
     "SparsitySchedule",
+    "SupermaskLinear",
     "Wanda",
     "block_sparse_weight",
     "fake_sparsify_",

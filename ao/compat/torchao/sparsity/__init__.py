@@ -7,7 +7,7 @@ the way. `apply_fake_sparsity` prunes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ao
 from ao import Config, Spec
 from ao.sparsity import BlockSparseWeightConfig, SemiSparseWeightConfig, Sparsity, prune_
+from ao.sparsity import SupermaskLinear as _SupermaskLinear
 from ao.sparsity import sparsify_ as _sparsify
 
 from ..core.config import Translated
@@ -113,15 +114,17 @@ class WandaSparsifier:
         self.watched.clear()
 
 
-def missing(name: str) -> NoReturn:
-    """Raise NotImplementedError for a name that is not here."""
-    raise NotImplementedError(
-        f"{name} is not in ao; use ao.sparsity.prune_(model, ..., block=64), which leaves out whole blocks"
-    )
+class SupermaskLinear(_SupermaskLinear):
+    """`ao.sparsity.SupermaskLinear`, with its settings before those of `nn.Linear`."""
 
-
-class SupermaskLinear:
-    """Raises NotImplementedError."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        missing(type(self).__name__)
+    def __init__(
+        self, sparsity_level: float, blocksize: int, fixed_mask: bool, fixed_weight: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(
+            *args,
+            sparsity_level=sparsity_level,
+            blocksize=blocksize,
+            fixed_mask=fixed_mask,
+            fixed_weight=fixed_weight,
+            **kwargs,
+        )

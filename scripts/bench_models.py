@@ -1,4 +1,4 @@
-"""Whole models, from eager float32 to as fast as they go: the ladder of docs/headline.md.
+"""Whole models, from eager float32 to as fast as they go.
 
     .venv/bin/python scripts/bench_models.py --models sam-vit-h vit-l --json FILE
 

@@ -60,9 +60,8 @@ def test_batches_beams_and_drafts(model, name, length):
     exact = text(model, num_beams=3)
     assert name != "int8" or torch.equal(beams, exact)
     assert torch.equal(beams, text(model, num_beams=3, past_key_values=QuantizedCache(model.config, name, 40)))
-    if length is None:
-        drafts = text(model, prompt_lookup_num_tokens=3, past_key_values=cache())
-        assert torch.equal(drafts, alone)
+    for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        assert torch.equal(text(model, **drafts, past_key_values=cache()), alone)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -177,6 +177,7 @@ class QuantizedCache(Cache):
             )
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"QuantizedCache: max_cache_len must be 1 or more tokens, or None, got {max_cache_len}")
+        _let_attention_read()
         text = config.get_text_config(decoder=True)
         self.scheme = kv_cache_config(scheme, k=k, v=v)
         own = DynamicCache(config=text) if max_cache_len is None else StaticCache(text, max_cache_len)
@@ -234,13 +235,20 @@ def enable_quantized_kv_cache(
     return model
 
 
-def attention(
-    module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The attention "sdpa" of transformers, which reads a `KVCache` where it gets one."""
-    if not isinstance(key, KVCache):
-        return _original_attention(module, query, key, value, attention_mask, *args, **kwargs)
-    return _attention(query, key, attention_mask, *args, **kwargs)
+@functools.cache
+def _let_attention_read() -> None:
+    """Give transformers' `READING` another way for a `KVCache`. It is for the first cache to ask: no import changes it."""
+    original = AttentionInterface._global_mapping[READING]
+
+    @functools.wraps(original)
+    def attention(
+        module: Any, query: Tensor, key: Any, value: Any, mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(key, KVCache):
+            return _attention(query, key, mask, *args, **kwargs)
+        return original(module, query, key, value, mask, *args, **kwargs)
+
+    AttentionInterface.register(READING, attention)
 
 
 def _attention(
@@ -252,7 +260,3 @@ def _attention(
         )
     out = kv.attend(query, mask, scale=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None  # (B, T, heads, head_dim)
-
-
-_original_attention: Any = AttentionInterface._global_mapping["sdpa"]
-AttentionInterface.register("sdpa", attention)

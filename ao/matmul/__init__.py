@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import doors as _doors  # noqa: F401  gives F.linear and its kin their meaning
 from .block_scaled import swizzle, unswizzle
+from .graph_fields import tensor_of
 from .kernels.device import has_float8
 from .layers import QuantizedLayer, adopt, layer_class, set_parameter
 from .linear import path_name
@@ -13,13 +14,13 @@ from .sparse import both_pruned, pruned_both, semi_sparse_product, transposable_
 
 if TYPE_CHECKING:
     from .attention import attend
-    from .attention_fields import attend_fields, encode_fields, register_form, tensor_of
+    from .attention_fields import attend_fields, encode_fields, register_form
     from .softmax_pieces import Exact, Sight
 else:
     _LATER = {
         "attend": ".attention",
         **dict.fromkeys(("Exact", "Sight"), ".softmax_pieces"),
-        **dict.fromkeys(("attend_fields", "encode_fields", "register_form", "tensor_of"), ".attention_fields"),
+        **dict.fromkeys(("attend_fields", "encode_fields", "register_form"), ".attention_fields"),
     }
 
     def __getattr__(name: str) -> Any:

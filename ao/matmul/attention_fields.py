@@ -6,41 +6,30 @@ made of them, which is written out before the compiler sees it; layers.py does t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dtypes.base import QTensor, Spec, quantize_fields, sources_digest
+from ..dtypes.base import QTensor, Spec, quantize_fields
 from . import form as forms
 from .attention import attend
-from .form import Form, form_of
+from .form import form_of
+from .graph_fields import FORMS, composite, registered, tensor_of
 from .shared_graph import shared, shared_tuple
 from .softmax_pieces import Exact, Sight
-
-_FORMS: dict[str, Form] = {}
-"""Of keys and values in graphs, by name."""
 
 
 def register_form(spec: Spec, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], str]:
     """The fields, on meta, of data of `shape` by `spec`, and the name of their form, which is all that tells a compiler's cache
     what is done with them."""
     q = spec.quantize(torch.empty(shape, device="meta", dtype=dtype))
-    form = form_of(q)
-    name = f"{form} {sources_digest()}"
-    _FORMS[name] = form
-    return list(forms.leaves(q)), name
-
-
-def tensor_of(form: str, fields: Sequence[Tensor]) -> QTensor:
-    """The QTensor over these fields."""
-    return forms.made(_FORMS[form], iter(fields))
+    return list(forms.leaves(q)), registered(form_of(q))[0]
 
 
 @shared_tuple
 def _encoded(x: Tensor, form: str) -> tuple[Tensor, ...]:
-    known = _FORMS[form]
+    known = FORMS[form]
     fields = quantize_fields(known.spec, x, known.spec.grid(x.shape))
     return tuple(t for name, _ in known.fields for t in forms.leaves(fields[name]))
 
@@ -76,15 +65,8 @@ def _attend(
     return _attended(q, tensor_of(k_form, k), tensor_of(v_form, v), *more)
 
 
-def _define(name: str, schema: str, function: Any) -> Any:
-    torch.library.define(f"ao::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-    # CompositeImplicit: whatever is below Dynamo sees what it is made of.
-    torch.library.impl(f"ao::{name}", "CompositeImplicitAutograd", function)
-    return getattr(torch.ops.ao, name).default
-
-
-_ENCODE = _define("kv_encode", "(Tensor x, str form) -> Tensor[]", _encode)
-_ATTEND = _define(
+_ENCODE = composite("kv_encode", "(Tensor x, str form) -> Tensor[]", _encode)
+_ATTEND = composite(
     "kv_attend",
     "(Tensor q, Tensor[] k, Tensor[] v, str k_form, str v_form, int start, Tensor? stop, Tensor? end, int? window, "
     "Tensor? mask, float? scale, float? softcap, Tensor? sinks, Tensor[] exact) -> Tensor",

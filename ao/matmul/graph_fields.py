@@ -15,9 +15,10 @@ fields when it is given other data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..dtypes.base import QTensor, sources_digest
@@ -36,14 +37,26 @@ def registered(form: Form) -> tuple[str, tuple[tuple[str, ...], ...]]:
     return name, tuple(forms.names(form))
 
 
+def tensor_of(form: str, fields: Sequence[Any]) -> QTensor:
+    """The QTensor over these plain tensors."""
+    return forms.made(FORMS[form], iter(fields))
+
+
+def composite(name: str, schema: str, function: Callable[..., Any]) -> Any:
+    """Define the operator `ao::name` that stands in a graph for what is made of fields, and is written out below Dynamo."""
+    torch.library.define(f"ao::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"ao::{name}", "CompositeImplicitAutograd", function)
+    return getattr(torch.ops.ao, name).default
+
+
 def key_of(path: tuple[str, ...]) -> str:
     """The key of a plain tensor in what a module keeps."""
     return ".".join(path)
 
 
-def kept(module: nn.Module, name: str) -> bool:
-    """Put what `module` keeps of its quantized parameters right. False where `name` is none of them."""
-    own = module.__dict__.setdefault("in_graph", {})
+def refreshed(module: nn.Module) -> dict[str, Any]:
+    """Put what `module` keeps of its quantized parameters right, and return it."""
+    own: dict[str, Any] = module.__dict__.setdefault("in_graph", {})
     now: dict[str, Any] = {}
     for other, weight in module._parameters.items():
         if isinstance(weight, QTensor):
@@ -54,7 +67,7 @@ def kept(module: nn.Module, name: str) -> bool:
     if own.keys() - now:
         own.clear()
     own.update(now)
-    return name in own
+    return own
 
 
 def forgotten(module: nn.Module) -> None:
@@ -98,8 +111,9 @@ def met(context: Any) -> None:
     there = next((weight for key, weight in own.items.items() if key.vt.as_python_constant() == name), None)
     from_module = own.source is not None and getattr(getattr(there, "source", None), "base", None) == own.source
     module, source = getattr(layer, "value", None), layer.source
-    _Trace.direct = from_module and source is not None and isinstance(module, nn.Module) and kept(module, name)
-    if _Trace.direct:
+    direct = from_module and source is not None and isinstance(module, nn.Module) and name in refreshed(module)
+    _Trace.direct = direct
+    if direct:
         install_guard(source.make_guard(_guard_of(name)))
 
 
@@ -109,9 +123,11 @@ def _guard_of(name: str) -> Callable[[Any, Any], None]:
 
     def up_to_date(module: Any) -> bool:
         try:
-            return module.in_graph[name] is module._parameters[name].in_graph or kept(module, name)
-        except (AttributeError, KeyError):
-            return kept(module, name)
+            if module.in_graph[name] is module._parameters[name].in_graph:
+                return True
+        except (AttributeError, KeyError):  # another parameter, or none
+            pass
+        return name in refreshed(module)
 
     def in_graph(builder: Any, guard: Any) -> None:
         text = [f"{guard.name}.in_graph[{name!r}] is of its parameter"]

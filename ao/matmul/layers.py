@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from ..dtypes.base import QTensor
 from ..dtypes.tracing import passed_over
-from . import form as forms
 from . import graph_fields
 from .form import form_of
 from .linear import linear
@@ -37,22 +36,13 @@ from .linear import linear
 
 def _linear(x: Tensor, fields: list[Tensor], bias: Tensor | None, form: str) -> Tensor:
     """`linear` of a weight given as its fields."""
-    return linear(x, _weight(fields, form), bias)
+    return linear(x, graph_fields.tensor_of(form, fields), bias)
 
 
-def _weight(fields: list[Tensor], form: str) -> Tensor:
-    """A weight given as its fields."""
-    return forms.made(graph_fields.FORMS[form], iter(fields))
-
-
-def _define(name: str, schema: str, function: Callable[..., Tensor]) -> None:
-    torch.library.define(f"ao::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-    # CompositeImplicit: whatever is below Dynamo sees what it is made of.
-    torch.library.impl(f"ao::{name}", "CompositeImplicitAutograd", function)
-
-
-_define("linear", "(Tensor x, Tensor[] fields, Tensor? bias, str form) -> Tensor", _linear)
-_define("weight", "(Tensor[] fields, str form) -> Tensor", _weight)
+graph_fields.composite("linear", "(Tensor x, Tensor[] fields, Tensor? bias, str form) -> Tensor", _linear)
+graph_fields.composite(
+    "weight", "(Tensor[] fields, str form) -> Tensor", lambda fields, form: graph_fields.tensor_of(form, fields)
+)
 
 
 class _QuantizedModule:
@@ -134,7 +124,7 @@ class _QuantizedModule:
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
         if "in_graph" in self.__dict__:  # a parameter may have exchanged all that it has with another one
-            graph_fields.kept(self, "")  # type: ignore[arg-type]
+            graph_fields.refreshed(self)  # type: ignore[arg-type]
 
 
 def _reduced(self: Any, protocol: Any) -> Any:

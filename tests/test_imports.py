@@ -65,6 +65,7 @@ ROOMS = {
 }
 # A dtype that is made of another one says so here.
 BUILT_ON = {
+    "block_sparse": {"sparse24"},
     "codebook": {"intx"},
     "dynamic_tree": {"mapped"},
     "floatx": {"e8m0", "float8"},

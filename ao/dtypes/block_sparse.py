@@ -15,11 +15,11 @@ from torch import Tensor
 from .base import Opaque, QTensor, Spec
 from .operand import Operand
 from .pieces import is_eager
-from .rounding import narrow
+from .sparse24 import LeavesOutZeros, numbers
 
 
 @dataclass(frozen=True, repr=False)
-class BlockSparse(Spec):
+class BlockSparse(LeavesOutZeros, Spec):
     """The blocks of a matrix (N, K) that are not all zeros.
 
     block: rows and columns of a block, `(64, 64)` or just 64.
@@ -33,15 +33,14 @@ class BlockSparse(Spec):
     block: Any = (64, 64)
     values: Spec | None = None
 
+    part = "blocks"
+
     def __post_init__(self) -> None:
         if isinstance(self.block, int):
             object.__setattr__(self, "block", (self.block, self.block))
         if len(self.block) != 2 or self.block[0] != self.block[1] or self.size < 8 or self.size % 8:
             raise ValueError(f"BlockSparse: block must be a multiple of 8 such as 64, got {self.block!r}")
-        if self.values is not None and not isinstance(self.values, Spec):
-            raise TypeError(f"BlockSparse: values must be a Spec such as Intx(8), or None, got {self.values!r}")
-        if self.values is not None and self.values.act is not None:
-            raise ValueError(f"BlockSparse: give act={self.values.act} to BlockSparse rather than to its values")
+        self.check_values()
 
     @property
     def size(self) -> int:
@@ -56,11 +55,6 @@ class BlockSparse(Spec):
                 "leave this tensor out"
             )
         return super().grid(shape)
-
-    def check_range(self, x: Tensor) -> None:
-        """As the values' format does."""
-        if self.values is not None:
-            self.values.check_range(x)
 
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """None: those of the kept blocks are chosen when they are known."""
@@ -78,28 +72,18 @@ class BlockSparse(Spec):
         )  # (rows, columns, size, size)
         if is_eager(x):
             kept = (blocks != 0).flatten(2).any(2)  # a NaN is not 0
-        else:
-            kept = None
-        if kept is None:
-            starts = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32, device=x.device)
-            where = torch.arange(columns, dtype=torch.int32, device=x.device).repeat(rows)
-            found = blocks.reshape(rows * columns * size, size)
-        else:
             starts = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
             where = kept.nonzero()[:, 1].to(torch.int32)
             found = blocks[kept].reshape(-1, size)
-        return {"starts": starts, "columns": where, "blocks": found if self.values is None else self._quantized(found)}
-
-    def _quantized(self, blocks: Tensor) -> Tensor:
-        assert self.values is not None
-        return self.values.quantize(blocks)
-
-    def wrap(self, fields: Any, dtype: torch.dtype, shape: Any, **common: Any) -> QTensor:
-        """Plain values are stored in the dtype of the data."""
-        blocks = fields["blocks"]
-        if self.values is None and blocks.dtype != dtype and dtype.itemsize < 8:
-            fields = {**fields, "blocks": blocks.to(dtype)}
-        return super().wrap(fields, dtype, shape, **common)
+        else:
+            starts = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32, device=x.device)
+            where = torch.arange(columns, dtype=torch.int32, device=x.device).repeat(rows)
+            found = blocks.reshape(rows * columns * size, size)
+        return {
+            "starts": starts,
+            "columns": where,
+            "blocks": found if self.values is None else self.values.quantize(found),
+        }
 
     def operand(self, q: Any) -> Operand | None:
         """Where the kept blocks are, and what is in them: a QTensor or plain."""
@@ -128,7 +112,7 @@ class BlockSparseTensor(QTensor, spec=BlockSparse):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         size = self.spec.size
         rows, columns = self.shape[0] // size, self.shape[1] // size
-        kept = self.blocks.decode(dtype) if isinstance(self.blocks, QTensor) else narrow(self.blocks.float(), dtype)
+        kept = numbers(self.blocks, dtype)
         out = torch.zeros(rows * columns, size, size, dtype=dtype, device=kept.device)
         at = block_rows(self.starts, self.columns.shape[0]) * columns + self.columns
         out = out.index_copy(0, at, kept.unflatten(0, (self.columns.shape[0], size)))

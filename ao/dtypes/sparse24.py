@@ -22,8 +22,45 @@ from .pieces import is_eager
 from .rounding import narrow
 
 
+class LeavesOutZeros:
+    """What formats that leave out zeros share; it comes before `Spec` among their bases.
+
+    values: how the numbers are stored, None for plain ones, which have the dtype of the data where it has 16 or 32 bits.
+
+    part: the field of the QTensor that holds them.
+    """
+
+    values: Spec | None
+    part: ClassVar[str]
+
+    def check_values(self) -> None:
+        """Raise TypeError for `values` that is no Spec, ValueError for one that quantizes activations."""
+        name = type(self).__name__
+        if self.values is not None and not isinstance(self.values, Spec):
+            raise TypeError(f"{name}: values must be a Spec such as Intx(8), or None, got {self.values!r}")
+        if self.values is not None and self.values.act is not None:
+            raise ValueError(f"{name}: give act={self.values.act} to {name} rather than to its values")
+
+    def check_range(self, x: Tensor) -> None:
+        """As the format of the values does."""
+        if self.values is not None:
+            self.values.check_range(x)
+
+    def wrap(self, fields: Any, dtype: torch.dtype, shape: Any, **common: Any) -> QTensor:
+        """The QTensor over `fields`; plain values are stored in `dtype`."""
+        values = fields[self.part]
+        if self.values is None and values.dtype != dtype and dtype.itemsize < 8:
+            fields = {**fields, self.part: values.to(dtype)}
+        return super().wrap(fields, dtype, shape, **common)  # type: ignore[misc]
+
+
+def numbers(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as `dtype`, whether they are quantized or plain."""
+    return values.decode(dtype) if isinstance(values, QTensor) else narrow(values.float(), dtype)
+
+
 @dataclass(frozen=True, repr=False)
-class Sparse24(Spec):
+class Sparse24(LeavesOutZeros, Spec):
     """Two of four along the last dim.
 
     values: how the two are stored, with `block` in elements of the whole tensor; None for numbers in its dtype (a 16-bit one or
@@ -41,15 +78,11 @@ class Sparse24(Spec):
     prune: bool = False
     decay: float = 0.0
 
+    part = "pairs"
+
     def __post_init__(self) -> None:
-        if self.values is None:
-            return
-        if not isinstance(self.values, Spec):
-            raise TypeError(f"Sparse24: values must be a Spec such as Intx(8), or None, got {self.values!r}")
-        if self.values.act is not None:
-            raise ValueError(f"Sparse24: give act={self.values.act} to Sparse24 rather than to its values")
-        last = self.values.block[-1]
-        if last != -1 and last % 4:
+        self.check_values()
+        if self.values is not None and self.values.block[-1] != -1 and self.values.block[-1] % 4:
             raise ValueError(
                 f"Sparse24: the block of values must be a multiple of 4 along the last dim, or -1, got {self.values.block}"
             )
@@ -84,8 +117,7 @@ class Sparse24(Spec):
         """Raise ValueError for data that is not 2:4, unless it is to be pruned, and where the values' format does."""
         if not self.prune:
             self._check(x)
-        if self.values is not None:
-            self.values.check_range(x)
+        super().check_range(x)
 
     def _check(self, x: Tensor) -> None:
         groups = x.detach().reshape(-1, 4)
@@ -126,26 +158,19 @@ class Sparse24(Spec):
             values = self.inner.wrap(self.inner.encode(values, **qparams), torch.float32, values.shape)
         return {"places": pack_codes(codes), "pairs": values}
 
-    def wrap(self, fields: Any, dtype: torch.dtype, shape: Any, **common: Any) -> QTensor:
-        """Plain values are stored in the dtype of the data."""
-        values = fields["pairs"]
-        if self.inner is None and values.dtype != dtype and dtype.itemsize < 8:
-            fields = {**fields, "pairs": values.to(dtype)}
-        return super().wrap(fields, dtype, shape, **common)
-
     def unfolded(self, q: Any) -> Tensor | None:
         """The zeros beside the two, in the values' format where it has an exact zero; None where it has not."""
-        numbers = q.decode()
+        decoded = q.decode()
         if self.values is None:
-            return numbers.to(q.dtype)
+            return decoded.to(q.dtype)
         spec = replace(self.values, act=self.act)
         part = q.pairs
         qparams = {name: t for name, t in part.fields().items() if part.roles[name] == "per_block"}
         if part.dim() != 2 or not qparams or q.dim_of_groups != 1:
             return None
-        fields = spec.encode(numbers, **qparams)
+        fields = spec.encode(decoded, **qparams)
         made = spec.wrap(fields, q.dtype, q.shape, act_scale=q.act_scale)
-        return made if torch.equal(made.decode(), numbers) else None
+        return made if torch.equal(made.decode(), decoded) else None
 
     def operand(self, q: Any) -> Operand | None:
         """The codes of which two, and the two."""
@@ -195,5 +220,4 @@ class Sparse24Tensor(QTensor, spec=Sparse24):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         dim = self.dim_of_groups
-        values = self.pairs.decode(dtype) if isinstance(self.pairs, QTensor) else narrow(self.pairs.float(), dtype)
-        return spread(values.movedim(dim, -1), self.codes()).movedim(-1, dim)
+        return spread(numbers(self.pairs, dtype).movedim(dim, -1), self.codes()).movedim(-1, dim)

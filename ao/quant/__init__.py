@@ -42,7 +42,6 @@ from .granularity import (
     ZeroPointDomain,
 )
 from .presets import (
-    BlockSparseWeightConfig,
     Float8DynamicActivationFloat8WeightConfig,
     Float8StaticActivationFloat8WeightConfig,
     Float8WeightOnlyConfig,
@@ -60,7 +59,6 @@ from .presets import (
     NF4WeightOnlyConfig,
     NVFP4DynamicActivationNVFP4WeightConfig,
     NVFP4WeightOnlyConfig,
-    SemiSparseWeightConfig,
     TernaryWeightOnlyConfig,
     UIntXWeightOnlyConfig,
 )
@@ -68,6 +66,7 @@ from .quantize import dequantize_, is_linear, quantize_
 from .report import Report, compute_error, get_model_size_in_bytes
 from .rules import FqnToConfig, ModuleFqnToConfig
 from .sensitivity import Sensitivity, sensitivity
+from .sparse_presets import BlockSparseWeightConfig, SemiSparseWeightConfig
 
 __all__: list[str] = [
     "ALL_AUTOQUANT_CLASS_LIST",

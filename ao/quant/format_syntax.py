@@ -289,7 +289,7 @@ def _chain(name: str) -> list[tuple[str, ast.ClassDef | None]]:
         chain.append((name, node))
         if name in _ROOTS or node is None:
             break
-        name = ast.unparse(node.bases[0]) if node.bases else ""
+        name = ast.unparse(node.bases[-1]) if node.bases else ""  # what is mixed in comes before it
     return chain
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..dtypes import Spec
+from . import sparse_presets  # noqa: F401  the configs are known once they are defined
 from .algorithms.recipe import Recipe
 from .config import ENUMS, VALUES, Config, ModelConfig, SpecConfig
 from .format_names import ALIASES, FORMATS, PLAIN, split_recipe
 from .format_syntax import Parameter, problem_of_call
-from .presets import Int4WeightOnlyConfig  # noqa: F401  the configs are known once they are defined
 
 
 def read_format(name: str, parameters: Mapping[str, Any] | None = None, who: str = "quantize_") -> Config | Spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,22 +82,30 @@ class Report:
             lines.append((form, size, str(len(rows)), f"{before:,}", f"{after:,}", f"{after / max(before, 1):.3f}"))
         total = f"{self.bytes_after / max(self.bytes_before, 1):.3f}"
         lines.append(("total", "", str(len(self.rows)), f"{self.bytes_before:,}", f"{self.bytes_after:,}", total))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(ln, widths))) for ln in lines
-        ]
-        text.insert(1, "-" * len(text[0]))
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.skipped.items():
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            text.append(f"skipped {len(names)}: {shown}: {why}")
-        text += self.notes
+        text = [*aligned(lines), *by_reason(self.skipped), *self.notes]
         if self.model_bytes:
             share = self.quantized_bytes / self.model_bytes
             text.append(f"quantized: {share:.1%} of the {self.model_bytes:,} bytes of the model")
         return "\n".join(line.rstrip() for line in text)
+
+
+def aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table, a rule below the first; numbers, from the third column on, to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(ln, widths))) for ln in lines]
+    return [text[0], "-" * len(text[0]), *text[1:]]
+
+
+def by_reason(skipped: Mapping[str, str]) -> list[str]:
+    """A line for each reason why something was passed over, with the first names."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        reasons.setdefault(why, []).append(name)
+    lines = []
+    for why, names in reasons.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"skipped {len(names)}: {shown}: {why}")
+    return lines
 
 
 def storage_bytes(t: Tensor) -> int:

@@ -17,6 +17,7 @@ from ..quant.calibration.statistics import Statistics
 from ..quant.choice import choices
 from ..quant.job import Job, check_values, require_statistics
 from ..quant.quantize import batches_of
+from ..quant.report import aligned, by_reason
 from .training import SemiSparseLinear
 
 PRUNERS: dict[str, type[Pruner]] = {cls.name: cls for cls in (Magnitude, Wanda, SparseGPT)}
@@ -52,18 +53,8 @@ class PruneReport:
         lines = [("layer", "shape", "zeros", "energy kept")]
         for r in self.rows:
             lines.append((r.name, " x ".join(map(str, r.shape)), f"{r.zeros:.1%}", f"{r.kept_energy:.1%}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        text = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(ln, widths))) for ln in lines
-        ]
-        text.insert(1, "-" * len(text[0]))
-        text += [f"{r.name}: {r.note}" for r in self.rows if r.note]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.skipped.items():
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            text.append(f"skipped {len(names)}: {shown}: {why}")
+        notes = [f"{r.name}: {r.note}" for r in self.rows if r.note]
+        text = [*aligned(lines), *notes, *by_reason(self.skipped)]
         text.append(f"{self.algorithm} to {self.sparsity}")
         return "\n".join(line.rstrip() for line in text)
 

@@ -219,7 +219,7 @@ def _config(args: argparse.Namespace) -> tuple[Any, bool]:
 
         config = load_plan(args.plan)
     if args.sparsity is not None:
-        from ao.quant.presets import two_of_four
+        from ao.quant.sparse_presets import two_of_four
 
         config = two_of_four(config)
     if args.recipe is not None:

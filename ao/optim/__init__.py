@@ -3,22 +3,31 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .adagrad import Adagrad8bit
 from .adam import Adam4bit, Adam8bit, AdamFp8, AdamW, AdamW4bit, AdamW8bit, AdamWFp8
-from .ademamix import AdEMAMix8bit
-from .lamb import LAMB8bit
-from .lars import LARS8bit
 from .lion import Lion8bit
 from .optimizer import LowBitOptimizer
-from .rmsprop import RMSprop8bit
 from .sgd import SGD8bit
 from .stochastic_rounding import stochastic_round
 
 if TYPE_CHECKING:
+    from .adagrad import Adagrad8bit
+    from .ademamix import AdEMAMix8bit
     from .checkpoint import load_state_dict, save_state_dict
+    from .lamb import LAMB8bit
+    from .lars import LARS8bit
     from .offload import CPUOffloadOptimizer
+    from .rmsprop import RMSprop8bit
 else:
-    _LATER = {"CPUOffloadOptimizer": "offload", "load_state_dict": "checkpoint", "save_state_dict": "checkpoint"}
+    _LATER = {
+        "AdEMAMix8bit": "ademamix",
+        "Adagrad8bit": "adagrad",
+        "CPUOffloadOptimizer": "offload",
+        "LAMB8bit": "lamb",
+        "LARS8bit": "lars",
+        "RMSprop8bit": "rmsprop",
+        "load_state_dict": "checkpoint",
+        "save_state_dict": "checkpoint",
+    }
 
     def __getattr__(name: str) -> Any:
         """The names whose modules are imported when they are asked for."""

@@ -16,7 +16,7 @@ from ao.dtypes import Float8, Intx, MarlinSparseLayout, Sparse24  # noqa: E402
 from ao.integrations.command_line.program import main  # noqa: E402
 from ao.integrations.model_folder import load_model  # noqa: E402
 from ao.integrations.transformers import AoConfig  # noqa: E402
-from ao.quant.presets import two_of_four  # noqa: E402
+from ao.quant.sparse_presets import two_of_four  # noqa: E402
 from ao.sparsity import prune_  # noqa: E402
 
 CONFIG = ao.Int4WeightOnlyConfig(group_size=-1, layout=MarlinSparseLayout())

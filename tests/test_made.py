@@ -24,8 +24,9 @@ Q4_K = Shifted(4, (1, 32), scale_spec=Intx(6, (1, 8), **HALF), shift_spec=Intx(6
 
 @pytest.fixture(autouse=True)
 def _small_weights(monkeypatch):
-    """Are worth it."""
+    """Are worth it, also where there are units for int8."""
     monkeypatch.setattr(made, "WORTH", 0)
+    monkeypatch.setattr(made, "VNNI", False)
     monkeypatch.setattr(linear, "_CHOICES", {})
 
 
@@ -86,7 +87,6 @@ def test_values(spec):
 )
 def test_quantized_activations(spec, monkeypatch):
     """What plain expressions give: of integers to the last bit."""
-    monkeypatch.setattr(made, "VNNI", False)
     q = spec.quantize(weight((N, K)))
     for tokens in (1, 6):
         x = weight((tokens, K), 1)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.built import SCALES, Kind, Level, Library, Weight, compiler, library
+from .kernels.built import IN_FLOATS, SCALES, Kind, Level, Library, Weight, compiler, library
 
 _KINDS = {"int8": Kind("signed", 8), "uint4": Kind("unsigned", 4), "float8": Kind("e4m3", 8)}
 
@@ -105,7 +105,7 @@ def _scores(compiled: Library, rows: Tensor, k: Tensor, scale: Tensor, zero: Ten
         for j in range(kv_heads):
             weight = _head(k, scale, zero, i, j, last, d)
             x, y = rows[i, j].data_ptr(), out[i, j].data_ptr()
-            compiled.product(weight, x, 0, None, y, 0, m, torch.get_num_threads())
+            compiled.product(weight, x, 0, None, y, 0, m, IN_FLOATS, torch.get_num_threads())
     return out
 
 

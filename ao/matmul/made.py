@@ -28,8 +28,12 @@ from .form import leaves
 from .kernels.built import (
     CODES,
     DTYPES,
+    IN_16_BITS,
+    IN_31_BITS,
+    IN_FLOATS,
     JOINT_SCALE,
     JOINT_ZERO,
+    OF_INTEGERS,
     SCALES,
     Act,
     Kind,
@@ -52,6 +56,8 @@ _JOINT = "joint"
 
 _SIGNED = {torch.int8: "signed", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 """What codes of a byte are, by their dtype."""
+
+_INTEGERS = CODES["signed"], CODES["unsigned"]
 
 _UNITS = FLOATS & {torch.bfloat16, torch.float16}
 """The dtypes in which the CPU multiplies faster than in float32."""
@@ -124,7 +130,8 @@ def _is_int8(operand: Operand) -> bool:
 def _most(dtype: torch.dtype) -> int:
     """Up to how many tokens the compiled loops multiply themselves: they compute in float32, and a CPU that multiplies in x's
     dtype does so faster."""
-    return 8 if dtype in _UNITS else 128
+    import os
+    return 8 if dtype in _UNITS else int(os.environ.get("MOST", 128))
 
 
 def product(x: Tensor, w: QTensor) -> Tensor:
@@ -132,9 +139,9 @@ def product(x: Tensor, w: QTensor) -> Tensor:
     operand = readable(w)
     assert operand is not None
     if w.spec.act is None:
-        return _of_rows(x if x.dtype in DTYPES else x.float(), operand).to(x.dtype)
+        return _of_rows(x if x.dtype in SCALES else x.float(), operand).to(x.dtype)
     if is_eager(x, or_recorded=False) and (act := _act(w)) is not None:
-        rows = x if x.dtype in DTYPES else x.float()
+        rows = x if x.dtype in SCALES else x.float()
         return _multiplied(_library(operand), rows, _described(operand, *w.shape), act, w.act_scale).to(x.dtype)
     if int8_operand(w) is not None:
         # Sums of integers, and then the scales.
@@ -163,7 +170,7 @@ def launch(x: Tensor, w: QTensor) -> Product:
     operand, operand_of, (n, k) = readable(w), w.spec.operand, w.shape
     assert operand is not None
     compiled, act = _library(operand), _act(w)
-    direct = x.dtype in DTYPES and (act is not None or w.spec.act is None)
+    direct = x.dtype in _DTYPES and (act is not None or w.spec.act is None)
 
     def run(x: Tensor, w: QTensor) -> Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, k)
@@ -239,22 +246,25 @@ class _Described(NamedTuple):
 def _multiplied(
     compiled: Library, x: Tensor, described: _Described, act: Act | None = None, act_scale: Tensor | None = None
 ) -> Tensor:
-    """The product, now. x: (M, K) float32 or bfloat16 -> (M, N) of its dtype. act: how to quantize x. act_scale: one number."""
+    """The product, now. x: (M, K) -> (M, N) of its dtype. act: how to quantize x. act_scale: one number."""
     (m, k), n, dtype, weight = x.shape, described.weight.n, x.dtype, described.weight
     x, threads = x.contiguous(), torch.get_num_threads()
-    scale = None
+    scale, points = None, IN_16_BITS
+    if dtype == torch.float32:
+        points = IN_31_BITS if m <= 2 and weight.table is None else IN_FLOATS
     if act is not None:
         rows, scale = x.new_empty(m, k, dtype=torch.float32), x.new_empty(m, dtype=torch.float32)
         given = None if act_scale is None else act_scale.float()
         where = None if given is None else given.data_ptr()
-        compiled.quantize(act, x.data_ptr(), DTYPES[dtype], m, k, where, rows.data_ptr(), scale.data_ptr())
-        x = rows
+        compiled.quantize(act, x.data_ptr(), SCALES[dtype], m, k, where, rows.data_ptr(), scale.data_ptr())
+        x, points = rows, OF_INTEGERS if act.codes in _INTEGERS else IN_FLOATS
     if m <= _most(x.dtype):
-        y = x.new_empty(m, n, dtype=dtype)
+        of = dtype if dtype in DTYPES else torch.float32
+        y = x.new_empty(m, n, dtype=of)
         tokens = None if scale is None else scale.data_ptr()
-        compiled.product(weight, x.data_ptr(), DTYPES[x.dtype], tokens, y.data_ptr(), DTYPES[dtype], m, threads)
-        return y
-    x = x.to(x.dtype if x.dtype in FLOATS else torch.float32)
+        compiled.product(weight, x.data_ptr(), SCALES[x.dtype], tokens, y.data_ptr(), DTYPES[of], m, points, threads)
+        return y.to(dtype)
+    x = x.to(x.dtype if x.dtype in FLOATS and x.dtype in DTYPES else torch.float32)
     y = x.new_empty(m, n)
     step = min(n, max(_PIECE // k, 16))
     piece = x.new_empty(step, k)

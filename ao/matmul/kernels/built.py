@@ -20,6 +20,7 @@ import torch
 
 from ...dtypes.caching import cache_directory
 from .cpu_source import SOURCE
+from .device import VNNI
 
 CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloat": 5}
 """What codes are, as cpu_source.py numbers them."""
@@ -35,8 +36,12 @@ SCALES = {**DTYPES, torch.float16: 5}
 
 _FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", *(("-mavx512vnni",) if VNNI else ())),
 }
+
+
+IN_FLOATS, IN_16_BITS, IN_31_BITS, OF_INTEGERS = range(4)
+"""How a product computes: in floats; with the activation in fixed point; with the integers that it holds."""
 
 
 class Kind(NamedTuple):
@@ -80,7 +85,7 @@ class Act(ctypes.Structure):
 
 
 class Library(NamedTuple):
-    """product(weight, x, x_dtype, token_scale, y, dtype, tokens, threads), rows(weight, start, stop, out, dtype, threads),
+    """product(weight, x, x_dtype, token_scale, y, dtype, tokens, points, threads), rows(weight, start, stop, out, dtype, threads),
     quantize(act, x, dtype, tokens, k, given_scale, out, scale), columns(weight, start, stop, p, m, out, threads)."""
 
     product: Any
@@ -128,7 +133,7 @@ def library(kind: Kind) -> Library | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     arguments = {
-        "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT],
+        "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT, _INT],
         "ao_rows": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _INT, _INT],
         "ao_quantize": [ctypes.POINTER(Act), _POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
         "ao_columns": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],

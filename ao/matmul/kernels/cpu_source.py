@@ -14,6 +14,8 @@ compiler finds none, to widen bytes and to look up a small table. There are two 
 `rows` decodes rows into memory, for a product of PyTorch's. `columns` sums rows, each times a number, as attention does.
 """
 
+from .cpu_fixed_point import FIXED_POINT
+
 SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
@@ -46,6 +48,8 @@ typedef uint8_t bytes __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint64_t u64x4 __attribute__((vector_size(32), aligned(1), may_alias));
+
+#define AHEAD 2048  // bytes from what is read to what is asked for, which a CPU does not do by itself across pages
 
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
@@ -357,6 +361,7 @@ template <int T>
 INLINE void step(const uint8_t* p, const Table& table, const vf* a, const float* x, int64_t k, vf* first, vf* second) {
   const int half = PER_CHUNK / 2;
   vf d[PER_CHUNK];
+  __builtin_prefetch(p + AHEAD);
   decode(p, table, d);
   if (T == 1) {
     const vf* xs = (const vf*)x;
@@ -371,6 +376,16 @@ INLINE void step(const uint8_t* p, const Table& table, const vf* a, const float*
     const vf* xs = (const vf*)(x + t * k);
     UNROLL for (int i = 0; i < half; i++) first[t] += d[i] * xs[i], second[t] += d[half + i] * xs[half + i];
   }
+}
+
+// What the shifts of a row add to its product with a token, whose sums over groups these are.
+INLINE float row_shift(const Weight& w, const Row& row, const float* sums) {
+  vf total = {};
+  int64_t g = 0;
+  for (; g + W <= w.groups; g += W) total += *(const vf*)(row.shift + g) * *(const vf*)(sums + g);
+  float out = sum(total);
+  for (; g < w.groups; g++) out += row.shift[g] * sums[g];
+  return out;
 }
 
 // One row, T tokens. sums: of each group of the tokens.
@@ -396,15 +411,7 @@ INLINE void few(const Weight& w, const Table& table, int64_t n, const Row& row, 
     }
   }
   UNROLL for (int t = 0; t < T; t++) y[t] = sum(first[t] + second[t]);
-  if (!w.shifted) return;
-  UNROLL for (int t = 0; t < T; t++) {
-    vf total = {};
-    const float* of = sums + t * w.groups;
-    int64_t g = 0;
-    for (; g + W <= w.groups; g += W) total += *(const vf*)(row.shift + g) * *(const vf*)(of + g);
-    y[t] += sum(total);
-    for (; g < w.groups; g++) y[t] += row.shift[g] * of[g];
-  }
+  if (w.shifted) UNROLL for (int t = 0; t < T; t++) y[t] += row_shift(w, row, sums + t * w.groups);
 }
 
 // Elements [start, stop) of a row, in full, as vectors hold them or in their order.
@@ -474,6 +481,7 @@ INLINE void tiles(const Weight& w, const Table& table, int64_t n, Row& row, cons
   for (int64_t t = 0; t < m; t++) UNROLL for (int r = 0; r < R; r++) y[t * stride + r] = sum(sums[t * R + r]);
 }
 
+""" + FIXED_POINT + r"""
 struct Output {
   void* y;
   int64_t n;
@@ -488,44 +496,62 @@ INLINE void store(const Output& out, int64_t t, int64_t n, float total, float sc
   else ((uint16_t*)out.y)[t * out.n + n] = to_bf16(total);
 }
 
-// y (m, n) = x (m, k) @ w.T, times token_scale (m,) where that is given. x and y: F32 or BF16.
+// y (m, n) = x (m, k) @ w.T, times token_scale (m,) where that is given. x and y: F32 or BF16. points: how to compute, in FLOATS,
+// in FIXED point of 16 bits or WIDE of 31, or in 16 bits with x as the integers that it holds.
+#define FLOATS 0
+#define FIXED 1
+#define WIDE 2
+#define INTEGERS 3
+
 extern "C" void ao_product(const Weight* weight, const void* x, int32_t x_dtype, const float* token_scale, void* y, int32_t dtype,
-                           int64_t m, int32_t threads) {
+                           int64_t m, int32_t points, int32_t threads) {
   const Weight w = *weight;
   const Output out = {y, w.n, dtype, token_scale};
   float* rows = floats(m * w.k);
   to_floats(x, 0, m * w.k, x_dtype, rows);
-  float* sums = 0;
-  if (w.shifted && m <= 4) {
-    const int64_t group = w.k / w.groups;
-    sums = floats(m * w.groups);
-    for (int64_t g = 0; g < m * w.groups; g++) {
-      vf total = {};
-      for (int64_t i = 0; i < group; i += W) total += *(const vf*)(rows + g * group + i);
-      sums[g] = sum(total);
-    }
+  float* sums = w.shifted && (points || m <= 4) ? floats(m * w.groups) : 0;
+  Fixed fixed = {};
+  if (HAS_FIXED && points) {
+    const int64_t planes = points == WIDE ? 2 : 1;
+    fixed.x = (int16_t*)floats(m * planes * w.k / 2);
+    fixed.step = floats(m * planes * w.k / 16);
+    if (!to_fixed(w, rows, m, planes, points == INTEGERS, fixed, sums)) fixed.units = 0;
   }
-  for (int64_t i = 0; i < m * w.k; i += 32) arrange(rows + i);
-  const int64_t block = m <= 4 ? 8 : 3, blocks = (w.n + block - 1) / block;
+  if (!fixed.units) {
+    if (sums && m <= 4) {
+      const int64_t group = w.k / w.groups;
+      for (int64_t g = 0; g < m * w.groups; g++) {
+        vf total = {};
+        for (int64_t i = 0; i < group; i += W) total += *(const vf*)(rows + g * group + i);
+        sums[g] = sum(total);
+      }
+    }
+    for (int64_t i = 0; i < m * w.k; i += 32) arrange(rows + i);
+  }
+  const bool tiled = !fixed.units && m > 4;
+  const int64_t block = tiled ? 3 : 8, blocks = (w.n + block - 1) / block;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Table table = table_of(w.table);
-    Scratch scratch(w, m <= 4 ? 0 : 3 * (m * W + STEP + m) + 64);
+    const Shorts shorts = shorts_of(w.table, fixed.unit);
+    Scratch scratch(w, tiled ? 3 * (m * W + STEP + m) + 64 : m * fixed.planes * (fixed.units + 1) + m);
     Row& row = scratch.row;
     float* rest = scratch.rest(w);
-    float* totals = rest + 3 * (m * W + STEP);
+    float* totals = rest + (tiled ? 3 * (m * W + STEP) : m * fixed.planes * (fixed.units + 1));
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
       int64_t n = b * block, end = n + block < w.n ? n + block : w.n;
-      for (int64_t each = m > 4 && end - n == 3 ? 3 : 1; n < end; n += each) {
-        float few_totals[4], *got = few_totals;
-        if (m > 4) {
-          got = totals;
+      for (int64_t each = tiled && end - n == 3 ? 3 : 1; n < end; n += each) {
+        float few_totals[4], *got = m > 4 ? totals : few_totals;
+        if (tiled) {
           if (each == 3) tiles<3>(w, table, n, row, rows, m, rest, totals, 3);
           else tiles<1>(w, table, n, row, rows, m, rest, totals, 1);
         } else {
           read_row(w, n, row);
-          switch (m) {
+          switch (fixed.units ? 0 : m) {
+#if HAS_FIXED
+            case 0: row_in_fixed_point(w, shorts, n, row, fixed, m, sums, rest, got); break;
+#endif
             case 1: few<1>(w, table, n, row, rows, sums, got); break;
             case 2: few<2>(w, table, n, row, rows, sums, got); break;
             case 3: few<3>(w, table, n, row, rows, sums, got); break;
@@ -542,6 +568,8 @@ extern "C" void ao_product(const Weight* weight, const void* x, int32_t x_dtype,
   }
   free(rows);
   free(sums);
+  free(fixed.x);
+  free(fixed.step);
 }
 
 // How an activation is quantized: to integers with or without a zero point, or to float8.

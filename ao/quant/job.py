@@ -22,7 +22,7 @@ from .config import Config, SpecConfig
 from .coverage import Default, by_default, is_plain, why_computed
 from .report import Report, Row, storage_bytes
 from .slots import Filter, Slot
-from .trial import can_try, why_it_cannot
+from .trial import why_it_cannot
 
 __all__ = ["Job", "jobs_by_name", "jobs_of"]
 
@@ -138,7 +138,10 @@ def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job 
             config = SpecConfig(config)
         if algorithm is not None:
             config = replace(config, algorithm=algorithm)
-        spec = _fit(config.weight(shape), slots[0].owner, len(shape))
+        spec = config.weight(shape)
+        if isinstance(slots[0].owner, nn.modules.conv._ConvNd) and len(spec.block) == 2:
+            # A kernel's dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over the weight.
+            spec = replace(spec, block=(*spec.block, *([-1] * (len(shape) - 2))))  # type: ignore[call-arg]
         act, recipe = config.act() or spec.act, config.recipe
         linear = all(isinstance(owner, nn.Linear) for owner in owners)
         if act is not None:
@@ -154,10 +157,7 @@ def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job 
                 "use algorithm='hqq' for it, leave it out with filter_fn=ao.is_linear, or give unsupported='skip'"
             )
         recipe.check(spec, shape)
-        if can_try():
-            blank(spec, shape)
-        else:
-            spec.quantize(torch.empty(shape, dtype=p.dtype, device="meta"))
+        blank(spec, shape)
         for slot in (slot for slot in slots if not is_plain(slot)):
             cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
             if cannot:
@@ -179,14 +179,6 @@ def _quantizes_input(owners: list[nn.Module], config: Config) -> bool:
     linear = [isinstance(owner, nn.Linear) for owner in owners]
     dynamic = config.act_scale() is None and config.act_range() is None
     return all(linear) or (any(linear) and dynamic)
-
-
-def _fit(spec: Spec, owner: nn.Module, rank: int) -> Spec:
-    """A convolution's kernel dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over its weight."""
-    block = spec.block
-    if isinstance(owner, nn.modules.conv._ConvNd) and len(block) == 2:
-        return replace(spec, block=(*block, *([-1] * (rank - 2))))  # type: ignore[call-arg]
-    return spec
 
 
 def check(job: Job) -> None:

@@ -653,8 +653,10 @@ def test_memory_is_given_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("device_map", "may"),
-    [(None, True), ("auto", True), ({"": "cuda"}, False), ({"": 0}, False), ({"": torch.device("cuda", 1)}, False)]
-    + [({"model": 0, "lm_head": "cpu"}, True), ({"": torch.device("cpu")}, True)],
+    [
+        *[(None, True), ("auto", True), ({"": "cpu"}, True), ({"model": 0, "lm_head": torch.device("cpu")}, True)],
+        *[({"": "cuda"}, False), ({"": 0}, False), ({"": torch.device("cuda", 1)}, False)],
+    ],
 )
 def test_which_device_maps_may_put_modules_on_the_cpu(device_map, may):
     from ao.integrations.transformers import may_be_on_cpu

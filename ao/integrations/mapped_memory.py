@@ -40,8 +40,8 @@ class MappedFiles:
         self.mappings: list[tuple[int, int]] = []
 
     def read(self, t: Tensor) -> None:
-        """`t` has been read for the last time. It is a tensor that is mapped, whose own pages are given back at once, or a copy of
-        one: then nobody knows whose pages to give back, and from time to time those of all of the files are."""
+        """`t` has been read for the last time. The pages of a tensor that is mapped are given back at once. Nobody knows whose
+        pages a copy was made from: from time to time, those of all of the files are given back."""
         if not self.paths:
             return
         self.mappings = self.mappings or list(self._mappings())

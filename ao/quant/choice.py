@@ -152,9 +152,7 @@ def _of_one_parameter(verdicts: list[tuple[Slot, Verdict]], report: Report) -> C
     for slot, verdict in verdicts:
         why = verdict.why or f"tied to {stays.fqn}, which stays as it is: {reason}"
         p = slot.parameter
-        matrix = p.dim() > 1 and (
-            (is_matrix(p) and not slot.name.endswith("bias")) or not by_default(slot, asked=True)
-        )
+        matrix = p.dim() > 1 and ((is_matrix(p) and not slot.name.endswith("bias")) or not by_default(slot, asked=True))
         if p.numel() > LARGE or matrix:
             report.skipped[slot.fqn] = why
     return None

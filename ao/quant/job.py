@@ -63,8 +63,18 @@ class Job:
         return self.recipe.needs | ({RANGES[self.act_range]} if self.act_range is not None else frozenset())
 
     def seen(self) -> Statistics | None:
-        """What `calibrate` saw of the input of its layers, where it needs that."""
-        return next((s for s in map(statistics_of, self.owners) if s is not None), None) if self.needs else None
+        """What `calibrate` saw of the input of its layers, where it needs that. Raises ValueError where it needs more."""
+        needs = self.needs
+        if not needs:
+            return None
+        seen = next((s for s in map(statistics_of, self.owners) if s is not None), None)
+        if lacking := (seen or Statistics()).lacks(needs):
+            what = f"algorithm={self.recipe.name!r}" if self.recipe.needs else "a static activation"
+            raise ValueError(
+                f"{self.fqn}: {what} needs calibration ({', '.join(sorted(lacking))}), and there was none; pass "
+                "calibration_data=batches, or run data through the model under `with calibrate(model, config):` first"
+            )
+        return seen
 
     def quantize(self, weight: Tensor, seen: Statistics | None = None) -> tuple[QTensor, Rounded | None]:
         """The weight as the job has it stored, and what its recipe found, which has notes and perhaps a bias; None for
@@ -183,7 +193,7 @@ def _quantizes_input(owners: list[nn.Module], config: Config) -> bool:
 
 def check(job: Job) -> None:
     """Raise ValueError for a weight that no format can hold, and for a layer that is still being trained to be quantized."""
-    if any(hasattr(owner, "fake_quantized_weight") for owner in job.owners):
+    if any(hasattr(slot.owner, "fake_quantized_weight") for slot in job.slots):
         raise ValueError(
             f"{job.fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
             "FromIntXQuantizationAwareTrainingConfig() first"
@@ -225,19 +235,6 @@ def _in_words_of(config: object, error: str) -> str:
     skip = f"SpecConfig({config.spec}, unsupported='skip')" if isinstance(config, SpecConfig) else "unsupported='skip'"
     said = error[: fits.start() if fits is not None else packs.end() if packs is not None else None]
     return f"{said}; {use}{', ' * bool(use)}give {skip}, or leave it out with filter_fn (--skip)"
-
-
-def require_statistics(jobs: list[Job]) -> None:
-    """Raise ValueError for a job that needs to know its input and has not been calibrated."""
-    for job in jobs:
-        needs = job.needs
-        lacking = (job.seen() or Statistics()).lacks(needs) if needs else []
-        if lacking:
-            what = f"algorithm={job.recipe.name!r}" if job.recipe.needs else "a static activation"
-            raise ValueError(
-                f"{job.fqn}: {what} needs calibration ({', '.join(sorted(lacking))}), and there was none; pass "
-                "calibration_data=batches, or run data through the model under `with calibrate(model, config):` first"
-            )
 
 
 def static_scale(job: Job, seen: Statistics | None, pre_scale: Tensor | None = None) -> Tensor | None:

@@ -107,17 +107,16 @@ def jobs_of(
     config: Config | Spec,
     filter_fn: Filter | None,
     report: Report,
-    algorithm: str | Recipe | None = None,
     *,
     default: Default = by_default,
     ties: Mapping[str, str] | None = None,
 ) -> list[Job]:
     """The jobs of `quantize_(model, config, filter_fn)`; what is passed over goes to the report. Raises as `quantize_` does.
 
-    algorithm: in place of the config's own, and for a Spec, which has none. default, ties: as of `choices`.
+    default, ties: as of `choices`.
     """
     chosen = choices(model, config, filter_fn, report, default, ties)
-    return [job for each in chosen if (job := _job(each, report, algorithm)) is not None]
+    return [job for each in chosen if (job := _job(each, report)) is not None]
 
 
 def jobs_by_name(
@@ -134,7 +133,7 @@ def jobs_by_name(
     return {slot.fqn: job for job in jobs for slot in job.slots}, report
 
 
-def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job | None:
+def _job(chosen: Chosen, report: Report) -> Job | None:
     slots, config = chosen.slots, chosen.config
     p, owners = slots[0].parameter, [slot.owner for slot in slots]
     shape = tuple(p.shape)
@@ -146,8 +145,6 @@ def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job 
             )
         if isinstance(config, Spec):
             config = SpecConfig(config)
-        if algorithm is not None:
-            config = replace(config, algorithm=algorithm)
         spec = config.weight(shape)
         if isinstance(slots[0].owner, nn.modules.conv._ConvNd) and len(spec.block) == 2:
             # A kernel's dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over the weight.

@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in args.formats}
     with tempfile.TemporaryDirectory() as parent:
         folder = bench_generate_hf.folder_of(args, Path(parent))
+        os.sync()  # as files are that were not written a moment ago: what is on the disk can be given back
         for _ in range(args.rounds):
             for name in args.formats:
                 found[name].append(load(folder, name, args.device))

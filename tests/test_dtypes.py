@@ -13,10 +13,11 @@ from cases import CASES, SHAPE, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, QTensor, Sparse24, Spec, pieces, to_nf4
-from ao.dtypes.base import dense
-from ao.dtypes.blocks import expand
+from ao.dtypes.base import blank, dense
+from ao.dtypes.blocks import expand, is_finite
 from ao.dtypes.lattice import lattice
 from ao.quant import compute_error
 
@@ -560,8 +561,6 @@ def test_module_moves(case, device):
 
 @every
 def test_meta_and_fake(case):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     q = case.spec.quantize(torch.empty(SHAPE, device="meta"))
     real = case.spec.quantize(weight())
     assert q.device.type == "meta" and q.dequantize().shape == SHAPE
@@ -764,3 +763,27 @@ def test_a_copy_of_a_spec_is_the_spec():
     """Compiled models compare Specs with copies at every call."""
     for spec in (Intx(4, (1, 32)), NF4):
         assert copy.deepcopy(spec) is spec
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_is_finite(dtype):
+    assert is_finite(torch.empty(0, 4, dtype=dtype))
+    assert is_finite(torch.full((300, 300), torch.finfo(dtype).max, dtype=dtype))  # whose sum is not
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(64, 65).to(dtype)
+        x[3, 7] = bad
+        assert not is_finite(x)
+        x[5, 5] = -bad
+        assert not is_finite(x)
+
+
+def test_blank_keeps_no_fake_tensors():
+    """What is asked under a mode that fakes tensors is not the answer outside of it."""
+    spec, shape = Intx(5, (1, 24)), (8, 72)
+    with FakeTensorMode():
+        fake = blank(spec, shape)
+    kept = blank(spec, shape)
+    assert type(kept.qdata) is torch.Tensor and kept.qdata.shape == fake.qdata.shape
+    assert blank(spec, shape) is kept
+    with FakeTensorMode():
+        assert blank(spec, shape) is not kept

@@ -614,19 +614,54 @@ def test_static_cache_and_compile(saved):
     assert model.hf_quantizer.is_compileable and model.hf_quantizer.is_trainable
 
 
-def test_memory_is_given_back(folders):
-    """What was read of a mapped file is let go; what stays in use is read again."""
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_given_back(tmp_path):
+    """What was read of a mapped file is let go. What stays in use, and what was written to it, is as it was."""
+    from safetensors.torch import save_file
+
     from ao.integrations.mapped_memory import MappedFiles
 
-    file = str(folders["mixtral"] / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.randn(2**18) for name in "abc"}, file)
+
+    def resident() -> int:
+        """KiB of the file that the process holds."""
+        of_file = Path("/proc/self/smaps").read_text().partition(str(file))[2]
+        return int(of_file.partition("Rss:")[2].split()[0])
+
     with safe_open(file, "pt") as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    sums = {name: t.float().sum() for name, t in tensors.items()}
-    for mapped in (MappedFiles([file], every=1), MappedFiles([file], every=1, stay=True)):
-        for _ in range(2):
-            mapped.read(1)
-            assert mapped.pending == 0 and all(t.float().sum() == sums[name] for name, t in tensors.items())
-        assert mapped.mappings or sys.platform != "linux"
+        tensors = {name: f.get_tensor(name) for name in "abc"}
+        tensors["b"].add_(1)
+        sums = {name: t.sum() for name, t in tensors.items()}
+        everything = resident()
+        mapped = MappedFiles([str(file)])
+        mapped.read(tensors["a"])
+        mapped.read(tensors["c"])
+        assert everything > 3000 and resident() < 1200
+        assert all(t.sum() == sums[name] for name, t in tensors.items())
+        mapped = MappedFiles([str(file)], every=2**21)
+        mapped.read(tensors["a"].clone())  # a copy, from time to time
+        assert mapped.pending == 2**20
+        mapped.read(tensors["c"].clone())
+        assert mapped.pending == 0
+        assert all(t.sum() == sums[name] for name, t in tensors.items())
+        mapped = MappedFiles([str(file)], every=1, kept=False)
+        mapped.read(tensors["a"].clone())
+        assert resident() < 200
+        assert all(tensors[name].sum() == sums[name] for name in "ac")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "may"),
+    [
+        *[(None, True), ("auto", True), ({"": "cpu"}, True), ({"model": 0, "lm_head": torch.device("cpu")}, True)],
+        *[({"": "cuda"}, False), ({"": 0}, False), ({"": torch.device("cuda", 1)}, False)],
+    ],
+)
+def test_which_device_maps_may_put_modules_on_the_cpu(device_map, may):
+    from ao.integrations.transformers import may_be_on_cpu
+
+    assert may_be_on_cpu(device_map) is may
 
 
 @pytest.mark.slow

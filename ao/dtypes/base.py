@@ -282,9 +282,18 @@ def quantize_fields(
     return spec.encode(x, **(qparams or spec.choose_qparams(x, grid)))
 
 
-@functools.lru_cache(maxsize=256)
 def blank(spec: Spec, shape: tuple[int, ...], grid: tuple[int, ...] | None = None) -> QTensor:
-    """A QTensor on meta, as quantizing data of `shape` would give. Raises ValueError where `spec` does not take it."""
+    """A QTensor on meta, as quantizing data of `shape` would give. Raises ValueError where `spec` does not take it.
+
+    The answer is kept, but under a mode that makes tensors of its own, such as fake ones, and in code that is compiled.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return _blank.__wrapped__(spec, shape, grid)
+    return _blank(spec, shape, grid)
+
+
+@functools.lru_cache(maxsize=256)
+def _blank(spec: Spec, shape: tuple[int, ...], grid: tuple[int, ...] | None) -> QTensor:
     x = torch.empty(shape, device="meta")
     fields = spec.encode(x, **spec.choose_qparams(x, spec.grid(shape) if grid is None else grid))
     return spec.wrap(fields, x.dtype, shape)

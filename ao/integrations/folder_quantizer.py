@@ -67,10 +67,10 @@ def quantize_folder(
             "as it loads them; use --in-memory (in Python, quantize_folder_in_memory)"
         )
     settings.modules_to_not_convert = plain_linears(model, plan)
-    mapped = MappedFiles(map(str, stored.files))
+    mapped = MappedFiles(map(str, stored.files), kept=False)
     with stored, written_folder(source, target, max_shard_bytes) as shards:
-        for name, t in stored.in_order():
-            done = t.nbytes
+        for name, read in stored.in_order():
+            t, done = read, read.nbytes
             report.model_bytes += done
             if names[name] in plan:
                 report.quantized_bytes += done
@@ -79,7 +79,7 @@ def quantize_folder(
                     watch(names[name], t, q)
                 t = q
             shards.add(names[name] if isinstance(t, QTensor) else name, t)
-            mapped.read(done)
+            mapped.read(read)
             if progress is not None:
                 progress(done)
         shards.write_config({**data, "quantization_config": settings.to_dict()})

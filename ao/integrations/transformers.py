@@ -203,7 +203,11 @@ class AoHfQuantizer(HfQuantizer):
     # Loading.
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
     ) -> None:
         if self.quantization_config.stored is not None:
             self.stored, self.loading, self.pre_quantized = self.quantization_config.stored, model, True
@@ -220,7 +224,7 @@ class AoHfQuantizer(HfQuantizer):
             return
         self.keep = self.kept(model)
         if self.quantization_config.quant_type != AUTOQUANT:
-            self.files = MappedFiles(checkpoint_files or (), stay=True)
+            self.files = MappedFiles(checkpoint_files or (), kept=may_be_on_cpu(device_map))
             self.plan, self.report = plan_for(model, self.quantization_config, self.keep, embedding_names(model))
 
     def kept(self, model: PreTrainedModel) -> list[str]:
@@ -469,6 +473,13 @@ _original_merge = redirect(
     AutoHfQuantizer.merge_quantization_configs.__func__,  # type: ignore[attr-defined]
     _merge_quantization_configs,
 )
+
+
+def may_be_on_cpu(device_map: Any) -> bool:
+    """Whether a device map may put modules on the CPU: one that is not decided yet, such as "auto", may."""
+    if not isinstance(device_map, dict):
+        return True
+    return any(str(device) in ("cpu", "disk") for device in device_map.values())
 
 
 def refuse_disk(device_map: Any) -> None:

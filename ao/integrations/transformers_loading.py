@@ -57,7 +57,7 @@ class Quantize(ConversionOps):
             if name in self.plan:
                 refuse_sharded(model, name)
                 made[name] = self.quantize(name, value)
-                self.files.read(value.nbytes)
+                self.files.read(value)
             else:
                 made[name] = value
             del value

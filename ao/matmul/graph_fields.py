@@ -70,12 +70,6 @@ def refreshed(module: nn.Module) -> dict[str, Any]:
     return own
 
 
-def forgotten(module: nn.Module) -> None:
-    """Let go of what `module` keeps: its parameters may be others."""
-    if "in_graph" in module.__dict__:
-        module.__dict__["in_graph"].clear()
-
-
 def _filled(weight: QTensor) -> None:
     """The dict of a parameter, as its fields are now."""
     form, paths = registered(form_of(weight))

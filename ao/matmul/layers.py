@@ -238,7 +238,7 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) 
 
 def adopt(module: nn.Module) -> None:
     """Give a module the class that its parameters need: that of one with quantized ones, or its own again."""
-    graph_fields.forgotten(module)
+    module.__dict__.get("in_graph", {}).clear()  # what it keeps of parameters that may be others now
     own = layer_class(module)
     names = tuple(name for name, p in module._parameters.items() if isinstance(p, QTensor))
     if not names:

@@ -66,32 +66,34 @@ def choices(
         if filter_fn is not None:
             raise ValueError("quantize_: filter_fn must be None with FqnToConfig, whose rules choose the layers")
         verdicts = _by_rules(config, model, slots, default)
+    elif filter_fn is not None:
+        verdicts = _by_filter(config, model, slots, filter_fn)
     else:
-        verdicts = _by_filter(config, model, slots, filter_fn, default)
-    _tell_of_buffers(model, report)
+        reasons = {slot.fqn: default(slot) for slot in slots}
+        verdicts = {fqn: Verdict(None if why else config, why) for fqn, why in reasons.items()}
+    for name, module in model.named_modules():
+        weight = module._buffers.get("weight")
+        if weight is not None and not isinstance(weight, QTensor) and (why := why_no_parameter(module)):
+            report.skipped[_weight_of(name)] = why
     found = [_of_one_parameter([(slot, verdicts[slot.fqn]) for slot in group], report) for group in tied(slots, ties)]
     return [chosen for chosen in found if chosen is not None]
 
 
-def _by_filter(
-    config: Config | Spec, model: nn.Module, slots: list[Slot], filter_fn: Filter | None, default: Default
-) -> dict[str, Verdict]:
+def _by_filter(config: Config | Spec, model: nn.Module, slots: list[Slot], filter_fn: Filter) -> dict[str, Verdict]:
     verdicts: dict[str, Verdict] = {}
     for slot in slots:
-        why = default(slot) if filter_fn is None else by_default(slot, asked=True)
-        if filter_fn is None:
-            verdicts[slot.fqn] = Verdict(None if why else config, why)
-        elif not qualifies(slot.parameter) or not (slot.name == "weight" or is_experts(slot.owner, slot.parameter)):
+        why = by_default(slot, asked=True)
+        if not qualifies(slot.parameter) or not (slot.name == "weight" or is_experts(slot.owner, slot.parameter)):
             verdicts[slot.fqn] = Verdict(None, why or "filter_fn is asked for layers with a `weight`")
         elif filter_fn(slot.owner, slot.module_fqn):
             verdicts[slot.fqn] = Verdict(config, asked=True)
         else:
             verdicts[slot.fqn] = Verdict(None, why or "filter_fn leaves it out")
-    if filter_fn is not None and getattr(config, "unsupported", "raise") == "raise":
+    if getattr(config, "unsupported", "raise") == "raise":
         for name, module in model.named_modules():
             if (why := why_no_parameter(module)) and filter_fn(module, name):
                 raise ValueError(f"{_weight_of(name)}: {why}, or leave it out with filter_fn")
-    if filter_fn is not None and not any(verdict.asked for verdict in verdicts.values()):
+    if not any(verdict.asked for verdict in verdicts.values()):
         raise ValueError(nothing_taken([slot.module_fqn for slot in slots if not by_default(slot, asked=True)]))
     return verdicts
 
@@ -150,16 +152,10 @@ def _of_one_parameter(verdicts: list[tuple[Slot, Verdict]], report: Report) -> C
     for slot, verdict in verdicts:
         why = verdict.why or f"tied to {stays.fqn}, which stays as it is: {reason}"
         p = slot.parameter
-        if p.numel() > LARGE or (is_matrix(p) and not slot.name.endswith("bias")) or not by_default(slot, asked=True):
+        matrix = p.dim() > 1 and ((is_matrix(p) and not slot.name.endswith("bias")) or not by_default(slot, asked=True))
+        if p.numel() > LARGE or matrix:
             report.skipped[slot.fqn] = why
     return None
-
-
-def _tell_of_buffers(model: nn.Module, report: Report) -> None:
-    for name, module in model.named_modules():
-        weight = module._buffers.get("weight")
-        if weight is not None and not isinstance(weight, QTensor) and (why := why_no_parameter(module)):
-            report.skipped[_weight_of(name)] = why
 
 
 def _weight_of(module: str) -> str:

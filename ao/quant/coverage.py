@@ -25,6 +25,8 @@ LARGE = 1000
 FEW = 16
 """Linear layers of fewer outputs or inputs stay as they are, unless they are asked for: they save nothing, and decide much."""
 
+VECTOR = "a vector, such as a norm's weight or a bias"
+
 BY_RULE = "a rule by its name (FqnToConfig) takes it"
 
 
@@ -76,6 +78,8 @@ def by_default(slot: Slot, asked: bool = False) -> str:
     owner, leaf, p = slot.owner, slot.name, slot.parameter
     if is_plain(slot) and p.is_floating_point() and p.element_size() > 1 and (asked or min(p.shape) >= FEW):
         return ""
+    if p.dim() < 2:
+        return VECTOR
     kind = type(owner).__name__
     if computed := why_computed(owner, leaf):
         return computed
@@ -83,7 +87,7 @@ def by_default(slot: Slot, asked: bool = False) -> str:
     if takes and qualifies(p):
         return "" if asked or min(p.shape) >= FEW else few(owner, slot.module_fqn)
     if not is_matrix(p):
-        return "a vector, such as a norm's weight or a bias"
+        return VECTOR
     if not qualifies(p):
         return f"of {p.dtype}, and not floating point of 16 bits or more"
     if isinstance(owner, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):

@@ -22,7 +22,7 @@ from .config import Config, SpecConfig
 from .coverage import Default, by_default, is_plain, why_computed
 from .report import Report, Row, storage_bytes
 from .slots import Filter, Slot
-from .trial import can_try, why_it_cannot
+from .trial import why_it_cannot
 
 __all__ = ["Job", "jobs_by_name", "jobs_of"]
 
@@ -63,8 +63,18 @@ class Job:
         return self.recipe.needs | ({RANGES[self.act_range]} if self.act_range is not None else frozenset())
 
     def seen(self) -> Statistics | None:
-        """What `calibrate` saw of the input of its layers, where it needs that."""
-        return next((s for s in map(statistics_of, self.owners) if s is not None), None) if self.needs else None
+        """What `calibrate` saw of the input of its layers, where it needs that. Raises ValueError where it needs more."""
+        needs = self.needs
+        if not needs:
+            return None
+        seen = next((s for s in map(statistics_of, self.owners) if s is not None), None)
+        if lacking := (seen or Statistics()).lacks(needs):
+            what = f"algorithm={self.recipe.name!r}" if self.recipe.needs else "a static activation"
+            raise ValueError(
+                f"{self.fqn}: {what} needs calibration ({', '.join(sorted(lacking))}), and there was none; pass "
+                "calibration_data=batches, or run data through the model under `with calibrate(model, config):` first"
+            )
+        return seen
 
     def quantize(self, weight: Tensor, seen: Statistics | None = None) -> tuple[QTensor, Rounded | None]:
         """The weight as the job has it stored, and what its recipe found, which has notes and perhaps a bias; None for
@@ -97,17 +107,16 @@ def jobs_of(
     config: Config | Spec,
     filter_fn: Filter | None,
     report: Report,
-    algorithm: str | Recipe | None = None,
     *,
     default: Default = by_default,
     ties: Mapping[str, str] | None = None,
 ) -> list[Job]:
     """The jobs of `quantize_(model, config, filter_fn)`; what is passed over goes to the report. Raises as `quantize_` does.
 
-    algorithm: in place of the config's own, and for a Spec, which has none. default, ties: as of `choices`.
+    default, ties: as of `choices`.
     """
     chosen = choices(model, config, filter_fn, report, default, ties)
-    return [job for each in chosen if (job := _job(each, report, algorithm)) is not None]
+    return [job for each in chosen if (job := _job(each, report)) is not None]
 
 
 def jobs_by_name(
@@ -124,7 +133,7 @@ def jobs_by_name(
     return {slot.fqn: job for job in jobs for slot in job.slots}, report
 
 
-def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job | None:
+def _job(chosen: Chosen, report: Report) -> Job | None:
     slots, config = chosen.slots, chosen.config
     p, owners = slots[0].parameter, [slot.owner for slot in slots]
     shape = tuple(p.shape)
@@ -136,9 +145,10 @@ def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job 
             )
         if isinstance(config, Spec):
             config = SpecConfig(config)
-        if algorithm is not None:
-            config = replace(config, algorithm=algorithm)
-        spec = _fit(config.weight(shape), slots[0].owner, len(shape))
+        spec = config.weight(shape)
+        if isinstance(slots[0].owner, nn.modules.conv._ConvNd) and len(spec.block) == 2:
+            # A kernel's dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over the weight.
+            spec = replace(spec, block=(*spec.block, *([-1] * (len(shape) - 2))))  # type: ignore[call-arg]
         act, recipe = config.act() or spec.act, config.recipe
         linear = all(isinstance(owner, nn.Linear) for owner in owners)
         if act is not None:
@@ -154,10 +164,7 @@ def _job(chosen: Chosen, report: Report, algorithm: str | Recipe | None) -> Job 
                 "use algorithm='hqq' for it, leave it out with filter_fn=ao.is_linear, or give unsupported='skip'"
             )
         recipe.check(spec, shape)
-        if can_try():
-            blank(spec, shape)
-        else:
-            spec.quantize(torch.empty(shape, dtype=p.dtype, device="meta"))
+        blank(spec, shape)
         for slot in (slot for slot in slots if not is_plain(slot)):
             cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
             if cannot:
@@ -181,17 +188,9 @@ def _quantizes_input(owners: list[nn.Module], config: Config) -> bool:
     return all(linear) or (any(linear) and dynamic)
 
 
-def _fit(spec: Spec, owner: nn.Module, rank: int) -> Spec:
-    """A convolution's kernel dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over its weight."""
-    block = spec.block
-    if isinstance(owner, nn.modules.conv._ConvNd) and len(block) == 2:
-        return replace(spec, block=(*block, *([-1] * (rank - 2))))  # type: ignore[call-arg]
-    return spec
-
-
 def check(job: Job) -> None:
     """Raise ValueError for a weight that no format can hold, and for a layer that is still being trained to be quantized."""
-    if any(hasattr(owner, "fake_quantized_weight") for owner in job.owners):
+    if any(hasattr(slot.owner, "fake_quantized_weight") for slot in job.slots):
         raise ValueError(
             f"{job.fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
             "FromIntXQuantizationAwareTrainingConfig() first"
@@ -233,19 +232,6 @@ def _in_words_of(config: object, error: str) -> str:
     skip = f"SpecConfig({config.spec}, unsupported='skip')" if isinstance(config, SpecConfig) else "unsupported='skip'"
     said = error[: fits.start() if fits is not None else packs.end() if packs is not None else None]
     return f"{said}; {use}{', ' * bool(use)}give {skip}, or leave it out with filter_fn (--skip)"
-
-
-def require_statistics(jobs: list[Job]) -> None:
-    """Raise ValueError for a job that needs to know its input and has not been calibrated."""
-    for job in jobs:
-        needs = job.needs
-        lacking = (job.seen() or Statistics()).lacks(needs) if needs else []
-        if lacking:
-            what = f"algorithm={job.recipe.name!r}" if job.recipe.needs else "a static activation"
-            raise ValueError(
-                f"{job.fqn}: {what} needs calibration ({', '.join(sorted(lacking))}), and there was none; pass "
-                "calibration_data=batches, or run data through the model under `with calibrate(model, config):` first"
-            )
 
 
 def static_scale(job: Job, seen: Statistics | None, pre_scale: Tensor | None = None) -> Tensor | None:

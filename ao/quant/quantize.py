@@ -15,7 +15,7 @@ from .calibration.sequential import Batch, quantize_in_sequence, restored_on_err
 from .calibration.statistics import ATTRIBUTE, Statistics
 from .config import Config, ModelConfig
 from .coverage import is_linear
-from .job import Job, check, jobs_of, require_statistics
+from .job import Job, check, jobs_of
 from .progress import progress
 from .read_format import read_format
 from .report import Report, Row, storage_bytes
@@ -92,22 +92,23 @@ def quantize_(
     jobs = jobs_of(model, config, filter_fn, report)
     for job in jobs:
         check(job)
-    if batches is None:
-        require_statistics(jobs)
+    in_sequence = batches is not None and any(job.needs for job in jobs)
+    seen = [] if in_sequence else [job.seen() for job in jobs]
     if not jobs:
         report.notes.append(
             "nothing was quantized: by default linear layers are; filter_fn, or a rule by name (FqnToConfig), takes others"
         )
     target = None if device is None else _there(device)
-    if batches is not None and any(job.needs for job in jobs):
+    if in_sequence:
+        assert batches is not None
         with restored_on_error(model, jobs, target):
             finish = functools.partial(quantize_job, device=target, report=report)
             quantize_in_sequence(model, jobs, batches, target, finish)
         place = {job.fqn: i for i, job in enumerate(jobs)}
         report.rows.sort(key=lambda row: place[row.name])
     else:
-        for job in progress(jobs, "quantize"):
-            quantize_job(job, job.seen(), target, report)
+        for job, known in progress(list(zip(jobs, seen)), "quantize"):
+            quantize_job(job, known, target, report)
     for module in model.modules():
         module.__dict__.pop(ATTRIBUTE, None)
     if target is not None:

@@ -15,7 +15,7 @@ from ..quant.algorithms.pruning import Pruner
 from ..quant.calibration.sequential import quantize_in_sequence, restored_on_error
 from ..quant.calibration.statistics import Statistics
 from ..quant.choice import choices
-from ..quant.job import Job, check_values, require_statistics
+from ..quant.job import Job, check_values
 from ..quant.quantize import batches_of
 from ..quant.report import aligned, by_reason
 from .training import SemiSparseLinear
@@ -90,8 +90,8 @@ def prune_(
         _check(job, pruner)
         jobs.append(job)
     batches = None if calibration_data is None else batches_of(calibration_data)
-    if batches is None:
-        require_statistics(jobs)
+    in_sequence = batches is not None and bool(pruner.needs)
+    known = [] if in_sequence else [job.seen() for job in jobs]
     report = PruneReport(pruner.name, str(pruner.pattern), skipped=passed_over.skipped)
     rows: dict[str, PruneRow] = {}
 
@@ -100,11 +100,12 @@ def prune_(
 
     there = None if device is None else torch.device(device)
     with restored_on_error(model, jobs, there):
-        if batches is not None and pruner.needs:
+        if in_sequence:
+            assert batches is not None
             quantize_in_sequence(model, jobs, batches, there, finish)
         else:
-            for job in jobs:
-                finish(job, job.seen())
+            for job, seen in zip(jobs, known):
+                finish(job, seen)
     report.rows.extend(rows[job.fqn] for job in jobs)
     return report
 

@@ -15,7 +15,7 @@ from ..calibration.sequential import Batch, quantize_in_sequence, restored_on_er
 from ..calibration.statistics import Statistics
 from ..config import Config
 from ..coverage import by_default
-from ..job import Job, check, jobs_of, require_statistics, static_scale
+from ..job import Job, check, jobs_of, static_scale
 from ..report import Report
 from ..slots import Filter, Slot
 from .layers import PREPARED, FakeQuantized
@@ -57,8 +57,8 @@ def prepare(
     for job in jobs:
         check(job)
         _check_layers(job, adapter)
-    if batches is None:
-        require_statistics(jobs)
+    in_sequence = batches is not None and any(job.needs for job in jobs)
+    known = [] if in_sequence else [job.seen() for job in jobs]
     starts: dict[str, _Start] = {}
 
     def finish(job: Job, seen: Statistics | None) -> None:
@@ -76,11 +76,12 @@ def prepare(
 
     originals = {job.fqn: job.parameter for job in jobs}
     with restored_on_error(model, jobs, None):
-        if batches is not None and any(job.needs for job in jobs):
+        if in_sequence:
+            assert batches is not None
             quantize_in_sequence(model, jobs, batches, None, finish)
         else:
-            for job in jobs:
-                finish(job, job.seen())
+            for job, seen in zip(jobs, known):
+                finish(job, seen)
     for job in jobs:
         job.install(originals[job.fqn])
         _set_up(job, starts[job.fqn], adapter)

@@ -9,7 +9,7 @@ from cases import weight
 
 import ao
 from ao import compute_error
-from ao.dtypes import NF4, Codebook, Float8, FloatX, Intx, Shifted
+from ao.dtypes import NF4, Codebook, Float8, FloatX, Intx, Shifted, Ternary
 from ao.matmul import linear, made, path_name
 from ao.matmul.kernels import built
 
@@ -53,6 +53,10 @@ def product(x, q):
         FloatX(3, 2, block=(1, 32)),
         FloatX(2, 3, block=(1, 16)),
         FloatX(5, 2, block=(1, 32)),
+        FloatX(4, 3, block=(1, 32), scale="e8m0"),
+        FloatX(2, 1, block=(1, 32), scale="e8m0"),
+        Ternary(),
+        Ternary((1, 64)),
         Shifted(4, (1, 32), scale_dtype="float16"),
         Shifted(4, (1, 64), centered=True, scale_dtype="bfloat16"),
         Q4_K,
@@ -69,10 +73,10 @@ def test_values(spec):
     for tokens in (1, 2, 3, 4, 5, 9, 130):
         x = weight((tokens, K), 1)
         assert compute_error(x.double() @ dense.t(), product(x, q).double()) > 110, tokens
-    for dtype in (torch.bfloat16, torch.float16):
-        x = weight((3, K), 1, dtype)
+    for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 11), (torch.float16, 3)):
+        x = weight((tokens, K), 1, dtype)
         y = product(x, q)
-        assert y.dtype == dtype and compute_error(x.double() @ dense.t(), y.double()) > 48
+        assert y.dtype == dtype and compute_error((x.double() @ dense.t()).to(dtype).double(), y.double()) > 56
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,7 @@ def test_values(spec):
         Intx(8, act=Intx(8)),
         Intx(8, act=Intx(8, symmetric=False)),
         Intx(4, (1, 32), act=Intx(8)),
+        Ternary(act=Intx(8)),
         Float8(act=Float8()),
     ],
     ids=str,
@@ -97,7 +102,7 @@ def test_quantized_activations(spec, monkeypatch):
             other = spec.quantize(weight((N, K)))
             assert path_name(x, other) != "made"
             expected = F.linear(x, other)
-        assert torch.equal(y, expected) if spec == Intx(8, act=spec.act) else compute_error(expected, y) > 110
+        assert torch.equal(y, expected) if isinstance(spec, Ternary) or spec == Intx(8, act=spec.act) else compute_error(expected, y) > 110
 
 
 @pytest.mark.parametrize("flags", [(), ("-DW=16",)], ids=["eight lanes", "sixteen lanes"])
@@ -184,3 +189,29 @@ def test_scales_of_float16(scale):
     expected = weight((1, K), 1) @ q.dequantize().t()
     y = product(weight((1, K), 1), q)
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("spec", [Intx(8), Intx(4, (1, 32)), Intx(3, (1, 16)), NF4], ids=str)
+def test_fixed_point_of_any_range(spec):
+    """Outliers, zeros, the smallest and the largest numbers: a token's error is beside the largest of its terms."""
+    q = spec.quantize(weight((N, K)))
+    x = weight((6, K), 1, torch.bfloat16)
+    x[1, ::200] *= 1e4
+    x[2, :500] = 0
+    x[3] *= 1e-38
+    x[4] *= 1e35
+    x[5] *= torch.logspace(-20, 3, K)
+    exact = x.double() @ q.dequantize().double().t()
+    for rows in (slice(0, 6), *(slice(t, t + 1) for t in range(6))):
+        for row, expected in zip(product(x[rows], q), exact[rows]):
+            assert compute_error(expected, row.double()) > 46
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite(value):
+    """Reaches the outputs of its token, and no other."""
+    q = Intx(4, (1, 32)).quantize(weight((N, K)))
+    x = weight((3, K), 1, torch.bfloat16)
+    x[1, 77] = value
+    y, plain = product(x, q), x @ q.dequantize().bfloat16().t()
+    assert torch.equal(y.isfinite(), plain.isfinite())

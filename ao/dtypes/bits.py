@@ -200,3 +200,8 @@ def unpack_trits(packed: Tensor, dim: int = -1) -> Tensor:
     digits = ((b * powers & 255) * 3) >> 8  # (..., chunks, 5, 13)
     digits = digits.reshape(*lead, chunks, 5 * TRIT_BYTES)[..., :TRIT_CHUNK].to(torch.uint8)
     return digits.reshape(*lead, chunks * TRIT_CHUNK).movedim(-1, dim)
+
+
+def signed_trits(packed: Tensor, dim: int = -1) -> Tensor:
+    """`unpack_trits` less 1, int8."""
+    return unpack_trits(packed, dim).to(torch.int8) - 1

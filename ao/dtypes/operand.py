@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .bits import signed_trits
 from .onnx_mode import exporting, reads_no_bits
 from .pieces import is_eager
 
-Kind = Literal["affine", "shifted", "float", "minifloat", "table", "int4pack", "sparse24", "blocks"]
+Kind = Literal["affine", "trits", "shifted", "float", "minifloat", "table", "int4pack", "sparse24", "blocks"]
 
 
 class Operand(NamedTuple):
@@ -27,6 +28,7 @@ class Operand(NamedTuple):
     kind: how a code becomes a number:
 
         "affine"    x = (code - offset - zero_point) * scale; the dtype of codes of 8 bits says whether they have a sign
+        "trits"     x = (code - 1) * scale, where codes are 0 to 2, five in a byte (`pack_trits`)
         "shifted"   x = (code - offset) * scale - zero_point
         "float"     x = code * scale, where codes are float8
         "minifloat"  x = minifloat(code) * scale, where codes are a sign, exponent and mantissa bits
@@ -83,6 +85,10 @@ class Operand(NamedTuple):
         """Whether codes are bytes that, times the scale, are the numbers: without a zero point or a table."""
         whole = self.bits == 8 and self.zero_point is None and not self.offset
         return whole and (self.kind == "affine" or self.kind == "float")
+
+    def in_bytes(self) -> Operand:
+        """The same matrix with codes of a byte each, where they were trits."""
+        return self._replace(codes=signed_trits(self.codes), kind="affine", bits=8) if self.kind == "trits" else self
 
     def t(self) -> Operand:
         """The transpose, of codes of a byte each without a zero point."""

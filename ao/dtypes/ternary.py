@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Spec
-from .bits import CHUNK, TRIT_CHUNK, pack, pack_dim, pack_trits, packed_dim, unpack, unpack_trits
+from .bits import CHUNK, TRIT_CHUNK, pack, pack_dim, pack_trits, packed_dim, signed_trits, unpack
 from .blocks import in_blocks, mean_abs, to_blocks
 from .operand import Operand
 from .rounding import narrow, reciprocal, round_to
@@ -82,12 +82,15 @@ class Ternary(Spec):
         dim = packed_dim(qdata.shape, shape)
         if self.packing == "bits":
             return unpack(qdata, 2, dim).to(torch.int8) - 2
-        return unpack_trits(qdata, dim).to(torch.int8) - 1
+        return signed_trits(qdata, dim)
 
     def operand(self, q: Any) -> Operand:
-        """Two bits are read as they are. Five in a byte become a byte each first, as do all for the integer product with an
-        activation of 8 bits."""
-        if self.packing == "bits" and self.act is None:
+        """Codes of two bits become a byte each for the integer product with an activation of 8 bits."""
+        if self.packing == "trits":
+            if packed_dim(q.qdata.shape, q.shape) != len(q.shape) - 1:
+                return Operand(self.codes(q.qdata, q.shape), q.scale)
+            return Operand(q.qdata, q.scale, None, "trits", 2)
+        if self.act is None:
             return Operand(q.qdata, q.scale, None, "affine", 2, 2)
         return Operand(self.codes(q.qdata, q.shape), q.scale)
 

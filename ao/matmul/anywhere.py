@@ -81,6 +81,8 @@ def row_cast(w: QTensor) -> Cast | None:
 def int8_operand(w: QTensor) -> Operand | None:
     """The weight, where both it and the activation are int8 and the scales can be applied to the sum over K."""
     operand, act = w.spec.operand(w), row_cast(w)
+    if operand is not None and operand.kind == "trits" and act is not None:
+        operand = operand.in_bytes()
     fits = operand is not None and operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
     return operand if fits and act is not None and act.dtype == torch.int8 else None
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes.base import QTensor, dense
-from ..dtypes.bits import CHUNK
+from ..dtypes.bits import CHUNK, TRIT_BYTES, TRIT_CHUNK
 from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
@@ -34,6 +34,7 @@ from .kernels.built import (
     JOINT_SCALE,
     JOINT_ZERO,
     OF_INTEGERS,
+    POWER,
     SCALES,
     Act,
     Kind,
@@ -72,9 +73,10 @@ def readable(w: QTensor) -> Operand | None:
     if operand is None or operand.kind == "int4pack" or w.dim() != 2 or w.numel() == 0:
         return None
     (n, k), codes, scale, zero = w.shape, operand.codes, operand.scale, operand.zero_point
+    width = k // TRIT_CHUNK * TRIT_BYTES if operand.kind == "trits" else k * operand.bits // 8
     whole = (
-        k % CHUNK == 0
-        and codes.shape == (n, k * operand.bits // 8)
+        k % (TRIT_CHUNK if operand.kind == "trits" else CHUNK) == 0
+        and codes.shape == (n, width)
         and codes.stride(1) == 1
         and scale.dim() == 2
         and scale.shape[0] in (1, n)
@@ -87,12 +89,15 @@ def readable(w: QTensor) -> Operand | None:
 
 def _kind(operand: Operand) -> Kind | None:
     codes = operand.codes.dtype
+    if operand.kind == "trits":
+        return Kind("signed", 8)  # which a row becomes, when it is read
     if operand.kind in ("affine", "shifted"):
         return Kind("signed" if codes == torch.int8 else "unsigned", operand.bits)
     if operand.kind == "table" or (operand.kind == "minifloat" and operand.bits <= 4):
         return Kind("table", operand.bits)
     if operand.kind == "minifloat":
-        return Kind("minifloat", operand.bits, operand.exponent)
+        whole = {(8, 4): "e4m3", (8, 5): "e5m2"}.get((operand.bits, operand.exponent))
+        return Kind("minifloat", operand.bits, operand.exponent) if whole is None else Kind(whole, 8)
     return Kind(_SIGNED[codes], 8) if codes in _SIGNED else None
 
 
@@ -111,15 +116,13 @@ def accepts(x: Tensor, w: QTensor) -> bool:
     kind = None if operand is None else _kind(operand)
     if operand is None or kind is None or w.numel() < WORTH:
         return False
-    most = _most(x.dtype)
-    if VNNI and int8_operand(w) is not None:
+    few = known(x.shape[0] <= _most(x.dtype))
+    if VNNI and int8_operand(w) is not None and not (few and operand.kind == "trits"):
         return False  # there are units for it
-    if VNNI and _is_int8(operand) and not known(x.shape[0] <= most):
+    if VNNI and _is_int8(operand) and x.dtype != torch.float32 and not known(x.shape[0] <= 8):
         return False
-    # Where there are wider vectors or units, Inductor's own code is as fast for a few tokens, and PyTorch's product for many.
-    elsewhere = compiling() and (AVX512 or x.dtype in _UNITS)
-    if elsewhere and (not known(x.shape[0] <= most) or (operand.linear and known(x.shape[0] <= 4))):
-        return False
+    if compiling() and x.dtype in _UNITS and not few:
+        return False  # Inductor decodes as fast, and fuses what follows
     return library(kind) is not None
 
 
@@ -128,10 +131,11 @@ def _is_int8(operand: Operand) -> bool:
 
 
 def _most(dtype: torch.dtype) -> int:
-    """Up to how many tokens the compiled loops multiply themselves: they compute in float32, and a CPU that multiplies in x's
-    dtype does so faster."""
-    import os
-    return 8 if dtype in _UNITS else int(os.environ.get("MOST", 128))
+    """Up to how many tokens the compiled loops multiply themselves. A product of PyTorch's, of decoded weights, is faster from
+    some number on, with units for x's dtype from fewer."""
+    if dtype in _UNITS:
+        return 16
+    return 32 if AVX512 or dtype != torch.float32 else 128
 
 
 def product(x: Tensor, w: QTensor) -> Tensor:
@@ -289,7 +293,7 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
         kept = of.__dict__.get("cpu_weight")
         if kept is not None and kept[0] == where:
             return kept[1]
-    if operand.kind == "minifloat" and operand.bits <= 4:
+    if operand.kind == "minifloat" and operand.bits <= 6:
         table = _minifloats(operand.bits, operand.exponent)
     if table is not None and table.numel() < 16:
         table = F.pad(table, (0, 16 - table.numel()))  # it is read by whole vectors
@@ -298,7 +302,11 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
         words = _plain(operand.words)
         levels = [(_numbers(words, kind), (words,)) for kind in (JOINT_SCALE, JOINT_ZERO)]
     else:
-        levels = [_level(scale), (Level(), ()) if zero is None else _level(zero)]
+        powers = None if operand.powers is None else operand.powers.contiguous()
+        levels = [
+            _level(scale) if powers is None else (_numbers(powers, POWER), (powers,)),
+            (Level(), ()) if zero is None else _level(zero),
+        ]
     weight = Weight(
         *(None if t is None else t.data_ptr() for t in (codes, table)),
         *(level for level, _ in levels),
@@ -306,6 +314,7 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
         operand.offset,
         zero is not None or operand.offset != 0,
         operand.kind == "shifted",
+        operand.kind == "trits",
     )
     tensors = codes, table, *(t for _, of_level in levels for t in of_level)
     described = _Described(weight, tensors)

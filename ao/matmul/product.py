@@ -57,6 +57,7 @@ def _whole(x: Tensor) -> torch.dtype:
 
 def _bytes(a: Operand, shape: torch.Size) -> Operand | None:
     """`a` with codes that are int8 or float8 and multiply as numbers do; None where there are none. shape: of the data."""
+    a = a.in_bytes()
     if a.kind == "affine" and a.bits < 8 and a.zero_point is None and a.offset == 2 ** (a.bits - 1):
         codes = unpack(a.codes, a.bits, packed_dim(a.codes.shape, shape)).to(torch.int8) - int(a.offset)
         a = a._replace(codes=codes, bits=8, offset=0)

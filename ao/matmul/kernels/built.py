@@ -25,8 +25,8 @@ from .device import VNNI
 CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloat": 5}
 """What codes are, as cpu_source.py numbers them."""
 
-JOINT_SCALE, JOINT_ZERO = 6, 7
-"""Likewise, of words that hold both a scale and a zero point."""
+JOINT_SCALE, JOINT_ZERO, POWER = 6, 7, 8
+"""Likewise, of words that hold both a scale and a zero point, and of powers of two."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float8_e4m3fn: 4}
 """Dtypes of arguments, as cpu_source.py numbers them."""
@@ -74,7 +74,7 @@ class Weight(ctypes.Structure):
         *((name, Level) for name in ("scale", "zero")),
         *((name, _LONG) for name in ("n", "k", "row_bytes", "groups")),
         ("offset", _FLOAT),
-        *((name, _INT) for name in ("shifted", "after")),
+        *((name, _INT) for name in ("shifted", "after", "trits")),
     ]
 
 

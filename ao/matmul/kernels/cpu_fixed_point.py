@@ -11,8 +11,9 @@ Numbers of a table are integers as well, its values times the power of two that 
 """
 
 FIXED_POINT = r"""
+#define LOOKED_UP (KIND == TABLE || KIND == MINIFLOAT)
 #if defined(__AVX2__)
-#define HAS_FIXED (KIND == UNSIGNED || KIND == SIGNED || (KIND == TABLE && BITS <= 4))
+#define HAS_FIXED (KIND == UNSIGNED || KIND == SIGNED || (LOOKED_UP && BITS <= (W == 16 ? 6 : 4)))
 #else
 #define HAS_FIXED 0
 #endif
@@ -33,7 +34,7 @@ struct Fixed {
 struct Shorts {
   float factor;  // what the integers are to be multiplied with
 #if HAS_FIXED && W == 16
-  __m512i values;
+  __m512i values[2];
 #elif HAS_FIXED
   __m256i planes[2];
 #endif
@@ -42,7 +43,7 @@ struct Shorts {
 INLINE Shorts shorts_of(const float* given, int64_t unit) {
   Shorts table = {1};
 #if HAS_FIXED
-  if (KIND == TABLE) {
+  if (LOOKED_UP) {
     float most = 0;
     for (int i = 0; i < 1 << BITS; i++) {
       const float size = given[i] < 0 ? -given[i] : given[i];
@@ -55,10 +56,10 @@ INLINE Shorts shorts_of(const float* given, int64_t unit) {
       while (most * times >= room || most * times > LARGEST) times /= 2;
     }
     table.factor = 1 / times;
-    int16_t values[32];
-    for (int i = 0; i < 32; i++) values[i] = (int16_t)__builtin_rintf(given[i % (1 << BITS)] * times);
+    int16_t values[64];
+    for (int i = 0; i < 64; i++) values[i] = (int16_t)__builtin_rintf(given[i % (1 << BITS)] * times);
 #if W == 16
-    table.values = _mm512_loadu_si512(values);
+    table.values[0] = _mm512_loadu_si512(values), table.values[1] = _mm512_loadu_si512(values + 32);
 #else
     for (int b = 0; b < 2; b++) {
       uint8_t plane[32];
@@ -87,10 +88,12 @@ INLINE void decode(const uint8_t* p, const Shorts& table, vs* out) {
   __m256i c = (__m256i)codes_of(p);
 #if W == 16
   __m512i q = KIND == SIGNED ? _mm512_cvtepi8_epi16(c) : _mm512_cvtepu8_epi16(c);
-  out[0] = (vs)(KIND == TABLE ? _mm512_permutexvar_epi16(q, table.values) : q);
+  if (LOOKED_UP && BITS <= 5) q = _mm512_permutexvar_epi16(q, table.values[0]);
+  else if (LOOKED_UP) q = _mm512_permutex2var_epi16(table.values[0], q, table.values[1]);
+  out[0] = (vs)q;
 #else
   __m256i zero = _mm256_setzero_si256();
-  if (KIND == TABLE) {
+  if (LOOKED_UP) {
     __m256i low = _mm256_shuffle_epi8(table.planes[0], c), high = _mm256_shuffle_epi8(table.planes[1], c);
     out[0] = (vs)_mm256_unpacklo_epi8(low, high), out[1] = (vs)_mm256_unpackhi_epi8(low, high);
   } else if (KIND == SIGNED) {
@@ -113,7 +116,7 @@ INLINE vf by_half(float a, float b) {
 #endif
 
 // x (m, k) in fixed point; sums (m, groups), or null, of what it then stands for. whole: x holds small integers. False: it
-// cannot be done, as something is not finite.
+// cannot be done, as something is not finite, or too small for its step.
 static bool to_fixed(const Weight& w, const float* x, int64_t m, int64_t planes, bool whole, Fixed& out, float* sums) {
   const int64_t k = w.k, group = k / w.groups, halves = group < 32 ? 2 : 1;
   int64_t block = MOST_BLOCK;
@@ -127,8 +130,9 @@ static bool to_fixed(const Weight& w, const float* x, int64_t m, int64_t planes,
         int32_t size = load<int32_t>(from + i) & 0x7FFFFFFF;
         largest = size > largest ? size : largest;
       }
-      if (largest >= 0x7F800000) return false;
-      const float step = whole ? 1 : load<float>(&largest) / LARGEST, inverse = step < 0x1p-100f ? 0 : 1 / step;
+      const float most = load<float>(&largest);
+      if (largest >= 0x7F800000 || (largest && most < 0x1p-80f)) return false;
+      const float step = whole ? 1 : most / LARGEST, inverse = step > 0 ? 1 / step : 0;
       for (int64_t plane = 0; plane < planes; plane++) {
         int16_t* to = out.x + (t * planes + plane) * k + at;
         float* of = out.step + (t * planes + plane) * out.units + at / out.unit;
@@ -222,7 +226,7 @@ INLINE void row_in_fixed_point(const Weight& w, const Shorts& table, int64_t n, 
   const int64_t rows = m * x.planes, units = x.units, each = units / w.groups;
   const float* scales = x.step;
   float* of_rows = x.planes == 1 ? y : scratch + rows * units;
-  if (!by_row(w) || KIND == TABLE) {
+  if (!by_row(w) || LOOKED_UP) {
     scales = scratch;
     for (int64_t t = 0; t < rows; t++) {
       const float* step = x.step + t * units;

@@ -46,6 +46,8 @@ typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(1), may_alias));
+typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int8_t i8x16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint64_t u64x4 __attribute__((vector_size(32), aligned(1), may_alias));
 
@@ -222,6 +224,7 @@ INLINE vf halves(float a, float b, int i) {
 #define F16 5
 #define JOINT_SCALE 6
 #define JOINT_ZERO 7
+#define POWER 8  // of two: 2**(byte - 127), and NaN
 
 INLINE float bf16(uint16_t h) { uint32_t w = (uint32_t)h << 16; return load<float>(&w); }
 INLINE uint16_t to_bf16(float f) {
@@ -247,6 +250,12 @@ static void to_floats(const void* p, int64_t start, int64_t n, int dtype, float*
     case I8: for (int64_t i = 0; i < n; i++) out[i] = ((const int8_t*)p)[start + i]; break;
     case F16: for (int64_t i = 0; i < n; i++) out[i] = f16(((const uint16_t*)p)[start + i]); break;
     case F8: for (int64_t i = 0; i < n; i++) out[i] = e4m3(((const uint8_t*)p)[start + i]); break;
+    case POWER:
+      for (int64_t i = 0; i < n; i++) {
+        uint32_t byte = ((const uint8_t*)p)[start + i], bits = byte ? byte << 23 | (byte == 255) : 1 << 22;
+        out[i] = load<float>(&bits);
+      }
+      break;
     case JOINT_SCALE: for (int64_t i = 0; i < n; i++) out[i] = bf16(((const uint16_t*)p)[start + i] & 0x7FFF); break;
     // The sign and the last four bits, of which a code has 32 / 2**BITS.
     case JOINT_ZERO:
@@ -278,6 +287,23 @@ static void unpack(const uint8_t* p, int64_t n, int bits, float* out) {
   }
 }
 
+// k numbers of -1, 0 and 1, 64 in 13 bytes, of which each holds five, 13 elements apart: digits of base 3 of byte * 243 / 256. What is
+// written beyond 13 and beyond 64 is overwritten; there is room for 16 bytes after the last.
+static void unpack_trits(const uint8_t* p, int64_t k, int8_t* out) {
+  for (int64_t start = 0; start < k; start += 64, p += 13, out += 64) {
+    u8x16 bytes = {};
+    if (start + 64 < k) bytes = load<u8x16>(p);
+    else memcpy(&bytes, p, 13);
+    u16x16 rest = __builtin_convertvector(bytes, u16x16);
+    UNROLL for (int i = 0; i < 5; i++) {
+      rest *= (uint16_t)3;
+      i8x16 trits = __builtin_convertvector((rest >> 8) - (uint16_t)1, i8x16);
+      memcpy(out + 13 * i, &trits, 16);
+      rest &= (uint16_t)255;
+    }
+  }
+}
+
 // Scales or zero points, (rows, groups), rows being those of the weight or 1. Such that are quantized themselves are
 // (value - inner_zero - inner_offset) * inner, with (inner_rows, inner_groups) of these.
 struct Level {
@@ -299,6 +325,7 @@ struct Weight {
   float offset;
   int32_t shifted;  // there is a zero point or an offset
   int32_t after;    // the zero point is taken off after the scale is applied
+  int32_t trits;    // codes are -1, 0 and 1, five in a byte: a row becomes bytes before it is read
 };
 
 // Scale, and what is added to code * scale, of each group of a row.
@@ -344,15 +371,21 @@ static void read_row(const Weight& w, int64_t n, Row& row) {
 
 INLINE float* floats(int64_t n) { return (float*)aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64); }
 
-// A thread's memory.
+// A thread's memory, and the weight as it reads it.
 struct Scratch {
   Row row;
   float* buffer;
-  Scratch(const Weight& w, int64_t more) {
+  uint8_t* bytes;  // of a row of trits, else null
+  const Weight given;
+  Weight weight;
+  Scratch(const Weight& w, int64_t more) : bytes(w.trits ? (uint8_t*)floats(w.k / 4 + 4) : 0), given(w), weight(w) {
     float* p = buffer = floats(2 * w.groups + 16 + more);
     row = Row{p, p + w.groups, -1};
+    if (bytes) weight.codes = bytes, weight.row_bytes = 0;
   }
-  ~Scratch() { free(buffer); }
+  ~Scratch() { free(buffer), free(bytes); }
+  // To be called before row n is read.
+  void meet(int64_t n) { if (bytes) unpack_trits(given.codes + n * given.row_bytes, given.k, (int8_t*)bytes); }
   float* rest(const Weight& w) { return buffer + (2 * w.groups + 15) / 16 * 16; }
 };
 
@@ -505,43 +538,45 @@ INLINE void store(const Output& out, int64_t t, int64_t n, float total, float sc
 
 extern "C" void ao_product(const Weight* weight, const void* x, int32_t x_dtype, const float* token_scale, void* y, int32_t dtype,
                            int64_t m, int32_t points, int32_t threads) {
-  const Weight w = *weight;
-  const Output out = {y, w.n, dtype, token_scale};
-  float* rows = floats(m * w.k);
-  to_floats(x, 0, m * w.k, x_dtype, rows);
-  float* sums = w.shifted && (points || m <= 4) ? floats(m * w.groups) : 0;
+  const Weight& of = *weight;
+  const Output out = {y, of.n, dtype, token_scale};
+  float* rows = floats(m * of.k);
+  to_floats(x, 0, m * of.k, x_dtype, rows);
+  float* sums = of.shifted && (points || m <= 4) ? floats(m * of.groups) : 0;
   Fixed fixed = {};
   if (HAS_FIXED && points) {
     const int64_t planes = points == WIDE ? 2 : 1;
-    fixed.x = (int16_t*)floats(m * planes * w.k / 2);
-    fixed.step = floats(m * planes * w.k / 16);
-    if (!to_fixed(w, rows, m, planes, points == INTEGERS, fixed, sums)) fixed.units = 0;
+    fixed.x = (int16_t*)floats(m * planes * of.k / 2);
+    fixed.step = floats(m * planes * of.k / 16);
+    if (!to_fixed(of, rows, m, planes, points == INTEGERS, fixed, sums)) fixed.units = 0;
   }
   if (!fixed.units) {
     if (sums && m <= 4) {
-      const int64_t group = w.k / w.groups;
-      for (int64_t g = 0; g < m * w.groups; g++) {
+      const int64_t group = of.k / of.groups;
+      for (int64_t g = 0; g < m * of.groups; g++) {
         vf total = {};
         for (int64_t i = 0; i < group; i += W) total += *(const vf*)(rows + g * group + i);
         sums[g] = sum(total);
       }
     }
-    for (int64_t i = 0; i < m * w.k; i += 32) arrange(rows + i);
+    for (int64_t i = 0; i < m * of.k; i += 32) arrange(rows + i);
   }
   const bool tiled = !fixed.units && m > 4;
-  const int64_t block = tiled ? 3 : 8, blocks = (w.n + block - 1) / block;
+  const int64_t block = tiled ? 3 : 8, blocks = (of.n + block - 1) / block;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Table table = table_of(w.table);
-    const Shorts shorts = shorts_of(w.table, fixed.unit);
-    Scratch scratch(w, tiled ? 3 * (m * W + STEP + m) + 64 : m * fixed.planes * (fixed.units + 1) + m);
+    const Table table = table_of(of.table);
+    const Shorts shorts = shorts_of(of.table, fixed.unit);
+    Scratch scratch(of, tiled ? 3 * (m * W + STEP + m) + 64 : m * fixed.planes * (fixed.units + 1) + m);
+    const Weight w = scratch.weight;
     Row& row = scratch.row;
     float* rest = scratch.rest(w);
     float* totals = rest + (tiled ? 3 * (m * W + STEP) : m * fixed.planes * (fixed.units + 1));
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
       int64_t n = b * block, end = n + block < w.n ? n + block : w.n;
-      for (int64_t each = tiled && end - n == 3 ? 3 : 1; n < end; n += each) {
+      for (int64_t each = tiled && end - n == 3 && !w.trits ? 3 : 1; n < end; n += each) {
+        scratch.meet(n);
         float few_totals[4], *got = m > 4 ? totals : few_totals;
         if (tiled) {
           if (each == 3) tiles<3>(w, table, n, row, rows, m, rest, totals, 3);
@@ -639,14 +674,15 @@ extern "C" void ao_quantize(const Act* act, const void* x, int32_t dtype, int64_
 
 // Rows [start, stop) of the weight as (stop - start, k) of a dtype, F32 or BF16.
 extern "C" void ao_rows(const Weight* weight, int64_t start, int64_t stop, void* out, int32_t dtype, int32_t threads) {
-  const Weight w = *weight;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Table table = table_of(w.table);
-    Scratch scratch(w, STEP);
+    const Table table = table_of(weight->table);
+    Scratch scratch(*weight, STEP);
+    const Weight w = scratch.weight;
     float* rest = scratch.rest(w);
 #pragma omp for schedule(static)
     for (int64_t n = start; n < stop; n++) {
+      scratch.meet(n);
       read_row(w, n, scratch.row);
       if (by_row(w)) read_scale(w, n, scratch.row.scale);
       int64_t at = (n - start) * w.k;

@@ -13,7 +13,7 @@ from cases import CASES, weight
 from random_cases import KINDS, judge
 
 import ao
-from ao.dtypes import NVFP4, Float8, Intx, Shifted
+from ao.dtypes import NF4, NVFP4, DynamicTree, Float8, Intx, Shifted
 from ao.dtypes.lattice import lattice
 from ao.dtypes.permuted import Permuted
 from ao.matmul.integers import integer_product
@@ -231,6 +231,16 @@ def test_a_weight_in_another_order(inner):
     optimizer.param_groups[0]["params"][0].grad = q.dequantize()
     optimizer.step()
     assert compute_error(d, q.dequantize()) > 15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inner", [Intx(4, (1, 32)), DynamicTree(4, True, (1, -1)), NF4], ids=str)
+def test_numbers_written_back_in_another_order(inner, dtype):
+    """Rounded to the dtype of the tensor they still are its numbers, which stay bit for bit."""
+    q = Permuted(inner).quantize(weight((96, 64), dtype=dtype))
+    before = q.decode_scaled()
+    q.copy_(q.dequantize())
+    assert torch.equal(q.decode_scaled(), before)
 
 
 @pytest.mark.parametrize("inner", [Intx(4, (1, 32)), Float8()], ids=str)

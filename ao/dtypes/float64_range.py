@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .onnx_mode import reads_no_bits
+from .onnx_mode import exponent_of, reads_no_bits
 
 _EXPONENT = 0x7FF0000000000000
 """Where float64 has its exponent."""
@@ -29,7 +29,7 @@ def range_power(x: Tensor, by_row: bool) -> Tensor:
         return x.new_ones([1] * x.dim())
     largest = x.abs().amax(-1 if by_row else tuple(range(x.dim())), keepdim=True)
     if reads_no_bits():
-        power = torch.exp2(largest.log2().floor())
+        power = torch.exp2(exponent_of(largest))
     else:
         power = (largest.view(torch.int64) & _EXPONENT).view(torch.float64)
     usual = (power <= SAFE) & (power >= 1 / SAFE)

@@ -76,10 +76,8 @@ def shared_exponent(largest: Tensor, rule: str, maximum: float, emax: int, manti
     if reads_no_bits():
         m = largest / maximum if rule == "rceil" else largest
         power = exponent_of(m)
-        above = {"floor": 2.0, "even": 2 - 2.0 ** -(mantissa + 1)}.get(
-            rule, 1.0
-        )  # numbers of 1 to 2 that go to the next one
-        up = m > torch.exp2(power) if above == 1 else m >= torch.exp2(power) * above
+        least = {"floor": 2.0, "even": 2 - 2.0 ** -(mantissa + 1)}.get(rule)  # of 1 to 2, what goes to the next one
+        up = m > torch.exp2(power) if least is None else m >= torch.exp2(power) * least
         byte = _byte(power + up.to(m.dtype) + (127 - (0 if rule == "rceil" else emax)), largest)
     elif rule == "rceil":
         ratio = largest / maximum

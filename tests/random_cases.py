@@ -798,7 +798,7 @@ def looked_up(case: Case) -> str:
         score = (x.double().abs() @ d.double().abs().mT).amax() / d.shape[1] ** 0.5
         near = (found.double() - expected.double()).abs() <= 8 * PRECISION[x.dtype] * (
             1 + score
-        ) * d.double().abs().amax()
+        ) * d.double().abs().amax() + SMALLEST[x.dtype]
         large = expected.abs() > 0.9 * torch.finfo(expected.dtype).max  # a number rounded up may pass the limit
         case.must((near | ~expected.isfinite() | large).all(), f"found {found}, expected {expected}")
     elif q.spec.act is None:

@@ -158,6 +158,16 @@ def test_filter_and_report():
     assert report.model_bytes == get_model_size_in_bytes(network())
 
 
+@pytest.mark.parametrize("config", ["float8-dynamic", "int8-int4", "int4"])
+def test_a_long_format_makes_nothing_wide(config):
+    """Not the table of a report, which says it once for layers that follow each other, and not a printed model."""
+    model = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 2048))
+    report = str(ao.quantize_(model, config))
+    spec = repr(model[0].weight.spec)
+    assert max(map(len, report.splitlines())) <= 100 and report.count(spec) == (2 if len(spec) < 44 else 1)
+    assert max(map(len, str(model).splitlines())) <= 120 and str(model).count(spec) == 2
+
+
 def test_nothing_to_quantize():
     """A filter that takes nothing is a mistake, at every door, and changes nothing; a model may have no linear layer."""
     model = network()

@@ -45,10 +45,15 @@ graph_fields.composite(
 )
 
 
+LONGEST = 110
+"""Characters of what a module says in one line; more of it has a line for each parameter."""
+
+
 def _with_formats(said: str, parameters: dict[str, Any]) -> str:
     """What a module says of itself when it is printed, and the formats of its parameters."""
     formats = (f"{name}={p.spec}" for name, p in parameters.items() if isinstance(p, QTensor))
-    return ", ".join(part for part in (said, *formats) if part)
+    parts = [part for part in (said, *formats) if part]
+    return ("\n" if sum(map(len, parts)) > LONGEST else ", ").join(parts)
 
 
 def _described(module: nn.Module) -> str:

@@ -61,6 +61,19 @@ class Turned(nn.Linear):
         return x @ self.weight.t()
 
 
+class Said(nn.Embedding):
+    """A layer that prints what it likes, as transformers' Conv1D does."""
+
+    def __repr__(self):
+        return f"Said(n={self.num_embeddings})"
+
+
+def test_a_class_that_prints_what_it_likes_says_its_format():
+    model = nn.Sequential(Said(64, 64), nn.Linear(64, 64))
+    ao.quantize_(model, ao.FqnToConfig({"0": "nf4", "1": "nf4"}))
+    assert "(0): Said(n=64, weight=NF4)" in str(model) and str(model).count("NF4") == 2
+
+
 def test_a_class_of_somebody_else_says_its_format():
     """It stays of its class, and prints its format, also as a copy; not once it is plain again."""
     model = nn.Sequential(Turned(64, 64, bias=False))

@@ -75,6 +75,12 @@ class _QuantizedModule:
         own = cls.extra_repr(self) if cls is not None else super().extra_repr()  # type: ignore[misc]
         return _with_formats(own, self._parameters)
 
+    def __repr__(self) -> str:
+        """As of its own class; one that says what it likes, as transformers' `Conv1D` does, says the formats as well."""
+        said = super().__repr__()
+        shown = any(f"{name}={p.spec}" in said for name, p in self._parameters.items() if isinstance(p, QTensor))
+        return said if shown or not said.endswith(")") else f"{_with_formats(said[:-1], self._parameters)})"
+
     def _fields_in_graph(self, name: str) -> tuple[list[Tensor], str] | None:
         """In a graph that is traced: the fields of a parameter and the name of its form. None where it enters as it is."""
         own = self._parameters

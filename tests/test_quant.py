@@ -158,6 +158,15 @@ def test_filter_and_report():
     assert report.model_bytes == get_model_size_in_bytes(network())
 
 
+@pytest.mark.parametrize("config", ["int8-dynamic", "int8"])
+def test_a_report_says_where_activations_stay(config):
+    """Layers that are no nn.Linear take the weight half of a format."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    report = quantize_(nn.Sequential(conv1d(64, 64), conv1d(64, 64), nn.Linear(64, 64)), config)
+    note = "Conv1D: its weights alone are quantized; Int8DynamicActivationInt8WeightConfig quantizes activations"
+    assert len(report) == 3 and [n.startswith(note) for n in report.notes] == [True] * (config == "int8-dynamic")
+
+
 @pytest.mark.parametrize("config", ["float8-dynamic", "int8-int4", "int4"])
 def test_a_long_format_makes_nothing_wide(config):
     """Not the table of a report, which says it once for layers that follow each other, and not a printed model."""

@@ -61,9 +61,9 @@ from torch.autograd import forward_ad
 
 from ..dtypes import onnx_mode
 from ..dtypes.base import OPS, QTensor, as_bytes, has_scale_by_row
-from ..dtypes.float64_range import range_power
 from ..dtypes.ops import gather
 from ..dtypes.pieces import is_eager
+from ..dtypes.rounding import range_power
 from . import anywhere, cpu, gpu, onnx, sparse
 from .form import key_of
 from .path import Path, Product

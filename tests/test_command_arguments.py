@@ -96,6 +96,7 @@ CASES = {
     "org/name out": ("quantize --config int8 ", "hf download org/name"),
     "other out": ("quantize --config int8 ", "it has pytorch_model.bin, which is a pickle"),
     "--skip lm_head mpl": (QUANTIZE, "'mpl' fits no module of the model; near to it are"),
+    "--skip modle.layers.0": (QUANTIZE, "'modle.layers.0' fits no module of the model; near to it are model.layers.0"),
     "--skip [": (QUANTIZE, "is no regular expression"),
     "--text text.txt --window 128": (QUANTIZE, "--window 128 is more than the 64 positions"),
     "--window  65": ("eval model --text text.txt ", "more than the 64 positions"),

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ao
-from ao.dtypes import FP6, MXFP4, MXFP8, NF4, NVFP4, Codebook, DynamicTree, Float8, FloatX, Intx, Spec
+from ao.dtypes import (
+    FP6,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    MXINT8,
+    NF4,
+    NVFP4,
+    BlockSparse,
+    Codebook,
+    DynamicTree,
+    Float8,
+    FloatX,
+    Intx,
+    PositiveSteps,
+    Shifted,
+    Sparse24,
+    Spec,
+    Ternary,
+)
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -20,6 +41,9 @@ pytestmark = [
 
 K = 128
 UINT4, INT4, INT8, FLOAT8 = 21, 22, 3, 17
+SIX_BITS = Intx(6, (1, 4), signed=False, symmetric=True, scale_dtype="float16")
+"""Of GGUF's Q4_K."""
+
 WEIGHT_ONLY = [
     Intx(8),
     Intx(8, (1, 32)),
@@ -41,6 +65,14 @@ WEIGHT_ONLY = [
     FP6,
     FloatX(3, 2, (1, 64), "float16"),
     DynamicTree(8, block=(1, 64)),
+    MXINT8,
+    Shifted(4, (1, 32), scale_dtype="float16"),
+    Shifted(4, (1, 32), scale_spec=SIX_BITS, shift_spec=SIX_BITS),
+    PositiveSteps(4, (1, 32)),
+    Ternary(),
+    Ternary((1, 64), "bits", "bfloat16"),
+    Sparse24(prune=True),
+    Sparse24(Intx(4, (1, 64), symmetric=True), prune=True),
 ]
 ACTIVATIONS = [
     Intx(8, act=Intx(8)),
@@ -49,6 +81,13 @@ ACTIVATIONS = [
     Float8(act=Float8()),
     Float8(act=Float8(power_of_two=True)),
     Intx(8, act=Intx(8, scale_dtype="bfloat16")),
+    replace(NVFP4, act=NVFP4),
+    replace(MXFP4, act=MXFP8),
+    replace(MXFP8, act=MXFP8),
+    replace(MXFP6, act=MXFP6),
+    replace(MXINT8, act=MXINT8),
+    Ternary(act=Intx(8, narrow=True)),
+    Sparse24(Intx(8), prune=True, act=Intx(8)),
 ]
 
 
@@ -97,7 +136,9 @@ DYNAMIC = ({0: "batch", 1: "tokens"},)
 
 def test_standard_operators():
     """`torch.onnx.export` takes every kind of weight and activation."""
-    operators = standard([Intx(8), Intx(3, (1, 64)), NF4, MXFP4, Float8(), ACTIVATIONS[0], *ACTIVATIONS[2:4]])
+    operators = standard(
+        [Intx(8), Intx(3, (1, 64)), NF4, MXFP4, Float8(), ACTIVATIONS[0], *ACTIVATIONS[2:4], ACTIVATIONS[6]]
+    )
     assert operators.count("MatMulInteger") == 1 and operators.count("DequantizeLinear") == 2
 
 
@@ -180,10 +221,26 @@ def test_refusals():
     with pytest.raises(ValueError, match="opset_version must be at least 21"):
         export(model, (torch.randn(2, K),), opset_version=20)
     layout = ao.dtypes.Int4CPULayout()
-    ao.quantize_(model, ao.Int4WeightOnlyConfig(group_size=32, layout=layout))
-    with pytest.raises(torch.onnx.errors.OnnxExporterError) as error:
-        export(model.eval(), (torch.randn(2, K),))
-    assert "quantize with the default layout" in str(error.value.__cause__)
+    for config in (ao.Int4WeightOnlyConfig(group_size=32, layout=layout), BlockSparse(64)):
+        model = nn.Sequential(nn.Linear(K, K)).eval()
+        ao.quantize_(model, config)
+        with pytest.raises(torch.onnx.errors.OnnxExporterError) as error:
+            export(model, (torch.randn(2, K),))
+        assert f"no product in the layout of {model[0].weight.spec}" in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("rule", ["floor", "ceil", "rceil", "even"])
+@pytest.mark.parametrize("spec", [MXFP4, MXFP6, MXFP8, FloatX(3, 2), FloatX(5, 2), MXINT8], ids=str)
+def test_small_floats_without_a_look_at_bits(monkeypatch, spec, rule):
+    """The arithmetic that a model for ONNX has rounds as the bits do, at powers of two and at ties, too."""
+    spec = replace(spec, scale_rule=rule)
+    x = torch.randn(64, 64) * 2.0 ** torch.randint(-40, 40, (64, 1))
+    x[:16] = 2.0 ** torch.randint(-9, 9, (16, 64)) * torch.randint(-17, 17, (16, 64)) / 16
+    x[16] = 0
+    expected = spec.quantize(x).dequantize()
+    for module in ("e8m0", "floatx", "operand"):
+        monkeypatch.setattr(f"ao.dtypes.{module}.reads_no_bits", lambda: True)
+    assert torch.equal(spec.quantize(x).dequantize(), expected)
 
 
 def test_a_program_for_elsewhere_is_as_before():

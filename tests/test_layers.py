@@ -54,6 +54,37 @@ def test_a_layer_is_what_it_was(name):
     assert type(made[0]) is nn.Linear
 
 
+class Turned(nn.Linear):
+    """A layer of somebody else, whose class libraries may ask for."""
+
+    def forward(self, x):
+        return x @ self.weight.t()
+
+
+class Said(nn.Embedding):
+    """A layer that prints what it likes, as transformers' Conv1D does."""
+
+    def __repr__(self):
+        return f"Said(n={self.num_embeddings})"
+
+
+def test_a_class_that_prints_what_it_likes_says_its_format():
+    model = nn.Sequential(Said(64, 64), nn.Linear(64, 64))
+    ao.quantize_(model, ao.FqnToConfig({"0": "nf4", "1": "nf4"}))
+    assert "(0): Said(n=64, weight=NF4)" in str(model) and str(model).count("NF4") == 2
+
+
+def test_a_class_of_somebody_else_says_its_format():
+    """It stays of its class, and prints its format, also as a copy; not once it is plain again."""
+    model = nn.Sequential(Turned(64, 64, bias=False))
+    ao.quantize_(model, "nf4")
+    assert type(model[0]) is Turned and "weight=NF4)" in str(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert str(other) == str(model) and other[0].extra_repr.args[0] is other[0]
+    ao.dequantize_(model)
+    assert str(model) == str(nn.Sequential(Turned(64, 64, bias=False)))
+
+
 def test_another_weight_in_its_place():
     made = model(CONFIGS["int8"])
     x = torch.randn(3, 64)

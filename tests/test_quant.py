@@ -158,6 +158,25 @@ def test_filter_and_report():
     assert report.model_bytes == get_model_size_in_bytes(network())
 
 
+@pytest.mark.parametrize("config", ["int8-dynamic", "int8"])
+def test_a_report_says_where_activations_stay(config):
+    """Layers that are no nn.Linear take the weight half of a format."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    report = quantize_(nn.Sequential(conv1d(64, 64), conv1d(64, 64), nn.Linear(64, 64)), config)
+    note = "Conv1D: its weights alone are quantized; Int8DynamicActivationInt8WeightConfig quantizes activations"
+    assert len(report) == 3 and [n.startswith(note) for n in report.notes] == [True] * (config == "int8-dynamic")
+
+
+@pytest.mark.parametrize("config", ["float8-dynamic", "int8-int4", "int4"])
+def test_a_long_format_makes_nothing_wide(config):
+    """Not the table of a report, which says it once for layers that follow each other, and not a printed model."""
+    model = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 2048))
+    report = str(ao.quantize_(model, config))
+    spec = repr(model[0].weight.spec)
+    assert max(map(len, report.splitlines())) <= 100 and report.count(spec) == (2 if len(spec) < 44 else 1)
+    assert max(map(len, str(model).splitlines())) <= 120 and str(model).count(spec) == 2
+
+
 def test_nothing_to_quantize():
     """A filter that takes nothing is a mistake, at every door, and changes nothing; a model may have no linear layer."""
     model = network()

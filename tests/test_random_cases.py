@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -12,9 +13,10 @@ from cases import CASES, weight
 from random_cases import KINDS, judge
 
 import ao
-from ao.dtypes import Float8, Intx, Shifted
+from ao.dtypes import NF4, NVFP4, DynamicTree, Float8, Intx, Shifted
 from ao.dtypes.lattice import lattice
 from ao.dtypes.permuted import Permuted
+from ao.matmul.integers import integer_product
 from ao.quant import compute_error
 
 PART = 50
@@ -93,6 +95,42 @@ def test_numbers_of_float64_keep_their_range():
         x = 1e60 * weight((3, w.shape[1]), 2).double()
         expected, found = x @ w.dequantize().double().t(), F.linear(x, w)
         assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [Intx(8), Intx(8, symmetric=False), Intx(8, (-1, -1)), Float8(), Float8(block=(-1, -1)), Intx(8, (1, 32)), NVFP4],
+    ids=str,
+)
+def test_activations_of_float64_keep_their_range(act):
+    """A power of two goes through, bit for bit, also one that float32 does not hold, as do the gradients of training."""
+    q = dataclasses.replace(Intx(8) if act != NVFP4 else NVFP4, act=act).quantize(weight((32, 64)))
+    x = weight((5, 64), 1).double()
+    for power in (2.0**200, 2.0**-200, 2.0**900):
+        assert torch.equal(F.linear(power * x, q), power * F.linear(x, q))
+        found = torch.compile(F.linear, backend="aot_eager")(power * x.view(5, 1, 64), q)
+        assert compute_error(F.linear(x, q), found.view(5, 32) / power) > 100
+        assert torch.equal(act.fake_quantize(power * x), power * act.fake_quantize(x))
+    if act.block[0] == 1 and act != NVFP4:
+        x[1] *= 2.0**200
+        assert compute_error(x[2:] @ q.dequantize().double().t(), F.linear(x, q)[2:]) > 15
+    x[0, 0] = torch.nan
+    assert F.linear(x, q)[0].isnan().all()
+
+
+@pytest.mark.parametrize("act", [None, Intx(8), Intx(8, symmetric=False), Float8()], ids=str)
+def test_a_weight_of_one_column(act):
+    """PyTorch's product of integers reads memory that is not its own there."""
+    for dtype in (torch.float32, torch.bfloat16):
+        q = Intx(8, act=act).quantize(weight((33, 1), dtype=dtype))
+        for m in (1, 3, 40):
+            x = weight((m, 1), 1, dtype)
+            expected = x.float() @ q.dequantize().float().t()
+            traced = [torch.compile(F.linear, backend="aot_eager")] if m == 3 and dtype == torch.bfloat16 else []
+            for product in (F.linear, *traced):
+                assert compute_error(expected, product(x, q).float()) > 25
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((33, 1), (1, 17)))
+    assert torch.equal(integer_product(a, b.t()).int(), a.int() @ b.int())
 
 
 def test_an_int8_weight_that_is_turned():
@@ -193,6 +231,16 @@ def test_a_weight_in_another_order(inner):
     optimizer.param_groups[0]["params"][0].grad = q.dequantize()
     optimizer.step()
     assert compute_error(d, q.dequantize()) > 15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inner", [Intx(4, (1, 32)), DynamicTree(4, True, (1, -1)), NF4], ids=str)
+def test_numbers_written_back_in_another_order(inner, dtype):
+    """Rounded to the dtype of the tensor they still are its numbers, which stay bit for bit."""
+    q = Permuted(inner).quantize(weight((96, 64), dtype=dtype))
+    before = q.decode_scaled()
+    q.copy_(q.dequantize())
+    assert torch.equal(q.decode_scaled(), before)
 
 
 @pytest.mark.parametrize("inner", [Intx(4, (1, 32)), Float8()], ids=str)

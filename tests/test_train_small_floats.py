@@ -121,4 +121,7 @@ def test_refused():
         MXFP4TrainingConfig(rounding="up")
     with pytest.raises(ValueError, match="NVFP4TrainingConfig: hadamard must be"):
         NVFP4TrainingConfig(hadamard=12)
+    layer = convert_to_precision(nn.Linear(64, 64, dtype=torch.float64), "mxfp8")
+    with pytest.raises(ValueError, match="computes in float32, and the data has numbers up to 1e\\+60"):
+        layer(torch.full((32, 64), 1e60, dtype=torch.float64))
     assert MXFP8TrainingConfig("floor").recipe().output.a.scale_rule == "floor"

@@ -44,7 +44,7 @@ from .blocks import block_grid, expand
 from .lattice import lattice
 from .operand import Cast, Operand
 from .pieces import Box, boxes, is_eager, part, piece_size
-from .rounding import narrow, round_to
+from .rounding import narrow, range_power, round_to
 from .running_layer import running_layer
 from .tracing import passed_over, unrecorded
 
@@ -199,11 +199,8 @@ class Spec:
             raise TypeError(f"{self}.quantize: the tensor is quantized already ({x.spec}); call .dequantize() first")
         if x.dtype not in _FLOATS:
             raise TypeError(f"{self}.quantize takes a floating-point tensor, got {x.dtype}; convert it first")
-        if x.dtype == torch.float64 and is_eager(x) and (x.isfinite() & ~x.float().isfinite()).any():
-            raise ValueError(
-                f"{self}.quantize computes in float32, and the data has numbers up to {x.abs().max().item():.3g}, which are "
-                "beyond its range; scale them down first"
-            )
+        if x.dtype == torch.float64:
+            check_within_float32(self, x)
         fields = quantize_fields(self, x.detach(), self.grid(x.shape), pre_scale, qparams)
         return self.wrap(fields, x.dtype, x.shape, pre_scale=pre_scale, act_scale=act_scale)
 
@@ -258,6 +255,15 @@ def _from_json(value: Any) -> Any:
     return tuple(_from_json(v) for v in value) if isinstance(value, list) else value
 
 
+def check_within_float32(spec: Spec, x: Tensor) -> None:
+    """Raise ValueError, in eager mode, where a number of a float64 `x` is beyond the range of float32."""
+    if x.dtype == torch.float64 and is_eager(x) and (x.isfinite() & ~x.float().isfinite()).any():
+        raise ValueError(
+            f"{spec}.quantize computes in float32, and the data has numbers up to {x.abs().max().item():.3g}, which are "
+            "beyond its range; scale them down first"
+        )
+
+
 def quantize_fields(
     spec: Spec,
     x: Tensor,
@@ -280,6 +286,12 @@ def quantize_fields(
     if pre_scale is not None:
         x = x / expand(pre_scale.float(), x.shape)
     return spec.encode(x, **(qparams or spec.choose_qparams(x, grid)))
+
+
+def has_scale_by_row(spec: Spec) -> bool:
+    """Whether the rows of a matrix share no qparam, as far as the settings say: scales that are quantized may share one."""
+    nested = (getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "act")
+    return len(spec.block) == 2 and spec.block[0] == 1 and not any(isinstance(value, Spec) for value in nested)
 
 
 def blank(spec: Spec, shape: tuple[int, ...], grid: tuple[int, ...] | None = None) -> QTensor:
@@ -403,8 +415,10 @@ def _stored(t: Tensor, kind: Tensor) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: Spec) -> Tensor:
-        wide = x.detach().float()
-        return narrow(spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))), x.dtype)
+        power = range_power(x, has_scale_by_row(spec)) if x.dtype == torch.float64 else None
+        wide = (x.detach() if power is None else x.detach() / power).float()
+        out = narrow(spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))), x.dtype)
+        return out if power is None else out * power
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

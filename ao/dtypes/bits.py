@@ -195,8 +195,9 @@ def unpack_trits(packed: Tensor, dim: int = -1) -> Tensor:
     """The inverse of `pack_trits`: (..., K * 13 / 64, ...) uint8 -> (..., K, ...) uint8 of 0, 1 and 2."""
     b = packed.movedim(dim, -1)
     lead, chunks = b.shape[:-1], b.shape[-1] // TRIT_BYTES
-    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int16, device=b.device).unsqueeze(-1)
-    b = b.reshape(*lead, chunks, 1, TRIT_BYTES).to(torch.int16)
+    word = torch.int32 if onnx_mode.exporting() else torch.int16  # onnxruntime shifts no signed numbers of 16 bits
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=word, device=b.device).unsqueeze(-1)
+    b = b.reshape(*lead, chunks, 1, TRIT_BYTES).to(word)
     digits = ((b * powers & 255) * 3) >> 8  # (..., chunks, 5, 13)
     digits = digits.reshape(*lead, chunks, 5 * TRIT_BYTES)[..., :TRIT_CHUNK].to(torch.uint8)
     return digits.reshape(*lead, chunks * TRIT_CHUNK).movedim(-1, dim)

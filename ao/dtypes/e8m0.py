@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import Elements, QTensor, Spec, dense
 from .blocks import in_blocks
-from .onnx_mode import reads_no_bits
+from .onnx_mode import exponent_of, reads_no_bits
 from .operand import look_up
 from .rounding import reciprocal
 
@@ -73,7 +73,13 @@ def shared_exponent(largest: Tensor, rule: str, maximum: float, emax: int, manti
 
     Where m is not finite the scale is NaN, and so is the block.
     """
-    if rule == "rceil":
+    if reads_no_bits():
+        m = largest / maximum if rule == "rceil" else largest
+        power = exponent_of(m)
+        least = {"floor": 2.0, "even": 2 - 2.0 ** -(mantissa + 1)}.get(rule)  # of 1 to 2, what goes to the next one
+        up = m > torch.exp2(power) if least is None else m >= torch.exp2(power) * least
+        byte = _byte(power + up.to(m.dtype) + (127 - (0 if rule == "rceil" else emax)), largest)
+    elif rule == "rceil":
         ratio = largest / maximum
         bits = ratio.view(torch.int32)
         above = torch.where(bits < 1 << _MANTISSA, 1 << (_MANTISSA - 1), 0)  # below 2**-126 a half is e8m0's 0
@@ -93,6 +99,8 @@ def divided(blocks: Tensor, scale: Tensor) -> Tensor:
     """x / scale. blocks: x (float32) as `to_blocks` views it; scale: as it is stored."""
     if not isinstance(scale, E8M0Tensor):
         return blocks * in_blocks(reciprocal(dense(scale)))
+    if reads_no_bits():
+        return blocks / in_blocks(wide(scale))
     byte = scale.qdata.to(torch.int32)
     power = torch.where(byte == 254, 1 << (_MANTISSA - 1), (254 - byte) << _MANTISSA).view(torch.float32)
     return blocks * in_blocks(torch.where(byte == 255, torch.nan, power))

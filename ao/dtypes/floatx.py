@@ -19,6 +19,7 @@ from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .e8m0 import E8M0, RULES, Rule, divided, shared_exponent, wide
 from .float8 import Float8
+from .onnx_mode import exponent_of, reads_no_bits
 from .operand import Operand, minifloat
 from .rounding import narrow, random_words, round_to
 
@@ -140,6 +141,10 @@ class FloatX(Spec):
         """Codes, uint8 of the shape of `x`: sign, exponent and mantissa from the high bit down."""
         q = divided(to_blocks(x, scale.shape), scale)
         size = q.abs().clamp_(max=self.max)
+        if reads_no_bits() and self.rounding == "nearest":
+            power = exponent_of(size).clamp(min=1 - self.bias)
+            codes = (power + (self.bias - 1)) * 2**self.mantissa + (size * torch.exp2(self.mantissa - power)).round()
+            return (codes + torch.where(q < 0, 2.0 ** (self.bits - 1), 0.0)).to(torch.uint8).reshape(x.shape)
         cut = _MANTISSA - self.mantissa
         bits = size.view(torch.int32)
         steps = size * 2.0 ** (self.bias - 1 + self.mantissa)  # below the normal numbers, where all steps are alike

@@ -30,3 +30,14 @@ def shift(x: Tensor, by: Tensor, direction: Literal["LEFT", "RIGHT"] = "RIGHT") 
     """`x >> by` or `x << by` of uint8: PyTorch's own translation is for signed integers, and wrong for these."""
     shape = torch.broadcast_shapes(x.shape, by.shape)
     return torch.onnx.ops.symbolic("BitShift", (x, by), {"direction": direction}, dtype=torch.uint8, shape=shape)
+
+
+def shifted_right(x: Tensor, by: int) -> Tensor:
+    """`x >> by` of uint8."""
+    return shift(x, torch.tensor(by, dtype=torch.uint8, device=x.device)) if exporting() else x >> by
+
+
+def exponent_of(x: Tensor) -> Tensor:
+    """floor(log2(x)) of numbers that are not negative, in their dtype, without a look at their bits; -infinity of 0."""
+    guess = x.log2().floor()  # a logarithm may be off to either side of an integer
+    return guess - (torch.exp2(guess) > x).to(x.dtype) + (torch.exp2(guess + 1) <= x).to(x.dtype)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .onnx_mode import shifted_right
+
 UNIT = 64
 """The elements of a chunk of packed codes."""
 
@@ -43,7 +45,7 @@ def spread(pairs: Tensor, codes: Tensor) -> Tensor:
     """Two of four in their places, and zeros: (..., K / 2) and codes (..., K / 4) -> (..., K)."""
     first, second = pairs.unflatten(-1, (-1, 2)).split(1, -1)  # (..., K / 4, 1) each
     place = torch.arange(4, dtype=torch.uint8, device=codes.device)
-    a, b = (codes & 3).unsqueeze(-1), (codes >> 2).unsqueeze(-1)
+    a, b = (codes & 3).unsqueeze(-1), shifted_right(codes, 2).unsqueeze(-1)
     return torch.where(place == a, first, torch.where(place == b, second, 0)).flatten(-2)
 
 
@@ -78,4 +80,4 @@ def _pack(codes: Tensor, chunk: int) -> Tensor:
 
 def _unpack(packed: Tensor, chunk: int) -> Tensor:
     chunks = packed.unflatten(-1, (packed.shape[-1] // chunk, 1, chunk))
-    return torch.cat([chunks & 15, chunks >> 4], -2).flatten(-3)
+    return torch.cat([chunks & 15, shifted_right(chunks, 4)], -2).flatten(-3)

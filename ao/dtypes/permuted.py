@@ -117,7 +117,10 @@ def _copy(target: PermutedTensor, source: Tensor, non_blocking: bool = False) ->
         return OPS[aten.copy_.default](target, source, non_blocking)
     values = source.decode_scaled() if isinstance(source, QTensor) else source
     values = values.to(target.device, torch.float32).expand(target.shape)
-    target.qdata.copy_(values.index_select(target.dim_of_order, target.order.flatten()))
+    stored = target.qdata
+    assert isinstance(stored, QTensor)
+    stored = stored.like(stored.shape, target.dtype, stored.fields(), stored.whole)  # which tells what is unchanged
+    stored.copy_(values.index_select(target.dim_of_order, target.order.flatten()))
     return target
 
 

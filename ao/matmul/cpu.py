@@ -376,6 +376,8 @@ def split(x: Tensor, w: QTensor) -> Tensor:
 
 def _integer_product(x: Tensor, q: Tensor) -> Tensor:
     """q @ x.T in int32. x: (M, K) int8, q: (N, K) int8 -> (N, M)."""
+    if q.shape[1] == 1:
+        return q.to(torch.int32) * x.t().to(torch.int32)  # `_int_mm` of one column is wrong (PyTorch 2.13)
     # A single column whose stride the compiler sets to 0, which it may, comes out wrong.
     return torch._int_mm(q, _stored(x.t()) if known(x.shape[0] == 1) else x.t())
 

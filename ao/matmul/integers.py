@@ -19,8 +19,11 @@ def enough_rows(x: Tensor) -> Tensor:
 
 
 def takes(device: torch.device, n: int, k: int) -> bool:
-    """Whether `torch._int_mm` multiplies by a matrix (n, k) there, fast: on CUDA both are multiples of 8."""
-    return (device.type == "cuda" and n % 8 == 0 and k % 8 == 0) or (device.type == "cpu" and VNNI)
+    """Whether `torch._int_mm` multiplies by a matrix (n, k) there, fast: on CUDA both are multiples of 8.
+
+    On a CPU it is wrong for k = 1: it reads memory that is not the matrix's (PyTorch 2.13).
+    """
+    return (device.type == "cuda" and n % 8 == 0 and k % 8 == 0) or (device.type == "cpu" and VNNI and k > 1)
 
 
 def integer_product(x: Tensor, q: Tensor) -> Tensor:

@@ -45,6 +45,22 @@ graph_fields.composite(
 )
 
 
+LONGEST = 110
+"""Characters of what a module says in one line; more of it has a line for each parameter."""
+
+
+def _with_formats(said: str, parameters: dict[str, Any]) -> str:
+    """What a module says of itself when it is printed, and the formats of its parameters."""
+    formats = (f"{name}={p.spec}" for name, p in parameters.items() if isinstance(p, QTensor))
+    parts = [part for part in (said, *formats) if part]
+    return ("\n" if sum(map(len, parts)) > LONGEST else ", ").join(parts)
+
+
+def _described(module: nn.Module) -> str:
+    """What a printed model says of a quantized layer whose class stays as it is."""
+    return _with_formats(type(module).extra_repr(module), module._parameters)
+
+
 class _QuantizedModule:
     """What a module with quantized parameters has before its own class."""
 
@@ -57,8 +73,13 @@ class _QuantizedModule:
         """What a printed model says of it: that of its own class, and the formats of its parameters."""
         cls: Any = getattr(self, "own_class", None)
         own = cls.extra_repr(self) if cls is not None else super().extra_repr()  # type: ignore[misc]
-        formats = (f"{name}={p.spec}" for name, p in self._parameters.items() if isinstance(p, QTensor))
-        return ", ".join(part for part in (own, *formats) if part)
+        return _with_formats(own, self._parameters)
+
+    def __repr__(self) -> str:
+        """As of its own class; one that says what it likes, as transformers' `Conv1D` does, says the formats as well."""
+        said = super().__repr__()
+        shown = any(f"{name}={p.spec}" in said for name, p in self._parameters.items() if isinstance(p, QTensor))
+        return said if shown or not said.endswith(")") else f"{_with_formats(said[:-1], self._parameters)})"
 
     def _fields_in_graph(self, name: str) -> tuple[list[Tensor], str] | None:
         """In a graph that is traced: the fields of a parameter and the name of its form. None where it enters as it is."""
@@ -249,3 +270,7 @@ def adopt(module: nn.Module) -> None:
         wanted = _class_of(own, names)  # type: ignore[arg-type]
     if wanted is not type(module):
         module.__class__ = wanted
+    if names and wanted is own:
+        module.__dict__["extra_repr"] = functools.partial(_described, module)
+    elif getattr(module.__dict__.get("extra_repr"), "func", None) is _described:
+        del module.__dict__["extra_repr"]

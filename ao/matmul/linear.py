@@ -50,6 +50,7 @@ its packed bytes and no more. Activation quantization is straight-through.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,9 +60,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..dtypes import onnx_mode
-from ..dtypes.base import OPS, QTensor, as_bytes
+from ..dtypes.base import OPS, QTensor, as_bytes, has_scale_by_row
 from ..dtypes.ops import gather
 from ..dtypes.pieces import is_eager
+from ..dtypes.rounding import range_power
 from . import anywhere, cpu, gpu, onnx, sparse
 from .form import key_of
 from .path import Path, Product
@@ -103,7 +105,9 @@ def _product(x: Tensor, w: QTensor) -> Tensor:
     if (other := w.spec.rearranged(x, w)) is not None:
         return _product(*other)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    return _path(rows, w).run(rows, w).reshape(*x.shape[:-1], w.shape[0])
+    run = _path(rows, w).run
+    out = _in_range(run, rows, w) if _chooses_scale(x, w) else run(rows, w)
+    return out.reshape(*x.shape[:-1], w.shape[0])
 
 
 def _with_multiplier(product: Product, x: Tensor, w: QTensor) -> Tensor:
@@ -119,6 +123,18 @@ def _with_multiplier(product: Product, x: Tensor, w: QTensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """x in at least float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _chooses_scale(x: Tensor, w: QTensor) -> bool:
+    """Whether the format of `w` chooses a scale, in float32, for an activation in float64."""
+    return x.dtype == torch.float64 and w.spec.act is not None and w.act_scale is None
+
+
+def _in_range(product: Product, x: Tensor, w: QTensor) -> Tensor:
+    """`product` of x (..., K) in float64 and w (N, K), whose format quantizes x in float32: x is brought into that range."""
+    assert w.spec.act is not None
+    power = range_power(x, has_scale_by_row(w.spec.act))
+    return product(x / power, w) * power
 
 
 def _without_multiplier(w: QTensor) -> QTensor:
@@ -159,9 +175,11 @@ def _choose(x: Tensor, w: QTensor) -> Product:
         inner = _choose(*other)
         return lambda x, w: inner(*w.spec.rearranged(x, w))  # type: ignore[misc]
     path = _path(x, w)
-    if path.launch is not None:
+    if path.launch is not None and not _chooses_scale(x, w):
         return path.launch(x, w)
     product = path.run
+    if _chooses_scale(x, w):
+        product = functools.partial(_in_range, product)
 
     def run(x: Tensor, w: QTensor) -> Tensor:
         if x.dim() == 2:
@@ -346,7 +364,11 @@ class _Activation(torch.autograd.Function):
         elif pre_scale is not None and pre_scale.numel() == w.shape[-1]:
             pre_scale = pre_scale.flatten()
         rows = x if pre_scale is None else (_wide(x) * pre_scale).to(x.dtype)
-        rows = anywhere.quantized_act(rows.reshape(-1, x.shape[-1]), w).view(rows.shape)
+        rows = rows.reshape(-1, x.shape[-1])  # (M, K)
+        quantized = (
+            _in_range(anywhere.quantized_act, rows, w) if _chooses_scale(x, w) else anywhere.quantized_act(rows, w)
+        )
+        rows = quantized.view(x.shape)
         return rows if pre_scale is None else (_wide(rows) / pre_scale).to(x.dtype)
 
     @staticmethod

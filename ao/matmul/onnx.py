@@ -30,7 +30,8 @@ def standard_operators(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T, the activation quantized where the weight's Spec wants it. x: (M, K), w: (N, K) -> (M, N)."""
     if "opaque" in w.roles.values():
         raise NotImplementedError(
-            f"ONNX has no product in the layout of {w.spec}, a kernel's own; quantize with the default layout for export"
+            f"ONNX has no product in the layout of {w.spec}, a kernel's own; quantize with the default layout, or with another "
+            "format, for export"
         )
     operand, act = anywhere.int8_operand(w), anywhere.row_cast(w)
     if operand is not None and act is not None and not act.zero_point:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dtypes.base import QTensor, Spec
+from ..dtypes.base import QTensor, Spec, check_within_float32
 from ..dtypes.bits import packed_dim, unpack
 from ..dtypes.blocks import expand, in_blocks, to_blocks
 from ..dtypes.operand import Cast, Operand
@@ -46,6 +46,7 @@ def _small(x: Tensor, spec: Spec) -> Operand | Tensor:
         operand = spec.operand(spec.quantize(x))
         if levels(operand) is not None:
             return operand  # type: ignore[return-value]
+    check_within_float32(spec, x)
     wide = x.float()
     return spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))).to(_whole(x))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import QTensor, Spec, blank, is_finite
-from ..matmul import set_parameter
+from ..matmul import layer_class, set_parameter
 from .algorithms.recipe import Recipe, Rounded, RoundToNearest, assemble
 from .calibration.observers import RangeMethod
 from .calibration.statistics import RANGES, Statistics, act_scale, statistics_of
@@ -175,6 +175,13 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             report.skipped.update(dict.fromkeys([slot.fqn for slot in slots], str(error)))
             return None
         raise ValueError(f"{slots[0].fqn}: {_in_words_of(config, str(error))}") from None
+    if act is not None and spec.act is None:
+        name = layer_class(next(owner for owner in owners if not isinstance(owner, nn.Linear))).__name__
+        note = (
+            f"{name}: its weights alone are quantized; {type(config).__name__} quantizes activations, and only nn.Linear layers "
+            "do that"
+        )
+        report.notes += [note] if note not in report.notes else []
     if linear and spec.act is not None:
         return Job(slots, spec, recipe, config.act_scale(), config.act_range())
     return Job(slots, spec, recipe)

@@ -89,10 +89,21 @@ class Report:
         return "\n".join(line.rstrip() for line in text)
 
 
+LONGEST = 44
+"""Characters of the first column of a table: what is longer, such as a format with its activation's, has a line of its own."""
+
+
 def aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
     """The lines of a table, a rule below the first; numbers, from the third column on, to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(ln, widths))) for ln in lines]
+    rows: list[tuple[str, ...]] = []
+    for above, line in zip([(), *lines], lines):
+        if len(line[0]) > LONGEST:
+            rows += [] if above and above[0] == line[0] else [(line[0],)]
+            line = ("", *line[1:])
+        rows.append(line)
+    whole = [row for row in rows if len(row) > 1]
+    widths = [max(len(row[i]) for row in whole) for i in range(len(lines[0]))]
+    text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows]
     return [text[0], "-" * len(text[0]), *text[1:]]
 
 

@@ -108,9 +108,12 @@ def check_modules(option: str, names: Iterable[str] | None, tensors: Iterable[st
     known = own | {f"{prefix}.{name}" for name in own for prefix in ("model", "transformer", "bert", "vit")}
     for name in names or ():
         try:
-            # The checkpoint of an inner model names its layers without the first part of the name that they have in the whole.
+            # The checkpoint of an inner model names its layers without the first part of the name that they have in the whole:
+            # what is left then is the beginning of a name.
             forms = [form for form in (name, name.partition(".")[2]) if form]
-            found = any(n.endswith(f) or re.match(rf"(?:{f})(?:(?<=\.)|(?=\.|$))", n) for f in forms for n in known)
+            found = any(n.endswith(name) for n in known) or any(
+                re.match(rf"(?:{form})(?:(?<=\.)|(?=\.|$))", n) for form in forms for n in known
+            )
         except re.error as error:
             raise ValueError(f"{option} {name!r} is no regular expression: {error}") from error
         if not found:

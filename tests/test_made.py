@@ -75,8 +75,10 @@ def test_values(spec):
         assert compute_error(x.double() @ dense.t(), product(x, q).double()) > 110, tokens
     for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 11), (torch.float16, 3)):
         x = weight((tokens, K), 1, dtype)
-        y = product(x, q)
-        assert y.dtype == dtype and compute_error((x.double() @ dense.t()).to(dtype).double(), y.double()) > 56
+        y, exact = product(x, q), x.double() @ dense.t()
+        assert y.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=1e-4 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -199,12 +201,13 @@ def test_fixed_point_of_any_range(spec):
     x[1, ::200] *= 1e4
     x[2, :500] = 0
     x[3] *= 1e-38
-    x[4] *= 1e35
+    x[4] *= 1e33
     x[5] *= torch.logspace(-20, 3, K)
     exact = x.double() @ q.dequantize().double().t()
     for rows in (slice(0, 6), *(slice(t, t + 1) for t in range(6))):
         for row, expected in zip(product(x[rows], q), exact[rows]):
-            assert compute_error(expected, row.double()) > 46
+            largest = expected.abs().max()
+            assert compute_error(expected / largest, row.double() / largest) > 50
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

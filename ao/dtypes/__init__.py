@@ -42,8 +42,20 @@ from .ternary import Ternary, TernaryTensor
 if TYPE_CHECKING:
     from .caching import cache_directory
     from .checkpoint import load, save
+    from .cpp import cpp_compiler, cpp_library, instructions
+    from .cpp_vectors import VECTORS, NotElementwise, cpp_function
 else:
-    _LATER = {"cache_directory": ".caching", "load": ".checkpoint", "save": ".checkpoint"}
+    _LATER = {
+        "NotElementwise": ".cpp_vectors",
+        "VECTORS": ".cpp_vectors",
+        "cache_directory": ".caching",
+        "cpp_compiler": ".cpp",
+        "cpp_function": ".cpp_vectors",
+        "cpp_library": ".cpp",
+        "instructions": ".cpp",
+        "load": ".checkpoint",
+        "save": ".checkpoint",
+    }
 
     def __getattr__(name: str) -> Any:
         """What is imported when it is asked for."""

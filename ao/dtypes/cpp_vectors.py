@@ -190,7 +190,7 @@ def cpp_function(name: str, function: Callable[..., Any], inputs: Sequence[torch
     from torch.fx.experimental.proxy_tensor import make_fx
 
     try:
-        graph = make_fx(function)(*(torch.ones(2, dtype=dtype) for dtype in inputs))
+        graph = make_fx(lambda *given: function(*given))(*(torch.ones(2, dtype=dtype) for dtype in inputs))
     except RuntimeError as error:
         raise NotElementwise(str(error)) from error
     tables: list[str] = []
@@ -203,7 +203,7 @@ def cpp_function(name: str, function: Callable[..., Any], inputs: Sequence[torch
             arguments.append(f"{_TYPES[inputs[len(arguments)]]} x{len(arguments)}")
         elif node.op == "get_attr":
             value = getattr(graph, node.target)
-            names[node.name] = f"{name}_table{len(tables)}" if value.dim() else _literal(value.item(), value.dtype)
+            names[node.name] = f"{name}_table{len(tables)}" if value.dim() else f"same({_literal(value.item(), value.dtype)})"
             if value.dim():
                 tables.append(_table(names[node.name], value))
         elif node.op == "call_function" and _is_same(node):
@@ -262,6 +262,8 @@ def _expression(node: Any, names: dict[str, str], dtype: torch.dtype) -> str:
         return f"-{text(operands[0])}"
     if kind == "reciprocal":
         return f"same(1.0f) / {text(operands[0])}"
+    if kind in ("floor",):
+        raise NotElementwise(kind)
     if kind in ("clamp", "clamp_min", "clamp_max"):
         x, *limits = node.args
         low, high = {"clamp": [*limits, None, None][:2], "clamp_min": [limits[0], None], "clamp_max": [None, limits[0]]}[kind]

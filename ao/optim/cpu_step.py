@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ao.dtypes import Float8, Mapped, Spec, VECTORS, NotElementwise, cpp_compiler, cpp_function, cpp_library, instructions
+from ao.dtypes import DynamicTree, Float8, Mapped, Spec, VECTORS, NotElementwise, cpp_compiler, cpp_function, cpp_library, instructions
 
+from .code_tables import code_tables
 from .cpu_source import SOURCE
 from .kernel import Plan
 from .rows import CHUNK, Rows
@@ -27,24 +29,31 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 PIECE = 1024
 """Elements at a time of states in full precision."""
 
+SHARE = 2**14
+"""Elements that are worth another thread."""
+
 WIDEST = 2048
 """The largest block that is taken (MOST in the source)."""
 
-Step = Callable[[Rows, Tensor, int], None]
+Step = Callable[[Rows, Tensor, "Tensor | None"], None]
+"""The step of one parameter, in place: its rows, the numbers of the rule, and (seed, position) where it is rounded at random."""
 
 
 class _Fields(ctypes.Structure):
+    """`Fields` of the source."""
+
     _fields_ = [("codes", ctypes.c_void_p), ("scale", ctypes.c_void_p)]
 
 
 @functools.cache
-def cpu_step(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
-    """The compiled function for a plan; None where there is none."""
-    specs = [spec for _, spec in plan.states]
-    widths = {spec.block[-1] for spec in specs if spec is not None}
-    if cpp_compiler() is None or dtype not in _DTYPES or grad_dtype not in _DTYPES or len(widths) > 1:
+def cpu_step(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> Step | None:
+    """The compiled step of a plan; None where there is no compiler, or it does not fit the source."""
+    widths = {spec.block[-1] if spec else PIECE for _, spec in plan.states} or {PIECE}
+    if dtype not in _DTYPES or grad_dtype not in _DTYPES or len(widths) > 1 or cpp_compiler() is None:
         return None
-    if any(w % CHUNK or w > WIDEST for w in widths) or (widths and None in specs):
+    (width,) = widths
+    quantized = any(spec for _, spec in plan.states)
+    if width % CHUNK or width > WIDEST or (quantized and not all(spec for _, spec in plan.states)):
         return None
     try:
         text = _source(plan, dtype, grad_dtype)
@@ -53,26 +62,22 @@ def cpu_step(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
     library = cpp_library(text, (*instructions(), "-ffp-contract=off", "-fwrapv", "-fno-math-errno"))
     if library is None:
         return None
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.ao_step.argtypes = [pointer, pointer, ctypes.POINTER(_Fields), pointer, long, long, long, integer, integer, integer]
-    library.ao_step.restype = None
-    return library.ao_step
+    function, pointer, long, integer = library.ao_step, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    function.restype = None
+    function.argtypes = [*[pointer] * 2, ctypes.POINTER(_Fields), pointer, *[long] * 3, *[integer] * 3]
 
+    def step(rows: Rows, hyper: Tensor, noise: Tensor | None) -> None:
+        fields = (_Fields * max(len(rows.states), 1))()
+        for given, each in zip(fields, rows.states):
+            given.codes, given.scale = each[0].data_ptr() if quantized else None, each[-1].data_ptr()
+        elements = math.prod(rows.shape)
+        seed, position = (0, 0) if noise is None else noise.tolist()
+        # Where the parameters come in planes, the first begins where all of them do.
+        where = rows.params[0].data_ptr(), rows.grads[0].data_ptr(), fields, hyper.data_ptr()
+        threads = min(torch.get_num_threads(), elements // SHARE + 1)
+        function(*where, elements // width, width, elements % width, seed, position, threads)
 
-def run_rows(function: Any, plan: Plan, rows: Rows, hyper: Tensor, threads: int) -> None:
-    """The step of one parameter, in place."""
-    param, grad = rows.params[0], rows.grads[0]
-    count, width = rows.shape
-    fields = (_Fields * (len(rows.states) + 1))()
-    for i, each in enumerate(rows.states):
-        fields[i].codes = each[0].data_ptr() if len(each) > 1 else None
-        fields[i].scale = each[-1].data_ptr()
-    more = 0
-    if not any(spec for _, spec in plan.states):
-        count, width, more = count * width // PIECE, PIECE, count * width % PIECE
-    seed, position = (0, 0) if rows.noise is None else rows.noise.tolist()
-    threads = min(threads, max(count * width // 2**14, 1))
-    function(param.data_ptr(), grad.data_ptr(), fields, hyper.data_ptr(), count, width, more, seed, position, threads)
+    return step
 
 
 def _source(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> str:
@@ -98,10 +103,11 @@ def _source(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> str:
     )
     for i, (name, spec) in enumerate(plan.states):
         if spec is not None:
+            functions = _decode(spec), _scales(spec), _encode(spec, slow=name == "exp_avg_sq")
+            inputs = [int32, float32], [float32], [float32, float32]
             text += [
-                cpp_function(f"decode{i}", functools.partial(_decode, spec), [int32, float32]),
-                cpp_function(f"scales{i}", functools.partial(_scales, spec), [float32]),
-                cpp_function(f"encode{i}", functools.partial(_encode, spec, name == "exp_avg_sq"), [float32, float32]),
+                cpp_function(f"{what}{i}", function, given)
+                for what, function, given in zip(("decode", "scales", "encode"), functions, inputs)
             ]
     for what, arguments in (
         ("decode", "vi a, vf b, vf& c"),
@@ -120,20 +126,30 @@ def _source(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> str:
     return "".join([*text, SOURCE])
 
 
-def _decode(spec: Any, codes: Tensor, scale: Tensor) -> Tensor:
-    if isinstance(spec, Float8):
-        return spec.numbers(codes) * scale
-    return torch.tensor(spec.values)[codes.long()] * scale
+def _decode(spec: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """From codes (int32) and their scale to numbers, as `read` in rows.py."""
+    entries = spec.numbers(torch.arange(256)) if isinstance(spec, Float8) else torch.tensor(spec.values)
+    return lambda codes, scale: entries[codes.long()] * scale
 
 
-def _scales(spec: Any, largest: Tensor) -> tuple[Tensor, Tensor]:
-    scale = spec.scale(largest) if isinstance(spec, Mapped) else largest * (1 / spec.max)
-    return scale, scale.reciprocal().masked_fill(scale < torch.finfo(torch.float32).tiny, 0.0)
+def _scales(spec: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """From the largest magnitude of a block to its scale and 1 / scale, as `scales` in rows.py."""
+
+    def made(largest: Tensor) -> tuple[Tensor, Tensor]:
+        scale = spec.scale(largest) if isinstance(spec, Mapped) else largest * (1 / spec.max)
+        return scale, scale.reciprocal().masked_fill(scale < torch.finfo(torch.float32).tiny, 0.0)
+
+    return made
 
 
-def _encode(spec: Any, slow: bool, x: Tensor, inverse: Tensor) -> Tensor:
-    q = x * inverse
+def _encode(spec: Any, slow: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """From numbers and 1 / scale to codes (int32), as `write` in rows.py."""
     if isinstance(spec, Mapped):
-        return spec.nearest(q)
-    q = q.clamp(-spec.max, spec.max)
-    return spec.codes(stochastic_round_e4m3(q) if slow else q)
+        nearest = code_tables(spec, torch.device("cpu")).nearest if isinstance(spec, DynamicTree) else spec.nearest
+        return lambda x, inverse: nearest(x * inverse)
+
+    def made(x: Tensor, inverse: Tensor) -> Tensor:
+        q = (x * inverse).clamp(-spec.max, spec.max)
+        return spec.codes(stochastic_round_e4m3(q) if slow else q)
+
+    return made

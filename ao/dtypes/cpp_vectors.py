@@ -83,11 +83,14 @@ INLINE vf root(vf x) {
 #endif
 }
 
-// table[q] for indices below SIZE.
+// table[q] for indices below SIZE. What is gathered is merged into a register, by a mask: into zeros, else it waits for what was
+// there before. A compiler leaves the zeros out if it knows that the mask is full; so it must not know.
 template <int SIZE> INLINE vf look_up(const float* table, vi q) {
 #if defined(__AVX512F__)
   if (SIZE <= 16) return (vf)_mm512_permutexvar_ps((__m512i)q, _mm512_loadu_ps(table));
-  return (vf)_mm512_i32gather_ps((__m512i)q, table, 4);
+  __mmask16 all = 0xFFFF;
+  asm("" : "+Yk"(all));
+  return (vf)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), all, (__m512i)q, table, 4);
 #elif W == 8 && defined(__AVX2__)
   if (SIZE <= 8) return (vf)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)q);
   if (SIZE <= 16) {
@@ -95,7 +98,9 @@ template <int SIZE> INLINE vf look_up(const float* table, vi q) {
     __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)q);
     return (vf)_mm256_blendv_ps(low, high, (__m256)(q << 28));
   }
-  return (vf)_mm256_i32gather_ps(table, (__m256i)q, 4);
+  __m256 all = (__m256)same((int32_t)-1);
+  asm("" : "+x"(all));
+  return (vf)_mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, (__m256i)q, all, 4);
 #else
   vf out;
   UNROLL for (int i = 0; i < W; i++) out[i] = table[q[i]];
@@ -104,7 +109,7 @@ template <int SIZE> INLINE vf look_up(const float* table, vi q) {
 }
 template <int SIZE> INLINE vi look_up(const int32_t* table, vi q) { return (vi)look_up<SIZE>((const float*)table, q); }
 
-// W bytes, or numbers of 16 bits, as integers, and back.
+// W bytes, or numbers of 16 bits, as integers.
 INLINE vi from_bytes(const void* p) {
 #if defined(__AVX512F__)
   return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -123,44 +128,58 @@ INLINE vi from_halves(const void* p) {
   return __builtin_convertvector(load<vh>(p), vi);
 #endif
 }
-INLINE void to_bytes(void* p, vi q) {
+
+// Integers below 256, or below 65536, as bytes or numbers of 16 bits: N vectors, an even number.
+template <int N> INLINE void to_bytes(uint8_t* p, const vi* q) {
 #if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)q));
+  UNROLL for (int i = 0; i < N; i++) _mm_storeu_si128((__m128i*)(p + i * W), _mm512_cvtepi32_epi8((__m512i)q[i]));
 #elif W == 8 && defined(__AVX2__)
-  __m256i words = _mm256_packus_epi32((__m256i)(q & 255), _mm256_setzero_si256());
-  __m256i bytes = _mm256_packus_epi16(words, words);
-  _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+  UNROLL for (int i = 0; i < N; i += 4) {
+    __m256i a = _mm256_packus_epi32((__m256i)q[i], (__m256i)q[i + 1]);
+    __m256i b = N > 2 ? _mm256_packus_epi32((__m256i)q[i + 2], (__m256i)q[i + 3]) : a;
+    // Packing is within halves of a register.
+    __m256i all = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    if (N > 2) _mm256_storeu_si256((__m256i*)(p + i * W), all);
+    else _mm_storeu_si128((__m128i*)(p + i * W), _mm256_castsi256_si128(all));
+  }
 #else
-  store(p, __builtin_convertvector(q, vb));
+  UNROLL for (int i = 0; i < N; i++) store(p + i * W, __builtin_convertvector(q[i], vb));
 #endif
 }
-INLINE void to_halves(void* p, vi q) {
+template <int N> INLINE void to_halves(uint16_t* p, const vi* q) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)q));
+  UNROLL for (int i = 0; i < N; i++) _mm256_storeu_si256((__m256i*)(p + i * W), _mm512_cvtepi32_epi16((__m512i)q[i]));
 #elif W == 8 && defined(__AVX2__)
-  __m256i words = _mm256_packus_epi32((__m256i)(q & 0xFFFF), _mm256_setzero_si256());
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 8)));
+  UNROLL for (int i = 0; i < N; i += 2) {
+    __m256i pair = _mm256_packus_epi32((__m256i)q[i], (__m256i)q[i + 1]);
+    _mm256_storeu_si256((__m256i*)(p + i * W), _mm256_permute4x64_epi64(pair, 0xD8));
+  }
 #else
-  store(p, __builtin_convertvector(q, vh));
+  UNROLL for (int i = 0; i < N; i++) store(p + i * W, __builtin_convertvector(q[i], vh));
 #endif
 }
 
 // Rounded to bfloat16, to even; NaN stays NaN.
 INLINE vf to_bf16(vf x) {
   vi w = (vi)x;
-  vi rounded = (w + 0x7FFF + ((w >> 16) & 1)) & (int32_t)0xFFFF0000;
-  return (vf)((w & 0x7FFFFFFF) > 0x7F800000 ? same((int32_t)0x7FC00000) : rounded);
+  vi rounded = w + 0x7FFF + ((w >> 16) & 1) | (vi)((vu)(x != x) << 22);
+  return (vf)(rounded & (int32_t)0xFFFF0000);
 }
 
-// Numbers of a dtype as floats, and back: of bfloat16, what has been rounded.
+// Numbers of a dtype as floats, W of them, and back, N vectors: of bfloat16, numbers that are rounded.
 #define F32 0
 #define BF16 1
 INLINE vf floats(const void* p, int64_t i, int dtype) {
   return dtype == BF16 ? (vf)(from_halves((const uint16_t*)p + i) << 16) : load<vf>((const float*)p + i);
 }
-INLINE void put(void* p, int64_t i, vf x, int dtype) {
-  if (dtype == BF16) to_halves((uint16_t*)p + i, (vi)((vu)x >> 16));
-  else store((float*)p + i, x);
+template <int N> INLINE void put(void* p, int64_t at, const vf* x, int dtype) {
+  if (dtype == BF16) {
+    vi halves[N];
+    UNROLL for (int i = 0; i < N; i++) halves[i] = (vi)((vu)x[i] >> 16);
+    to_halves<N>((uint16_t*)p + at, halves);
+  } else {
+    UNROLL for (int i = 0; i < N; i++) store((float*)p + at + i * W, x[i]);
+  }
 }
 """
 """The vector types and what the printed lines call."""

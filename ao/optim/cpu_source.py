@@ -15,15 +15,16 @@ struct Fields {
 // One block, or a piece of full-precision states: n elements, a multiple of 32.
 INLINE void block(char* param, const char* grad, const Fields* fields, int64_t row, int64_t n, const vf* h, int32_t seed,
                   int32_t position) {
-  alignas(64) float kept[STATES + 1][MOST];
+  alignas(64) float kept[STATES + 1][MOST + 272];
   vi largest[STATES + 1] = {};
   vf scale[STATES + 1];
   const int64_t first = row * n;
   const vi lanes = IOTA;
   UNROLL for (int s = 0; s < STATES; s++) scale[s] = BITS[s] ? same(fields[s].scale[row]) : same(0.0f);
   for (int64_t c = 0; c < n; c += 32) {
+    vf p[32 / W];
     UNROLL for (int i = 0; i < 32; i += W) {
-      vf old[STATES + 1], made[STATES + 1], p;
+      vf old[STATES + 1], made[STATES + 1];
       UNROLL for (int s = 0; s < STATES; s++) {
         if (BITS[s] == 0) { old[s] = load<vf>(fields[s].scale + first + c + i); continue; }
         vi q = BITS[s] == 8 ? from_bytes(fields[s].codes + first + c + i)
@@ -32,14 +33,14 @@ INLINE void block(char* param, const char* grad, const Fields* fields, int64_t r
         decode(s, q, scale[s], old[s]);
       }
       rule(floats(param, first + c + i, PARAM), floats(grad, first + c + i, GRAD), old, h,
-           same(seed), lanes + (int32_t)(position + c + i), p, made);
-      put(param, first + c + i, p, PARAM);
+           same(seed), lanes + (int32_t)(position + c + i), p[i / W], made);
       UNROLL for (int s = 0; s < STATES; s++) {
         if (BITS[s] == 0) { store(fields[s].scale + first + c + i, made[s]); continue; }
         store(&kept[s][c + i], made[s]);
         largest[s] = at_least(largest[s], (vi)made[s] & 0x7FFFFFFF);
       }
     }
+    put<32 / W>(param, first + c, p, PARAM);
   }
   UNROLL for (int s = 0; s < STATES; s++) {
     if (BITS[s] == 0) continue;
@@ -51,9 +52,9 @@ INLINE void block(char* param, const char* grad, const Fields* fields, int64_t r
     for (int64_t c = 0; c < n; c += 32) {
       vi q[32 / W];
       UNROLL for (int i = 0; i < 32 / W; i++) encode(s, load<vf>(&kept[s][c + i * W]), inverse, q[i]);
-      if (BITS[s] == 8) UNROLL for (int i = 0; i < 32 / W; i++) to_bytes(fields[s].codes + first + c + i * W, q[i]);
-      else UNROLL for (int i = 0; i < 16 / W; i++)
-        to_bytes(fields[s].codes + (first + c) / 2 + i * W, q[i] | q[i + 16 / W] << 4);
+      if (BITS[s] == 8) { to_bytes<32 / W>(fields[s].codes + first + c, q); continue; }
+      UNROLL for (int i = 0; i < 16 / W; i++) q[i] |= q[i + 16 / W] << 4;
+      to_bytes<16 / W>(fields[s].codes + (first + c) / 2, q);
     }
   }
 }

@@ -21,6 +21,8 @@ PURE = {
     "bits",
     "blocks",
     "caching",
+    "cpp",
+    "cpp_vectors",
     "rounding",
     "layouts",
     "onnx_mode",
@@ -37,6 +39,7 @@ HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "t
 # What needs Triton or a C++ compiler, or is there for those, and is imported inside the functions that launch them.
 KERNELS = {
     "adam_kernel",
+    "cpu_step",
     "launch",
     "ampere",
     "decode_attention",

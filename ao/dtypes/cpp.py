@@ -20,10 +20,11 @@ import torch
 
 from .caching import cache_directory
 
-_INSTRUCTIONS = {
+INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
 }
+"""Flags by PyTorch's names of what it uses of a CPU."""
 
 
 @functools.cache
@@ -38,7 +39,7 @@ def cpp_compiler() -> str | None:
 
 def instructions() -> tuple[str, ...]:
     """The flags for what PyTorch uses of this CPU."""
-    return _INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    return INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
 
 
 def cpp_library(source: str, flags: Sequence[str]) -> ctypes.CDLL | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ INLINE vf smaller(vf x, vf y) { vf least = at_most(x, y); return y == y ? least 
 INLINE vi larger(vi x, vi y) { return at_least(x, y); }
 INLINE vi smaller(vi x, vi y) { return at_most(x, y); }
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
+INLINE vi magnitude(vi x) { return x < 0 ? -x : x; }
 INLINE vf root(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_sqrt_ps((__m512)x);
@@ -184,164 +185,143 @@ template <int N> INLINE void put(void* p, int64_t at, const vf* x, int dtype) {
 """
 """The vector types and what the printed lines call."""
 
-_TYPES = {torch.float32: "vf", torch.bfloat16: "vf", torch.int32: "vi", torch.int64: "vi", torch.uint8: "vi", torch.bool: "vi"}
-"""What a tensor of a dtype becomes: indices have 32 bits as well, bytes are in integers, truths are masks."""
+_TYPES = {torch.float32: "vf", torch.bfloat16: "vf"}
+"""What a tensor of a dtype becomes, if not `vi`: indices have 32 bits there, bytes are in integers, truths are masks."""
 
 _INFIX = {
-    "mul": "*", "add": "+", "sub": "-", "div": "/", "bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^",
-    "__and__": "&", "__or__": "|", "__xor__": "^", "logical_and": "&", "logical_or": "|",
+    "mul": "*", "add": "+", "sub": "-", "div": "/", "rsub": "-",
+    "bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^", "logical_and": "&", "logical_or": "|",
+    "__and__": "&", "__or__": "|", "__xor__": "^", "__lshift__": "<<", "__rshift__": ">>",
     "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
-    "__lshift__": "<<", "__rshift__": ">>", "bitwise_left_shift": "<<", "bitwise_right_shift": ">>",
 }  # fmt: skip
-_CALLS = {"maximum": "larger", "minimum": "smaller", "abs": "magnitude", "sqrt": "root"}
-_SAME = {"detach", "alias", "clone", "lift_fresh_copy", "view", "expand", "reshape", "unsqueeze", "squeeze"}
+_FORMS = {
+    "maximum": "larger({0}, {1})",
+    "minimum": "smaller({0}, {1})",
+    "abs": "magnitude({0})",
+    "sqrt": "root({0})",
+    "neg": "-{0}",
+    "bitwise_not": "~{0}",
+    "reciprocal": "same(1.0f) / {0}",
+    "isnan": "(vi)({0} != {0})",
+    "where": "{0} ? {1} : {2}",
+    "masked_fill": "{1} ? {2} : {0}",
+    "copysign": "(vf)(((vi){0} & 0x7FFFFFFF) | ((vi){1} & (int32_t)0x80000000))",
+    "sign": "{0} > 0 ? same(1.0f) : ({0} < 0 ? same(-1.0f) : same(0.0f))",
+    "scalar_tensor": "{0}",
+}
+"""What an operator becomes, given its arguments."""
+
+_SAME = {"detach", "alias", "lift_fresh_copy"}
+"""Operators whose result is their argument."""
 
 
 class NotElementwise(Exception):
-    """An operator that has no line."""
+    """A function has an operator that has no line."""
 
 
 def cpp_function(name: str, function: Callable[..., Any], inputs: Sequence[torch.dtype]) -> str:
     """`INLINE void name(inputs..., outputs&...)` in C++, which computes `function` of tensors of these dtypes.
 
-    It returns a tensor or a tuple of tensors. Raises NotElementwise for a function with another operator.
+    function: from tensors of one shape to a tensor or a tuple of them. Tables that it looks up are tensors that it knows.
+    Raises NotElementwise for a function with another operator.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    try:
-        graph = make_fx(lambda *given: function(*given))(*(torch.ones(2, dtype=dtype) for dtype in inputs))
-    except RuntimeError as error:
-        raise NotElementwise(str(error)) from error
+    graph = make_fx(lambda *given: function(*given))(*(torch.ones(2, dtype=dtype) for dtype in inputs))
     tables: list[str] = []
     lines: list[str] = []
-    names: dict[str, str] = {}
     arguments: list[str] = []
+    names: dict[Any, str] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            names[node.name] = f"x{len(arguments)}"
-            arguments.append(f"{_TYPES[inputs[len(arguments)]]} x{len(arguments)}")
+            names[node] = f"x{len(arguments)}"
+            arguments.append(f"{_type(node)} {names[node]}")
         elif node.op == "get_attr":
             value = getattr(graph, node.target)
-            names[node.name] = f"{name}_table{len(tables)}" if value.dim() else f"same({_literal(value.item(), value.dtype)})"
+            names[node] = f"{name}_table{len(tables)}" if value.dim() else _literal(value.item(), value.dtype)
             if value.dim():
-                tables.append(_table(names[node.name], value))
-        elif node.op == "call_function" and _is_same(node):
-            names[node.name] = names[node.args[0].name]
-        elif node.op == "call_function":
-            value = node.meta.get("val", node.meta.get("tensor_meta"))
-            names[node.name] = f"t{len(lines)}"
-            lines.append(f"  const {_TYPES[value.dtype]} t{len(lines)} = {_expression(node, names, value.dtype)};")
-        else:
+                tables.append(_table(names[node], value))
+        elif node.op == "output":
             results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
             for i, result in enumerate(results):
-                arguments.append(f"{_TYPES[_dtype(result)]}& y{i}")
-                lines.append(f"  y{i} = {names[result.name]};")
+                arguments.append(f"{_type(result)}& y{i}")
+                lines.append(f"  y{i} = {names[result]};")
+        elif _name(node) in _SAME:
+            names[node] = names[node.args[0]]
+        else:
+            names[node] = f"t{len(lines)}"
+            lines.append(f"  const {_type(node)} {names[node]} = {_expression(node, names)};")
     return "\n".join([*tables, f"INLINE void {name}({', '.join(arguments)}) {{", *lines, "}\n"])
 
 
-def _is_same(node: Any) -> bool:
-    kind = node.target._schema.name.removeprefix("aten::")
-    return kind in _SAME and node.target._overloadname != "dtype"
+def _name(node: Any) -> str:
+    return str(node.target._schema.name).removeprefix("aten::")
 
 
 def _dtype(node: Any) -> torch.dtype:
-    value = node.meta.get("val", node.meta.get("tensor_meta"))
-    return value.dtype
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
-def _expression(node: Any, names: dict[str, str], dtype: torch.dtype) -> str:
-    """One operator. dtype: of its result."""
-    kind = node.target._schema.name.removeprefix("aten::").rstrip("_") if hasattr(node.target, "_schema") else str(node.target)
-    if kind.startswith("__"):
-        kind = node.target._schema.name.removeprefix("aten::")
-    operands = [a for a in node.args if isinstance(a, (torch.fx.Node, int, float, bool))]
-    kinds = [_dtype(a) for a in operands if isinstance(a, torch.fx.Node)]
-    wide = next((d for d in kinds if d.is_floating_point), kinds[0] if kinds else dtype)
+def _type(node: Any) -> str:
+    return _TYPES.get(_dtype(node), "vi")
 
-    def text(a: Any) -> str:
-        if isinstance(a, torch.fx.Node):
-            return names[a.name]
-        return f"same({_literal(a, wide)})"
 
-    if node.kwargs.get("alpha", 1) != 1 or (kind in ("add", "sub") and len(node.args) > 2):
-        raise NotElementwise(f"{kind} with alpha")
-    if kind in ("rsub",):
-        a, b = map(text, operands)
-        return f"{b} - {a}"
-    if kind in _INFIX:
-        a, b = map(text, operands)
-        return f"(vi)({a} {_INFIX[kind]} {b})" if dtype == torch.bool else f"{a} {_INFIX[kind]} {b}"
-    if kind in _CALLS:
-        return f"{_CALLS[kind]}({', '.join(map(text, operands))})"
-    if kind in ("_to_copy", "to"):
-        return _converted(text(operands[0]), kinds[0], dtype)
-    if kind == "view" and node.target._overloadname == "dtype":
-        return f"({_TYPES[dtype]}){text(operands[0])}"
-    if kind == "neg":
-        return f"-{text(operands[0])}"
-    if kind == "reciprocal":
-        return f"same(1.0f) / {text(operands[0])}"
-    if kind in ("floor",):
-        raise NotElementwise(kind)
-    if kind in ("clamp", "clamp_min", "clamp_max"):
-        x, *limits = node.args
-        low, high = {"clamp": [*limits, None, None][:2], "clamp_min": [limits[0], None], "clamp_max": [None, limits[0]]}[kind]
-        low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
-        found = text(x)
-        found = found if low is None else f"at_least({found}, {text(low)})"
-        return found if high is None else f"at_most({found}, {text(high)})"
-    if kind == "where":
-        mask, *values = node.args
-        known = [_dtype(v) for v in values if isinstance(v, torch.fx.Node)]
-        wide = known[0] if known else dtype
-        return f"{names[mask.name]} ? {text(values[0])} : {text(values[1])}"
-    if kind == "masked_fill":
-        x, mask, value = node.args
-        wide = dtype
-        return f"{names[mask.name]} ? {text(value)} : {text(x)}"
-    if kind == "copysign":
-        size, sign = map(text, operands)
-        return f"(vf)(((vi){size} & 0x7FFFFFFF) | ((vi){sign} & (int32_t)0x80000000))"
-    if kind == "sign" and dtype.is_floating_point:
-        x = text(operands[0])
-        return f"{x} > 0 ? same(1.0f) : ({x} < 0 ? same(-1.0f) : same(0.0f))"
-    if kind in ("logical_not", "bitwise_not"):
-        return f"~{text(operands[0])}"
-    if kind in ("scalar_tensor", "full", "full_like", "zeros_like", "ones_like"):
-        wide = dtype
-        number = {"zeros_like": 0, "ones_like": 1, "scalar_tensor": node.args[0]}.get(kind, node.args[-1])
-        return f"same({_literal(number, dtype)})"
+def _expression(node: Any, names: Mapping[Any, str]) -> str:
+    """One operator."""
+    kind, dtype = _name(node), _dtype(node)
+    if node.kwargs.get("alpha", 1) != 1:
+        raise NotElementwise(f"{node.target} with alpha has no line of C++")
     if kind == "index":
         table, (index,) = node.args
-        size = table.meta["val"].numel()
-        return f"look_up<{size}>({names[table.name]}, {names[index.name]})"
-    raise NotElementwise(f"{node.target} has no line of C++")
+        return f"look_up<{table.meta['val'].numel()}>({names[table]}, {names[index]})"
+    values = [a for a in node.args if isinstance(a, torch.fx.Node) and _dtype(a) != torch.bool]
+    wide = next((d for d in map(_dtype, values) if d.is_floating_point), _dtype(values[0]) if values else dtype)
+
+    def text(a: Any) -> str:
+        return names[a] if isinstance(a, torch.fx.Node) else _literal(a, wide)
+
+    if kind == "clamp":
+        found, low, high = (*map(lambda a: None if a is None else text(a), node.args), None)[:3]
+        found = found if low is None else f"at_least({found}, {low})"
+        return found if high is None else f"at_most({found}, {high})"
+    given = [text(a) for a in node.args if not isinstance(a, torch.dtype)]
+    if kind == "_to_copy":
+        return _converted(given[0], _dtype(node.args[0]), dtype)
+    if kind == "view" and node.target._overloadname == "dtype":
+        return f"({_type(node)}){given[0]}"
+    if kind in _INFIX and len(given) == 2:
+        a, b = reversed(given) if kind == "rsub" else given
+        return f"(vi)({a} {_INFIX[kind]} {b})" if dtype == torch.bool else f"{a} {_INFIX[kind]} {b}"
+    if kind not in _FORMS:
+        raise NotElementwise(f"{node.target} has no line of C++")
+    return _FORMS[kind].format(*given)
 
 
 def _converted(x: str, given: torch.dtype, wanted: torch.dtype) -> str:
     if given == torch.bool:
-        return f"__builtin_convertvector({x} & 1, vf)" if wanted.is_floating_point else f"({x} & 1)"
-    if wanted == torch.bool:
-        return f"(vi)({x} != 0)"
+        x = f"({x} & 1)"
     if wanted == torch.bfloat16:
-        return x if given == wanted else f"to_bf16({x})"
+        return f"to_bf16({x})"
     if given.is_floating_point != wanted.is_floating_point:
-        x = f"__builtin_convertvector({x}, {_TYPES[wanted]})"
+        x = f"__builtin_convertvector({x}, {_TYPES.get(wanted, 'vi')})"
     return f"({x} & 255)" if wanted == torch.uint8 else x
 
 
-def _literal(number: float, dtype: torch.dtype) -> str:
-    if dtype.is_floating_point and not math.isfinite(number):
-        return "NAN" if math.isnan(number) else "INFINITY" if number > 0 else "-INFINITY"
-    if dtype.is_floating_point:
-        return f"{struct.unpack('f', struct.pack('f', number))[0].hex()}f"
-    wrapped = (int(number) + 2**31) % 2**32 - 2**31
-    return f"(int32_t){wrapped}" if wrapped > -(2**31) else "(int32_t)0x80000000"
+def _literal(number: float, dtype: torch.dtype, each: bool = True) -> str:
+    """A number in all lanes, or as it is."""
+    if not dtype.is_floating_point:
+        text = f"(int32_t){(int(number) + 2**31) % 2**32 - 2**31}"
+    elif math.isfinite(number):
+        text = f"{struct.unpack('f', struct.pack('f', number))[0].hex()}f"
+    else:
+        text = "NAN" if math.isnan(number) else "INFINITY" if number > 0 else "-INFINITY"
+    return f"same({text})" if each else text
 
 
 def _table(name: str, values: Tensor) -> str:
     """An array, of whole vectors."""
     kind = "float" if values.dtype.is_floating_point else "int32_t"
     numbers = values.tolist() + [0] * (-len(values) % 16)
-    text = ", ".join(_literal(v, values.dtype) for v in numbers)
+    text = ", ".join(_literal(v, values.dtype, each=False) for v in numbers)
     return f"alignas(64) static const {kind} {name}[] = {{{text}}};"

@@ -12,6 +12,13 @@ struct Fields {
   float* scale;    // one per block; or the numbers themselves
 };
 
+#define SIZE(dtype) (dtype == F32 ? 4 : 2)
+
+// Ask for memory that is soon to be read.
+INLINE void fetch(const char* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 // One block, or a piece of full-precision states: n elements, a multiple of 32.
 INLINE void block(char* param, const char* grad, const Fields* fields, int64_t row, int64_t n, const vf* h, int32_t seed,
                   int32_t position) {
@@ -50,6 +57,8 @@ INLINE void block(char* param, const char* grad, const Fields* fields, int64_t r
     scales(s, (vf)same(most), scale[s], inverse);
     fields[s].scale[row] = scale[s][0];
     for (int64_t c = 0; c < n; c += 32) {
+      if (s == 0) fetch(param + (first + n + c) * SIZE(PARAM), 32 * SIZE(PARAM));
+      if (s == STATES - 1) fetch(grad + (first + n + c) * SIZE(GRAD), 32 * SIZE(GRAD));
       vi q[32 / W];
       UNROLL for (int i = 0; i < 32 / W; i++) encode(s, load<vf>(&kept[s][c + i * W]), inverse, q[i]);
       if (BITS[s] == 8) { to_bytes<32 / W>(fields[s].codes + first + c, q); continue; }
@@ -58,8 +67,6 @@ INLINE void block(char* param, const char* grad, const Fields* fields, int64_t r
     }
   }
 }
-
-#define SIZE(dtype) (dtype == F32 ? 4 : 2)
 
 // n elements of a state in full precision each, fewer than 32.
 static void rest(char* param, const char* grad, const Fields* fields, int64_t first, int64_t n, const vf* h, int32_t seed,

@@ -22,7 +22,7 @@ from .code_tables import code_tables
 from .cpu_source import SOURCE
 from .kernel import Plan
 from .rows import CHUNK, Rows
-from .stochastic_rounding import stochastic_round, stochastic_round_e4m3
+from .stochastic_rounding import stochastic_bytes_e4m3, stochastic_round
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -148,8 +148,6 @@ def _encode(spec: Any, slow: bool) -> Callable[[Tensor, Tensor], Tensor]:
         nearest = code_tables(spec, torch.device("cpu")).nearest if isinstance(spec, DynamicTree) else spec.nearest
         return lambda x, inverse: nearest(x * inverse)
 
-    def made(x: Tensor, inverse: Tensor) -> Tensor:
-        q = (x * inverse).clamp(-spec.max, spec.max)
-        return spec.codes(stochastic_round_e4m3(q) if slow else q)
-
-    return made
+    if slow:
+        return lambda x, inverse: stochastic_bytes_e4m3((x * inverse).clamp(-spec.max, spec.max))
+    return lambda x, inverse: spec.codes(x * inverse)  # what is a few bits above the largest number is rounded to it

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ao import optim
-from ao.dtypes import VECTORS, NotElementwise, cpp, cpp_compiler, cpp_function, cpp_library, instructions
+from ao.dtypes import CPP_VECTORS, NotElementwise, cpp, cpp_compiler, cpp_function, cpp_instructions, cpp_library
 from ao.optim import cpu_step, kernel
 from ao.optim.stochastic_rounding import stochastic_bytes_e4m3, stochastic_round_e4m3
 
@@ -158,11 +158,11 @@ def lines_of_all_kinds(x: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     """Operators that no optimizer above has, or not with these operands."""
     return (
         torch.maximum(x, y), torch.minimum(x, y), x.clamp(-1, 2), x.clamp(min=0.5), x.clamp(max=-0.5), (-x).abs().sqrt(),
-        x.sign(), x.copysign(y), 1 - x, 2.0 / x, x.reciprocal(), torch.where(x > y, x, 0.0), torch.where((x < 1) & (y >= 0), 1, q),
-        x.masked_fill(x.isnan(), 3.0), (x == y).float(), (x != y).int(), x.isfinite().int(), q.float() * 0.3, (x * 7).int(),
-        (q << 3) ^ (q >> 1), q * -0x61C88647, q.clamp(-3, 5), q.abs(), x.to(torch.bfloat16), q.view(torch.float32).view(torch.int32) + 1,
-        NUMBERS[(q & 1).long()], INTEGERS[(q & 31).long()],
-        torch.logical_or(x > 0, ~(y > 0)).int(), q.to(torch.uint8),
+        x.sign(), x.copysign(y), 1 - x, 2.0 / x, x.reciprocal(), torch.where(x > y, x, 0.0), q.to(torch.uint8),
+        torch.where((x < 1) & (y >= 0), 1, q), x.masked_fill(x.isnan(), 3.0), (x == y).float(), (x != y).int(),
+        x.isfinite().int(), q.float() * 0.3, (x * 7).int(), (q << 3) ^ (q >> 1), q * -0x61C88647, q.clamp(-3, 5), q.abs(),
+        x.to(torch.bfloat16), q.view(torch.float32).view(torch.int32) + 1, NUMBERS[(q & 1).long()],
+        INTEGERS[(q & 31).long()], torch.logical_or(x > 0, ~(y > 0)).int(),
     )  # fmt: skip
 
 
@@ -179,12 +179,12 @@ def test_a_function_in_cpp_is_that_of_pytorch():
     text += "  for (int64_t i = 0; i < n; i += W) {\n" + "".join(f"    {kind} y{i};\n" for i, kind in enumerate(kinds))
     text += f"    f(load<vf>(x + i), load<vf>(y + i), load<vi>(q + i), {', '.join(f'y{i}' for i in range(count))});\n"
     text += "".join(f"    store(out + {i} * n + i, y{i});\n" for i in range(count)) + "  }\n}\n"
-    library = cpp_library(VECTORS + text, (*instructions(), "-ffp-contract=off", "-fwrapv", "-fno-math-errno"))
+    library = cpp_library(CPP_VECTORS + text, (*cpp_instructions(), "-ffp-contract=off", "-fwrapv", "-fno-math-errno"))
     assert library is not None
     found = torch.empty(count, 144)
     library.g(*(ctypes.c_void_p(t.data_ptr()) for t in (x, y, q, found)), ctypes.c_int64(144))
     for i, (want, got) in enumerate(zip(expected, found)):
-        got = got if want.is_floating_point() else got.view(torch.int32)
+        got, want = (got, want.float()) if want.is_floating_point() else (got.view(torch.int32), want)
         assert torch.equal(got.isnan(), want.isnan()), i
         assert torch.equal(got.nan_to_num(7).double(), want.nan_to_num(7).double()), i
 

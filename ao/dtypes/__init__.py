@@ -42,17 +42,17 @@ from .ternary import Ternary, TernaryTensor
 if TYPE_CHECKING:
     from .caching import cache_directory
     from .checkpoint import load, save
-    from .cpp import cpp_compiler, cpp_library, instructions
-    from .cpp_vectors import VECTORS, NotElementwise, cpp_function
+    from .cpp import cpp_compiler, cpp_instructions, cpp_library
+    from .cpp_vectors import CPP_VECTORS, NotElementwise, cpp_function
 else:
     _LATER = {
         "NotElementwise": ".cpp_vectors",
-        "VECTORS": ".cpp_vectors",
+        "CPP_VECTORS": ".cpp_vectors",
         "cache_directory": ".caching",
         "cpp_compiler": ".cpp",
         "cpp_function": ".cpp_vectors",
         "cpp_library": ".cpp",
-        "instructions": ".cpp",
+        "cpp_instructions": ".cpp",
         "load": ".checkpoint",
         "save": ".checkpoint",
     }
@@ -68,6 +68,7 @@ else:
 
 
 __all__ = [
+    "CPP_VECTORS",
     "E8M0",
     "FP6",
     "MXFP4",
@@ -106,6 +107,7 @@ __all__ = [
     "MappedTensor",
     "MarlinSparseLayout",
     "NF4Tensor",
+    "NotElementwise",
     "Opaque",
     "Operand",
     "PerBlock",
@@ -127,6 +129,10 @@ __all__ = [
     "blank",
     "blocks_shape",
     "cache_directory",
+    "cpp_compiler",
+    "cpp_function",
+    "cpp_instructions",
+    "cpp_library",
     "dense",
     "expand",
     "in_blocks",

@@ -37,8 +37,8 @@ def cpp_compiler() -> str | None:
     )
 
 
-def instructions() -> tuple[str, ...]:
-    """The flags for what PyTorch uses of this CPU."""
+def cpp_instructions() -> tuple[str, ...]:
+    """The compiler flags for what PyTorch uses of this CPU."""
     return INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
 
 

@@ -1,8 +1,8 @@
 """An elementwise function of PyTorch as C++ over vectors: the same operators in the same order, so the same bits.
 
-The function is traced, once, and each operator is printed as a line on vectors of W floats (`vf`) or integers (`vi`), the vector
-types of GCC and Clang. Products and sums are not to be fused by the compiler (`-ffp-contract=off`): eager PyTorch does not, either.
-What is written here are only the operators that formats and update rules use; a function with others is left to other ways.
+The function is traced, once, and each operator is printed as a line on vectors of W floats (`vf`) or integers (`vi`), the
+vector types of GCC and Clang. No compiler shall fuse products and sums (`-ffp-contract=off`), as eager PyTorch does not. What
+is written here are only the operators that formats and update rules use; a function with others is left to other ways.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VECTORS = r"""
+CPP_VECTORS = r"""
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -282,9 +282,9 @@ def _expression(node: Any, names: Mapping[Any, str]) -> str:
         return names[a] if isinstance(a, torch.fx.Node) else _literal(a, wide)
 
     if kind == "clamp":
-        found, low, high = (*map(lambda a: None if a is None else text(a), node.args), None)[:3]
-        found = found if low is None else f"at_least({found}, {low})"
-        return found if high is None else f"at_most({found}, {high})"
+        x, low, high = (*node.args, None)[:3]
+        found = text(x) if low is None else f"at_least({text(x)}, {text(low)})"
+        return found if high is None else f"at_most({found}, {text(high)})"
     given = [text(a) for a in node.args if not isinstance(a, torch.dtype)]
     if kind == "_to_copy":
         return _converted(given[0], _dtype(node.args[0]), dtype)

@@ -1,7 +1,8 @@
 """The C++ of a step on a CPU: all of it but the formulas, which are printed from the rule and the formats (cpu_step.py).
 
-A block of the states at a time: it is decoded, the rule makes the new parameters and states, the largest of these in magnitude
-gives the scale, and the codes are made. What lies between stays in the first-level cache, and memory is read once and written once.
+A block of the states at a time: it is decoded, the rule makes the new parameters and states, the largest of these in
+magnitude gives the scale, and the codes are made. What lies between stays in the first-level cache: memory is read once and
+written once.
 """
 
 SOURCE = r"""

@@ -48,7 +48,9 @@ def stochastic_bytes_e4m3(q: Tensor) -> Tensor:
     low = size < 2.0**-6
     bits = (size + torch.where(low, 2.0**-6, 0.0)).view(torch.int32)
     noise = (bits >> 6) * -0x61C88647 >> 12 & 0xFFFFF
-    code = ((bits + noise) >> 20) - torch.where(low, 121 << 3, 120 << 3)  # the exponent's bias, and the binade of the shift
+    code = ((bits + noise) >> 20) - torch.where(
+        low, 121 << 3, 120 << 3
+    )  # the exponent's bias, and the binade of the shift
     return torch.where(size == 0, 0, code.clamp(1, 127)) | (q.view(torch.int32) >> 24 & 128)
 
 

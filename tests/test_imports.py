@@ -22,6 +22,7 @@ PURE = {
     "blocks",
     "caching",
     "cpp",
+    "cpp_codes",
     "cpp_vectors",
     "rounding",
     "layouts",

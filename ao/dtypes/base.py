@@ -207,6 +207,10 @@ class Spec:
         fields = quantize_fields(self, x.detach(), self.grid(x.shape), pre_scale, qparams)
         return self.wrap(fields, x.dtype, x.shape, pre_scale=pre_scale, act_scale=act_scale)
 
+    def element(self) -> Any:
+        """How one number becomes its code (`Element` in cpp_codes.py); None where the two ends of a block do not say its qparams."""
+        return None
+
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`quantize(x).dequantize()` with a straight-through gradient: d out / d x = 1 (arXiv:1308.3432)."""
         return _FakeQuantize.apply(x, self)
@@ -307,7 +311,9 @@ def _quantize_pieces(
     qparams: dict[str, Tensor],
     form: QTensor,
 ) -> dict[str, Tensor | None]:
-    """`quantize_fields` piece by piece into fields like those of `form`."""
+    """`quantize_fields` piece by piece into fields like those of `form`; much data by C++ (cpp_codes.py)."""
+    from .cpp_codes import coder  # which few programs need
+
     size = piece_size(x)
     unit = _unit(form)
     if not qparams and math.prod(unit) > 8 * size:
@@ -318,9 +324,17 @@ def _quantize_pieces(
     if given:
         unit = _unit(form, given)
     made: dict[str, Tensor | None] = {name: _empty(t, x.device) for name, t in form.fields().items()}
-    buffer = None
+    buffer, rows = None, coder(spec, x, grid) if pre_scale is None and not qparams else None
+    if rows is not None and rows.library is not None:
+        size *= 4  # it needs no memory for numbers in between, and a piece costs some calls from Python
     for box in boxes(x.shape, unit, size):
         piece = part(x, box, x.shape)
+        if rows is not None and rows.ready(piece):
+            qdata = made["qdata"]
+            assert qdata is not None
+            for name, t in rows.quantize(spec, piece, grid[1], part(qdata, box, x.shape)).items():
+                _put(made, name, t, form, box, x.shape)
+            continue
         if x.dtype != torch.float32:
             # One buffer for all pieces: memory that is warm, and that malloc does not hand back in between.
             buffer = torch.empty(piece.numel(), device=x.device) if buffer is None else buffer
@@ -331,17 +345,23 @@ def _quantize_pieces(
             piece, tuple(max(g * p // n, 1) for g, p, n in zip(grid, piece.shape, x.shape))
         )
         for name, t in spec.encode(piece, **chosen).items():
-            if t is None:
-                made[name] = None
-            elif name in given and t is chosen[name]:
+            if name in given and t is chosen[name]:
                 made[name] = qparams[name]
-            elif form.roles[name] == "shared":
-                made[name] = t
             else:
-                field = made[name]
-                assert field is not None
-                _write(field, t, box, x.shape)
+                _put(made, name, t, form, box, x.shape)
     return made
+
+
+def _put(
+    made: dict[str, Tensor | None], name: str, t: Tensor | None, form: QTensor, box: Box, shape: Sequence[int]
+) -> None:
+    """A field of a piece to its place among those of all, `made`."""
+    if t is None or form.roles[name] == "shared":
+        made[name] = t
+        return
+    field = made[name]
+    assert field is not None
+    _write(field, t, box, shape)
 
 
 def _unit(form: QTensor, given: Mapping[str, Tensor] | None = None) -> list[int]:

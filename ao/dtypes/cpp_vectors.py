@@ -72,6 +72,16 @@ INLINE vf smaller(vf x, vf y) { vf least = at_most(x, y); return y == y ? least 
 INLINE vi larger(vi x, vi y) { return at_least(x, y); }
 INLINE vi smaller(vi x, vi y) { return at_most(x, y); }
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
+INLINE vf rounded(vf x) {  // half to even
+#if defined(__AVX512F__)
+  return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif W == 8 && defined(__AVX2__)
+  return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  UNROLL for (int i = 0; i < W; i++) x[i] = __builtin_rintf(x[i]);
+  return x;
+#endif
+}
 INLINE vi magnitude(vi x) { return x < 0 ? -x : x; }
 INLINE vf root(vf x) {
 #if defined(__AVX512F__)
@@ -199,6 +209,7 @@ _FORMS = {
     "minimum": "smaller({0}, {1})",
     "abs": "magnitude({0})",
     "sqrt": "root({0})",
+    "round": "rounded({0})",
     "neg": "-{0}",
     "bitwise_not": "~{0}",
     "reciprocal": "same(1.0f) / {0}",
@@ -300,7 +311,7 @@ def _expression(node: Any, names: Mapping[Any, str]) -> str:
 
 def _converted(x: str, given: torch.dtype, wanted: torch.dtype) -> str:
     if given == torch.bool:
-        x = f"({x} & 1)"
+        x = f"(-{x})"
     if wanted == torch.bfloat16:
         return f"to_bf16({x})"
     if given.is_floating_point != wanted.is_floating_point:

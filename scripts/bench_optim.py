@@ -178,13 +178,11 @@ def take_turns(subjects: Sequence[Subject], params: Sequence[Tensor], device: to
 
 def _timed(subject: Subject, device: torch.device, alone: bool) -> None:
     if alone:
-        # One thread is timed by what it has of a CPU, whoever else runs on the machine.
-        clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         measure.synchronize(device)
-        start = clock()
+        start = measure.clock(device)()
         subject.step()
         measure.synchronize(device)
-        subject.alone.append(clock() - start)
+        subject.alone.append(measure.clock(device)() - start)
     else:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(int(2e9 * 1.5 * max(subject.alone)))  # cycles, of which there are at most 2e9 in a second

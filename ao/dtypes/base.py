@@ -208,7 +208,7 @@ class Spec:
         return self.wrap(fields, x.dtype, x.shape, pre_scale=pre_scale, act_scale=act_scale)
 
     def element(self) -> Any:
-        """How one number becomes its code (`Element` in cpp_codes.py); None where the two ends of a block do not say its qparams."""
+        """How one number becomes its code (`Element` in operand.py); None where the ends of a block do not say its qparams."""
         return None
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -324,44 +324,41 @@ def _quantize_pieces(
     if given:
         unit = _unit(form, given)
     made: dict[str, Tensor | None] = {name: _empty(t, x.device) for name, t in form.fields().items()}
-    buffer, rows = None, coder(spec, x, grid) if pre_scale is None and not qparams else None
+    rows = coder(spec, x, grid) if pre_scale is None and not qparams else None
     if rows is not None and rows.library is not None:
         size *= 4  # it needs no memory for numbers in between, and a piece costs some calls from Python
+    buffer = None
     for box in boxes(x.shape, unit, size):
         piece = part(x, box, x.shape)
+        piece_grid = tuple(max(g * p // n, 1) for g, p, n in zip(grid, piece.shape, x.shape))
+        chosen: dict[str, Tensor] = {}
         if rows is not None and rows.ready(piece):
             qdata = made["qdata"]
             assert qdata is not None
-            for name, t in rows.quantize(spec, piece, grid[1], part(qdata, box, x.shape)).items():
-                _put(made, name, t, form, box, x.shape)
-            continue
-        if x.dtype != torch.float32:
-            # One buffer for all pieces: memory that is warm, and that malloc does not hand back in between.
-            buffer = torch.empty(piece.numel(), device=x.device) if buffer is None else buffer
-            piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
-        if pre_scale is not None:
-            piece = piece / expand(part(pre_scale.float(), box, x.shape), piece.shape)
-        chosen = {name: part(t, box, x.shape) for name, t in given.items()} or spec.choose_qparams(
-            piece, tuple(max(g * p // n, 1) for g, p, n in zip(grid, piece.shape, x.shape))
-        )
-        for name, t in spec.encode(piece, **chosen).items():
-            if name in given and t is chosen[name]:
+            fields = rows.quantize(spec, piece, piece_grid, part(qdata, box, x.shape))
+        else:
+            if x.dtype != torch.float32:
+                # One buffer for all pieces: memory that is warm, and that malloc does not hand back in between.
+                buffer = torch.empty(piece.numel(), device=x.device) if buffer is None else buffer
+                piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
+            if pre_scale is not None:
+                piece = piece / expand(part(pre_scale.float(), box, x.shape), piece.shape)
+            chosen = {name: part(t, box, x.shape) for name, t in given.items()} or spec.choose_qparams(
+                piece, piece_grid
+            )
+            fields = spec.encode(piece, **chosen)
+        for name, t in fields.items():
+            if t is None:
+                made[name] = None
+            elif name in given and t is chosen[name]:
                 made[name] = qparams[name]
+            elif form.roles[name] == "shared":
+                made[name] = t
             else:
-                _put(made, name, t, form, box, x.shape)
+                field = made[name]
+                assert field is not None
+                _write(field, t, box, x.shape)
     return made
-
-
-def _put(
-    made: dict[str, Tensor | None], name: str, t: Tensor | None, form: QTensor, box: Box, shape: Sequence[int]
-) -> None:
-    """A field of a piece to its place among those of all, `made`."""
-    if t is None or form.roles[name] == "shared":
-        made[name] = t
-        return
-    field = made[name]
-    assert field is not None
-    _write(field, t, box, shape)
 
 
 def _unit(form: QTensor, given: Mapping[str, Tensor] | None = None) -> list[int]:

@@ -20,9 +20,8 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, expand, in_blocks, mean, to_blocks
-from .cpp_codes import Element
 from .intx import Intx
-from .operand import Operand, look_up
+from .operand import Element, Operand, look_up
 from .rounding import narrow, reciprocal, round_to, uncontracted
 
 

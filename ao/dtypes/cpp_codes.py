@@ -11,33 +11,20 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cpp import cpp_compiler, cpp_instructions, cpp_library
+from .cpp_vectors import CPP_VECTORS, cpp_function
+from .operand import Element
 
 WORTH = 2**26
 """After so many elements of a kind, a compiler is asked."""
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-
-
-class Element(NamedTuple):
-    """How a number becomes its code, in a block whose qparams follow from its smallest and its largest number.
-
-    bits: of a code, as it is stored.
-    reads: from the qparams to what a code depends on, one float32 per block each.
-    code: from numbers (float32) and those, all of one shape, to the codes (int32).
-    fields: from the qparams to the fields beside `qdata`, which holds the codes, packed along rows.
-    """
-
-    bits: int
-    reads: Callable[..., tuple[Tensor, ...]]
-    code: Callable[..., Tensor]
-    fields: Callable[..., dict[str, Tensor | None]]
 
 
 _SOURCE = r"""
@@ -136,8 +123,6 @@ class Coder:
         return self.library is not None
 
     def _source(self) -> str:
-        from .cpp_vectors import CPP_VECTORS, cpp_function
-
         element = self.element
         count = element.code.__code__.co_argcount - 1
         printed = cpp_function("code", element.code, [torch.float32] * (1 + count))
@@ -161,10 +146,10 @@ class Coder:
             library.ao_ends.restype = library.ao_codes.restype = None
             self.library = library
 
-    def quantize(self, spec: Any, x: Tensor, groups: int, qdata: Tensor) -> dict[str, Tensor | None]:
-        """Write the codes of rows of so many blocks each to `qdata`; returns the other fields. x: (N, K), contiguous."""
-        (n, k), threads = x.shape, torch.get_num_threads()
-        g, grid = k // groups, (n, groups)
+    def quantize(self, spec: Any, x: Tensor, grid: tuple[int, ...], qdata: Tensor) -> dict[str, Tensor | None]:
+        """Write the codes to `qdata`; returns the other fields. x: (N, K), contiguous. grid: (N, K / g)."""
+        (n, k), groups, threads = x.shape, grid[1], torch.get_num_threads()
+        g = k // groups
         ends = x.new_empty(2 * n, groups, dtype=torch.float32)
         self.library.ao_ends(x.data_ptr(), ends.data_ptr(), n, groups, g, threads)
         qparams = spec.choose_qparams(ends, grid)

@@ -17,10 +17,9 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
-from .cpp_codes import Element
 from .e8m0 import E8M0, RULES, Rule, inverse_of, shared_exponent, wide
 from .float8 import Float8
-from .operand import Operand, minifloat
+from .operand import Element, Operand, minifloat
 from .rounding import narrow, random_words, round_to
 
 _MANTISSA, _BIAS = 23, 127

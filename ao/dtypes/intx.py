@@ -18,9 +18,8 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
-from .cpp_codes import Element
 from .joint import PLACES, Joint, JointTensor, join
-from .operand import Cast, Operand
+from .operand import Cast, Element, Operand
 from .rounding import narrow, product, reciprocal, round_to, stochastic_round
 
 

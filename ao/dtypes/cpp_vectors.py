@@ -303,6 +303,7 @@ def _expression(node: Any, names: Mapping[Any, str]) -> str:
         return f"({_type(node)}){given[0]}"
     if kind in _INFIX and len(given) == 2:
         a, b = reversed(given) if kind == "rsub" else given
+        kind = "bitwise_and" if kind == "mul" and dtype == torch.bool else kind
         return f"(vi)({a} {_INFIX[kind]} {b})" if dtype == torch.bool else f"{a} {_INFIX[kind]} {b}"
     if kind not in _FORMS:
         raise NotElementwise(f"{node.target} has no line of C++")

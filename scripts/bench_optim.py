@@ -179,10 +179,10 @@ def take_turns(subjects: Sequence[Subject], params: Sequence[Tensor], device: to
 def _timed(subject: Subject, device: torch.device, alone: bool) -> None:
     if alone:
         measure.synchronize(device)
-        start = time.perf_counter()
+        start = measure.clock(device)()
         subject.step()
         measure.synchronize(device)
-        subject.alone.append(time.perf_counter() - start)
+        subject.alone.append(measure.clock(device)() - start)
     else:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(int(2e9 * 1.5 * max(subject.alone)))  # cycles, of which there are at most 2e9 in a second

@@ -21,6 +21,9 @@ PURE = {
     "bits",
     "blocks",
     "caching",
+    "cpp",
+    "cpp_codes",
+    "cpp_vectors",
     "rounding",
     "layouts",
     "onnx_mode",
@@ -37,6 +40,8 @@ HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "t
 # What needs Triton or a C++ compiler, or is there for those, and is imported inside the functions that launch them.
 KERNELS = {
     "adam_kernel",
+    "cpp_codes",
+    "cpu_step",
     "launch",
     "ampere",
     "decode_attention",

@@ -38,7 +38,7 @@ def test_transformers_int4(capsys):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_peft_qlora(capsys, monkeypatch):
-    monkeypatch.setattr("ao.optim.optimizer.has_compiler", lambda kind: False)  # a few steps, not worth compiling for
+    monkeypatch.setattr("ao.optim.kernel.has_compiler", lambda kind: False)  # a few steps, not worth compiling for
     out = run("peft_qlora", capsys, "--steps", "3")
     merged = next(line for line in out.splitlines() if line.startswith("merged"))
     assert float(merged.split()[1]) > 80

@@ -164,7 +164,7 @@ def test_convolution(name, spec):
     ids=str,
 )
 def test_paths(spec, path, monkeypatch):
-    monkeypatch.setattr(made, "compiler", lambda: None)
+    monkeypatch.setattr(made, "cpp_compiler", lambda: None)
     x, q = weight((4, K), 1), spec.quantize(weight())
     assert path_name(x, q) == path
     assert compute_error(x @ weight().t(), F.linear(x, q)) > (16 if getattr(spec, "bits", 8) == 4 else 28)
@@ -172,7 +172,7 @@ def test_paths(spec, path, monkeypatch):
 
 def test_a_few_tokens_on_a_cpu(monkeypatch):
     """ATen's int8 product, which is fast in bfloat16 only, and for a few tokens."""
-    monkeypatch.setattr(made, "compiler", lambda: None)
+    monkeypatch.setattr(made, "cpp_compiler", lambda: None)
     q = Intx(8).quantize(weight(dtype=torch.bfloat16))
     for tokens, dtype, path in (
         (1, torch.bfloat16, "int8pack"),

@@ -9,11 +9,11 @@ from cases import weight
 
 import ao
 from ao import compute_error
-from ao.dtypes import NF4, Codebook, Float8, FloatX, Intx, Shifted, Ternary
+from ao.dtypes import NF4, Codebook, Float8, FloatX, Intx, Shifted, Ternary, cpp
 from ao.matmul import linear, made, path_name
 from ao.matmul.kernels import built
 
-pytestmark = pytest.mark.skipif(built.compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(cpp.cpp_compiler() is None, reason="needs a C++ compiler")
 
 N, K = 70, 1280  # no multiple of what is computed side by side, and more than one step of the decoding
 
@@ -99,7 +99,7 @@ def test_quantized_activations(spec, monkeypatch):
         x = weight((tokens, K), 1)
         y = product(x, q)
         with monkeypatch.context() as patch:
-            patch.setattr(made, "compiler", lambda: None)
+            patch.setattr(made, "cpp_compiler", lambda: None)
             patch.setattr(linear, "_CHOICES", {})
             other = spec.quantize(weight((N, K)))
             assert path_name(x, other) != "made"
@@ -111,7 +111,7 @@ def test_quantized_activations(spec, monkeypatch):
 @pytest.mark.parametrize("spec", [Intx(3, (1, 32)), Intx(8, (1, 16)), NF4, Q4_K], ids=str)
 def test_other_machines(spec, flags, monkeypatch, tmp_path):
     """The same without instructions of AVX2, and in the order of vectors of 16 lanes, which AVX-512 has."""
-    monkeypatch.setattr(built, "_FLAGS", {torch.backends.cpu.get_cpu_capability(): flags})
+    monkeypatch.setattr(cpp, "INSTRUCTIONS", {torch.backends.cpu.get_cpu_capability(): flags})
     built.library.cache_clear()
     q = spec.quantize(weight((N, K)))
     for tokens in (1, 3, 6):
@@ -144,7 +144,7 @@ def test_a_compiler_is_asked_once(monkeypatch, tmp_path):
         assert path_name(x, small) != "made" and path_name(x, large) == "made"
     (file,) = (tmp_path / "kernels").iterdir()
     built.library.cache_clear()
-    monkeypatch.setattr(built, "_compile", lambda *args: pytest.fail("compiled again"))
+    monkeypatch.setattr(cpp, "_compile", lambda *args: pytest.fail("compiled again"))
     assert path_name(x, large) == "made" and file.suffix == ".so"
     monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path / "other"))
     (tmp_path / "other" / "kernels").mkdir(parents=True)

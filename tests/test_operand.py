@@ -40,6 +40,7 @@ ROOMS = {
     "bits",
     "blocks",
     "caching",
+    "cpp",
     "lattice",
     "onnx_mode",
     "operand",

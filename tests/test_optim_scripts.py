@@ -21,13 +21,14 @@ import measure  # noqa: E402
 import optim_page  # noqa: E402
 import train_lm  # noqa: E402
 
-from ao.optim import optimizer as optimizer_module  # noqa: E402
+from ao.optim import cpu_step, kernel  # noqa: E402
 
 
 @pytest.fixture
 def eager(monkeypatch):
     """Optimizers that compile nothing."""
-    monkeypatch.setattr(optimizer_module, "has_compiler", lambda kind: False)
+    monkeypatch.setattr(kernel, "has_compiler", lambda kind: False)
+    monkeypatch.setattr(cpu_step, "cpu_step", lambda *args: None)
     monkeypatch.setattr(measure, "start_compiler", lambda device: None)
     monkeypatch.setattr(bench_optim, "copy_rate", lambda device: 1e10)
 

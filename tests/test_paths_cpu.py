@@ -90,7 +90,7 @@ def test_no_int8pack_above_three_tokens():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_copies_in_the_layout_of_aten(spec, dtype, monkeypatch):
     """Made at the first eager call, made anew when the weight is written, and not beyond what they may take."""
-    monkeypatch.setattr(made, "compiler", lambda: None)
+    monkeypatch.setattr(made, "cpp_compiler", lambda: None)
     monkeypatch.setattr(linear, "_CHOICES", {})
     x, q = weight((3, 128), 1).to(dtype), spec.quantize(weight((32, 128)))
     with torch.no_grad():

@@ -42,8 +42,20 @@ from .ternary import Ternary, TernaryTensor
 if TYPE_CHECKING:
     from .caching import cache_directory
     from .checkpoint import load, save
+    from .cpp import cpp_compiler, cpp_instructions, cpp_library
+    from .cpp_vectors import CPP_VECTORS, NotElementwise, cpp_function
 else:
-    _LATER = {"cache_directory": ".caching", "load": ".checkpoint", "save": ".checkpoint"}
+    _LATER = {
+        "NotElementwise": ".cpp_vectors",
+        "CPP_VECTORS": ".cpp_vectors",
+        "cache_directory": ".caching",
+        "cpp_compiler": ".cpp",
+        "cpp_function": ".cpp_vectors",
+        "cpp_library": ".cpp",
+        "cpp_instructions": ".cpp",
+        "load": ".checkpoint",
+        "save": ".checkpoint",
+    }
 
     def __getattr__(name: str) -> Any:
         """What is imported when it is asked for."""
@@ -56,6 +68,7 @@ else:
 
 
 __all__ = [
+    "CPP_VECTORS",
     "E8M0",
     "FP6",
     "MXFP4",
@@ -94,6 +107,7 @@ __all__ = [
     "MappedTensor",
     "MarlinSparseLayout",
     "NF4Tensor",
+    "NotElementwise",
     "Opaque",
     "Operand",
     "PerBlock",
@@ -115,6 +129,10 @@ __all__ = [
     "blank",
     "blocks_shape",
     "cache_directory",
+    "cpp_compiler",
+    "cpp_function",
+    "cpp_instructions",
+    "cpp_library",
     "dense",
     "expand",
     "in_blocks",

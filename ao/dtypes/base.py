@@ -204,6 +204,10 @@ class Spec:
         fields = quantize_fields(self, x.detach(), self.grid(x.shape), pre_scale, qparams)
         return self.wrap(fields, x.dtype, x.shape, pre_scale=pre_scale, act_scale=act_scale)
 
+    def element(self) -> Any:
+        """How one number becomes its code (`Element` in operand.py); None where the ends of a block do not say its qparams."""
+        return None
+
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`quantize(x).dequantize()` with a straight-through gradient: d out / d x = 1 (arXiv:1308.3432)."""
         return _FakeQuantize.apply(x, self)
@@ -319,7 +323,9 @@ def _quantize_pieces(
     qparams: dict[str, Tensor],
     form: QTensor,
 ) -> dict[str, Tensor | None]:
-    """`quantize_fields` piece by piece into fields like those of `form`."""
+    """`quantize_fields` piece by piece into fields like those of `form`; much data by C++ (cpp_codes.py)."""
+    from .cpp_codes import coder  # which few programs need
+
     size = piece_size(x)
     unit = _unit(form)
     if not qparams and math.prod(unit) > 8 * size:
@@ -330,19 +336,30 @@ def _quantize_pieces(
     if given:
         unit = _unit(form, given)
     made: dict[str, Tensor | None] = {name: _empty(t, x.device) for name, t in form.fields().items()}
+    rows = coder(spec, x, grid) if pre_scale is None and not qparams else None
+    if rows is not None and rows.library is not None:
+        size *= 4  # it needs no memory for numbers in between, and a piece costs some calls from Python
     buffer = None
     for box in boxes(x.shape, unit, size):
         piece = part(x, box, x.shape)
-        if x.dtype != torch.float32:
-            # One buffer for all pieces: memory that is warm, and that malloc does not hand back in between.
-            buffer = torch.empty(piece.numel(), device=x.device) if buffer is None else buffer
-            piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
-        if pre_scale is not None:
-            piece = piece / expand(part(pre_scale.float(), box, x.shape), piece.shape)
-        chosen = {name: part(t, box, x.shape) for name, t in given.items()} or spec.choose_qparams(
-            piece, tuple(max(g * p // n, 1) for g, p, n in zip(grid, piece.shape, x.shape))
-        )
-        for name, t in spec.encode(piece, **chosen).items():
+        piece_grid = tuple(max(g * p // n, 1) for g, p, n in zip(grid, piece.shape, x.shape))
+        chosen: dict[str, Tensor] = {}
+        if rows is not None and rows.ready(piece):
+            qdata = made["qdata"]
+            assert qdata is not None
+            fields = rows.quantize(spec, piece, piece_grid, part(qdata, box, x.shape))
+        else:
+            if x.dtype != torch.float32:
+                # One buffer for all pieces: memory that is warm, and that malloc does not hand back in between.
+                buffer = torch.empty(piece.numel(), device=x.device) if buffer is None else buffer
+                piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
+            if pre_scale is not None:
+                piece = piece / expand(part(pre_scale.float(), box, x.shape), piece.shape)
+            chosen = {name: part(t, box, x.shape) for name, t in given.items()} or spec.choose_qparams(
+                piece, piece_grid
+            )
+            fields = spec.encode(piece, **chosen)
+        for name, t in fields.items():
             if t is None:
                 made[name] = None
             elif name in given and t is chosen[name]:

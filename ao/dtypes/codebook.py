@@ -21,7 +21,7 @@ from .base import Elements, PerBlock, QTensor, Shared, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, expand, in_blocks, mean, to_blocks
 from .intx import Intx
-from .operand import Operand, look_up
+from .operand import Element, Operand, look_up
 from .rounding import narrow, reciprocal, round_to, uncontracted
 
 
@@ -155,6 +155,28 @@ class Codebook(Spec):
     def operand(self, q: Any) -> Operand | None:
         """Codes into a table; None with an offset."""
         return Operand(q.qdata, q.scale, None, "table", self.bits, 0, q.table) if q.offset is None else None
+
+    def element(self) -> Element | None:
+        """None with an offset, where scales of several rows are quantized together, or with many entries to compare with."""
+        nested = self.scale_spec
+        if self.offset or self.bits > 4 or not (nested is None or (len(nested.block) == 2 and nested.block[0] == 1)):
+            return None
+        middles = torch.tensor([(a + b) / 2 for a, b in zip(self.values, self.values[1:])])
+        half = 2 ** (self.bits - 1)
+        first = float(middles[half - 1])
+
+        def code(x: Tensor, inverse: Tensor) -> Tensor:
+            unit, step = x * inverse, half // 2
+            code = (unit > first).int() * half
+            while step:
+                code = code + (unit > middles[(code + (step - 1)).long()]).int() * step
+                step //= 2
+            return code
+
+        def fields(scale: Tensor) -> dict[str, Tensor | None]:
+            return {"scale": scale, "offset": None, "table": torch.tensor(self.values)}
+
+        return Element(self.bits, lambda scale: (reciprocal(dense(scale)),), code, fields)
 
     def _codes(self, x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes, uint8 of the shape of `x`, and the table."""

@@ -95,15 +95,15 @@ def wide(scale: Tensor) -> Tensor:
     return dense(scale).float()
 
 
-def divided(blocks: Tensor, scale: Tensor) -> Tensor:
-    """x / scale. blocks: x (float32) as `to_blocks` views it; scale: as it is stored."""
+def inverse_of(scale: Tensor) -> Tensor:
+    """1 / scale, float32, of a scale as it is stored."""
     if not isinstance(scale, E8M0Tensor):
-        return blocks * in_blocks(reciprocal(dense(scale)))
+        return reciprocal(dense(scale))
     if reads_no_bits():
-        return blocks / in_blocks(wide(scale))
+        return 1 / wide(scale)
     byte = scale.qdata.to(torch.int32)
     power = torch.where(byte == 254, 1 << (_MANTISSA - 1), (254 - byte) << _MANTISSA).view(torch.float32)
-    return blocks * in_blocks(torch.where(byte == 255, torch.nan, power))
+    return torch.where(byte == 255, torch.nan, power)
 
 
 def _byte(exponent: Tensor, number: Tensor) -> Tensor:

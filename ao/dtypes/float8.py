@@ -15,7 +15,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .blocks import amax_abs, in_blocks, to_blocks
 from .onnx_mode import exporting
-from .operand import Cast, Operand
+from .operand import Cast, Element, Operand
 from .rounding import narrow, power_of_two_above, reciprocal
 
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -66,6 +66,16 @@ class Float8(Spec):
         if exporting():
             return {"qdata": q.reshape(x.shape).to(self.dtype), "scale": scale}  # onnxruntime reshapes no float8
         return {"qdata": q.to(self.dtype).reshape(x.shape), "scale": scale}
+
+    def element(self) -> Element | None:
+        """None for e5m2."""
+        if self.format != "e4m3":
+            return None
+
+        def code(x: Tensor, inverse: Tensor) -> Tensor:
+            return self.codes((x * inverse).clamp(-self.max, self.max))
+
+        return Element(8, lambda scale: (reciprocal(scale),), code, lambda scale: {"scale": scale})
 
     def operand(self, q: Any) -> Operand:
         """Codes as they are."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
-from .e8m0 import E8M0, RULES, Rule, divided, shared_exponent, wide
+from .e8m0 import E8M0, RULES, Rule, inverse_of, shared_exponent, wide
 from .float8 import Float8
 from .onnx_mode import exponent_of, reads_no_bits
-from .operand import Operand, minifloat
+from .operand import Element, Operand, minifloat
 from .rounding import narrow, random_words, round_to
 
 _MANTISSA, _BIAS = 23, 127
@@ -139,24 +139,39 @@ class FloatX(Spec):
 
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         """Codes, uint8 of the shape of `x`: sign, exponent and mantissa from the high bit down."""
-        q = divided(to_blocks(x, scale.shape), scale)
-        size = q.abs().clamp_(max=self.max)
+        q = to_blocks(x, scale.shape) * in_blocks(inverse_of(scale))
         if reads_no_bits() and self.rounding == "nearest":
+            size = q.abs().clamp(max=self.max)
             power = exponent_of(size).clamp(min=1 - self.bias)
             codes = (power + (self.bias - 1)) * 2**self.mantissa + (size * torch.exp2(self.mantissa - power)).round()
             return (codes + torch.where(q < 0, 2.0 ** (self.bits - 1), 0.0)).to(torch.uint8).reshape(x.shape)
+        word = None if self.rounding == "nearest" else random_words(to_blocks(x, scale.shape))
+        return self._rounded(q, word).to(torch.uint8).reshape(x.shape)
+
+    def _rounded(self, q: Tensor, word: Tensor | None) -> Tensor:
+        """The codes (int32) of `q` (float32), rounded by the random bits of `word` if there are any."""
+        size = q.abs().clamp(max=self.max)
         cut = _MANTISSA - self.mantissa
         bits = size.view(torch.int32)
         steps = size * 2.0 ** (self.bias - 1 + self.mantissa)  # below the normal numbers, where all steps are alike
-        if self.rounding == "nearest":
+        if word is None:
             above, small = (2 ** (cut - 1) - 1) + ((bits >> cut) & 1), steps.round()
         else:
-            word = random_words(to_blocks(x, scale.shape))
             above, small = word & (2**cut - 1), (steps + (word & 0xFFFF).float() * 2.0**-16).floor()
         normal = ((bits + above) >> cut) - ((_BIAS - self.bias) << self.mantissa)
         codes = torch.where(size < 2.0 ** (1 - self.bias), small.to(torch.int32), normal)
         sign = (q.view(torch.int32) >> 31) & (1 << (self.bits - 1))
-        return (codes | sign).to(torch.uint8).reshape(x.shape)
+        return codes | sign
+
+    def element(self) -> Element | None:
+        """None where rounding is at random, a block chooses between two scales, or scales are quantized together."""
+        if self.rounding != "nearest" or self.four_over_six or self.scale_spec is not None:
+            return None
+
+        def code(x: Tensor, inverse: Tensor) -> Tensor:
+            return self._rounded(x * inverse, None)
+
+        return Element(self.bits, lambda scale: (inverse_of(scale),), code, lambda scale: {"scale": scale})
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes stand for, float32."""

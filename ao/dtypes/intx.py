@@ -19,7 +19,7 @@ from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
 from .joint import PLACES, Joint, JointTensor, join
-from .operand import Cast, Operand
+from .operand import Cast, Element, Operand
 from .rounding import narrow, product, reciprocal, round_to, stochastic_round
 
 
@@ -192,12 +192,42 @@ class Intx(Spec):
         """Codes for `x` (float32) under the given qparams. inverse: 1 / scale, where it is known."""
         if self.zero_point == "joint":
             scale, zero_point = self.stored(scale=scale, zero_point=zero_point).values()
-            q = self._codes(x, scale, zero_point, inverse).reshape(x.shape)
+        q = self._codes(x, scale, zero_point, inverse).reshape(x.shape)
+        return {"qdata": self._store(q), **self._fields(scale, zero_point)}
+
+    def _fields(self, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor | None]:
+        """The fields beside the codes, of qparams as they are stored."""
+        if self.zero_point == "joint":
+            assert zero_point is not None
             both = Joint(self.bits)
             words = both.encode(scale.float(), place=self._place(zero_point))
-            return {"qdata": self._store(q), "scale": both.wrap(words, torch.float32, scale.shape), "zero_point": None}
-        q = self._codes(x, scale, zero_point, inverse).reshape(x.shape)
-        return {"qdata": self._store(q), "scale": scale, "zero_point": zero_point}
+            return {"scale": both.wrap(words, torch.float32, scale.shape), "zero_point": None}
+        return {"scale": scale, "zero_point": zero_point}
+
+    def element(self) -> Element | None:
+        """None where a mean is the scale, or rounding is at random."""
+        if self.rounding != "nearest" or (self.symmetric and self.signed and self.bits <= 2 and self.clip):
+            return None
+        offset, low, high = self._offset, self.qmin + self._offset, self.qmax + self._offset
+        whole = self.zero_point == "int"
+
+        def reads(scale: Tensor, zero_point: Tensor | None = None) -> tuple[Tensor, ...]:
+            inverse = reciprocal(scale)
+            if zero_point is None:
+                return (inverse,)
+            return inverse, zero_point.float() + offset if whole else product(zero_point, scale)
+
+        def code(x: Tensor, inverse: Tensor) -> Tensor:
+            return ((x * inverse).round() + offset).clamp(low, high).to(torch.int32) & 255
+
+        def code_from_zero(x: Tensor, inverse: Tensor, zero: Tensor) -> Tensor:
+            return ((x * inverse).round() + zero).clamp(low, high).to(torch.int32) & 255
+
+        def code_from_fraction(x: Tensor, inverse: Tensor, shift: Tensor) -> Tensor:
+            return (((x + shift) * inverse).round() + offset).clamp(low, high).to(torch.int32) & 255
+
+        chosen = code if self.symmetric else code_from_zero if whole else code_from_fraction
+        return Element(self.bits, reads, chosen, self._fields)
 
     def round(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """The multiples of the scale that `x` (float32) becomes."""

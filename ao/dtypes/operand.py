@@ -7,6 +7,7 @@ same of an activation before it is quantized: which bytes it becomes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -170,3 +171,18 @@ def look_up(table: Tensor, codes: Tensor) -> Tensor:
     if exporting():
         return table[codes.long()]
     return table[codes.int()] if is_eager(codes) else torch.ops.aten._unsafe_index(table, [codes.int()])
+
+
+class Element(NamedTuple):
+    """How a number becomes its code, in a block whose qparams follow from its smallest and its largest number.
+
+    bits: of a code, as it is stored.
+    reads: from the qparams to what a code depends on, one float32 per block each.
+    code: from numbers (float32) and those, all of one shape, to the codes (int32).
+    fields: from the qparams to the fields beside `qdata`, which holds the codes, packed along rows.
+    """
+
+    bits: int
+    reads: Callable[..., tuple[Tensor, ...]]
+    code: Callable[..., Tensor]
+    fields: Callable[..., dict[str, Tensor | None]]

@@ -11,14 +11,15 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.built import IN_FLOATS, SCALES, Kind, Level, Library, Weight, compiler, library
+from ..dtypes.cpp import cpp_compiler
+from .kernels.built import IN_FLOATS, SCALES, Kind, Level, Library, Weight, library
 
 _KINDS = {"int8": Kind("signed", 8), "uint4": Kind("unsigned", 4), "float8": Kind("e4m3", 8)}
 
 
 def can(width: int, kinds: tuple[str, str]) -> bool:
     """Whether there are compiled functions for keys and values of these kinds; they are made now, if no process has done so."""
-    if compiler() is None or width % 32:
+    if cpp_compiler() is None or width % 32:
         return False
     return all(library(_KINDS[kind]) is not None for kind in kinds)
 

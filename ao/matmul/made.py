@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor, dense
 from ..dtypes.bits import CHUNK, TRIT_BYTES, TRIT_CHUNK
+from ..dtypes.cpp import cpp_compiler
 from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
@@ -41,7 +42,6 @@ from .kernels.built import (
     Level,
     Library,
     Weight,
-    compiler,
     library,
 )
 from .kernels.device import FLOATS, VNNI
@@ -110,7 +110,7 @@ def _minifloats(bits: int, exponent: int) -> Tensor:
 
 def accepts(x: Tensor, w: QTensor) -> bool:
     """Whether `product` multiplies these; in a graph, where it is faster than what a compiler makes of expressions."""
-    if x.dtype not in _DTYPES or compiler() is None:
+    if x.dtype not in _DTYPES or cpp_compiler() is None:
         return False
     operand = readable(w)
     kind = None if operand is None else _kind(operand)

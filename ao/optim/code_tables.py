@@ -48,7 +48,10 @@ class CodeTables:
         """`spec.nearest(x)` by the cells, for numbers no larger than the largest entry: what the kernel computes, in PyTorch."""
         bits = (x if self.zero is None else x.abs()).clamp(min=self.least).view(torch.int32)
         code = (bits + self.cells[((bits >> self.low) - self.first).long()]) >> self.low
-        return code if self.zero is None else (self.zero + torch.where(x < 0, -code, code)).clamp(min=0)
+        if self.zero is None:
+            return code
+        sign = x.view(torch.int32) >> 31  # all bits of a negative number's, so that the code is negated
+        return (self.zero + ((code ^ sign) - sign)).clamp(min=0)
 
 
 @functools.cache

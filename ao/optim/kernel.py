@@ -117,11 +117,23 @@ COMPILED_PIECE = {"cpu": 2**18, "cuda": 2**30}
 def run(plan: Plan, part: Part, hyper: Tensor, noise: Tensor | None, compile: bool) -> None:
     """The step of a part, compiled or eagerly. noise: a row for each of its rows, where parameters are rounded at random."""
     kind = hyper.device.type
-    launch = _launch(plan, part) if compile and kind == "cuda" and isinstance(part, Large) else None
+    launch = None
+    if compile and kind == "cuda" and isinstance(part, Large) and has_compiler(kind):
+        launch = _launch(plan, part)
     if launch is not None:
         launch(part.grads(), hyper, noise)
         part.finish()
         return
+    if compile and kind == "cpu":
+        from .cpu_step import cpu_step  # which writes C++
+
+        step = cpu_step(plan, part.dtype, part.grad_dtype)
+        if step is not None:
+            for i, rows in enumerate(part.rows()):
+                step(rows, hyper, None if noise is None else noise[i])
+            part.finish()
+            return
+    compile = compile and has_compiler(kind)
     size = (COMPILED_PIECE if compile else EAGER_PIECE).get(kind, 2**24)
     if kind == "cpu":
         size *= torch.get_num_threads()

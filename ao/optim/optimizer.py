@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 from ao.dtypes import Flat, FlatTensor, QTensor, Spec
 
 from .conversion import Kept, keep, kept_states, torch_form
-from .kernel import Plan, has_compiler, run
+from .kernel import Plan, run
 from .parts import Part, parts_of
 from .rows import row
 from .sharded import local, shard_like
@@ -249,7 +249,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             noise = torch.zeros(part.kernels, 2, dtype=torch.int32)
             noise[:, 0] = torch.randint(2**31 - 1, (part.kernels,))
             noise = noise.to(part.device, non_blocking=True)
-        run(plan, part, hyper, noise, self.compile and has_compiler(part.device.type))
+        run(plan, part, hyper, noise, self.compile)
 
     # State dicts: conversion.py has what is done with them.
 

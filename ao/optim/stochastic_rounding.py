@@ -42,6 +42,18 @@ def stochastic_round_e4m3(q: Tensor) -> Tensor:
     return torch.where((size > 0) & (size <= 448), rounded, size).copysign(q)
 
 
+def stochastic_bytes_e4m3(q: Tensor) -> Tensor:
+    """The bytes (int32) of `stochastic_round_e4m3(q)`, from the sum that rounds it."""
+    size = q.abs()
+    low = size < 2.0**-6
+    bits = (size + torch.where(low, 2.0**-6, 0.0)).view(torch.int32)
+    noise = (bits >> 6) * -0x61C88647 >> 12 & 0xFFFFF
+    code = ((bits + noise) >> 20) - torch.where(
+        low, 121 << 3, 120 << 3
+    )  # the exponent's bias, and the binade of the shift
+    return torch.where(size == 0, 0, code.clamp(1, 127)) | (q.view(torch.int32) >> 24 & 128)
+
+
 def _mix(word: Tensor) -> Tensor:
     """A bijection of int32 in which every bit of the result depends on every bit of the input. Products wrap around."""
     word = (word ^ (word >> 16 & 0xFFFF)) * 0x21F0AAAD

@@ -90,10 +90,10 @@ def run(args: argparse.Namespace) -> int:
         quiet_loading(args.json)
         batches = calibration_batches(args.model, data, args.window, args.samples) if args.data else None
         windows = token_windows(args.model, texts, args.window) if args.text else []
+    from ao.dtypes import cpp_compiler
     from ao.integrations import html_report
     from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in_memory
     from ao.integrations.layer_latency import LargestLayers, layer_latencies
-    from ao.matmul.kernels.built import compiler
 
     def loss(folder: Path, what: str) -> float:
         model = load_model(folder, device=args.device)
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     times, failures = layer_latencies(largest.most(4), args.latency or (), args.device)
     measures += times
     report.notes += failures
-    if compiler() is None and (args.device or "cpu").startswith("cpu"):
+    if cpp_compiler() is None and (args.device or "cpu").startswith("cpu"):
         report.notes.append(
             "no C++ compiler was found ($CXX, g++, clang++): on a CPU, eager products decode the weights at every call; with one "
             "they decode in registers, and are several times faster"

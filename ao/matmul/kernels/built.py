@@ -1,24 +1,14 @@
-"""Products on a CPU whose C++ (cpu_source.py) is compiled when it is first needed, once per kind of code, and kept on disk.
-
-Not by way of Inductor: what it compiles takes the headers of PyTorch, and a second becomes ten.
-"""
+"""Products on a CPU whose C++ (cpu_source.py) is compiled when it is first needed, once per kind of code, and kept on disk."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ...dtypes.caching import cache_directory
+from ...dtypes.cpp import cpp_instructions, cpp_library
 from .cpu_source import SOURCE
 from .device import VNNI
 
@@ -33,12 +23,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, to
 
 SCALES = {**DTYPES, torch.float16: 5}
 """Dtypes of scales and zero points."""
-
-_FLAGS = {
-    "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", *(("-mavx512vnni",) if VNNI else ())),
-}
-
 
 IN_FLOATS, IN_16_BITS, IN_31_BITS, OF_INTEGERS = range(4)
 """How a product computes: in floats; with the activation in fixed point; with the integers that it holds."""
@@ -95,42 +79,16 @@ class Library(NamedTuple):
 
 
 @functools.cache
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, g++ or clang++; None where there is none that this was written for."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
-    )
-
-
-def _command(kind: Kind) -> list[str]:
-    """The flags that `kind` is compiled with, for what PyTorch uses of this CPU."""
-    bias = f"0x1p{128 - 2 ** (kind.exponent - 1)}f" if kind.exponent else "1.0f"
-    macros = {"KIND": CODES[kind.codes], "BITS": kind.bits, "EXPONENT": kind.exponent, "BIAS": bias}
-    return [
-        *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()),
-        *("-O2", "-ftree-vectorize", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast"),
-        *(f"-D{name}={value}" for name, value in macros.items()),
-    ]
-
-
-def _path(kind: Kind) -> Path:
-    what = (SOURCE, *_command(kind), os.uname().machine, compiler())
-    return cache_directory() / "kernels" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.so"
-
-
-@functools.cache
 def library(kind: Kind) -> Library | None:
     """The compiled functions, compiled now if no process has done so; None where that fails."""
-    if compiler() is None:
-        return None
-    path = _path(kind)
-    try:
-        if not path.exists():
-            _compile(kind, path)
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError):
+    bias = f"0x1p{128 - 2 ** (kind.exponent - 1)}f" if kind.exponent else "1.0f"
+    macros = {"KIND": CODES[kind.codes], "BITS": kind.bits, "EXPONENT": kind.exponent, "BIAS": bias}
+    flags = cpp_instructions()
+    if VNNI and "-mavx512f" in flags:
+        flags = *flags, "-mavx512vnni"
+    flags = *flags, "-ffp-contract=fast", *(f"-D{name}={value}" for name, value in macros.items())
+    loaded = cpp_library(SOURCE, flags)
+    if loaded is None:
         return None
     arguments = {
         "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT, _INT],
@@ -144,20 +102,3 @@ def library(kind: Kind) -> Library | None:
         function.argtypes, function.restype = types, None
         functions.append(function)
     return Library(*functions)
-
-
-def _compile(kind: Kind, path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        source, compiled, linked = (Path(folder) / f"product.{end}" for end in ("cpp", "o", "so"))
-        source.write_text(SOURCE, encoding="utf-8")
-        tool = compiler()
-        assert tool is not None
-        # Linked without OpenMP, whose functions are then those that PyTorch has loaded: two of its runtimes would keep twice as
-        # many threads as there are cores.
-        for command in (
-            [tool, *_command(kind), "-c", str(source), "-o", str(compiled)],
-            [tool, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(command, check=True, capture_output=True)
-        os.replace(linked, path)  # whole, whoever else writes it

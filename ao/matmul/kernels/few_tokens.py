@@ -130,7 +130,9 @@ def _stored(
     scale = _fetched(scale_ptr + at)
     zero = _fetched(zero_ptr + at) if ZERO else scale
     if NESTED == _INTEGERS:
-        outer = row // RG2 * NG2 + group // (NG // NG2)
+        outer = row // RG2 * NG2
+        if NG2 > 1:
+            outer += group // (NG // NG2)
         return scale, zero, _fetched(scale2_ptr + outer), _fetched(zero2_ptr + outer)
     else:
         return scale, zero, scale, scale

@@ -138,14 +138,28 @@ def _scales(
 ):  # fmt: skip
     """The scales of groups of rows, float32."""
     scale = tl.load(scale_ptr + (row // RG * NG + group), mask=there, other=0)
-    return _scale_of(scale, scale2_ptr, zero2_ptr, row, group, NG, NESTED, RG2, NG2)
+    return _scale_of(scale, _outer(scale2_ptr, zero2_ptr, row, group, NG, NESTED, RG2, NG2), NESTED)
 
 
 @triton.jit
-def _scale_of(
-    scale, scale2_ptr, zero2_ptr, row, group, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr
+def _outer(
+    scale2_ptr, zero2_ptr, row, group, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr
 ):  # fmt: skip
-    """Scales as they are stored -> float32. group: may be beyond the last."""
+    """The scale of scales, and their zero point, as they are stored. group: may be beyond the last."""
+    if NESTED == _SCALED:
+        return (tl.load(scale2_ptr),)
+    elif NESTED == _INTEGERS:
+        outer = row // RG2 * NG2
+        if NG2 > 1:
+            outer += tl.minimum(group, NG - 1) // (NG // NG2)
+        return tl.load(scale2_ptr + outer), tl.load(zero2_ptr + outer)
+    else:
+        return (0,)
+
+
+@triton.jit
+def _scale_of(scale, outer, NESTED: tl.constexpr):
+    """Scales as they are stored -> float32. outer: of `_outer`."""
     if NESTED == _PLAIN:
         return scale_number(scale)
     elif NESTED == _POWER:
@@ -154,12 +168,9 @@ def _scale_of(
     elif NESTED == _E4M3:
         return _e4m3(scale.to(tl.int32))
     elif NESTED == _SCALED:
-        return _e4m3(scale.to(tl.int32)) * tl.load(scale2_ptr).to(tl.float32)
+        return _e4m3(scale.to(tl.int32)) * outer[0].to(tl.float32)
     else:
-        outer = row // RG2 * NG2 + tl.minimum(group, NG - 1) // (NG // NG2)
-        return (scale.to(tl.float32) - tl.load(zero2_ptr + outer).to(tl.float32)) * tl.load(scale2_ptr + outer).to(
-            tl.float32
-        )
+        return (scale.to(tl.float32) - outer[1].to(tl.float32)) * outer[0].to(tl.float32)
 
 
 @triton.jit

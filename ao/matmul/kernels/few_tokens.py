@@ -258,20 +258,20 @@ def few_kernel(
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr, ASM3: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], by the tensor cores that every GPU has: 8 tokens, or two warps, or a GPU before Hopper.
 
-    A program has BM tokens, BN rows of the weight and 1 / SPLIT of K, for which it writes a sum of its own. A scale per row
+    A program has BM tokens, BN rows of the weight and a part of K, for which it writes a sum of its own. A scale per row
     multiplies the sum. SHIFT, ASM0 to ASM3: see `pairs_asm`. POWER: of two, for what scales are multiplied with.
     """
     T: tl.constexpr = (K + 255) // 256
-    TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
+    part = tl.cdiv(T, tl.num_programs(2))
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    t0 = tl.program_id(2) * TS
-    t1 = tl.minimum(t0 + TS, T)
+    t0 = tl.program_id(2) * part
+    t1 = tl.minimum(t0 + part, T)
     place = tl.arange(0, 32)
     k = place // 4 * 32 + place % 4
     here = (rm < M)[None, :]
@@ -346,16 +346,16 @@ def some_kernel(
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr, ASM3: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `few_kernel`, by the tensor cores of Hopper, for 16 tokens or more. x: what `arrange_kernel` made, in boxes (BM, 64)."""
     T: tl.constexpr = (K + 255) // 256
-    TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
+    part = tl.cdiv(T, tl.num_programs(2))
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
     m0 = tl.program_id(1) * BM
-    t0 = tl.program_id(2) * TS
-    t1 = tl.minimum(t0 + TS, T)
+    t0 = tl.program_id(2) * part
+    t1 = tl.minimum(t0 + part, T)
     table = _table_words(table_ptr, KIND, BITS, EXPONENT)
     acc = tl.zeros((BN, BM), tl.float32)
     ahead = _read_ahead(
@@ -464,7 +464,7 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
     parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
-        **decoding(reading, zero), "WIDE": fields[0].data_ptr() % 16 == 0, "BM": tile.tokens, "BN": tile.rows, "SPLIT": split,
+        **decoding(reading, zero), "WIDE": fields[0].data_ptr() % 16 == 0, "BM": tile.tokens, "BN": tile.rows,
         "STAGES": tile.stages,
     }  # fmt: skip
     grid = (cdiv(n, tile.rows), cdiv(m, tile.tokens), split)

@@ -278,10 +278,18 @@ def gemv_codes_kernel(
     out_ptr += tl.program_id(1) * N
     unit = tl.arange(0, J)
     after = first * 4
-    ahead0 = _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2)
-    ahead1 = _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2)
-    ahead2 = _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2)
-    ahead3 = _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2)
+    ahead0 = _ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+    )
+    ahead1 = _ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+    )
+    ahead2 = _ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+    )
+    ahead3 = _ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+    )
 
     at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
@@ -317,10 +325,63 @@ def gemv_codes_kernel(
         r = tile * 4
         w0, w1, w2, w3 = ahead0, ahead1, ahead2, ahead3
         after = r + tl.num_programs(0) * 4
-        ahead0 = _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2)
-        ahead1 = _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2)
-        ahead2 = _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2)
-        ahead3 = _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2)
+        ahead0 = _ahead(
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+        )
+        ahead1 = _ahead(
+            q_ptr,
+            scale_ptr,
+            zero_ptr,
+            scale2_ptr,
+            zero2_ptr,
+            after + 1,
+            unit,
+            N,
+            K,
+            BITS,
+            ZERO,
+            RG,
+            NG,
+            NESTED,
+            RG2,
+            NG2,
+        )
+        ahead2 = _ahead(
+            q_ptr,
+            scale_ptr,
+            zero_ptr,
+            scale2_ptr,
+            zero2_ptr,
+            after + 2,
+            unit,
+            N,
+            K,
+            BITS,
+            ZERO,
+            RG,
+            NG,
+            NESTED,
+            RG2,
+            NG2,
+        )
+        ahead3 = _ahead(
+            q_ptr,
+            scale_ptr,
+            zero_ptr,
+            scale2_ptr,
+            zero2_ptr,
+            after + 3,
+            unit,
+            N,
+            K,
+            BITS,
+            ZERO,
+            RG,
+            NG,
+            NESTED,
+            RG2,
+            NG2,
+        )
         d0 = _row(
             w0, r, unit, high, low, table, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS,
             KIND, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
@@ -343,12 +404,14 @@ def gemv_codes_kernel(
         tl.store(out_ptr + at_row, out.to(out_ptr.dtype.element_ty), mask=at_row < N)
 
 
-def _gemv_constants(reading: Reading, device: torch.device) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the tile of `gemv_codes_kernel`."""
+def _gemv_constants(
+    reading: Reading, device: torch.device, warps_at_once: int = 16
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the tile of `gemv_codes_kernel`, for so many warps on a multiprocessor at a time."""
     units = max(32, power_of_two(reading.k // 32))
     warps = min(16, max(1, units // 32))
     tiles = cdiv(reading.n, 4)
-    rounds = cdiv(tiles, multiprocessors(device) * max(1, 16 // warps))
+    rounds = cdiv(tiles, multiprocessors(device) * max(1, warps_at_once // warps))
     return (cdiv(tiles, rounds),), {"J": units, "num_warps": warps}
 
 
@@ -366,11 +429,13 @@ def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], 
     return run
 
 
-def gemv_each(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
-    """One token, or each of a few in one launch, for weights whose reading is `for_one_token`. x: (M, K) -> (M, N)."""
+def gemv_each(x: Tensor, reading: Reading, fields: Fields, warps_at_once: int = 16) -> Tensor:
+    """One token, or each of a few in one launch, for weights whose reading is `for_one_token`. x: (M, K) -> (M, N).
+
+    warps_at_once: on a multiprocessor, for how many there are programs."""
     m, n = x.shape[0], reading.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    (programs,), tile = _gemv_constants(reading, x.device)
+    (programs,), tile = _gemv_constants(reading, x.device, warps_at_once)
     launch(
         gemv_codes_kernel, (programs, m), x, *given(fields), out, n, **reading.constants(fields[2] is not None), **tile
     )  # fmt: skip

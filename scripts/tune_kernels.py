@@ -75,15 +75,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tiles(m: int) -> list[tuple[bool, int, int, int]]:
-    """`hopper`, `tokens`, `rows` and `warps` of the tiles to try for m tokens."""
+def tiles(m: int) -> list[tuple[bool, int, int, int, int]]:
+    """`hopper`, `tokens`, `rows`, `warps` and `stages` of the tiles to try for m tokens."""
     if m <= 8:
-        return [(False, 8, 64, 4), (False, 8, 128, 4), (False, 8, 64, 2)]
+        return [(False, 8, 64, 4, 3), (False, 8, 128, 4, 3), (False, 8, 64, 2, 3)]
     if m <= 16:
-        return [(False, 8, 128, 4), (False, 16, 32, 2), (False, 16, 64, 2), (True, 16, 64, 4)]
+        return [(False, 8, 128, 4, 3), (False, 16, 32, 2, 3), (False, 16, 64, 2, 3), (True, 16, 64, 4, 3)]
     if m <= 32:
-        return [(True, 32, 64, 4), (True, 32, 128, 8)]
-    return [(True, 64, 64, 4), (True, 64, 128, 8), (True, 32, 64, 4)]
+        return [(True, 32, 64, 4, 3), (True, 32, 128, 8, 3), (True, 32, 64, 4, 2)]
+    return [(True, 64, 128, 8, 2), (True, 64, 256, 16, 2), (True, 64, 64, 4, 2), (True, 32, 64, 4, 3)]
 
 
 def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, Callable[..., Tensor]]]:
@@ -93,13 +93,13 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
     if m <= 2 and reading.for_one_token:
         for warps in (16, 20, 24, 32):
             yield f"gemv {warps}", lambda x, fields, warps=warps: one_token.gemv_each(x, reading, fields, warps)
-    for hopper, tokens, rows, warps in tiles(m):
+    for hopper, tokens, rows, warps, stages in tiles(m):
         programs = cdiv(reading.n, rows) * cdiv(m, tokens)
         most = max(1, cdiv(reading.k, few_tokens.STEP) // 2)
         parts = sorted({max(1, min(16, most, round(full / programs))) for full in (264, 528, 1056)} | {1})
         for split in parts if splits else (1, 2):
-            tile = few_tokens.Tile(hopper, tokens, rows, warps, split)
-            name = f"{'wgmma' if hopper else 'mma'} {tokens}x{rows} {warps}w /{split}"
+            tile = few_tokens.Tile(hopper, tokens, rows, warps, split, stages)
+            name = f"{'wgmma' if hopper else 'mma'} {tokens}x{rows} {warps}w {stages}s /{split}"
             yield name, lambda x, fields, tile=tile: few_tokens.few_in_tiles(x, reading, fields, tile)
 
 

@@ -326,18 +326,25 @@ def _times(acc, w, x_at, there):
 
 
 @triton.jit
-def arrange_kernel(x_ptr, out_ptr, K: tl.constexpr, B: tl.constexpr):
-    """A token of x (M, K) as the rows of `some_kernel` meet it: out (M, K, rounded up to a multiple of 256).
+def arrange_kernel(x_ptr, out_ptr, K: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr):
+    """A token of x (M, K) as `some_kernel` meets it: out (M / BM, PARTS, BM, K, rounded up to a multiple of 256), bfloat16.
 
     Place p of 256 holds element l of pair h of codes 4 (j + 4 half) and on, of chunk 4 c + t, where p counts j, half, c, h, t, l.
+    PARTS: 2 for float16, which is the sum of two of bfloat16.
     """
     gdc_launch_dependents()
+    m = tl.program_id(0)
     p = tl.program_id(1) * B + tl.arange(0, B)
     chunk = p // 256 * 8 + p % 32 // 16 * 4 + p % 8 // 2
     code = p % 256 // 64 * 4 + p % 64 // 32 * 16 + p % 16 // 8 * 2 + p % 2
-    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * K + chunk * 32 + code, mask=chunk < K // 32, other=0.0)
+    x = tl.load(x_ptr + m.to(tl.int64) * K + chunk * 32 + code, mask=chunk < K // 32, other=0.0)
     width: tl.constexpr = (K + 255) // 256 * 256
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * width + p, x, mask=p < width)
+    out_ptr += (m // BM * (PARTS * BM) + m % BM).to(tl.int64) * width + p
+    high = x.to(tl.bfloat16)
+    tl.store(out_ptr, high, mask=p < width)
+    if PARTS == 2:
+        low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+        tl.store(out_ptr + BM * width, low, mask=p < width)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -346,18 +353,18 @@ def some_kernel(
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr, ASM3: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """As `few_kernel`, by the tensor cores of Hopper, for 16 tokens or more. x: what `arrange_kernel` made, in boxes (BM, 64)."""
+    """As `few_kernel`, by the tensor cores of Hopper. x: of `arrange_kernel`, in boxes (PARTS BM, 64), of 16 rows or more."""
     T: tl.constexpr = (K + 255) // 256
     part = tl.cdiv(T, tl.num_programs(2))
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
-    m0 = tl.program_id(1) * BM
+    m0 = tl.program_id(1) * (PARTS * BM)
     t0 = tl.program_id(2) * part
     t1 = tl.minimum(t0 + part, T)
     table = _table_words(table_ptr, KIND, BITS, EXPONENT)
-    acc = tl.zeros((BN, BM), tl.float32)
+    acc = tl.zeros((BN, PARTS * BM), tl.float32)
     ahead = _read_ahead(
         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
     )
@@ -384,13 +391,16 @@ def some_kernel(
             w = tl.reshape(tl.permute(w, (0, 5, 1, 3, 2, 4)), (BN, 64))
             acc = tl.dot(w, x.load([m0, t * 256 + 64 * j]).T, acc)
     gdc_launch_dependents()
+    if PARTS == 2:
+        high, low = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))  # within a thread: nothing moves
+        acc = high + low
     if NG == 1:
         acc *= _scale(of_rows, NESTED)
     if NESTED == _SCALED:
         acc *= tl.load(scale2_ptr).to(tl.float32)
     if POWER != 0:
         acc *= 2.0**_HALF_POWER
-    rm = m0 + tl.arange(0, BM)
+    rm = tl.program_id(1) * BM + tl.arange(0, BM)
     out = out_ptr + (tl.program_id(2) * M + rm[None, :]) * N + rn[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :] & (rn < N)[:, None])
 
@@ -426,6 +436,7 @@ class Tile(NamedTuple):
     """How a product is cut.
 
     hopper: by `some_kernel`. tokens, rows: of a tile. warps: of a program. split: in how many parts K is.
+    stages: steps of which x is in shared memory at a time.
     """
 
     hopper: bool
@@ -438,17 +449,14 @@ class Tile(NamedTuple):
 
 @functools.cache
 def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
-    """For m tokens. half: whether they are float16."""
-    hopper = is_hopper(device)
-    tokens = max(8, min(64, power_of_two(m)))
-    some = hopper and tokens > 8 and not half
-    if hopper and not some and tokens > 8:
-        tokens, warps = 16, 2  # with four warps Triton would take the other tensor cores
-    else:
-        warps = 4
-    tiles = cdiv(reading.n, 64) * cdiv(m, tokens)
-    split = max(1, min(8, round(4 * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
-    return Tile(some, tokens, 64 if warps == 4 else 32, warps, split)
+    """For m tokens. half: whether they are float16, which `few_kernel` takes apart in every warp."""
+    hopper = is_hopper(device) and (m > 8 or half)
+    tokens = max(8, min(32 if half else 64, power_of_two(m)))
+    # What a step loads of many tokens is large: fewer steps are ahead, and more rows share it.
+    rows, warps, stages = (128, 8, 2) if hopper and tokens == 64 else (64, 4, 3)
+    tiles = cdiv(reading.n, rows) * cdiv(m, tokens)
+    split = max(1, min(8, round(16 // warps * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
+    return Tile(hopper, tokens, rows, warps, split, stages)
 
 
 def few(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
@@ -467,14 +475,18 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
         **decoding(reading, zero), "WIDE": fields[0].data_ptr() % 16 == 0, "BM": tile.tokens, "BN": tile.rows,
         "STAGES": tile.stages,
     }  # fmt: skip
-    grid = (cdiv(n, tile.rows), cdiv(m, tile.tokens), split)
+    tiles = cdiv(m, tile.tokens)
+    grid = (cdiv(n, tile.rows), tiles, split)
     if tile.hopper:
+        count = 2 if x.dtype == torch.float16 else 1
         width = cdiv(reading.k, STEP) * STEP
-        arranged = torch.empty(m, width, dtype=x.dtype, device=x.device)
-        launch(arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024)
+        arranged = torch.empty(
+            m if count == 1 else tiles * count * tile.tokens, width, dtype=torch.bfloat16, device=x.device
+        )
+        launch(arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024, BM=tile.tokens, PARTS=count)
         launch(
-            some_kernel, grid, tile_reader(arranged, (tile.tokens, 64)), *given(fields), parts, m, n, num_warps=tile.warps,
-            early=True, **constants,
+            some_kernel, grid, tile_reader(arranged, (count * tile.tokens, 64)), *given(fields), parts, m, n,
+            num_warps=tile.warps, early=True, **constants, PARTS=count,
         )  # fmt: skip
     else:
         launch(few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, **constants)

@@ -486,7 +486,7 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
         launch(arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024, BM=tile.tokens, PARTS=count)
         launch(
             some_kernel, grid, tile_reader(arranged, (count * tile.tokens, 64)), *given(fields), parts, m, n,
-            num_warps=tile.warps, early=True, **constants, PARTS=count,
+            num_warps=tile.warps, registers=128, early=True, **constants, PARTS=count,
         )  # fmt: skip
     else:
         launch(few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, **constants)

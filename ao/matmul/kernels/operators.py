@@ -1,4 +1,4 @@
-"""The operators by which compiled graphs call the products of ampere.py, hopper.py and template.py.
+"""The operators by which compiled graphs call the products of ampere.py, hopper.py and those for any format.
 
 They are opaque to the compiler, so that one graph serves every number of tokens and the kernel is chosen at the call. A kernel
 of Triton that the compiler sees would be parsed three times for every layer, which takes longer than all the rest.

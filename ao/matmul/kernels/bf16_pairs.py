@@ -129,7 +129,7 @@ def pairs_asm(kind: str, bits: int, exponent: int, signed: bool, shift: int | No
         elif kind == "affine":
             assert shift is not None
             lines.append(_affine(bits, shift, scaled, g, half))
-        elif kind == "table" or bits <= 4:
+        elif kind == "table":
             in_registers = _table16(j, half) if bits == 4 else _table8(bits, g)
             lines.append(in_registers if bits <= 4 else _table_in_memory(bits, g))
             if scaled:

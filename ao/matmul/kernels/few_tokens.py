@@ -23,7 +23,7 @@ from .device import is_hopper, multiprocessors
 from .joint_words import scale_number, zero_number
 from .launch import cdiv, launch, power_of_two, tile_reader
 from .reading import Fields, Reading
-from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _SCALED, _TABLE, _e4m3, _numbers, given
+from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _SCALED, _TABLE, _e4m3, given
 
 _OPERANDS = tl.constexpr(OPERANDS)
 _HALF_POWER = tl.constexpr(HALF_POWER)
@@ -213,23 +213,22 @@ def _read_ahead(
 
 
 @triton.jit
-def _table_words(table_ptr, KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr):
-    """The numbers of all codes as bfloat16: 4 words of their high bytes, 4 of the low ones. Of many codes, where they are."""
-    if BITS > 4:
+def _table_words(table_ptr, KIND: tl.constexpr, BITS: tl.constexpr):
+    """A table as bfloat16: 4 words of the high bytes, 4 of the low ones. Of one with more than 16 numbers, its address."""
+    if KIND != _TABLE:
+        return 0, 0, 0, 0, 0, 0, 0, 0
+    elif BITS > 4:
         at = table_ptr.to(tl.int64)
         low, high = at.to(tl.int32), (at >> 32).to(tl.int32)
         return low, high, low, low, low, low, low, low
-    code = tl.arange(0, 16) % 2**BITS
-    if KIND == _TABLE:
-        number = tl.load(table_ptr + code)
     else:
-        number = _numbers(code, table_ptr, KIND, BITS, EXPONENT, False)
-    bits = number.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-    high, low = bits >> 8, bits
-    return (
-        _four_bytes(high, 0), _four_bytes(high, 1), _four_bytes(high, 2), _four_bytes(high, 3),
-        _four_bytes(low, 0), _four_bytes(low, 1), _four_bytes(low, 2), _four_bytes(low, 3),
-    )  # fmt: skip
+        number = tl.load(table_ptr + tl.arange(0, 16) % 2**BITS)
+        low = number.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+        high = low >> 8
+        return (
+            _four_bytes(high, 0), _four_bytes(high, 1), _four_bytes(high, 2), _four_bytes(high, 3),
+            _four_bytes(low, 0), _four_bytes(low, 1), _four_bytes(low, 2), _four_bytes(low, 3),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -276,7 +275,7 @@ def few_kernel(
     k = place // 4 * 32 + place % 4
     here = (rm < M)[None, :]
     x_at = x_ptr + rm[None, :] * K + k[:, None]
-    table = _table_words(table_ptr, KIND, BITS, EXPONENT)
+    table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, BM), tl.float32)
     ahead = _read_ahead(
         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
@@ -363,7 +362,7 @@ def some_kernel(
     m0 = tl.program_id(1) * (PARTS * BM)
     t0 = tl.program_id(2) * part
     t1 = tl.minimum(t0 + part, T)
-    table = _table_words(table_ptr, KIND, BITS, EXPONENT)
+    table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, PARTS * BM), tl.float32)
     ahead = _read_ahead(
         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
@@ -422,7 +421,7 @@ def _shift(reading: Reading, zero: torch.dtype | None) -> int | None:
 def decoding(reading: Reading, zero: torch.dtype | None) -> dict[str, Any]:
     """What the kernels know of a format, as constants. zero: the dtype of the zero points, if there are any."""
     shift = _shift(reading, zero) if reading.kind == "affine" else 0
-    small = reading.kind in ("minifloat", "float") and reading.bits > 4
+    small = reading.kind in ("minifloat", "float")
     power = 128 - 2 ** (reading.exponent - 1) - HALF_POWER if small else 0
     scaled = reading.groups > 1
     asm = {

@@ -269,7 +269,9 @@ def few_kernel(
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    t0 = tl.program_id(2) * part
+    t0 = tl.maximum(
+        tl.minimum(tl.program_id(2) * part, T), 0
+    )  # between, so that the compiler knows that no address overflows
     t1 = tl.minimum(t0 + part, T)
     place = tl.arange(0, 32)
     k = place // 4 * 32 + place % 4
@@ -360,7 +362,9 @@ def some_kernel(
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
     m0 = tl.program_id(1) * (PARTS * BM)
-    t0 = tl.program_id(2) * part
+    t0 = tl.maximum(
+        tl.minimum(tl.program_id(2) * part, T), 0
+    )  # between, so that the compiler knows that no address overflows
     t1 = tl.minimum(t0 + part, T)
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, PARTS * BM), tl.float32)

@@ -55,6 +55,7 @@ OTHERS = [
     Intx(8, (16, 16), signed=False),
     Codebook((-1.0, -0.2, 0.1, 1.0), (1, 32)),
     Intx(8, (1, 96), zero_point="float", symmetric=False),
+    Codebook(tuple(float((i - 16) ** 3) for i in range(32)), (1, 32)),
 ]
 """Formats that it does not take."""
 
@@ -88,10 +89,62 @@ def test_one_token(spec):
 
 @pytest.mark.parametrize("spec", [*ONE_TOKEN, *OTHERS], ids=str)
 def test_a_few_tokens(spec):
-    for m in (3, 64):
-        x, q = case(spec, *shape(m), m)
+    for m, dtype in ((3, torch.bfloat16), (9, torch.float16), (16, torch.bfloat16), (64, torch.bfloat16)):
+        x, q = case(spec, *shape(m), m, dtype)
         assert path_name(x, q) == "few"
         assert worst(x, q, F.linear(x, q)) > 42
+
+
+TILES = {
+    "a part of K": (False, 8, 64, 4, 1),
+    "parts of K": (False, 8, 64, 2, 3),
+    "tall": (False, 8, 128, 4, 1),
+    "two warps": (False, 16, 32, 2, 2),
+    "hopper": (True, 16, 64, 4, 1),
+    "hopper, parts of K": (True, 32, 64, 4, 2),
+    "hopper, tall": (True, 64, 128, 8, 1),
+}
+
+
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("spec", [Intx(3, (1, 128)), Intx(7, (1, 16)), NF4, FP6, MXFP8, Intx(8, (1, 16))], ids=str)
+def test_tiles_of_a_few_tokens(spec, name):
+    """Each gives the product, of rows that are no multiple of the tile's, and of codes that begin anywhere."""
+    from ao.matmul.kernels.device import is_hopper
+    from ao.matmul.kernels.few_tokens import Tile, few_in_tiles
+    from ao.matmul.kernels.reading import reading_of
+
+    tile = Tile(*TILES[name])
+    x, q = case(spec, 80, 1408, 21)
+    if tile.hopper and not is_hopper(x.device):
+        pytest.skip("needs Hopper")
+    reading, (codes, *others) = reading_of(q)
+    shifted = torch.empty(codes.numel() + 1, dtype=codes.dtype, device=codes.device)[1:].view(codes.shape)
+    for each in (codes, shifted.copy_(codes)):
+        assert worst(x, q, few_in_tiles(x, reading, (each, *others), tile)) > 42
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_weights_that_are_not_numbers(format):
+    """NaN, and infinity where there is one, are in the row where they are, and nowhere else."""
+    from ao.matmul.kernels.few_tokens import few
+    from ao.matmul.kernels.reading import reading_of
+
+    x, q = case(Float8(format, (1, 32)), 48, 256, 5)
+    x = x.abs()
+    codes = q.qdata.view(torch.uint8)
+    codes[3, 17], codes[20, 200] = 0x7F, 0xFF
+    if format == "e5m2":
+        codes[30, 64], codes[31, 64] = 0x7C, 0xFC
+    out = few(x, *reading_of(q)).float()
+    assert out[:, [3, 20]].isnan().all()
+    rest = torch.ones(48, dtype=torch.bool)
+    rest[[3, 20]] = False
+    if format == "e5m2":
+        assert (out[:, 30] == float("inf")).all() and (out[:, 31] == float("-inf")).all()
+        rest[[30, 31]] = False
+    expected = (x.float() @ q.dequantize().float().t())[:, rest]
+    assert compute_error(expected, out[:, rest]) > 40
 
 
 @pytest.mark.parametrize("spec", [*ONE_TOKEN, *OTHERS], ids=str)

@@ -64,6 +64,26 @@ def test_kernel(name):
         assert not out.any()
 
 
+@pytest.mark.parametrize("tile", [(1, 2, True), (2, 8, False), (4, 3, True), (8, 1, False)], ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4", "float8"])
+def test_tiles(name, tile):
+    """However many warps there are, and whether they load ahead."""
+    from ao.matmul.attention_kinds import code_kind
+    from ao.matmul.kernels.decode_attention import Tile, decode
+
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 8, 1, 128, generator=g).bfloat16()
+    k, v = (KV_CACHES[name].k.quantize(torch.randn(1, 2, 1000, 128, generator=g)) for _ in range(2))
+    sight = Sight(0, torch.tensor(987), None, None, None)
+    expected = attend(q.float(), k, v, sight)
+    a, b = (t.cuda().spec.operand(t.cuda()) for t in (k, v))
+    out, _ = decode(
+        q.cuda(), a.codes, a.scale, a.zero_point, b.codes, b.scale, b.zero_point, code_kind(a, 128), code_kind(b, 128), 0,
+        sight.stop.cuda(), None, None, None, 128**-0.5, None, None, Tile(*tile),
+    )  # fmt: skip
+    assert ao.compute_error(expected, out.float().cpu()) > 40
+
+
 @pytest.mark.parametrize("name", KV_CACHES)
 def test_prompt_in_chunks_and_steps(name):
     """A cache on the GPU holds and gives what one on the CPU does."""

@@ -2,17 +2,19 @@
 
 A warp works alone: on 32 positions at a time, whose codes go from memory straight into the fragments of tensor-core products of
 16 x 8 x 16 numbers (PTX `mma.sync`), and become bfloat16 there, in registers. No shared memory is used, and nothing is exchanged
-between warps. That works because the order of a sum is free: which number of head_dim is which step of q k^T, and which
-position which step of p v, is chosen so that what a thread needs is contiguous in memory. With lane = 4 g + r:
+between warps. That works because the order of a sum is free: which number of head_dim is which step of k q^T, and which
+position which step of v^T p^T, is chosen so that what a thread needs is contiguous in memory. With lane = 4 g + r:
 
-    q k^T    rows are queries; the 8 columns of a product are positions 8 (g / 2) + 2 j + g % 2 of the 32, for j = 0 to 3;
+    k q^T    rows are positions, 4 g + j of the 32 for j = 0 to 3, two of them in a product; columns are queries;
              thread r has a quarter of head_dim, in pieces of 16 bytes
-    scores   in thread (g, r): query g at positions 8 r to 8 r + 7, which have their scales and zero points beside each other
-    p v      the same positions, 4 at each of 2 steps; thread g has an eighth of head_dim of each of them
+    scores   in thread (g, r): queries 2 r and 2 r + 1 at positions 4 g to 4 g + 3, whose scales and zero points are neighbours
+    v^T p^T  `movmatrix` gives thread (g, r) the probabilities of query g at positions 8 r + j and 8 r + 4 + j; rows are
+             numbers of head_dim, of which thread g has an eighth at each of its positions
 
-Scales multiply scores and probabilities, so that codes are multiplied as they are. Unsigned codes c of 4 bits are put into the
-mantissa of 16 + c; that 16 and the zero point are taken off the sums. Every warp gives a softmax that is not normalized
-(attention.py tells how those are put together), and a second kernel merges them.
+Queries are the columns, 8 of them, since those that share keys are often few: as rows they would be 16. Scales multiply scores
+and probabilities, so that codes are multiplied as they are. Unsigned codes c of 4 bits are put into the mantissa of 16 + c, or of
+128 + c where they are in their place already; these and the zero point are taken off the sums. Every warp gives a softmax that is
+not normalized (attention.py tells how those are put together), and a second kernel merges them.
 """
 
 from __future__ import annotations
@@ -42,13 +44,9 @@ def _pairs_of_words(kind: int, name: str, word: str, out: list[str]) -> list[tup
     """Instructions that make the fragments of q k^T of a word of codes: pairs of bfloat16 beside each other in head_dim (or two
     apart, for 4 bits). Gives the registers of each step, (b0, b1)."""
     if kind == _INT4:
-        # bits 3 to 6 of the mantissa of 16: codes at bits 0, 4, 8 and 12 of either half of the word
-        names = []
-        for n, move in enumerate(
-            ("shl.b32 t, {w}, 3;", "shr.u32 t, {w}, 5;", "shr.u32 t, {w}, 1;", "shr.u32 t, {w}, 9;")
-        ):
-            out.append(move.format(w=word) + f" lop3.b32 {name}{n}, t, 0x00780078, 0x41804180, 0xEA;")
-            names.append(f"{name}{n}")
+        names = [f"{name}{n}" for n in range(4)]
+        for each, place in zip(names, (0, 8, 4, 12)):
+            out.append(_nibbles(each, word, place))
         return [(names[0], names[1]), (names[2], names[3])]
     if kind == _INT8:
         # In float16: the mantissa of 1024 + 128 + code.
@@ -62,6 +60,13 @@ def _pairs_of_words(kind: int, name: str, word: str, out: list[str]) -> list[tup
     return [(f"{name}0", f"{name}1")]
 
 
+def _nibbles(name: str, word: str, place: int) -> str:
+    """The codes at bits `place` and above of either half of a word, as bfloat16: the last bits of 128, or bits 3 to 6 of 16."""
+    if place == 0:
+        return f"lop3.b32 {name}, {word}, 0x000F000F, 0x43004300, 0xEA;"
+    return f"shr.u32 t, {word}, {place - 3}; lop3.b32 {name}, t, 0x00780078, 0x41804180, 0xEA;"
+
+
 def _float8(name: str) -> list[str]:
     """Two e4m3 in the high bytes of the halves of x, as bfloat16: bits in their places, and a power of two for the bias."""
     return [
@@ -71,34 +76,35 @@ def _float8(name: str) -> list[str]:
 
 
 def _mma(
-    c: tuple[str, ...], a: tuple[str, str], b: tuple[str, str], start: tuple[str, ...], dtype: str = "bf16"
+    c: tuple[str, ...], a: tuple[str, ...], b: tuple[str, str], start: tuple[str, ...], dtype: str = "bf16"
 ) -> str:
-    """One product, c = a b + start. Of its 16 rows the last 8 are zeros: the last two registers of c and start stay 0."""
-    operation = _MMA.format(dtype)
-    return f"{operation} {{{', '.join(c)}}}, {{{a[0]}, z, {a[1]}, z}}, {{{b[0]}, {b[1]}}}, {{{', '.join(start)}}};"
+    """One product, c = a b + start. a: rows 0 to 7 and 8 to 15, then both further along K."""
+    return f"{_MMA.format(dtype)} {{{', '.join(c)}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {{{', '.join(start)}}};"
 
 
 _REGISTERS = (
-    "{ .reg .b32 t, x, z, big, nz, bias; .reg .f32 f0, f1, u0, u1, zf; mov.b32 z, 0; mov.f32 zf, 0f00000000; "
-    "mov.b32 big, 0x7B807B80; mov.b32 nz, 0x80008000; mov.b32 bias, 0x64806480; "
+    "{ .reg .b32 t, x, big, nz, bias, minus; "
+    "mov.b32 big, 0x7B807B80; mov.b32 nz, 0x80008000; mov.b32 bias, 0x64806480; mov.b32 minus, 0xBF80BF80; "
 )
 
 
 def _scores_asm(kind: int, words: int) -> tuple[str, str]:
-    """The scores of 4 times 8 positions, two of each in a lane. Operands: two sums of each; the words of codes of each; two
-    registers of queries per step. The four take turns, so that none waits for its own last product."""
-    lines, steps = [f"mov.f32 s{i}, 0f00000000;" for i in range(16)], 2 if kind == _INT4 else 1
+    """The scores of 4 positions of a lane with two queries. Operands: two sums of each position; the words of codes of each; two
+    registers of queries per step. The four are two products, which take turns."""
+    lines, steps = [], 2 if kind == _INT4 else 1
     dtype = "f16" if kind == _INT8 else "bf16"
+    lines += [f"mov.f32 s{i}, 0f00000000;" for i in range(8)]
     for i in range(words):
         made = [_pairs_of_words(kind, f"k{four}", f"${8 + four * words + i}", lines) for four in range(4)]
         for step in range(steps):
             at = 8 + 4 * words + 2 * (i * steps + step)
-            for four in range(4):
-                sums = tuple(f"s{4 * four + n}" for n in range(4))
-                lines.append(_mma(sums, (f"${at}", f"${at + 1}"), made[four][step], sums, dtype))
-    lines += [f"mov.f32 ${2 * four + n}, s{4 * four + n};" for four in range(4) for n in range(2)]
+            for two in range(2):
+                sums = tuple(f"s{4 * two + n}" for n in range(4))
+                (a0, a2), (a1, a3) = made[2 * two][step], made[2 * two + 1][step]
+                lines.append(_mma(sums, (a0, a1, a2, a3), (f"${at}", f"${at + 1}"), sums, dtype))
+    lines += [f"mov.f32 ${i}, s{i};" for i in range(8)]
     names = ", ".join(f"k{four}{n}" for four in range(4) for n in range(4))
-    declared = f".reg .f32 {', '.join(f's{i}' for i in range(16))}; .reg .b32 {names}; "
+    declared = f".reg .f32 {', '.join(f's{i}' for i in range(8))}; .reg .b32 {names}; "
     operands = ",".join(["=f"] * 8 + ["r"] * (4 * words + 2 * words * steps))
     return _REGISTERS + declared + " ".join(lines) + " }", operands
 
@@ -109,14 +115,15 @@ def _columns(kind: int, first: tuple[str, str], out: list[str], names: tuple[str
     if kind == _INT4:
         for half, sel in enumerate((0x5410, 0x7632)):
             out.append(f"prmt.b32 x, {a}, {b}, 0x{sel:04x};")
-            for n, move in enumerate(("shl.b32 t, x, 3;", "shr.u32 t, x, 1;", "shr.u32 t, x, 5;", "shr.u32 t, x, 9;")):
-                out.append(f"{move} lop3.b32 {names[4 * half + n]}, t, 0x00780078, 0x41804180, 0xEA;")
+            out += [_nibbles(names[4 * half + n], "x", 4 * n) for n in range(4)]
     elif kind == _INT8:
-        out.append(f"xor.b32 x, {a}, 0x80808080; xor.b32 y, {b}, 0x80808080;")
-        for n in range(4):
-            out.append(f"prmt.b32 t, x, 0x4B000000, 0x744{n}; sub.f32 f0, t, 0f4B000080;")
-            out.append(f"prmt.b32 t, y, 0x4B000000, 0x744{n}; sub.f32 f1, t, 0f4B000080;")
-            out.append(f"prmt.b32 {names[n]}, f0, f1, 0x7632;")
+        # The last 7 bits in the mantissa of 128, less 128, or 256 where there is a sign: both differ from it in one bit alone.
+        for half, sel in enumerate((0x5140, 0x7362)):
+            out.append(f"prmt.b32 x, {a}, {b}, 0x{sel:04x}; and.b32 y, x, 0x80808080; and.b32 x, x, 0x7F7F7F7F;")
+            for n, pick in enumerate((0x4140, 0x4342)):
+                name = names[2 * half + n]
+                out.append(f"prmt.b32 {name}, x, 0x43434343, 0x{pick:04x}; prmt.b32 t, y, 0x43434343, 0x{pick:04x};")
+                out.append(f"fma.rn.bf16x2 {name}, t, minus, {name};")
     else:
         for n in range(4):
             out.append(f"prmt.b32 x, {a}, {b}, 0x{4 + n:x}0{n}0; and.b32 x, x, 0xFF00FF00;")
@@ -124,28 +131,29 @@ def _columns(kind: int, first: tuple[str, str], out: list[str], names: tuple[str
 
 
 def _values_asm(kind: int, words: int) -> tuple[str, str]:
-    """32 more positions of p v. Operands: the sums, two of each column; words of codes of the 8 positions of a lane, one after
-    the other; four registers of probabilities; the sums before; and what to multiply those by."""
+    """32 more positions of v^T p^T. Operands: the sums, for two queries of each column; words of codes of the 8 positions of a
+    lane, one after the other; four registers of probabilities; the sums before; and what to multiply those of either query by."""
     each = 8 if kind == _INT4 else 4  # columns of a word
     sums = 2 * words * each
     codes = [[f"${sums + p * words + w}" for w in range(words)] for p in range(8)]
     at = sums + 8 * words
     first, second = (f"${at}", f"${at + 1}"), (f"${at + 2}", f"${at + 3}")
-    before, factor = at + 4, f"${at + 4 + sums}"
+    before, factor = at + 4, at + 4 + sums
     pairs = [tuple(f"p{n}_{i}" for i in range(each)) for n in range(4)]
     lines: list[str] = []
     for w in range(words):
         for n in range(4):
-            _columns(kind, (codes[2 * n][w], codes[2 * n + 1][w]), lines, pairs[n])
-        for j in range(each):
+            _columns(kind, (codes[n][w], codes[n + 4][w]), lines, pairs[n])
+        for j in range(0, each, 2):
             column = 2 * (w * each + j)
-            lines += [f"mul.f32 c{i}, ${before + column + i}, {factor};" for i in range(2)]
-            lines.append(_mma(("c0", "c1", "u0", "u1"), first, (pairs[0][j], pairs[1][j]), ("c0", "c1", "zf", "zf")))
-            done = f"${column}", f"${column + 1}", "u0", "u1"
-            lines.append(_mma(done, second, (pairs[2][j], pairs[3][j]), ("c0", "c1", "u0", "u1")))
+            lines += [f"mul.f32 c{i}, ${before + column + i}, ${factor + i % 2};" for i in range(4)]
+            c = ("c0", "c1", "c2", "c3")
+            lines.append(_mma(c, tuple(pairs[n][j + i] for n in (0, 1) for i in (0, 1)), first, c))
+            done = tuple(f"${column + i}" for i in range(4))
+            lines.append(_mma(done, tuple(pairs[n][j + i] for n in (2, 3) for i in (0, 1)), second, c))
     names = ", ".join(name for pair in pairs for name in pair)
-    declared = f".reg .b32 y, {names}; .reg .f32 c0, c1; "
-    operands = ["=f"] * sums + ["r"] * (8 * words + 4) + ["f"] * (sums + 1)
+    declared = f".reg .b32 y, {names}; .reg .f32 c0, c1, c2, c3; "
+    operands = ["=f"] * sums + ["r"] * (8 * words + 4) + ["f"] * (sums + 2)
     return _REGISTERS + declared + " ".join(lines) + " }", ",".join(operands)
 
 
@@ -157,28 +165,55 @@ _VALUES_ASM, _VALUES_OPERANDS = (tl.constexpr(part) for part in zip(*_VALUES))
 _FLOATS = tl.constexpr(tuple((tl.float32,) * n for n in range(129)))
 
 
+_SHUFFLES = tl.constexpr({step: f"shfl.sync.bfly.b32 $0, $1, {step}, 0x1f, 0xffffffff;" for step in (1, 2, 4, 8, 16)})
+
+
 @triton.jit
 def _other_lane(x, STEP: tl.constexpr):
     """x (float32) of the lane whose number differs in the bit STEP."""
-    asm: tl.constexpr = (
-        "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;"
-        if STEP == 1
-        else ("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
+    return tl.inline_asm_elementwise(_SHUFFLES[STEP], "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _of_lane(x, lane):
+    """x (float32) of a lane of the warp."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
     )
-    return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def _sum4(x):
-    """The sum over the four lanes of a query."""
+    """The sum over the four lanes of the same g."""
     x += _other_lane(x, 1)
     return x + _other_lane(x, 2)
 
 
 @triton.jit
-def _max4(x):
-    x = tl.maximum(x, _other_lane(x, 1))
-    return tl.maximum(x, _other_lane(x, 2))
+def _sum8(x):
+    """The sum over the eight lanes of the same r."""
+    x += _other_lane(x, 4)
+    x += _other_lane(x, 8)
+    return x + _other_lane(x, 16)
+
+
+@triton.jit
+def _max8(a, b, even):
+    """The largest a and the largest b over the eight lanes of the same r: half of them go on with either. even: whether g is."""
+    mine = tl.where(even, a, b)
+    mine = tl.maximum(mine, _other_lane(tl.where(even, b, a), 4))
+    mine = tl.maximum(mine, _other_lane(mine, 8))
+    mine = tl.maximum(mine, _other_lane(mine, 16))
+    other = _other_lane(mine, 4)
+    return tl.where(even, mine, other), tl.where(even, other, mine)
+
+
+@triton.jit
+def _transposed(word):
+    """8 x 8 numbers of 16 bits, of which lane 4 g + r has row g at columns 2 r and 2 r + 1: of their columns the same."""
+    return tl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -206,19 +241,15 @@ def _four(p):
 
 
 @triton.jit
-def _load8(at, there):
-    """Eight numbers beside each other from each of the addresses (N,)."""
-    return tl.load(at[:, None] + tl.arange(0, 8)[None, :], mask=there[:, None], other=0)
+def _load4(at, there):
+    """Four numbers beside each other from each of the addresses (N,)."""
+    return tl.load(at[:, None] + tl.arange(0, 4)[None, :], mask=there[:, None], other=0)
 
 
 @triton.jit
-def _eight(p):
-    """(N, 8) -> eight of (N,), float32."""
-    p = p.to(tl.float32)
-    even, odd = tl.split(tl.reshape(p, (p.shape[0], 4, 2)))
-    e0, e1, e2, e3 = _four(even)
-    o0, o1, o2, o3 = _four(odd)
-    return e0, o0, e1, o1, e2, o2, e3, o3
+def _floats(p):
+    """(N, 4) -> four of (N,), float32."""
+    return _four(p.to(tl.float32))
 
 
 @triton.jit
@@ -241,17 +272,17 @@ def _tile(
     D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr,
 ):  # fmt: skip
     """All that a warp reads of the 32 positions from `base` on; nothing of those past the end."""
-    mine, four = base + 8 * r, base + g // 2 * 8
+    mine, four = base + 8 * r, base + 4 * g
     inside, there = mine < length, four < length
-    at_k = k_ptr + (four + g % 2).to(tl.int64) * (4 * KW) + r * min(KW, 4)
+    at_k = k_ptr + four.to(tl.int64) * (4 * KW) + r * min(KW, 4)
     k0 = _words(at_k, there, KW, D // 8)
-    k1 = _words(at_k + 2 * (4 * KW), there, KW, D // 8)
-    k2 = _words(at_k + 4 * (4 * KW), there, KW, D // 8)
-    k3 = _words(at_k + 6 * (4 * KW), there, KW, D // 8)
-    ks = _load8(ks_ptr + mine, inside)
-    kz = _load8(kz_ptr + mine, inside) if KIND_K == 0 else ks
-    vs = _load8(vs_ptr + mine, inside)
-    vz = _load8(vz_ptr + mine, inside) if KIND_V == 0 else vs
+    k1 = _words(at_k + 1 * (4 * KW), there, KW, D // 8)
+    k2 = _words(at_k + 2 * (4 * KW), there, KW, D // 8)
+    k3 = _words(at_k + 3 * (4 * KW), there, KW, D // 8)
+    ks = _load4(ks_ptr + four, there)
+    kz = _load4(kz_ptr + four, there) if KIND_K == 0 else ks
+    vs = _load4(vs_ptr + four, there)
+    vz = _load4(vz_ptr + four, there) if KIND_V == 0 else vs
     at_v = v_ptr + mine.to(tl.int64) * (8 * VW) + g * VW
     v0 = _words(at_v, inside, VW, 0)
     v1 = _words(at_v + 1 * (8 * VW), inside, VW, 0)
@@ -285,11 +316,13 @@ def _halves(a, b):
 
 @triton.jit
 def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr, HALF: tl.constexpr):
-    """The fragments of a query per 8 lanes: two words of each step, in turn, and the sum of what they hold, over a thread's part.
+    """The fragments of a query per 4 lanes: two words of each step, in turn; the sum of what they hold, over a thread's part, and
+    the sum of that times what the codes are put into the mantissa of.
 
     q_ptr: addresses (N,) of words, of two 16-bit floats each.
     """
     total = tl.zeros(r.shape, tl.float32)
+    based = total
     words = ()
     for w in tl.static_range(KW):
         if KIND == 0:
@@ -310,10 +343,11 @@ def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.conste
                 even, a0, b0 = _pair(a0, b0)
                 odd, a1, b1 = _pair(a1, b1)
                 total += a0 + b0 + a1 + b1
+                based += 16.0 * (a1 + b1) + (16.0 if half else 128.0) * (a0 + b0)
                 words += (even, odd)  # type: ignore[assignment]
             else:
                 words += (_pair(a0, a1)[0], _pair(b0, b1)[0])  # type: ignore[assignment]
-    return words, total
+    return words, total, based
 
 
 @triton.jit
@@ -342,8 +376,16 @@ def decode_kernel(
     there = row < GROUP * queries
     query, own_head = row // GROUP, head * GROUP + row % GROUP
     at_q = ((batch * kv_heads * GROUP + own_head) * queries + query) * (D // 2)
-    words, total_q = _queries(q_ptr + at_q, r, there, D, KIND_K, KW, HALF)
-    total_q = _sum4(total_q)
+    words, total_q, based_q = _queries(q_ptr + at_q, r, there, D, KIND_K, KW, HALF)
+    # From here on a lane has queries 2 r and 2 r + 1 of the block, "a" and "b".
+    even, lane = g % 2 == 0, 8 * r
+    total_q, based_q = _sum4(total_q), _sum4(based_q)
+    total_a, total_b = _of_lane(total_q, lane), _of_lane(total_q, lane + 4)
+    based_a, based_b = _of_lane(based_q, lane), _of_lane(based_q, lane + 4)
+    row_a = tl.program_id(2) * 8 + 2 * r
+    row_b = row_a + 1
+    query_a, query_b = row_a // GROUP, row_b // GROUP
+    there_a, there_b = row_a < GROUP * queries, row_b < GROUP * queries
 
     stop = tl.minimum(tl.load(stop_ptr).to(tl.int32), length)
     first_query = tl.load(end_ptr).to(tl.int32) - queries
@@ -354,7 +396,7 @@ def decode_kernel(
             begin = tl.maximum(begin, first_query - (WINDOW - 1))
     begin = begin // 32 * 32
     tiles = tl.cdiv(tl.maximum(stop - begin, 0), 32 * W)
-    last_seen = first_query + query
+    last_a, last_b = first_query + query_a, first_query + query_b
 
     k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
     v_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
@@ -362,11 +404,13 @@ def decode_kernel(
     kz_ptr += batch * ks_batch + head * ks_head
     vs_ptr += batch * vs_batch + head * vs_head
     vz_ptr += batch * vs_batch + head * vs_head
-    mask_ptr += batch.to(tl.int64) * mask_batch + own_head * mask_head + query * mask_query
+    mask_ptr += batch.to(tl.int64) * mask_batch
+    mask_a = mask_ptr + (head * GROUP + row_a % GROUP) * mask_head + query_a * mask_query
+    mask_b = mask_ptr + (head * GROUP + row_b % GROUP) * mask_head + query_b * mask_query
 
     zero = tl.zeros((32 * W,), tl.float32)
-    top = zero - 1e30
-    total, taken = zero, zero
+    top_a, top_b = zero - 1e30, zero - 1e30
+    sum_a, sum_b, taken_a, taken_b, weight_a, weight_b = zero, zero, zero, zero, zero, zero
     out = (zero, zero)
     COLUMNS: tl.constexpr = D // 8
     for _ in tl.static_range(COLUMNS - 1):
@@ -378,7 +422,7 @@ def decode_kernel(
             k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, base, g, r, tl.where(first < last, length, 0), KIND_K, KIND_V, D, KW, VW
         )  # fmt: skip
     for tile in tl.range(first, last):
-        mine = base + 8 * r
+        mine = base + 4 * g
         if AHEAD:
             now_k, now_v, now_scales = k, v, scales
             base += 32 * W
@@ -392,66 +436,103 @@ def decode_kernel(
             )
             base += 32 * W
         sums = _scores(now_k, words, KIND_K, KW)
-        ks = _eight(now_scales[0])
-        kz = _eight(now_scales[1]) if KIND_K == 0 else ks
-        vs = _eight(now_scales[2])
-        vz = _eight(now_scales[3]) if KIND_V == 0 else vs
+        ks = _floats(now_scales[0])
+        kz = _floats(now_scales[1]) if KIND_K == 0 else ks
+        vs = _floats(now_scales[2])
+        vz = _floats(now_scales[3]) if KIND_V == 0 else vs
         scores = ()
-        best = top
-        for j in tl.static_range(8):
-            s = sums[j]
+        best_a, best_b = top_a, top_b
+        for j in tl.static_range(4):
+            a, b = sums[2 * j], sums[2 * j + 1]
             if KIND_K == 0:
-                s -= (kz[j] + 16.0) * total_q
-            s *= ks[j] * SCALE
-            if SOFTCAP > 0:
-                # softcap * tanh(x / softcap), in base 2
-                s = (SOFTCAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / SOFTCAP))))
+                a -= kz[j] * total_a + based_a
+                b -= kz[j] * total_b + based_b
+            a = _capped(a * (ks[j] * SCALE), SOFTCAP)
+            b = _capped(b * (ks[j] * SCALE), SOFTCAP)
             position = mine + j
             seen = position < stop
             if FROM:
                 seen = seen & (position >= start)
+            seen_a, seen_b = seen, seen
             if CAUSAL:
                 if SEVERAL:
-                    seen = seen & (position <= last_seen)
+                    seen_a, seen_b = seen_a & (position <= last_a), seen_b & (position <= last_b)
                 if WINDOW > 0:
-                    seen = seen & (position > last_seen - WINDOW)
+                    seen_a, seen_b = seen_a & (position > last_a - WINDOW), seen_b & (position > last_b - WINDOW)
             if MASK:
-                seen = seen & (tl.load(mask_ptr + position, mask=seen & there, other=0) != 0)
-            s = tl.where(seen, s, -float("inf"))
-            scores += (s,)  # type: ignore[assignment]
-            best = tl.maximum(best, s)
-        best = _max4(best)
-        kept = tl.exp2(top - best)
-        top = best
-        total *= kept
-        taken *= kept
+                seen_a = seen_a & (tl.load(mask_a + position, mask=seen_a & there_a, other=0) != 0)
+                seen_b = seen_b & (tl.load(mask_b + position, mask=seen_b & there_b, other=0) != 0)
+            a = tl.where(seen_a, a, -float("inf"))
+            b = tl.where(seen_b, b, -float("inf"))
+            scores += (a, b)  # type: ignore[assignment]
+            best_a, best_b = tl.maximum(best_a, a), tl.maximum(best_b, b)
+        best_a, best_b = _max8(best_a, best_b, even)
+        kept_a, kept_b = tl.exp2(top_a - best_a), tl.exp2(top_b - best_b)
+        top_a, top_b = best_a, best_b
+        sum_a, sum_b = sum_a * kept_a, sum_b * kept_b
+        if KIND_V == 0:
+            taken_a, taken_b, weight_a, weight_b = (
+                taken_a * kept_a,
+                taken_b * kept_b,
+                weight_a * kept_a,
+                weight_b * kept_b,
+            )
         weights = ()
         for j in tl.static_range(4):
-            p0, p1 = tl.exp2(scores[2 * j] - top), tl.exp2(scores[2 * j + 1] - top)
-            total += p0 + p1
-            word, w0, w1 = _pair(p0 * vs[2 * j], p1 * vs[2 * j + 1])
+            a, b = tl.exp2(scores[2 * j] - top_a), tl.exp2(scores[2 * j + 1] - top_b)
+            sum_a += a
+            sum_b += b
+            word, a, b = _pair(a * vs[j], b * vs[j])
             if KIND_V == 0:
-                taken += w0 * (vz[2 * j] + 16.0) + w1 * (vz[2 * j + 1] + 16.0)
-            weights += (word,)  # type: ignore[assignment]
-        out = _values(now_v, weights, out, (kept,), KIND_V, VW, COLUMNS)
+                taken_a += a * vz[j]
+                taken_b += b * vz[j]
+                weight_a += a
+                weight_b += b
+            weights += (_transposed(word),)  # type: ignore[assignment]
+        out = _values(now_v, weights, out, (kept_a, kept_b), KIND_V, VW, COLUMNS)
 
     if EARLY:
         gdc_launch_dependents()
-    taken = _sum4(taken)
-    total = _sum4(total)
-    at = ((pair * tl.num_programs(2) * 8 + row) * splits + split) * W + warp
-    tl.store(top_ptr + at, top, mask=there & (r == 0))
-    tl.store(total_ptr + at, total, mask=there & (r == 0))
-    out_ptr += at.to(tl.int64) * D
+    sum_a, sum_b = _sum8(sum_a), _sum8(sum_b)
+    taken_a, taken_b = _sum8(taken_a), _sum8(taken_b)
+    weight_a, weight_b = _sum8(weight_a), _sum8(weight_b)
+    first_row = pair * tl.num_programs(2) * 8
+    at_a, at_b = ((first_row + row_a) * splits + split) * W + warp, ((first_row + row_b) * splits + split) * W + warp
+    tl.store(top_ptr + at_a, top_a, mask=there_a & (g == 0))
+    tl.store(top_ptr + at_b, top_b, mask=there_b & (g == 0))
+    tl.store(total_ptr + at_a, sum_a, mask=there_a & (g == 0))
+    tl.store(total_ptr + at_b, sum_b, mask=there_b & (g == 0))
+    out_a, out_b = out_ptr + at_a.to(tl.int64) * D, out_ptr + at_b.to(tl.int64) * D
     for j in tl.static_range(COLUMNS):
-        for e in tl.static_range(2):
-            n = 2 * r + e
-            if KIND_V == 0:
-                byte = n * (4 * VW) + j // 8 * 4 + j % 8 // 4 * 2 + j % 4 // 2
-                column = byte // 16 * 32 + byte % 16 + j % 2 * 16
-                tl.store(out_ptr + column, out[2 * j + e] - taken, mask=there)
-            else:
-                tl.store(out_ptr + n * (4 * VW) + j, out[2 * j + e], mask=there)
+        if KIND_V == 0:
+            byte = g * (4 * VW) + j // 8 * 4 + j % 8 // 4 * 2 + j % 4 // 2
+            column = byte // 16 * 32 + byte % 16 + j % 2 * 16
+            tl.store(out_a + column, _out_of(out, j, 0) - taken_a - _base_of(j) * weight_a, mask=there_a)
+            tl.store(out_b + column, _out_of(out, j, 1) - taken_b - _base_of(j) * weight_b, mask=there_b)
+        else:
+            tl.store(out_a + g * (4 * VW) + j, _out_of(out, j, 0), mask=there_a)
+            tl.store(out_b + g * (4 * VW) + j, _out_of(out, j, 1), mask=there_b)
+
+
+@triton.jit
+def _out_of(out, j: tl.constexpr, query: tl.constexpr):
+    """The sum of column j for query "a", 0, or "b", 1: a product gives two columns, query after query."""
+    return out[j // 2 * 4 + j % 2 * 2 + query]
+
+
+@triton.jit
+def _base_of(j: tl.constexpr):
+    """What codes of 4 bits of column j are put into the mantissa of."""
+    return 128.0 if j % 4 == 0 else 16.0
+
+
+@triton.jit
+def _capped(s, SOFTCAP: tl.constexpr):
+    if SOFTCAP > 0:
+        # softcap * tanh(x / softcap), in base 2
+        return (SOFTCAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / SOFTCAP))))
+    else:
+        return s
 
 
 @triton.jit
@@ -515,7 +596,7 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-TILE_OF_KIND = {"uint4": Tile(4, 3, False, 168), "int8": Tile(2, 4, True), "float8": Tile(1, 10)}
+TILE_OF_KIND = {"uint4": Tile(4, 3, True, 168), "int8": Tile(2, 6, True, 168), "float8": Tile(1, 16, False, 128)}
 """By the kind of the keys' codes."""
 
 

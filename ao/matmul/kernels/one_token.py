@@ -15,7 +15,7 @@ from .device import multiprocessors
 from .joint_words import zero_number
 from .launch import Launch, cdiv, launch, power_of_two
 from .reading import Fields, Reading
-from .template import _AFFINE, _MINIFLOAT, _TABLE, _numbers, _scale_of, _scales, given
+from .template import _AFFINE, _MINIFLOAT, _TABLE, _numbers, _outer, _scale_of, _scales, given
 
 
 def _integers_asm(bits: int) -> str:
@@ -195,26 +195,29 @@ def _unit_sums(w, high, low, table, KIND: tl.constexpr, BITS: tl.constexpr, HALV
 
 @triton.jit
 def _ahead(
-    q_ptr, scale_ptr, zero_ptr, row, unit, N, K: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, RG: tl.constexpr,
-    NG: tl.constexpr,
+    q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, unit, N, K: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
 ):  # fmt: skip
-    """What is loaded of a row before it is needed: the words, and scales and zero points of both halves, as they are stored."""
+    """What is loaded of a row before it is needed: the words, and scales and zero points of both halves, as they are stored, each
+    with what the scale itself is scaled by."""
     U: tl.constexpr = K // 32
     row = tl.minimum(row, N - 1)
     words = _words(q_ptr, row, unit, U, BITS)
     if NG == 1:
-        return words, 0, 0, 0, 0
+        return words, 0, 0, 0, 0, (0,), (0,)
     else:
         at = row // RG * NG
         there = unit < U
         first, second = at + _group_of(unit, 0, K, NG), at + _group_of(unit, 1, K, NG)
         scale0 = tl.load(scale_ptr + first, mask=there, other=0)
         zero0 = tl.load(zero_ptr + first, mask=there, other=0) if ZERO else scale0
-        scale1, zero1 = scale0, zero0
+        outer0 = _outer(scale2_ptr, zero2_ptr, row, _group_of(unit, 0, K, NG), NG, NESTED, RG2, NG2)
+        scale1, zero1, outer1 = scale0, zero0, outer0
         if K // NG % 32 != 0:
             scale1 = tl.load(scale_ptr + second, mask=there, other=0)
             zero1 = tl.load(zero_ptr + second, mask=there, other=0) if ZERO else scale1
-        return words, scale0, zero0, scale1, zero1
+            outer1 = _outer(scale2_ptr, zero2_ptr, row, _group_of(unit, 1, K, NG), NG, NESTED, RG2, NG2)
+        return words, scale0, zero0, scale1, zero1, outer0, outer1
 
 
 @triton.jit
@@ -242,11 +245,11 @@ def _row(
     elif HALVES:
         d0 = d0 * step - _taken_off(ahead[2], total0, BITS, ZERO, OFFSET)
         d1 = d1 * step - _taken_off(ahead[4], total1, BITS, ZERO, OFFSET)
-        d = d0 * _scale_of(ahead[1], scale2_ptr, zero2_ptr, row, _group_of(unit, 0, K, NG), NG, NESTED, RG2, NG2)
-        return d + d1 * _scale_of(ahead[3], scale2_ptr, zero2_ptr, row, _group_of(unit, 1, K, NG), NG, NESTED, RG2, NG2)
+        d = d0 * _scale_of(ahead[1], ahead[5], NESTED)
+        return d + d1 * _scale_of(ahead[3], ahead[6], NESTED)
     else:
         d = (d0 + d1) * step - _taken_off(ahead[2], total0 + total1, BITS, ZERO, OFFSET)
-        return d * _scale_of(ahead[1], scale2_ptr, zero2_ptr, row, _group_of(unit, 0, K, NG), NG, NESTED, RG2, NG2)
+        return d * _scale_of(ahead[1], ahead[5], NESTED)
 
 
 @triton.jit
@@ -275,10 +278,18 @@ def gemv_codes_kernel(
     out_ptr += tl.program_id(1) * N
     unit = tl.arange(0, J)
     after = first * 4
-    ahead0 = _ahead(q_ptr, scale_ptr, zero_ptr, after, unit, N, K, BITS, ZERO, RG, NG)
-    ahead1 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG)
-    ahead2 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG)
-    ahead3 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG)
+    ahead0 = _ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+    )
+    ahead1 = _ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+    )
+    ahead2 = _ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+    )
+    ahead3 = _ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+    )
 
     at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
@@ -314,10 +325,63 @@ def gemv_codes_kernel(
         r = tile * 4
         w0, w1, w2, w3 = ahead0, ahead1, ahead2, ahead3
         after = r + tl.num_programs(0) * 4
-        ahead0 = _ahead(q_ptr, scale_ptr, zero_ptr, after, unit, N, K, BITS, ZERO, RG, NG)
-        ahead1 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG)
-        ahead2 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG)
-        ahead3 = _ahead(q_ptr, scale_ptr, zero_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG)
+        ahead0 = _ahead(
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
+        )
+        ahead1 = _ahead(
+            q_ptr,
+            scale_ptr,
+            zero_ptr,
+            scale2_ptr,
+            zero2_ptr,
+            after + 1,
+            unit,
+            N,
+            K,
+            BITS,
+            ZERO,
+            RG,
+            NG,
+            NESTED,
+            RG2,
+            NG2,
+        )
+        ahead2 = _ahead(
+            q_ptr,
+            scale_ptr,
+            zero_ptr,
+            scale2_ptr,
+            zero2_ptr,
+            after + 2,
+            unit,
+            N,
+            K,
+            BITS,
+            ZERO,
+            RG,
+            NG,
+            NESTED,
+            RG2,
+            NG2,
+        )
+        ahead3 = _ahead(
+            q_ptr,
+            scale_ptr,
+            zero_ptr,
+            scale2_ptr,
+            zero2_ptr,
+            after + 3,
+            unit,
+            N,
+            K,
+            BITS,
+            ZERO,
+            RG,
+            NG,
+            NESTED,
+            RG2,
+            NG2,
+        )
         d0 = _row(
             w0, r, unit, high, low, table, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS,
             KIND, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
@@ -340,12 +404,14 @@ def gemv_codes_kernel(
         tl.store(out_ptr + at_row, out.to(out_ptr.dtype.element_ty), mask=at_row < N)
 
 
-def _gemv_constants(reading: Reading, device: torch.device) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the tile of `gemv_codes_kernel`."""
+def _gemv_constants(
+    reading: Reading, device: torch.device, warps_at_once: int = 16
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the tile of `gemv_codes_kernel`, for so many warps on a multiprocessor at a time."""
     units = max(32, power_of_two(reading.k // 32))
     warps = min(16, max(1, units // 32))
     tiles = cdiv(reading.n, 4)
-    rounds = cdiv(tiles, multiprocessors(device) * max(1, 16 // warps))
+    rounds = cdiv(tiles, multiprocessors(device) * max(1, warps_at_once // warps))
     return (cdiv(tiles, rounds),), {"J": units, "num_warps": warps}
 
 
@@ -363,11 +429,13 @@ def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], 
     return run
 
 
-def gemv_each(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
-    """One token, or each of a few in one launch, for weights whose reading is `for_one_token`. x: (M, K) -> (M, N)."""
+def gemv_each(x: Tensor, reading: Reading, fields: Fields, warps_at_once: int = 16) -> Tensor:
+    """One token, or each of a few in one launch, for weights whose reading is `for_one_token`. x: (M, K) -> (M, N).
+
+    warps_at_once: on a multiprocessor, for how many there are programs."""
     m, n = x.shape[0], reading.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    (programs,), tile = _gemv_constants(reading, x.device)
+    (programs,), tile = _gemv_constants(reading, x.device, warps_at_once)
     launch(
         gemv_codes_kernel, (programs, m), x, *given(fields), out, n, **reading.constants(fields[2] is not None), **tile
     )  # fmt: skip

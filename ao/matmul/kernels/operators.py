@@ -1,4 +1,4 @@
-"""The operators by which compiled graphs call the products of ampere.py, hopper.py and template.py.
+"""The operators by which compiled graphs call the products of ampere.py, hopper.py and those for any format.
 
 They are opaque to the compiler, so that one graph serves every number of tokens and the kernel is chosen at the call. A kernel
 of Triton that the compiler sees would be parsed three times for every layer, which takes longer than all the rest.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, hopper, one_token, template
+from . import ampere, few_tokens, hopper, one_token, template
 from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
 
@@ -119,17 +119,17 @@ _FIELDS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor
     lambda x, codes, *_: x.new_empty(x.shape[0], codes.shape[0]),
 )
 def few(x: Tensor, *fields: Any) -> Tensor:
-    """x @ decode(w).T -> (M, N) by the kernels of template.py. x: (M, K) of 16 bits."""
+    """x @ decode(w).T -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py. x: (M, K) of 16 bits."""
     return few_at_once(x, fields[:6], reading_from(fields[6]))
 
 
 def few_at_once(x: Tensor, fields: Fields, reading: Reading) -> Tensor:
     """`few` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    if rows.shape[0] <= 3 and reading.for_one_token:
+    if rows.shape[0] == 1 and reading.for_one_token:
         out = one_token.gemv_each(rows, reading, fields)
     elif rows.shape[0] <= FEW:
-        out = template.few(rows, reading, fields)
+        out = few_tokens.few(rows, reading, fields)
     else:
         out = F.linear(rows, template.decoded(reading, fields, x.dtype))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], reading.n)

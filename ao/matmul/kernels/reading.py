@@ -1,4 +1,4 @@
-"""How the kernels of template.py and one_token.py read a weight: what its operand is, as constants and plain tensors."""
+"""How the kernels for any format read a weight: what its operand is, as constants and plain tensors."""
 
 from __future__ import annotations
 

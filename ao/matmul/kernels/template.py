@@ -1,21 +1,18 @@
-"""Triton kernels for a weight in any format that has an operand: a few tokens, and a decoder to memory.
+"""Triton kernels for a weight in any format that has an operand: a decoder to memory, and what such kernels share.
 
-ampere.py and hopper.py are for integers of 4 and 8 bits and float8, in which each step is laid out by hand. Here, and for one
-token in one_token.py, are the same products for codes of 1 to 8 bits of every kind, integers, small floats and tables, with
-scales per group of 16 or more, per row, per block of rows or for all, and scales that are quantized themselves. What a format is
-comes in as constants, a `Reading` (reading.py).
+ampere.py and hopper.py are for integers of 4 and 8 bits and float8, in which each step is laid out by hand. Here, for one token
+in one_token.py and for a few in few_tokens.py, are the same products for codes of 1 to 8 bits of every kind, integers, small
+floats and tables, with scales per group of 16 or more, per row, per block of rows or for all, and scales that are quantized
+themselves. What a format is comes in as constants, a `Reading` (reading.py).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ampere import sum_kernel
 from .joint_words import scale_number, zero_number
 from .launch import cdiv, launch, power_of_two
 from .reading import KINDS, NESTED, Fields, Reading
@@ -141,14 +138,28 @@ def _scales(
 ):  # fmt: skip
     """The scales of groups of rows, float32."""
     scale = tl.load(scale_ptr + (row // RG * NG + group), mask=there, other=0)
-    return _scale_of(scale, scale2_ptr, zero2_ptr, row, group, NG, NESTED, RG2, NG2)
+    return _scale_of(scale, _outer(scale2_ptr, zero2_ptr, row, group, NG, NESTED, RG2, NG2), NESTED)
 
 
 @triton.jit
-def _scale_of(
-    scale, scale2_ptr, zero2_ptr, row, group, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr
+def _outer(
+    scale2_ptr, zero2_ptr, row, group, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr
 ):  # fmt: skip
-    """Scales as they are stored -> float32. group: may be beyond the last."""
+    """The scale of scales, and their zero point, as they are stored. group: may be beyond the last."""
+    if NESTED == _SCALED:
+        return (tl.load(scale2_ptr),)
+    elif NESTED == _INTEGERS:
+        outer = row // RG2 * NG2
+        if NG2 > 1:
+            outer += tl.minimum(group, NG - 1) // (NG // NG2)
+        return tl.load(scale2_ptr + outer), tl.load(zero2_ptr + outer)
+    else:
+        return (0,)
+
+
+@triton.jit
+def _scale_of(scale, outer, NESTED: tl.constexpr):
+    """Scales as they are stored -> float32. outer: of `_outer`."""
     if NESTED == _PLAIN:
         return scale_number(scale)
     elif NESTED == _POWER:
@@ -157,12 +168,9 @@ def _scale_of(
     elif NESTED == _E4M3:
         return _e4m3(scale.to(tl.int32))
     elif NESTED == _SCALED:
-        return _e4m3(scale.to(tl.int32)) * tl.load(scale2_ptr).to(tl.float32)
+        return _e4m3(scale.to(tl.int32)) * outer[0].to(tl.float32)
     else:
-        outer = row // RG2 * NG2 + tl.minimum(group, NG - 1) // (NG // NG2)
-        return (scale.to(tl.float32) - tl.load(zero2_ptr + outer).to(tl.float32)) * tl.load(scale2_ptr + outer).to(
-            tl.float32
-        )
+        return (scale.to(tl.float32) - outer[1].to(tl.float32)) * outer[0].to(tl.float32)
 
 
 @triton.jit
@@ -221,93 +229,4 @@ def decoded(reading: Reading, fields: Fields, dtype: torch.dtype) -> Tensor:
             decode_any_kernel, (cdiv(n, height), cdiv(k, wide)), *given(fields), out, n,
             **reading.constants(fields[2] is not None), BN=height, BK=wide, RUN=_run(reading, wide), num_warps=8,
         )  # fmt: skip
-    return out
-
-
-# A few tokens.
-
-
-@triton.jit(do_not_specialize=["M"])
-def few_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
-    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
-    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """out[m, n] = sum of x[m] * w[n], the weights decoded in registers on their way to the tensor cores.
-
-    A program has BM tokens, BN rows of the weight and 1 / SPLIT of K, for which it writes a sum of its own. A step covers BK
-    elements, of which RUN after each other are in one group. A scale per row multiplies the sum.
-    """
-    T: tl.constexpr = (K + BK - 1) // BK
-    TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.minimum(rn, N - 1)
-    rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    here = (rm < M)[:, None]
-    t0 = tl.program_id(2) * TS
-    t1 = tl.minimum(t0 + TS, T)
-    ks = tl.arange(0, BK)
-    x_at = x_ptr + rm[:, None] * K + ks[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    if NG == 1:
-        zero = _zeros(zero_ptr, row[:, None], 0, True, BITS, RG, NG, ZERO, OFFSET)
-        scale = tl.full((1, 1), 1.0, tl.float32)
-    for t in tl.range(t0, t1, num_stages=STAGES):
-        chunk = t * (BK // 32) + tl.arange(0, BK // 32)
-        x = tl.load(x_at + t * BK, mask=here & (t * BK + ks < K)[None, :], other=0.0)
-        code = _codes(q_ptr, row, chunk, chunk < K // 32, K, BITS)
-        if NG > 1:
-            group = ((t * BK + tl.arange(0, BK // RUN) * RUN) // (K // NG))[None, :]
-            scale = _scales(scale_ptr, scale2_ptr, zero2_ptr, row[:, None], group, group < NG, RG, NG, NESTED, RG2, NG2)
-            zero = _zeros(zero_ptr, row[:, None], group, group < NG, BITS, RG, NG, ZERO, OFFSET)
-        if KIND == _AFFINE:
-            # Integers into the last bits of 2**BITS, so that taking off the zero point and scaling is one operation.
-            BASE: tl.constexpr = 2.0**BITS + (128.0 if SIGNED else 0.0)
-            if SIGNED:
-                code = code ^ 128
-            value = ((code << (23 - BITS)) | ((127 + BITS) << 23)).to(tl.float32, bitcast=True)
-            if NG == 1:
-                w = value - (zero + BASE)
-            elif RUN == BK:
-                w = value * scale - (zero + BASE) * scale
-            else:
-                value = tl.reshape(value, (BN, BK // RUN, RUN))
-                w = tl.reshape(value * scale[:, :, None] - ((zero + BASE) * scale)[:, :, None], (BN, BK))
-        else:
-            w = _numbers(code, table_ptr, KIND, BITS, EXPONENT, SIGNED)
-            if NG > 1 and RUN == BK:
-                w *= scale
-            elif NG > 1:
-                w = tl.reshape(tl.reshape(w, (BN, BK // RUN, RUN)) * scale[:, :, None], (BN, BK))
-        acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc)
-    if NG == 1:
-        acc *= tl.trans(_scales(scale_ptr, scale2_ptr, zero2_ptr, row[:, None], 0, True, RG, NG, NESTED, RG2, NG2))
-    out = out_ptr + (tl.program_id(2) * M + rm[:, None]) * N + rn[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=here & (rn < N)[None, :])
-
-
-def _few_constants(reading: Reading, m: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid and the tile of `few_kernel` for m tokens."""
-    n, k = reading.n, reading.k
-    step = max(32, _run(reading, 64))
-    tokens = 16 if m <= 16 else 32 if m <= 32 else 64
-    height = 128 if step < 64 else 64
-    tiles = cdiv(n, height) * cdiv(m, tokens)
-    split = max(1, min(8, round(1056 / tiles), cdiv(k, step) // 4))
-    return (cdiv(n, height), cdiv(m, tokens), split), {
-        "BM": tokens, "BN": height, "BK": step, "RUN": _run(reading, step), "SPLIT": split, "STAGES": 3, "num_warps": 4,
-    }  # fmt: skip
-
-
-def few(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
-    """x @ decode(w).T in x's dtype, a 16-bit one. x: (M, K), contiguous -> (M, N)."""
-    m, n = x.shape[0], reading.n
-    grid, tile = _few_constants(reading, m)
-    split = grid[2]
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
-    launch(few_kernel, grid, x, *given(fields), parts, m, n, **reading.constants(fields[2] is not None), **tile)
-    if split > 1:
-        launch(sum_kernel, (cdiv(m * n, 1024),), parts, out, m * n, SPLIT=split, B=1024, EARLY=False)
     return out

@@ -133,7 +133,7 @@ def few24_kernel(
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], the weights decoded in registers on their way to the tensor cores.
 
-    As `few_kernel` of template.py. K: the pairs of a row, of which a step covers BK. A scale per row multiplies the sum.
+    As `few_kernel` of few_tokens.py. K: the pairs of a row, of which a step covers BK. A scale per row multiplies the sum.
     """
     T: tl.constexpr = (K + BK - 1) // BK
     TS: tl.constexpr = (T + SPLIT - 1) // SPLIT

@@ -1,0 +1,508 @@
+"""Triton kernels for a few tokens and a weight in any format that has an operand: see template.py.
+
+Nothing of the weight goes through shared memory. A thread reads whole chunks of 32 codes by loads that Triton takes for
+arithmetic, so that it gives them the layout of the operand of the tensor cores, one step ahead; they become pairs of bfloat16
+there (bf16_pairs.py). The weight is the first operand, since its rows are many. A step is 8 chunks, of which the tensor cores get
+the same 4 neighbours of each at once: where a code goes among the places of K is free as long as x follows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .ampere import sum_kernel
+from .bf16_pairs import HALF_POWER, OPERANDS, pairs_asm
+from .device import is_hopper, multiprocessors
+from .joint_words import scale_number, zero_number
+from .launch import cdiv, launch, power_of_two, tile_reader
+from .reading import Fields, Reading
+from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _SCALED, _TABLE, _e4m3, given
+
+_OPERANDS = tl.constexpr(OPERANDS)
+_HALF_POWER = tl.constexpr(HALF_POWER)
+
+STEP = 256
+"""Elements of K of a step."""
+
+# Loads that have no layout of their own.
+
+
+@triton.jit
+def _fetched(at):
+    """What is at these addresses: of one byte, two or four."""
+    if at.dtype.element_ty.primitive_bitwidth == 8:
+        if at.dtype.element_ty == tl.int8:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.s8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.u8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+            )
+    elif at.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b16 $0, [$1];", "=h,l", [at], dtype=at.dtype.element_ty, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [at.to(tl.pointer_type(tl.int32), bitcast=True)], dtype=tl.int32,
+            is_pure=True, pack=1,
+        ).to(at.dtype.element_ty, bitcast=True)  # fmt: skip
+
+
+@triton.jit
+def _word(at):
+    """A word that is read once."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _two_words(at, WIDE: tl.constexpr):
+    """The word at each address, and the next. WIDE: addresses are multiples of theirs."""
+    if WIDE:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at], dtype=(tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return _word(at), _word(at + 1)
+
+
+@triton.jit
+def _four_words(at, WIDE: tl.constexpr):
+    if WIDE:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return _word(at), _word(at + 1), _word(at + 2), _word(at + 3)
+
+
+@triton.jit
+def _words(at, BITS: tl.constexpr, WIDE: tl.constexpr):
+    """The words of chunks; those beyond BITS are the first."""
+    if BITS == 8:
+        w0, w1, w2, w3 = _four_words(at, WIDE)
+        w4, w5, w6, w7 = _four_words(at + 4, WIDE)
+    elif BITS == 4:
+        w0, w1, w2, w3 = _four_words(at, WIDE)
+        w4, w5, w6, w7 = w0, w0, w0, w0
+    elif BITS == 6:
+        w0, w1 = _two_words(at, WIDE)
+        w2, w3 = _two_words(at + 2, WIDE)
+        w4, w5 = _two_words(at + 4, WIDE)
+        w6, w7 = w0, w0
+    elif BITS == 2:
+        w0, w1 = _two_words(at, WIDE)
+        w2, w3, w4, w5, w6, w7 = w0, w0, w0, w0, w0, w0
+    else:
+        w0 = _word(at)
+        w1 = _word(at + 1) if BITS > 1 else w0
+        w2 = _word(at + 2) if BITS > 2 else w0
+        w3 = _word(at + 3) if BITS > 3 else w0
+        w4 = _word(at + 4) if BITS > 4 else w0
+        w5 = _word(at + 5) if BITS > 5 else w0
+        w6 = _word(at + 6) if BITS > 6 else w0
+        w7 = w0
+    return w0, w1, w2, w3, w4, w5, w6, w7
+
+
+# Scales and zero points, to what the codes are multiplied with and what is added to them.
+
+
+@triton.jit
+def _stored(
+    scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, group, ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
+    NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
+):  # fmt: skip
+    """Scales and zero points of groups of rows as they are stored, and the scales and zero points of the scales."""
+    at = row // RG * NG + group
+    scale = _fetched(scale_ptr + at)
+    zero = _fetched(zero_ptr + at) if ZERO else scale
+    if NESTED == _INTEGERS:
+        outer = row // RG2 * NG2
+        if NG2 > 1:
+            outer += group // (NG // NG2)
+        return scale, zero, _fetched(scale2_ptr + outer), _fetched(zero2_ptr + outer)
+    else:
+        return scale, zero, scale, scale
+
+
+@triton.jit
+def _scale(stored, NESTED: tl.constexpr):
+    """float32, without the one scale that the scales may share."""
+    scale = stored[0]
+    if NESTED == _POWER:
+        return (tl.where(scale == 0, 1 << 22, scale << 23) | (scale == 255)).to(tl.float32, bitcast=True)
+    elif NESTED == _INTEGERS:
+        return (scale.to(tl.float32) - stored[3].to(tl.float32)) * stored[2].to(tl.float32)
+    elif NESTED == _PLAIN:
+        return scale_number(scale)
+    else:
+        return _e4m3(scale)
+
+
+@triton.jit
+def _pair(value):
+    """float32 -> a pair of the bfloat16 that is nearest."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [value], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _factor_and_term(
+    stored, BITS: tl.constexpr, KIND: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, SHIFT: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """What codes are multiplied with and what is added to them, as `pairs_asm` takes both."""
+    if NG == 1:
+        scale = tl.full((1, 1), 1.0, tl.float32)
+    else:
+        scale = _scale(stored, NESTED)
+    if KIND == _AFFINE:
+        zero = zero_number(stored[1], BITS) + OFFSET if ZERO else tl.full((1, 1), OFFSET, tl.float32)
+        if SHIFT is None:
+            term = (zero + (32896.0 if SIGNED else 32768.0)) * -scale
+            return scale.to(tl.int32, bitcast=True), term.to(tl.int32, bitcast=True)
+        else:
+            return _pair(scale * 2.0**-SHIFT), _pair(-128.0 - zero * 2.0**SHIFT)
+    else:
+        factor = _pair(scale * 2.0**POWER)
+        return factor, factor
+
+
+@triton.jit
+def _read_ahead(
+    q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t, K: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Step t of rows (BN, 1): the words of its chunks, and what is stored of the groups of both halves."""
+    U: tl.constexpr = K // 32
+    T: tl.constexpr = (U + 7) // 8
+    t = tl.minimum(t, T - 1)
+    # The scalar and the row come first: the rest is then the same for all steps, or an offset that the load itself adds.
+    chunk = tl.arange(0, 8)[None, :]
+    if U % 8 != 0:
+        chunk = tl.minimum(chunk, U - 1 - t * 8)
+    words = _words((q_ptr + t * (8 * BITS)) + row * (U * BITS) + chunk * BITS, BITS, WIDE)
+    if NG == 1:
+        return words, (0,), (0,)
+    else:
+        half = chunk * 2 + t * 16
+        g: tl.constexpr = U * 2 // NG  # halves of chunks in a group
+        if g % 16 == 0:  # one group for a step
+            half = tl.full((1, 1), 0, tl.int32) + t * 16
+        first = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, half // g, ZERO, RG, NG, NESTED, RG2, NG2)
+        second = first
+        if g % 2 != 0:
+            second = _stored(
+                scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, (half + 1) // g, ZERO, RG, NG, NESTED, RG2, NG2
+            )
+        return words, first, second
+
+
+@triton.jit
+def _table_words(table_ptr, KIND: tl.constexpr, BITS: tl.constexpr):
+    """A table as bfloat16: 4 words of the high bytes, 4 of the low ones. Of one with more than 16 numbers, its address."""
+    if KIND != _TABLE:
+        return 0, 0, 0, 0, 0, 0, 0, 0
+    elif BITS > 4:
+        at = table_ptr.to(tl.int64)
+        low, high = at.to(tl.int32), (at >> 32).to(tl.int32)
+        return low, high, low, low, low, low, low, low
+    else:
+        number = tl.load(table_ptr + tl.arange(0, 16) % 2**BITS)
+        low = number.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+        high = low >> 8
+        return (
+            _four_bytes(high, 0), _four_bytes(high, 1), _four_bytes(high, 2), _four_bytes(high, 3),
+            _four_bytes(low, 0), _four_bytes(low, 1), _four_bytes(low, 2), _four_bytes(low, 3),
+        )  # fmt: skip
+
+
+@triton.jit
+def _four_bytes(value, i: tl.constexpr):
+    """The last bytes of values 4 i to 4 i + 3 of 16, as a word."""
+    at = tl.arange(0, 16)
+    return tl.sum(tl.where(at // 4 == i, (value & 255) << (at % 4 * 8), 0), 0)
+
+
+@triton.jit
+def _pairs(w, f0, t0, f1, t1, table, ASM: tl.constexpr):
+    """The numbers of codes 4 j to 4 j + 3 of chunks (BN, 8), and of those 16 further on: (BN, 8, 2, 2) each, a pair last."""
+    a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
+        ASM, _OPERANDS,
+        [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], f0, t0, f1, t1,
+         table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    return tl.join(tl.join(a0, a2), tl.join(a1, a3)), tl.join(tl.join(b0, b2), tl.join(b1, b3))
+
+
+@triton.jit(do_not_specialize=["M"])
+def few_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr, ASM3: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = sum of x[m] * w[n], by the tensor cores that every GPU has: 8 tokens, or two warps, or a GPU before Hopper.
+
+    A program has BM tokens, BN rows of the weight and a part of K, for which it writes a sum of its own. A scale per row
+    multiplies the sum. SHIFT, ASM0 to ASM3: see `pairs_asm`. POWER: of two, for what scales are multiplied with.
+    """
+    T: tl.constexpr = (K + 255) // 256
+    part = tl.cdiv(T, tl.num_programs(2))
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rn, N - 1)[:, None]
+    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    t0 = tl.maximum(
+        tl.minimum(tl.program_id(2) * part, T), 0
+    )  # between, so that the compiler knows that no address overflows
+    t1 = tl.minimum(t0 + part, T)
+    place = tl.arange(0, 32)
+    k = place // 4 * 32 + place % 4
+    here = (rm < M)[None, :]
+    x_at = x_ptr + rm[None, :] * K + k[:, None]
+    table = _table_words(table_ptr, KIND, BITS)
+    acc = tl.zeros((BN, BM), tl.float32)
+    ahead = _read_ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+    )
+    if NG == 1:
+        of_rows = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0, ZERO, RG, NG, NESTED, RG2, NG2)
+        f0, z0 = _factor_and_term(of_rows, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+        f1, z1 = f0, z0
+    for t in tl.range(t0, t1, num_stages=STAGES):
+        words, first, second = ahead
+        ahead = _read_ahead(
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+        )
+        if NG > 1:
+            f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+            f1, z1 = f0, z0
+            if K // NG % 32 != 0:
+                f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+        there = here if K % 256 == 0 else here & (t * 8 + place // 4 < K // 32)[:, None]
+        for j in tl.static_range(4):
+            low, high = _pairs(
+                words, f0, z0, f1, z1, table, ASM0 if j == 0 else ASM1 if j == 1 else ASM2 if j == 2 else ASM3
+            )
+            acc = _times(acc, low, x_at + (t * 256 + 4 * j), there)
+            acc = _times(acc, high, x_at + (t * 256 + 4 * j + 16), there)
+    if NG == 1:
+        acc *= _scale(of_rows, NESTED)
+    if NESTED == _SCALED:
+        acc *= tl.load(scale2_ptr).to(tl.float32)
+    if POWER != 0:
+        acc *= 2.0**_HALF_POWER
+    out = out_ptr + (tl.program_id(2) * M + rm[None, :]) * N + rn[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=here & (rn < N)[:, None])
+
+
+@triton.jit
+def _times(acc, w, x_at, there):
+    """acc + w (BN, 8, 2, 2) times x (32, BM). Numbers of float16 are the sum of two of bfloat16."""
+    w = tl.reshape(w, (w.shape[0], 32))
+    x = tl.load(x_at, mask=there, other=0.0)
+    if x.dtype == tl.bfloat16:
+        return tl.dot(w, x, acc)
+    else:
+        high = x.to(tl.bfloat16)
+        low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(w, low, tl.dot(w, high, acc))
+
+
+@triton.jit
+def arrange_kernel(x_ptr, out_ptr, K: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr):
+    """A token of x (M, K) as `some_kernel` meets it: out (M / BM, PARTS, BM, K, rounded up to a multiple of 256), bfloat16.
+
+    Place p of 256 holds element l of pair h of codes 4 (j + 4 half) and on, of chunk 4 c + t, where p counts j, half, c, h, t, l.
+    PARTS: 2 for float16, which is the sum of two of bfloat16.
+    """
+    gdc_launch_dependents()
+    m = tl.program_id(0)
+    p = tl.program_id(1) * B + tl.arange(0, B)
+    chunk = p // 256 * 8 + p % 32 // 16 * 4 + p % 8 // 2
+    code = p % 256 // 64 * 4 + p % 64 // 32 * 16 + p % 16 // 8 * 2 + p % 2
+    x = tl.load(x_ptr + m.to(tl.int64) * K + chunk * 32 + code, mask=chunk < K // 32, other=0.0)
+    width: tl.constexpr = (K + 255) // 256 * 256
+    out_ptr += (m // BM * (PARTS * BM) + m % BM).to(tl.int64) * width + p
+    high = x.to(tl.bfloat16)
+    tl.store(out_ptr, high, mask=p < width)
+    if PARTS == 2:
+        low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+        tl.store(out_ptr + BM * width, low, mask=p < width)
+
+
+@triton.jit(do_not_specialize=["M"])
+def some_kernel(
+    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr, ASM3: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """As `few_kernel`, by the tensor cores of Hopper. x: of `arrange_kernel`, in boxes (PARTS BM, 64), of 16 rows or more."""
+    T: tl.constexpr = (K + 255) // 256
+    part = tl.cdiv(T, tl.num_programs(2))
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rn, N - 1)[:, None]
+    m0 = tl.program_id(1) * (PARTS * BM)
+    t0 = tl.maximum(
+        tl.minimum(tl.program_id(2) * part, T), 0
+    )  # between, so that the compiler knows that no address overflows
+    t1 = tl.minimum(t0 + part, T)
+    table = _table_words(table_ptr, KIND, BITS)
+    acc = tl.zeros((BN, PARTS * BM), tl.float32)
+    ahead = _read_ahead(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+    )
+    if NG == 1:
+        of_rows = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0, ZERO, RG, NG, NESTED, RG2, NG2)
+        f0, z0 = _factor_and_term(of_rows, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+        f1, z1 = f0, z0
+    gdc_wait()
+    for t in tl.range(t0, t1, num_stages=STAGES):
+        words, first, second = ahead
+        ahead = _read_ahead(
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+        )
+        if NG > 1:
+            f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+            f1, z1 = f0, z0
+            if K // NG % 32 != 0:
+                f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+        for j in tl.static_range(4):
+            low, high = _pairs(
+                words, f0, z0, f1, z1, table, ASM0 if j == 0 else ASM1 if j == 1 else ASM2 if j == 2 else ASM3
+            )
+            w = tl.reshape(tl.join(low, high), (BN, 2, 4, 2, 2, 2))  # c, t, h, l, half
+            w = tl.reshape(tl.permute(w, (0, 5, 1, 3, 2, 4)), (BN, 64))
+            acc = tl.dot(w, x.load([m0, t * 256 + 64 * j]).T, acc)
+    gdc_launch_dependents()
+    if PARTS == 2:
+        high, low = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))  # within a thread: nothing moves
+        acc = high + low
+    if NG == 1:
+        acc *= _scale(of_rows, NESTED)
+    if NESTED == _SCALED:
+        acc *= tl.load(scale2_ptr).to(tl.float32)
+    if POWER != 0:
+        acc *= 2.0**_HALF_POWER
+    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    out = out_ptr + (tl.program_id(2) * M + rm[None, :]) * N + rn[:, None]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :] & (rn < N)[:, None])
+
+
+# Launches.
+
+
+def _shift(reading: Reading, zero: torch.dtype | None) -> int | None:
+    """By which codes are moved up so that what is taken off them is an integer; None where they become float32 first, since
+    bfloat16 would not hold the difference."""
+    shift = 0 if zero != torch.int16 else max(0, 5 - reading.bits)  # joint words: 5 bits of a zero point
+    while not (reading.offset * 2.0**shift).is_integer() and shift < 8:
+        shift += 1
+    exact = zero is None or not zero.is_floating_point
+    return shift if exact and shift + reading.bits <= 7 else None
+
+
+@functools.cache
+def decoding(reading: Reading, zero: torch.dtype | None) -> dict[str, Any]:
+    """What the kernels know of a format, as constants. zero: the dtype of the zero points, if there are any."""
+    shift = _shift(reading, zero) if reading.kind == "affine" else 0
+    small = reading.kind in ("minifloat", "float")
+    power = 128 - 2 ** (reading.exponent - 1) - HALF_POWER if small else 0
+    scaled = reading.groups > 1
+    asm = {
+        f"ASM{j}": pairs_asm(reading.kind, reading.bits, reading.exponent, reading.signed, shift, scaled, j)
+        for j in range(4)
+    }
+    return {**reading.constants(zero is not None), "SHIFT": shift, "POWER": power, **asm}
+
+
+class Tile(NamedTuple):
+    """How a product is cut.
+
+    hopper: by `some_kernel`. tokens, rows: of a tile. warps: of a program. split: in how many parts K is.
+    stages: steps of which x is in shared memory at a time.
+    """
+
+    hopper: bool
+    tokens: int
+    rows: int
+    warps: int
+    split: int
+    stages: int = 3
+
+
+@functools.cache
+def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
+    """For m tokens. half: whether they are float16, which `few_kernel` takes apart in every warp."""
+    hopper = is_hopper(device) and (m > 8 or half)
+    tokens = max(8, min(32 if half else 64, power_of_two(m)))
+    # What a step loads of many tokens is large: fewer steps are ahead, and more rows share it.
+    rows, warps, stages = (128, 8, 2) if hopper and tokens == 64 else (64, 4, 3)
+    tiles = cdiv(reading.n, rows) * cdiv(m, tokens)
+    split = max(1, min(8, round(16 // warps * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
+    return Tile(hopper, tokens, rows, warps, split, stages)
+
+
+def few(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
+    """x @ decode(w).T in x's dtype, a 16-bit one. x: (M, K), contiguous -> (M, N)."""
+    return few_in_tiles(x, reading, fields, _tile(reading, x.shape[0], x.dtype == torch.float16, x.device))
+
+
+def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Tensor:
+    """`few`, cut as it is told."""
+    m, n = x.shape[0], reading.n
+    split = tile.split
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    zero = None if fields[2] is None else fields[2].dtype
+    constants = {
+        **decoding(reading, zero), "WIDE": fields[0].data_ptr() % 16 == 0, "BM": tile.tokens, "BN": tile.rows,
+        "STAGES": tile.stages,
+    }  # fmt: skip
+    tiles = cdiv(m, tile.tokens)
+    grid = (cdiv(n, tile.rows), tiles, split)
+    if tile.hopper:
+        count = 2 if x.dtype == torch.float16 else 1
+        width = cdiv(reading.k, STEP) * STEP
+        arranged = torch.empty(
+            m if count == 1 else tiles * count * tile.tokens, width, dtype=torch.bfloat16, device=x.device
+        )
+        launch(arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024, BM=tile.tokens, PARTS=count)
+        launch(
+            some_kernel, grid, tile_reader(arranged, (count * tile.tokens, 64)), *given(fields), parts, m, n,
+            num_warps=tile.warps, registers=128, early=True, **constants, PARTS=count,
+        )  # fmt: skip
+    else:
+        launch(few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, **constants)
+    if split > 1:
+        launch(
+            sum_kernel,
+            (cdiv(m * n, 1024),),
+            parts,
+            out,
+            m * n,
+            early=tile.hopper,
+            SPLIT=split,
+            B=1024,
+            EARLY=tile.hopper,
+        )
+    return out

@@ -1,0 +1,300 @@
+"""Time the ways to run the Triton kernels whose constants are chosen by hand, and print which of them is the fastest.
+
+    few        a few tokens and a weight in any format (few_tokens.py, and one_token.py for one), against bfloat16: tiles and the
+               number of parts of K, for every format, shape and number of tokens; `_tile` and `_gemv_constants` choose those
+    attention  one token and a quantized cache (decode_attention.py), against the fastest of PyTorch's kernels over bfloat16:
+               warps, programs and registers; `TILE_OF_KIND` chooses those
+
+First many processes compile everything, into Triton's cache, and run each way once, so that what fails is known by its reason.
+Then one process times all ways of a case in turns, as CUDA graphs over copies that are together larger than the GPU's cache, and
+compares each with float32 arithmetic on the decoded weight (in dB; less than 40 is wrong).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bench_kv_cache
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+import ao
+from ao.dtypes import FP6, MXFP4, MXFP8, NF4, NVFP4, Intx
+from ao.matmul.kernels.launch import cdiv
+from ao.matmul.kernels.reading import Reading, fields_of, reading_of
+
+SPECS: dict[str, Any] = {
+    "int2-g32j": Intx(2, (1, 32), signed=False, zero_point="joint"),
+    "int3-g64": Intx(3, (1, 64)),
+    "int4-g16": Intx(4, (1, 16)),
+    "int4-g16j": Intx(4, (1, 16), signed=False, zero_point="joint"),
+    "int4-g128": Intx(4, (1, 128)),
+    "int4-g32j": Intx(4, (1, 32), signed=False, zero_point="joint"),
+    "int6-g64": Intx(6, (1, 64)),
+    "int8-g16": Intx(8, (1, 16)),
+    "nf4": NF4,
+    "mxfp4": MXFP4,
+    "nvfp4": NVFP4,
+    "fp6": FP6,
+    "mxfp8": MXFP8,
+}
+"""What differs in its decoding. The kernels take more formats; those of the same width are alike."""
+
+SHAPES = ["28672x4096", "4096x14336", "4096x4096"]
+TOKENS = [1, 2, 4, 8, 16, 32, 64]
+TILES = {
+    "int4": ["4x3x168+", "4x4x128", "2x6x168+", "2x8x128", "4x3x168", "8x2x128"],
+    "int8": ["2x6x168+", "2x4x255+", "2x8x128", "4x3x168+", "4x4x128"],
+    "float8": ["1x16x128", "1x12x168", "2x8x128", "4x4x128", "2x6x168+"],
+}
+"""Of `bench_kv_cache.py --tiles`."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["few", "attention"], default=["few", "attention"])
+    parser.add_argument("--formats", nargs="+", default=list(SPECS), choices=list(SPECS), metavar="F")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="M")
+    parser.add_argument("--contexts", nargs="+", default=["1x32768", "1x131072"], metavar="BxL")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), metavar="P")
+    parser.add_argument(
+        "--seconds", type=float, default=270, metavar="S", help="start no case after that; default: 270"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args()
+
+
+def tiles(m: int) -> list[tuple[bool, int, int, int, int]]:
+    """`hopper`, `tokens`, `rows`, `warps` and `stages` of the tiles to try for m tokens."""
+    if m <= 8:
+        return [(False, 8, 64, 4, 3), (False, 8, 128, 4, 3), (False, 8, 64, 2, 3)]
+    if m <= 16:
+        return [(False, 8, 128, 4, 3), (False, 16, 32, 2, 3), (False, 16, 64, 2, 3), (True, 16, 64, 4, 3)]
+    if m <= 32:
+        return [(True, 32, 64, 4, 3), (True, 32, 128, 8, 3), (True, 32, 64, 4, 2)]
+    return [(True, 64, 128, 8, 2), (True, 64, 256, 16, 2), (True, 64, 64, 4, 2), (True, 32, 64, 4, 3)]
+
+
+def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """How m tokens may meet a weight, by name, each a function of x and the fields. splits: in all numbers of parts of K."""
+    from ao.matmul.kernels import few_tokens, one_token
+
+    if m <= 2 and reading.for_one_token:
+        for warps in (16, 20, 24, 32):
+            yield f"gemv {warps}", lambda x, fields, warps=warps: one_token.gemv_each(x, reading, fields, warps)
+    for hopper, tokens, rows, warps, stages in tiles(m):
+        programs = cdiv(reading.n, rows) * cdiv(m, tokens)
+        most = max(1, cdiv(reading.k, few_tokens.STEP) // 2)
+        parts = sorted({max(1, min(16, most, round(full / programs))) for full in (264, 528, 1056)} | {1})
+        for split in parts if splits else (1, 2):
+            tile = few_tokens.Tile(hopper, tokens, rows, warps, split, stages)
+            name = f"{'wgmma' if hopper else 'mma'} {tokens}x{rows} {warps}w {stages}s /{split}"
+            yield name, lambda x, fields, tile=tile: few_tokens.few_in_tiles(x, reading, fields, tile)
+
+
+def compile_few(name: str, k: int, m: int) -> list[str]:
+    """Run every way of m tokens once, on a weight of few rows, of one token its own: what fails, by name and reason."""
+    failed = []
+    q = SPECS[name].quantize(torch.randn(256, k, device="cuda").bfloat16())
+    read = reading_of(q)
+    if read is None:
+        return [f"{name}, K = {k}: no reading"]
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    for way, run in ways(read[0], m, splits=False):
+        if m == 1 and way != "gemv 16":
+            continue  # the same kernel, or that of 8 tokens
+        try:
+            run(x, read[1])
+            torch.cuda.synchronize()
+        except Exception as error:
+            failed.append(f"{name}, K = {k}, M = {m}, {way}: {str(error).strip().splitlines()[0][:120]}")
+    return failed
+
+
+def compile_attention(name: str, tile: str) -> list[str]:
+    try:
+        cache = bench_kv_cache.filled(name, 1, 4096, 0)
+        q = torch.randn(1, bench_kv_cache.HEADS, 1, bench_kv_cache.DIM, device="cuda").bfloat16()
+        bench_kv_cache.tiled(cache, q, tile)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return [f"{name} {tile}: {str(error).strip().splitlines()[0][:120]}"]
+    return []
+
+
+def compiled(args: argparse.Namespace) -> None:
+    """Compile all that is asked for, in many processes."""
+    jobs: list[Callable[[], list[str]]] = []
+    if "few" in args.parts:
+        once = sorted({max(8, m) for m in args.tokens} | {m for m in args.tokens if m == 1})
+        depths = {int(shape.split("x")[1]) for shape in args.shapes}
+        jobs += [partial(compile_few, name, k, m) for m in once for k in depths for name in args.formats]
+    if "attention" in args.parts:
+        jobs += [partial(compile_attention, name, tile) for name, each in TILES.items() for tile in each]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context) as pool:
+        for done in as_completed([pool.submit(job) for job in jobs]):
+            for line in done.result():
+                print(f"fails: {line}", flush=True)
+
+
+def decibels(expected: Tensor, out: Tensor) -> float:
+    """Of the worst token."""
+    return min(ao.compute_error(e, o).item() for e, o in zip(expected, out.float()))
+
+
+def tune_few(args: argparse.Namespace, shape: str, end: float, rows: list[dict[str, Any]]) -> None:
+    """All formats at one shape."""
+    n, k = map(int, shape.split("x"))
+    device = torch.device("cuda")
+    cold = 4 * measure.cache_bytes(device)
+    dense = torch.randn(n, k, device=device).bfloat16()
+    inputs = {m: torch.randn(m, k, device=device).bfloat16() for m in args.tokens}
+
+    def seconds(calls: dict[str, list[Callable[[], Tensor]]]) -> dict[str, float]:
+        graphs = {name: measure.capture(each, None) for name, each in calls.items()}
+        found = measure.replays_in_turns(graphs, 0.003)
+        return {name: time / len(calls[name]) for name, time in found.items()}
+
+    copies = [dense, *(dense.clone() for _ in range(math.ceil(cold / dense.nbytes)))]
+    base = {m: seconds({"": [partial(F.linear, x, w) for w in copies]})[""] for m, x in inputs.items()}
+    del copies
+    body = [["bf16", *(f"{base[m] * 1e6:.1f} us" for m in args.tokens)]]
+    for name in args.formats:
+        if time.monotonic() > end:
+            print(f"no time left for {shape} {name}")
+            continue
+        q = SPECS[name].quantize(dense)
+        weight = q.dequantize().float()
+        reading, first = reading_of(q) or (None, None)
+        assert reading is not None and first is not None
+        size = sum(t.nbytes for t in first if t is not None)
+        weights = [q, *(q.clone() for _ in range(min(40, math.ceil(cold / size))))]
+        fields = [fields_of(each) for each in weights]
+        cells = [name]
+        for m, x in inputs.items():
+            calls: dict[str, list[Callable[[], Tensor]]] = {
+                "as it is": [partial(F.linear, x, each) for each in weights]
+            }
+            expected = x.float() @ weight.t()
+            error = decibels(expected, calls["as it is"][0]())
+            wrong = [] if error > 40 else [f"as it is: {error:.0f} dB"]
+            for way, run in ways(reading, m):
+                try:
+                    error = decibels(expected, run(x, first))
+                except Exception:
+                    continue  # said when it was compiled
+                if not error > 40:
+                    wrong.append(f"{way}: {error:.0f} dB")
+                calls[way] = [partial(run, x, each) for each in fields]
+            if wrong:
+                print(f"WRONG: {shape} {name} M = {m}: {'; '.join(wrong)}", flush=True)
+            found = seconds(calls)
+            order = sorted(found, key=found.__getitem__)
+            rows += [
+                {"shape": shape, "format": name, "tokens": m, "way": w, "us": found[w] * 1e6, "bf16_us": base[m] * 1e6}
+                for w in order
+            ]
+            best = order[0]
+            cells.append(f"{base[m] / found['as it is']:.2f}x; {base[m] / found[best]:.2f}x {best}")
+        body.append(cells)
+    measure.show([shape, *(f"M = {m}" for m in args.tokens)], body, "times bf16: as it is; the fastest way")
+
+
+def best_overall(rows: list[dict[str, Any]]) -> None:
+    """For each shape and number of tokens, the ways that are nearest to the best of every format, on average."""
+    body = []
+    for shape, m in dict.fromkeys((r["shape"], r["tokens"]) for r in rows):
+        here = [r for r in rows if (r["shape"], r["tokens"]) == (shape, m)]
+        least = {f: min(r["us"] for r in here if r["format"] == f) for f in {r["format"] for r in here}}
+        lost: dict[str, list[float]] = {}
+        for r in here:
+            lost.setdefault(r["way"], []).append(r["us"] / least[r["format"]])
+        whole = {w: sum(each) / len(each) for w, each in lost.items() if len(each) == len(least)}
+        order = sorted(whole, key=whole.__getitem__)[:3]
+        body.append([shape, str(m), *(f"{w}: {whole[w]:.2f}x" for w in order), *["-"] * (3 - len(order))])
+    measure.show(["shape", "M", "1", "2", "3"], body, "ways for all formats, and the time over the best of each format")
+
+
+def tune_attention(args: argparse.Namespace, context: str, end: float, rows: list[dict[str, Any]]) -> None:
+    """All caches at one context."""
+    batch, length = map(int, context.split("x"))
+    heads, kv_heads, dim = bench_kv_cache.HEADS, bench_kv_cache.KV_HEADS, bench_kv_cache.DIM
+    q = torch.randn(batch, heads, 1, dim, device="cuda").bfloat16()
+    plain = 4 * batch * kv_heads * length * dim
+    dense = [
+        [torch.randn(batch, kv_heads, length, dim, device="cuda").bfloat16() for _ in range(2)]
+        for _ in range(max(2, math.ceil(bench_kv_cache.COLD / plain)))
+    ]
+    calls: dict[str, list[Callable[[], object]]] = {}
+    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        for packed in (False, True):
+            which = getattr(SDPBackend, backend)
+            title = f"{backend.lower()} {packed}"
+            calls[title] = [partial(bench_kv_cache.baseline, q, k, v, which, packed) for k, v in dense]
+    found = bench_kv_cache.times(calls)
+    calls = {}
+    base = min(s for s in found.values() if isinstance(s, float))
+    del dense
+    body = [["bf16", f"{base * 1e6:.1f}", "1.00x"]]
+    for name, each in TILES.items():
+        if time.monotonic() > end:
+            print(f"no time left for {context} {name}")
+            continue
+        size = bench_kv_cache.filled(name, 1, 1024, 0).nbytes_packed * batch * length // 1024
+        count = max(2, math.ceil(bench_kv_cache.COLD / size))
+        caches = [bench_kv_cache.filled(name, batch, length, i) for i in range(count)]
+        calls = {name: [partial(c.attend, q) for c in caches]}
+        for tile in each:
+            calls[f"{name} {tile}"] = [partial(bench_kv_cache.tiled, c, q, tile) for c in caches]
+        results = bench_kv_cache.times(calls)
+        for way, seconds in results.items():
+            if isinstance(seconds, str):
+                print(f"fails: {context} {way}: {seconds}")
+                continue
+            rows.append({"context": context, "way": way, "us": seconds * 1e6, "bf16_us": base * 1e6})
+            body.append([way, f"{seconds * 1e6:.1f}", f"{seconds / base:.2f}x"])
+        calls.clear()
+        del caches
+    measure.show(
+        [context, "us", "of bf16's time"], body, "a name alone is the cache as it is; WxPxR as of bench_kv_cache.py"
+    )
+
+
+def main() -> None:
+    args = parse()
+    start = time.monotonic()
+    end = start + args.seconds
+    compiled(args)
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    few: list[dict[str, Any]] = []
+    attention: list[dict[str, Any]] = []
+    if "attention" in args.parts:
+        for context in args.contexts:
+            tune_attention(args, context, end, attention)
+    if "few" in args.parts:
+        for shape in args.shapes:
+            if time.monotonic() < end:
+                tune_few(args, shape, end, few)
+        best_overall(few)
+    if args.json:
+        measure.write_json(args.json, {**measure.facts(torch.device("cuda")), "few": few, "attention": attention})
+    print(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -85,6 +85,7 @@ def test_an_operand_is_the_numbers(case):
 
 
 def numbers_of(operand: Operand, shape: torch.Size) -> Tensor:
+    operand = operand.in_bytes()
     codes = operand.codes
     if operand.bits < 8:
         codes = unpack(codes, operand.bits, packed_dim(codes.shape, shape))

@@ -95,6 +95,11 @@ def wide(scale: Tensor) -> Tensor:
     return dense(scale).float()
 
 
+def divided(blocks: Tensor, scale: Tensor) -> Tensor:
+    """x / scale. blocks: x (float32) as `to_blocks` views it; scale: as it is stored."""
+    return blocks * in_blocks(inverse_of(scale))
+
+
 def inverse_of(scale: Tensor) -> Tensor:
     """1 / scale, float32, of a scale as it is stored."""
     if not isinstance(scale, E8M0Tensor):

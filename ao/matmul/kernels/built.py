@@ -69,8 +69,9 @@ class Act(ctypes.Structure):
 
 
 class Library(NamedTuple):
-    """product(weight, x, x_dtype, token_scale, y, dtype, tokens, points, threads), rows(weight, start, stop, out, dtype, threads),
-    quantize(act, x, dtype, tokens, k, given_scale, out, scale), columns(weight, start, stop, p, m, out, threads)."""
+    """product(weight, x, x_dtype, token_scale, y, dtype, tokens, points, threads),
+    rows(weight, start, stop, out, dtype, threads), quantize(act, x, dtype, tokens, k, given_scale, out, scale),
+    columns(weight, start, stop, p, m, out, threads)."""
 
     product: Any
     rows: Any

@@ -18,6 +18,9 @@ FIXED_POINT = r"""
 #define HAS_FIXED 0
 #endif
 
+// What is inlined everywhere takes the compiler twice as long, and is not faster.
+#define NOT_INLINE static __attribute__((noinline))
+
 #define LARGEST 32767
 #define MOST_BLOCK 128
 #define SHORTS (PER_CHUNK / 2)  // vectors of a chunk
@@ -174,7 +177,8 @@ static bool to_fixed(const Weight& w, const float* x, int64_t m, int64_t planes,
 #if HAS_FIXED
 // A block of EACH chunks times T tokens, added to their sums. It has one unit or, of two groups of 16, two.
 template <int T, int EACH, int UNITS>
-INLINE void block(const uint8_t*& p, const Shorts& table, const int16_t*& x, int64_t k, const float* scales, int64_t units, vf* total) {
+INLINE void block(const uint8_t*& p, const Shorts& table, const int16_t*& x, int64_t k, const float* scales, int64_t units,
+                  vf* total) {
   vi part[T] = {};
   UNROLL for (int c = 0; c < EACH; c++, p += 4 * BITS, x += 32) {
     if (c * 4 * BITS % 64 < 4 * BITS) __builtin_prefetch(p + AHEAD);
@@ -191,8 +195,8 @@ INLINE void block(const uint8_t*& p, const Shorts& table, const int16_t*& x, int
 
 // One row, T tokens. scales: (T, units). Two sums of each token, so that neither waits for the other.
 template <int T, int EACH, int UNITS>
-__attribute__((noinline)) static void in_fixed_point(const Weight& w, const Shorts& table, const uint8_t* p, const int16_t* x, int64_t units,
-                           const float* scales, float* y) {
+NOT_INLINE void in_fixed_point(const Weight& w, const Shorts& table, const uint8_t* p, const int16_t* x, int64_t units,
+                               const float* scales, float* y) {
   const int64_t k = w.k;
   vf total[2][T] = {};
   int64_t u = 0;
@@ -205,7 +209,8 @@ __attribute__((noinline)) static void in_fixed_point(const Weight& w, const Shor
 }
 
 template <int EACH, int UNITS>
-__attribute__((noinline)) static void slices(const Weight& w, const Shorts& table, int64_t n, const Fixed& x, const float* scales, int64_t rows, float* y) {
+NOT_INLINE void slices(const Weight& w, const Shorts& table, int64_t n, const Fixed& x, const float* scales, int64_t rows,
+                       float* y) {
   const uint8_t* p = w.codes + n * w.row_bytes;
   for (int64_t t = 0; t < rows;) {
     const int64_t left = rows - t;

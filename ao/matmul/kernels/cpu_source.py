@@ -4,19 +4,20 @@ One source serves every format: macros say what a code is (KIND, BITS, EXPONENT)
 and zero point, is an argument. A compiler needs a second for it, where one that gets an expression per shape needs many for each.
 
 Vectors are those of GCC and Clang (`vector_size`), so that the same text runs on any CPU; instructions are named only where the
-compiler finds none, to widen bytes and to look up a small table. There are two loops:
+compiler finds none, to widen bytes and to look up a small table. There are three loops, two of them in floats:
 
 - `few`, up to four tokens: a chunk of 32 elements is decoded into registers and multiplied with all tokens. It reads the
   weight once, and stores nothing.
 - `tiles`, for more: three rows are decoded into the first-level cache, a thousand elements at a time, and multiplied in tiles
   of three rows and four tokens, whose sums stay in registers.
+- that of cpu_fixed_point.py, in integers, where the activation's dtype has few bits or it is one or two tokens.
 
 `rows` decodes rows into memory, for a product of PyTorch's. `columns` sums rows, each times a number, as attention does.
 """
 
 from .cpu_fixed_point import FIXED_POINT
 
-SOURCE = r"""
+_LOOPS = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -287,8 +288,8 @@ static void unpack(const uint8_t* p, int64_t n, int bits, float* out) {
   }
 }
 
-// k numbers of -1, 0 and 1, 64 in 13 bytes, of which each holds five, 13 elements apart: digits of base 3 of byte * 243 / 256. What is
-// written beyond 13 and beyond 64 is overwritten; there is room for 16 bytes after the last.
+// k numbers of -1, 0 and 1, 64 in 13 bytes, of which each holds five, 13 elements apart: digits of base 3 of byte * 243 / 256.
+// What is written beyond 13 and beyond 64 is overwritten; there is room for 16 bytes after the last.
 static void unpack_trits(const uint8_t* p, int64_t k, int8_t* out) {
   for (int64_t start = 0; start < k; start += 64, p += 13, out += 64) {
     u8x16 bytes = {};
@@ -514,7 +515,9 @@ INLINE void tiles(const Weight& w, const Table& table, int64_t n, Row& row, cons
   for (int64_t t = 0; t < m; t++) UNROLL for (int r = 0; r < R; r++) y[t * stride + r] = sum(sums[t * R + r]);
 }
 
-""" + FIXED_POINT + r"""
+"""
+
+_FUNCTIONS = r"""
 struct Output {
   void* y;
   int64_t n;
@@ -733,3 +736,5 @@ extern "C" void ao_columns(const Weight* weight, int64_t start, int64_t stop, co
   }
 }
 """
+
+SOURCE = _LOOPS + FIXED_POINT + _FUNCTIONS

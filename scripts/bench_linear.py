@@ -1,6 +1,6 @@
 """Time linear layers: every format at every number of tokens M on the layers of Llama-3.1-8B, beside bfloat16.
 
-A layer is an `nn.Linear` whose weight was quantized by `ao.quantize_`, called through plain `torch.compile`. Weights are
+A layer is an `nn.Linear` whose weight was quantized by `ao.quantize_`, called through plain `torch.compile`, or as it is. Weights are
 cold: calls go round so many copies that none is left in the cache. On a GPU the calls of a case are recorded in one CUDA
 graph and its replays are timed by events; on a CPU single calls are timed. All formats (and other libraries, --peers) take
 turns at the same M, and medians are reported:
@@ -62,7 +62,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--peers", nargs="*", default=[], metavar="P", help="libraries to compare with, where installed"
     )
     parser.add_argument(
-        "--mode", default="default", choices=["default", "max-autotune-no-cudagraphs"], help="of torch.compile"
+        "--mode",
+        default="default",
+        choices=["default", "max-autotune-no-cudagraphs", "eager"],
+        help="of torch.compile, or without it",
     )
     parser.add_argument("--memory", type=float, metavar="GB", help="at most, for the copies of one weight")
     parser.add_argument(
@@ -189,7 +192,9 @@ class Bench:
             if layer is None:
                 return None
             size = max(measure.used_bytes(self.device) - before, weight.nbytes // 4)
-            call: Callable[..., Tensor] = torch.compile(measure.own_code(apply, f"{library}_{name}"))
+            call: Callable[..., Tensor] = apply
+            if self.args.mode != "eager":
+                call = torch.compile(measure.own_code(apply, f"{library}_{name}"))
         else:
             layer = nn.Linear(k, n, bias=False, device="meta")
             dtype = formats.PLAIN.get(name, weight.dtype)
@@ -199,7 +204,9 @@ class Bench:
                 ao.quantize_(layer, config)
             size = ao.get_model_size_in_bytes(layer)
             mode = None if self.args.mode == "default" else self.args.mode
-            call = torch.compile(measure.own_code(apply, name), fullgraph=True, mode=mode)
+            call = apply
+            if mode != "eager":
+                call = torch.compile(measure.own_code(apply, name), fullgraph=True, mode=mode)
         wanted = math.ceil(self.cold / max(size, 1))
         count = max(1, min(max(wanted, 2), int(self.cap // max(size, 1))))
         copies = [layer, *(another(layer, weight, name, library) for _ in range(count - 1))]

@@ -227,10 +227,10 @@ def calls_in_turns(
             break
         for key, call in calls.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock(device)()
             call()
             synchronize(device)
-            times[key].append(time.perf_counter() - start)
+            times[key].append(clock(device)() - start)
     return {key: statistics.median(each) for key, each in times.items()}
 
 

@@ -515,6 +515,7 @@ def write(page: Path, folder: Path, check: bool = False) -> None:
             "quantize": lambda: quantizing(folder),
             "summary-cpu": lambda: summary(cpu),
             "linear-cpu": lambda: linear(cpu, plots["cpu"]),
+            "linear-cpu-eager": lambda: linear(Linear(read(folder / "linear-cpu-eager.json")), ""),
             "peers-cpu": lambda: peers(cpu),
             "generate-cpu": lambda: generate(read(folder / "generate-cpu.json")),
             "generate-hf-cpu": lambda: generate_hf(read(folder / "generate-hf-cpu.json")),

@@ -1,5 +1,5 @@
 """Make the tables of docs/long-context.md from docs/measured/kv-lm.json (eval_lm.py --kv-cache ... --divergence) and
-docs/measured/kv-cuda.json (bench_kv_cache.py).
+docs/measured/kv-cuda.json and kv-cpu.json (bench_kv_cache.py).
 
     .venv/bin/python scripts/long_context.py          rewrite them
     .venv/bin/python scripts/long_context.py --check  exit with an error if that would change anything
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from tables import ROOT, fill, markdown
@@ -42,9 +43,9 @@ def memory() -> str:
     return markdown(["GB", *(f"{n:,} tokens" for n in lengths)], rows)
 
 
-def speed(folder: Path = MEASURED) -> str:
+def speed(folder: Path = MEASURED, device: str = "cuda") -> str:
     """Microseconds of the attention of one token."""
-    path = folder / "kv-cuda.json"
+    path = folder / f"kv-{device}.json"
     if not path.exists():
         return "Not measured."
     data = json.loads(path.read_text())
@@ -56,8 +57,9 @@ def speed(folder: Path = MEASURED) -> str:
         cells = [found.get((name, c)) for c in contexts]
         rows.append([name, *("-" if r is None else f"{r['seconds'] * 1e6:.0f} ({r['of_bf16']:.2f}x)" for r in cells)])
     head = ["microseconds", *(c.replace("x", " x ") for c in contexts)]
-    return f"{markdown(head, rows)}\n\n{data['device']}, torch {data['torch']}."
+    return f"{markdown(head, rows)}\n\n{data['device']}, torch {data['torch']}: `{data['command']}`."
 
 
 if __name__ == "__main__":
-    fill(PAGE, {"accuracy": accuracy, "memory": memory, "speed": speed}, "--check" in sys.argv[1:])
+    tables = {"accuracy": accuracy, "memory": memory, "speed": speed, "speed-cpu": partial(speed, device="cpu")}
+    fill(PAGE, tables, "--check" in sys.argv[1:])

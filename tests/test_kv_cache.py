@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import ao
 from ao.matmul import Sight, attend
+from ao.matmul.softmax_pieces import finish, plain
 from ao.quant.kv_cache import KV_CACHES, KVCache, KVCacheConfig, kv_cache_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -75,6 +76,29 @@ def test_windows_masks_caps_and_sinks():
         numbers = torch.where(mask, 0.0, -torch.inf)
         assert torch.allclose(attend(q, keys, values, Sight(40, 90, 80, 50, numbers), 0.3, 5.0, sinks), out, atol=1e-5)
         assert not attend(q, keys, values, Sight(stop=0)).any()
+
+
+@pytest.mark.parametrize("name", ["int8", "float8", "int4"])
+@pytest.mark.parametrize(
+    ("group", "tokens", "dim", "dtype"),
+    [(1, 1, 64, torch.float32), (3, 1, 96, torch.bfloat16), (7, 1, 64, torch.float16), (2, 5, 32, torch.float64)],
+)
+def test_compiled_attention_is_the_plain_one(name, group, tokens, dim, dtype):
+    """Over several pieces, of which a query may see nothing, with scores far below 0."""
+    g = torch.Generator().manual_seed(2)
+    length, spec = 4232, KV_CACHES[name].k
+    keys, values = (spec.quantize(torch.randn(1, 2, length, dim, generator=g) + shift) for shift in (2, 0))
+    q = torch.randn(1, 2 * group, tokens, dim, generator=g).to(dtype)
+    q[:, -1] -= 10  # its scores are about -100 and less
+    late = torch.arange(length) >= torch.tensor([0, 2100])[:, None].repeat_interleave(group, 0)[:, None]
+    sinks = torch.randn(2 * group, generator=g)
+    for sight in (Sight(), Sight(3, 4200, 4190, 700), Sight(stop=4230, end=4230, mask=late.expand(1, -1, tokens, -1))):
+        for s in (None, sinks):
+            out = attend(q, keys, values, sight, sinks=s)
+            state = plain(q, keys, values, sight, dim**-0.5, None, s)
+            near = max(1e-4, torch.finfo(dtype).eps)
+            assert torch.allclose(out.double(), finish(state, torch.float64), atol=near, rtol=near)
+            assert out.dtype == dtype
 
 
 def test_scaled_dot_product_attention():
@@ -193,7 +217,8 @@ def test_outliers_and_nan_are_bounded(name):
 
 
 def test_the_page_is_what_the_numbers_say(tmp_path):
-    fill(long_context.PAGE, {"accuracy": long_context.accuracy, "memory": long_context.memory}, True)
+    speed = {"speed-cpu": lambda: long_context.speed(device="cpu")}
+    fill(long_context.PAGE, {"accuracy": long_context.accuracy, "memory": long_context.memory, **speed}, True)
     assert long_context.speed(tmp_path) == "Not measured."
 
 

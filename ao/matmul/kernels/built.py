@@ -70,36 +70,38 @@ class Act(ctypes.Structure):
 
 class Library(NamedTuple):
     """product(weight, x, x_dtype, token_scale, y, dtype, tokens, points, threads),
-    rows(weight, start, stop, out, dtype, threads), quantize(act, x, dtype, tokens, k, given_scale, out, scale),
-    columns(weight, start, stop, p, m, out, threads)."""
+    rows(weight, start, stop, out, dtype, threads), quantize(act, x, dtype, tokens, k, given_scale, out, scale)."""
 
     product: Any
     rows: Any
     quantize: Any
-    columns: Any
 
 
 @functools.cache
 def library(kind: Kind) -> Library | None:
-    """The compiled functions, compiled now if no process has done so; None where that fails."""
+    """The compiled functions of products, compiled now if no process has done so; None where that fails."""
+    arguments = {
+        "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT, _INT],
+        "ao_rows": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _INT, _INT],
+        "ao_quantize": [ctypes.POINTER(Act), _POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+    }
+    found = functions(kind, SOURCE, arguments)
+    return None if found is None else Library(*found)
+
+
+def functions(kind: Kind, source: str, arguments: dict[str, list[Any]]) -> list[Any] | None:
+    """The functions of `source` by their names and the types of their arguments, compiled for `kind` if no process has done so;
+    None where that fails."""
     bias = f"0x1p{128 - 2 ** (kind.exponent - 1)}f" if kind.exponent else "1.0f"
     macros = {"KIND": CODES[kind.codes], "BITS": kind.bits, "EXPONENT": kind.exponent, "BIAS": bias}
     flags = cpp_instructions()
     if VNNI and "-mavx512f" in flags:
         flags = *flags, "-mavx512vnni"
     flags = *flags, "-ffp-contract=fast", *(f"-D{name}={value}" for name, value in macros.items())
-    loaded = cpp_library(SOURCE, flags)
+    loaded = cpp_library(source, flags)
     if loaded is None:
         return None
-    arguments = {
-        "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT, _INT],
-        "ao_rows": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _INT, _INT],
-        "ao_quantize": [ctypes.POINTER(Act), _POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
-        "ao_columns": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
-    }
-    functions = []
-    for name, types in arguments.items():
-        function = getattr(loaded, name)
+    found = [getattr(loaded, name) for name in arguments]
+    for function, types in zip(found, arguments.values()):
         function.argtypes, function.restype = types, None
-        functions.append(function)
-    return Library(*functions)
+    return found

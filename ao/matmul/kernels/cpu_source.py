@@ -12,12 +12,12 @@ compiler finds none, to widen bytes and to look up a small table. There are thre
   of three rows and four tokens, whose sums stay in registers.
 - that of cpu_fixed_point.py, in integers, where the activation's dtype has few bits or it is one or two tokens.
 
-`rows` decodes rows into memory, for a product of PyTorch's. `columns` sums rows, each times a number, as attention does.
+`rows` decodes rows into memory, for a product of PyTorch's. `READING` is what attention (cpu_attention.py) begins with as well.
 """
 
 from .cpu_fixed_point import FIXED_POINT
 
-_LOOPS = r"""
+READING = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -269,6 +269,11 @@ static void to_floats(const void* p, int64_t start, int64_t n, int dtype, float*
   }
 }
 
+INLINE float* floats(int64_t n) { return (float*)aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64); }
+"""
+"""What a code is, and how codes, scales and zero points become floats."""
+
+_LOOPS = r"""
 // `n` codes of `bits` bits from `p`, a row of chunks of 32 of which the last may be shorter, as floats.
 static void unpack(const uint8_t* p, int64_t n, int bits, float* out) {
   for (int64_t start = 0; start < n; start += 32) {
@@ -369,8 +374,6 @@ static void read_row(const Weight& w, int64_t n, Row& row) {
   for (int64_t i = 0; i < w.groups; i++)
     row.shift[i] = w.after ? -(row.shift[i] + w.offset * row.scale[i]) : -(row.shift[i] + w.offset) * row.scale[i];
 }
-
-INLINE float* floats(int64_t n) { return (float*)aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64); }
 
 // A thread's memory, and the weight as it reads it.
 struct Scratch {
@@ -701,40 +704,6 @@ extern "C" void ao_rows(const Weight* weight, int64_t start, int64_t stop, void*
     }
   }
 }
-
-// out (m, k) = p (m, stop - start) times the codes of rows start to stop, before zero point and scale. Threads share the columns.
-template <int T>
-INLINE void columns(const Weight& w, const Table& table, int64_t start, int64_t count, const float* p, int64_t c, float* out) {
-  vf total[T][PER_CHUNK] = {};
-  const uint8_t* codes = w.codes + start * w.row_bytes + c * 4 * BITS;
-  for (int64_t t = 0; t < count; t++, codes += w.row_bytes) {
-    vf v[PER_CHUNK];
-    decode(codes, table, v);
-    UNROLL for (int i = 0; i < T; i++) {
-      vf f = same(p[i * count + t]);
-      UNROLL for (int j = 0; j < PER_CHUNK; j++) total[i][j] += f * v[j];
-    }
-  }
-  for (int i = 0; i < T; i++) {
-    float chunk[32];
-    memcpy(chunk, total[i], sizeof(chunk));
-    float* to = out + i * w.k + c * 32;
-    for (int j = 0; j < 32; j++) to[W == 16 ? j : j / 8 * 4 + j % 4 + j % 8 / 4 * 16] = chunk[j];
-  }
-}
-
-extern "C" void ao_columns(const Weight* weight, int64_t start, int64_t stop, const float* p, int64_t m, float* out,
-                           int32_t threads) {
-  const Weight w = *weight;
-  const int64_t count = stop - start, chunks = w.k / 32;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t c = 0; c < chunks; c++) {
-    const Table table = table_of(w.table);
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4) columns<4>(w, table, start, count, p + i * count, c, out + i * w.k);
-    for (; i < m; i++) columns<1>(w, table, start, count, p + i * count, c, out + i * w.k);
-  }
-}
 """
 
-SOURCE = _LOOPS + FIXED_POINT + _FUNCTIONS
+SOURCE = READING + _LOOPS + FIXED_POINT + _FUNCTIONS

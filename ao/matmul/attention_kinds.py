@@ -42,7 +42,7 @@ def code_kind(a: Operand | None, width: int) -> str | None:
 def kinds_of(q: Tensor, k: QTensor, v: QTensor, mask: Tensor | None) -> tuple[str, str] | None:
     """How the kernel of q's device reads the codes of `k` and `v`; None where there is none for them."""
     d = q.shape[3]
-    if q.shape[2] > QUERIES or v.shape[3] != d or not (mask is None or mask.dtype == torch.bool):
+    if q.shape[2] > QUERIES or not (mask is None or mask.dtype == torch.bool):
         return None
     kinds = code_kind(k.spec.operand(k), d), code_kind(v.spec.operand(v), d)
     if kinds[0] is None or kinds[1] is None:

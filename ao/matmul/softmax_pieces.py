@@ -90,12 +90,13 @@ def rows_of(q: Tensor, kv_heads: int) -> Tensor:
 
 def check_heads(q: Tensor, k: Tensor) -> int:
     """How many query heads share a key. Raises ValueError unless they are a multiple."""
-    if q.dim() != 4 or k.dim() != 4 or q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1]:
+    queries, keys = q.shape, k.shape
+    if len(queries) != 4 or len(keys) != 4 or queries[1] % keys[1] or queries[3] != keys[3]:
         raise ValueError(
             "attention: q must be (B, heads, T, head_dim) and k (B, kv_heads, L, head_dim), with heads a multiple of kv_heads, "
-            f"got q {tuple(q.shape)} and k {tuple(k.shape)}"
+            f"got q {tuple(queries)} and k {tuple(keys)}"
         )
-    return q.shape[1] // k.shape[1]
+    return queries[1] // keys[1]
 
 
 def first_state(q: Tensor, kv_heads: int, width: int, sinks: Tensor | None) -> State:

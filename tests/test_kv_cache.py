@@ -81,7 +81,7 @@ def test_windows_masks_caps_and_sinks():
 @pytest.mark.parametrize("name", ["int8", "float8", "int4"])
 @pytest.mark.parametrize(
     ("group", "tokens", "dim", "dtype"),
-    [(1, 1, 64, torch.float32), (3, 1, 96, torch.bfloat16), (7, 1, 64, torch.float16), (2, 5, 32, torch.float64)],
+    [(1, 1, 64, torch.float32), (3, 1, 96, torch.bfloat16), (7, 1, 64, torch.float16), (3, 5, 32, torch.float64)],
 )
 def test_compiled_attention_is_the_plain_one(name, group, tokens, dim, dtype):
     """Over several pieces, of which a query may see nothing, with scores far below 0."""

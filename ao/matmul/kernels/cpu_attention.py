@@ -2,7 +2,7 @@
 heads, and one their softmax and the sum of values.
 
 Codes have one scale per position, so a score is a product with codes, times a number; and the sum of values is one of codes, each
-times the probability of its position and its scale. Heads that share keys are rows of one product, four of them at a time.
+times the probability of its position and its scale. Heads that share keys are rows of one product, up to eight of them at a time.
 Threads share pieces of positions, each with its own largest score (softmax_pieces.py), which are put together at the end.
 """
 
@@ -106,8 +106,8 @@ INLINE void products(const uint8_t* codes, int64_t row_bytes, int64_t width, int
 extern "C" void ao_scores(const Heads* keys, const void* q, int32_t q_dtype, float factor, int64_t rows, int64_t begin,
                           int64_t end, float* scores, int32_t threads) {
   const Heads k = *keys;
-  const int64_t each = pieces(begin, end), heads = k.batch * k.heads, lines = (rows + 3) / 4 * 4, size = lines * k.width;
-  float* x = floats(heads * size);  // of each head the rows, and such as fill up four
+  const int64_t each = pieces(begin, end), heads = k.batch * k.heads, lines = (rows + 7) / 8 * 8, size = lines * k.width;
+  float* x = floats(heads * size);  // of each head the rows, and such as fill up eight
   float* q_sums = floats(heads * rows);
   memset(x, 0, heads * size * sizeof(float));
   for (int64_t i = 0; i < heads * rows; i++) {
@@ -128,13 +128,14 @@ extern "C" void ao_scores(const Heads* keys, const void* q, int32_t q_dtype, flo
     for (int64_t at = task.start; at < task.stop; at += SPAN) {
       const int64_t n = task.stop - at < SPAN ? task.stop - at : SPAN;
       const uint8_t* codes = task.codes + at * k.row_bytes;
-      float scale[SPAN], zero[SPAN] = {}, raw[4 * SPAN];
+      float scale[SPAN], zero[SPAN] = {}, raw[8 * SPAN];
       to_floats(k.scale, task.number + at, n, k.scale_dtype, scale);
       if (k.zero) to_floats(k.zero, task.number + at, n, k.zero_dtype, zero);
       for (int64_t r = 0, some; r < rows; r += some) {
-        some = rows - r >= 3 ? 4 : 1;
+        some = rows - r >= 6 ? 8 : rows - r >= 3 ? 4 : 1;
         const float* from = x + head * size + r * k.width;
-        if (some == 4) products<4>(codes, k.row_bytes, k.width, n, table, from, raw);
+        if (some == 8) products<8>(codes, k.row_bytes, k.width, n, table, from, raw);
+        else if (some == 4) products<4>(codes, k.row_bytes, k.width, n, table, from, raw);
         else products<1>(codes, k.row_bytes, k.width, n, table, from, raw);
         for (int64_t t = 0; t < some && r + t < rows; t++) {
           float* to = scores + (first + r + t) * (end - begin) + at - begin;
@@ -196,7 +197,7 @@ INLINE float largest(const float* scores, int64_t count) {
 extern "C" void ao_values(const Heads* values, const float* scores, const float* sinks, int64_t rows, int64_t begin, int64_t end,
                           void* out, int32_t dtype, float* logs, int32_t threads) {
   const Heads v = *values;
-  const int64_t heads = v.batch * v.heads, each = pieces(begin, end), lines = (rows + 3) / 4 * 4;
+  const int64_t heads = v.batch * v.heads, each = pieces(begin, end), lines = (rows + 7) / 8 * 8;
   // Of each piece the sums of values (lines, width), and the largest score, the total and the shift of each of `lines`.
   const int64_t size = lines * (v.width + 3);
   float* found = floats(heads * each * size);
@@ -230,12 +231,13 @@ extern "C" void ao_values(const Heads* values, const float* scores, const float*
         total[r] += sum(of_total);
         shift[r] += sum(of_shift);
       }
-      const int T = W / 4;
+      const int T = W / 4;  // so that the sums stay in registers
       for (int64_t c = 0; c < v.width; c += 32, codes += 4 * BITS) {
         for (int64_t r = 0, some; r < rows; r += some) {
-          some = rows - r > 1 ? T : 1;
+          some = rows - r > T ? 2 * T : rows - r > 1 ? T : 1;
           float* to = sum_of + r * v.width + c;
-          if (some == T) weighted<T>(codes, v.row_bytes, v.width, n, table, weights + r * SPAN, to);
+          if (some == 2 * T) weighted<2 * T>(codes, v.row_bytes, v.width, n, table, weights + r * SPAN, to);
+          else if (some == T) weighted<T>(codes, v.row_bytes, v.width, n, table, weights + r * SPAN, to);
           else weighted<1>(codes, v.row_bytes, v.width, n, table, weights + r * SPAN, to);
         }
       }

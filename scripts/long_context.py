@@ -1,5 +1,5 @@
-"""Make the tables of docs/long-context.md from docs/measured/kv-lm.json (eval_lm.py --kv-cache ... --divergence) and
-docs/measured/kv-cuda.json and kv-cpu.json (bench_kv_cache.py).
+"""Make the tables of docs/long-context.md from docs/measured/kv-lm.json (eval_lm.py --kv-cache ... --divergence),
+kv-texts-*.json (same_texts.py), and kv-cuda.json and kv-cpu.json (bench_kv_cache.py).
 
     .venv/bin/python scripts/long_context.py          rewrite them
     .venv/bin/python scripts/long_context.py --check  exit with an error if that would change anything
@@ -33,6 +33,19 @@ def accuracy(folder: Path = MEASURED) -> str:
     return f"{markdown(head, rows)}\n\n{where}: `{run['command']}`."
 
 
+def texts(folder: Path = MEASURED) -> str:
+    """Tokens of greedy texts that stay the same."""
+    found = [json.loads((folder / f"kv-texts-{dtype}.json").read_text()) for dtype in ("float32", "bfloat16")]
+    rows = []
+    for data in found:
+        for r in data["rows"]:
+            name = r["cache"] if " " in r["cache"] else f"`{r['cache']}`"
+            rows.append([data["dtype"], name, f"{r['first']:.1%}", f"{r['all']:.1%}"])
+    head = ["computed in", "beside `sdpa` and its own cache", "first 8 tokens", f"{found[0]['new']} tokens"]
+    commands = " and ".join(f"`{data['command']}`" for data in found)
+    return f"{markdown(head, rows)}\n\n{found[0]['prompts']} texts: {commands}."
+
+
 def memory() -> str:
     """Bytes of the cache of the shape of Llama-3.1-8B: 32 layers, 8 key heads of 128."""
     lengths = [8192, 32768, 131072]
@@ -61,5 +74,6 @@ def speed(folder: Path = MEASURED, device: str = "cuda") -> str:
 
 
 if __name__ == "__main__":
-    tables = {"accuracy": accuracy, "memory": memory, "speed": speed, "speed-cpu": partial(speed, device="cpu")}
+    tables = {"accuracy": accuracy, "texts": texts, "memory": memory, "speed": speed}
+    tables["speed-cpu"] = partial(speed, device="cpu")
     fill(PAGE, tables, "--check" in sys.argv[1:])

@@ -29,12 +29,11 @@ INSTRUCTIONS = {
 
 @functools.cache
 def cpp_compiler() -> str | None:
-    """The C++ compiler: $CXX, g++ or clang++; None where there is none that the code was written for."""
+    """The C++ compiler: $CXX, or else g++ or clang++; None where there is none that the code was written for."""
     if not sys.platform.startswith("linux"):
         return None
-    return next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
-    )
+    given = os.environ.get("CXX")
+    return next((path for name in ([given] if given else ["g++", "clang++"]) if (path := shutil.which(name))), None)
 
 
 def cpp_instructions() -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Time linear layers: every format at every number of tokens M on the layers of Llama-3.1-8B, beside bfloat16.
 
 A layer is an `nn.Linear` whose weight was quantized by `ao.quantize_`, called through plain `torch.compile`, or as it is.
-Weights are cold: calls go round so many copies that none is left in the cache. On a GPU the calls of a case are recorded in one CUDA
-graph and its replays are timed by events; on a CPU single calls are timed. All formats (and other libraries, --peers) take
+Weights are cold: calls go round so many copies that none is left in the cache. On a GPU the calls of a case are recorded in
+one CUDA graph and its replays are timed by events; on a CPU single calls are timed. All formats (and other libraries, --peers) take
 turns at the same M, and medians are reported:
 
     us        microseconds per call

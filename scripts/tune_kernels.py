@@ -232,7 +232,8 @@ def best_overall(rows: list[dict[str, Any]]) -> None:
 def tune_attention(args: argparse.Namespace, context: str, end: float, rows: list[dict[str, Any]]) -> None:
     """All caches at one context."""
     batch, length = map(int, context.split("x"))
-    heads, kv_heads, dim = bench_kv_cache.HEADS, bench_kv_cache.KV_HEADS, bench_kv_cache.DIM
+    heads, kv_heads, dim = map(int, bench_kv_cache.HEADS.split("x"))
+    device = torch.device("cuda")
     q = torch.randn(batch, heads, 1, dim, device="cuda").bfloat16()
     plain = 4 * batch * kv_heads * length * dim
     dense = [
@@ -245,7 +246,7 @@ def tune_attention(args: argparse.Namespace, context: str, end: float, rows: lis
             which = getattr(SDPBackend, backend)
             title = f"{backend.lower()} {packed}"
             calls[title] = [partial(bench_kv_cache.baseline, q, k, v, which, packed) for k, v in dense]
-    found = bench_kv_cache.times(calls)
+    found = bench_kv_cache.times(calls, device)
     calls = {}
     base = min(s for s in found.values() if isinstance(s, float))
     del dense
@@ -254,13 +255,13 @@ def tune_attention(args: argparse.Namespace, context: str, end: float, rows: lis
         if time.monotonic() > end:
             print(f"no time left for {context} {name}")
             continue
-        size = bench_kv_cache.filled(name, 1, 1024, 0).nbytes_packed * batch * length // 1024
+        size = bench_kv_cache.filled(name, 1, 1024, kv_heads, dim, 0, device).nbytes_packed * batch * length // 1024
         count = max(2, math.ceil(bench_kv_cache.COLD / size))
-        caches = [bench_kv_cache.filled(name, batch, length, i) for i in range(count)]
+        caches = [bench_kv_cache.filled(name, batch, length, kv_heads, dim, i, device) for i in range(count)]
         calls = {name: [partial(c.attend, q) for c in caches]}
         for tile in each:
             calls[f"{name} {tile}"] = [partial(bench_kv_cache.tiled, c, q, tile) for c in caches]
-        results = bench_kv_cache.times(calls)
+        results = bench_kv_cache.times(calls, device)
         for way, seconds in results.items():
             if isinstance(seconds, str):
                 print(f"fails: {context} {way}: {seconds}")

@@ -2,8 +2,8 @@
 
 A layer is an `nn.Linear` whose weight was quantized by `ao.quantize_`, called through plain `torch.compile`, or as it is.
 Weights are cold: calls go round so many copies that none is left in the cache. On a GPU the calls of a case are recorded in
-one CUDA graph and its replays are timed by events; on a CPU single calls are timed. All formats (and other libraries, --peers) take
-turns at the same M, and medians are reported:
+one CUDA graph and its replays are timed by events; on a CPU single calls are timed. All formats (and other libraries, --peers)
+take turns at the same M, and medians are reported:
 
     us        microseconds per call
     of floor  the larger of two times, over the measured one: bytes (packed weight, input and output) over the bandwidth

@@ -126,8 +126,9 @@ def compile_few(name: str, k: int, m: int) -> list[str]:
 
 def compile_attention(name: str, tile: str) -> list[str]:
     try:
-        cache = bench_kv_cache.filled(name, 1, 4096, 0)
-        q = torch.randn(1, bench_kv_cache.HEADS, 1, bench_kv_cache.DIM, device="cuda").bfloat16()
+        heads, kv_heads, dim = map(int, bench_kv_cache.HEADS.split("x"))
+        cache = bench_kv_cache.filled(name, 1, 4096, kv_heads, dim, 0, torch.device("cuda"))
+        q = torch.randn(1, heads, 1, dim, device="cuda").bfloat16()
         bench_kv_cache.tiled(cache, q, tile)
         torch.cuda.synchronize()
     except Exception as error:

@@ -9,7 +9,7 @@ from cases import weight
 
 import ao
 from ao import compute_error
-from ao.dtypes import NF4, Codebook, Float8, FloatX, Intx, Shifted, Ternary, cpp
+from ao.dtypes import MXINT8, NF4, Codebook, Float8, FloatX, Intx, Shifted, Ternary, cpp
 from ao.matmul import linear, made, path_name
 from ao.matmul.kernels import built
 
@@ -53,6 +53,7 @@ def product(x, q):
         FloatX(3, 2, block=(1, 32)),
         FloatX(2, 3, block=(1, 16)),
         FloatX(5, 2, block=(1, 32)),
+        MXINT8,
         FloatX(4, 3, block=(1, 32), scale="e8m0"),
         FloatX(2, 1, block=(1, 32), scale="e8m0"),
         Ternary(),

@@ -7,6 +7,7 @@ number is 1 63/64, and blocks of 32 with a scale in E8M0. Cost: 8 + 8 / 32 = 8.2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec
 from .blocks import amax_abs, in_blocks, to_blocks
 from .e8m0 import E8M0, RULES, Rule, divided, shared_exponent, wide
+from .operand import Operand
 from .rounding import narrow
 
 
@@ -60,6 +62,10 @@ class MXInt(Spec):
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         """Integers in float32, in blocks."""
         return (divided(to_blocks(x, scale.shape), scale) * 64).round().clamp(-127, 127)
+
+    def operand(self, q: Any) -> Operand:
+        """Fixed-point numbers with one bit before the point."""
+        return Operand(q.qdata, q.scale, None, "fixed", 8, exponent=1, powers=q.scale.qdata)
 
 
 class MXIntTensor(QTensor, spec=MXInt):

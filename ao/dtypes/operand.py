@@ -17,7 +17,7 @@ from .bits import signed_trits
 from .onnx_mode import exporting, reads_no_bits
 from .pieces import is_eager
 
-Kind = Literal["affine", "trits", "shifted", "float", "minifloat", "table", "int4pack", "sparse24", "blocks"]
+Kind = Literal["affine", "trits", "shifted", "float", "minifloat", "fixed", "table", "int4pack", "sparse24", "blocks"]
 
 
 class Operand(NamedTuple):
@@ -33,6 +33,7 @@ class Operand(NamedTuple):
         "shifted"   x = (code - offset) * scale - zero_point
         "float"     x = code * scale, where codes are float8
         "minifloat"  x = minifloat(code) * scale, where codes are a sign, exponent and mantissa bits
+        "fixed"     x = code * 2**(1 + exponent - bits) * scale, where codes are int8: fixed-point numbers
         "table"     x = table[code] * scale
         "int4pack"  codes and scale are in the layout of ATen's int4 product on their device: only that product reads them
         "sparse24"  codes say which two of four are there (pairs.py), (N, K / 8), and `part` is the two: (N, K / 2)
@@ -42,7 +43,8 @@ class Operand(NamedTuple):
     bits: of a code.
     offset: what the codes are stored with; signed ones of fewer than 8 bits with 2**(bits - 1).
     table: (2**bits,) float32.
-    exponent: bits of the exponent of a minifloat; its mantissa has bits - 1 - exponent.
+    exponent: bits of the exponent of a minifloat; its mantissa has bits - 1 - exponent. Of a fixed-point number, the bits before
+        the point; behind it are bits - 1 - exponent.
     powers: the scales as bytes, uint8, where they are powers of two, 2**(byte - 127).
     part: the numbers that are not zero, a QTensor or plain.
     words: scales and zero points, bfloat16, where one word holds both (joint.py).
@@ -61,6 +63,11 @@ class Operand(NamedTuple):
     words: Tensor | None = None
 
     @property
+    def unit(self) -> float:
+        """What an integer code is times: the last place of a fixed-point number, else 1."""
+        return 2.0 ** (1 + self.exponent - self.bits) if self.kind == "fixed" else 1.0
+
+    @property
     def linear(self) -> bool:
         """Whether numbers are codes less a zero point, times a scale."""
         return self.kind in ("affine", "float")
@@ -70,11 +77,9 @@ class Operand(NamedTuple):
         if self.kind == "table":
             assert self.table is not None
             return look_up(self.table, codes)
-        return (
-            minifloat(codes, self.exponent, self.bits - 1 - self.exponent)
-            if self.kind == "minifloat"
-            else codes.float()
-        )
+        if self.kind == "minifloat":
+            return minifloat(codes, self.exponent, self.bits - 1 - self.exponent)
+        return codes.float() * self.unit if self.kind == "fixed" else codes.float()
 
     @property
     def by_row(self) -> bool:

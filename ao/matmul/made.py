@@ -91,7 +91,7 @@ def _kind(operand: Operand) -> Kind | None:
     codes = operand.codes.dtype
     if operand.kind == "trits":
         return Kind("signed", 8)  # which a row becomes, when it is read
-    if operand.kind in ("affine", "shifted"):
+    if operand.kind in ("affine", "shifted", "fixed"):
         return Kind("signed" if codes == torch.int8 else "unsigned", operand.bits)
     if operand.kind == "table" or (operand.kind == "minifloat" and operand.bits <= 4):
         return Kind("table", operand.bits)
@@ -99,6 +99,12 @@ def _kind(operand: Operand) -> Kind | None:
         whole = {(8, 4): "e4m3", (8, 5): "e5m2"}.get((operand.bits, operand.exponent))
         return Kind("minifloat", operand.bits, operand.exponent) if whole is None else Kind(whole, 8)
     return Kind(_SIGNED[codes], 8) if codes in _SIGNED else None
+
+
+@functools.cache
+def _one_number(value: float) -> Tensor:
+    """A float32, (1,), that lives as long as the process."""
+    return torch.tensor([value], device="cpu")
 
 
 @functools.cache
@@ -303,8 +309,9 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
         levels = [(_numbers(words, kind), (words,)) for kind in (JOINT_SCALE, JOINT_ZERO)]
     else:
         powers = None if operand.powers is None else operand.powers.contiguous()
+        unit = _one_number(operand.unit) if operand.kind == "fixed" else None
         levels = [
-            _level(scale) if powers is None else (_numbers(powers, POWER), (powers,)),
+            _level(scale, unit) if powers is None else (_numbers(powers, POWER, unit), (powers,)),
             (Level(), ()) if zero is None else _level(zero),
         ]
     weight = Weight(
@@ -323,18 +330,20 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
     return described
 
 
-def _numbers(t: Tensor, kind: int) -> Level:
-    """Numbers as they are, of one of the kinds of cpu_source.py."""
-    return Level(t.data_ptr(), None, None, t.shape[0], 0, 0, kind)
+def _numbers(t: Tensor, kind: int, unit: Tensor | None = None) -> Level:
+    """Numbers as they are, of one of the kinds of cpu_source.py, or times one that lives as long as the process."""
+    if unit is None:
+        return Level(t.data_ptr(), None, None, t.shape[0], 0, 0, kind)
+    return Level(t.data_ptr(), unit.data_ptr(), None, t.shape[0], 1, 1, kind, 0, SCALES[unit.dtype])
 
 
-def _level(t: Tensor) -> tuple[Level, tuple[Tensor, ...]]:
+def _level(t: Tensor, unit: Tensor | None = None) -> tuple[Level, tuple[Tensor, ...]]:
     """Scales or zero points as the compiled functions read them, and what must live as long: numbers, or codes with an affine map
     of their own, where that is all that leads to numbers."""
     inner = t.spec.operand(t) if isinstance(t, QTensor) and t.dtype == torch.float32 and t.pre_scale is None else None
-    if inner is None or not _fits(inner, t.shape):
+    if inner is None or unit is not None or not _fits(inner, t.shape):
         t = _plain(t)
-        return _numbers(t, SCALES[t.dtype]), (t,)
+        return _numbers(t, SCALES[t.dtype], unit), (t,)
     codes, scale = inner.codes.contiguous(), _plain(inner.scale)
     zero = None if inner.zero_point is None else _plain(inner.zero_point)
     level = Level(

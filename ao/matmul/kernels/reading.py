@@ -11,7 +11,7 @@ from torch import Tensor
 from ...dtypes.base import QTensor
 from ...dtypes.operand import Operand, stored_scale
 
-KINDS = ("affine", "table", "minifloat", "float")
+KINDS = ("affine", "table", "minifloat", "float", "fixed")
 """Kinds of operands, by the numbers that the kernels have for them. A float is a minifloat with NaN."""
 
 NESTED = ("none", "e4m3", "scaled", "power", "affine")

@@ -17,7 +17,7 @@ from .joint_words import scale_number, zero_number
 from .launch import cdiv, launch, power_of_two
 from .reading import KINDS, NESTED, Fields, Reading
 
-_AFFINE, _TABLE, _MINIFLOAT, _FLOAT = (tl.constexpr(i) for i in range(len(KINDS)))
+_AFFINE, _TABLE, _MINIFLOAT, _FLOAT, _FIXED = (tl.constexpr(i) for i in range(len(KINDS)))
 _PLAIN, _E4M3, _SCALED, _POWER, _INTEGERS = (tl.constexpr(i) for i in range(len(NESTED)))
 
 
@@ -120,6 +120,12 @@ def _numbers(code, table_ptr, KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: 
             return ((code ^ 128) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
         else:
             return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    elif KIND == _FIXED:
+        # Likewise, where the last place of a float is that of the numbers.
+        SIGN: tl.constexpr = 2 ** (BITS - 1)
+        LAST: tl.constexpr = 24 - BITS + EXPONENT
+        base = (code ^ SIGN) | ((127 + LAST) << 23)
+        return base.to(tl.float32, bitcast=True) - (2.0**LAST + 2.0**EXPONENT)
     else:
         size = code & (2 ** (BITS - 1) - 1)
         value = (size << (24 - BITS + EXPONENT)).to(tl.float32, bitcast=True) * (2.0 ** (128 - 2 ** (EXPONENT - 1)))

@@ -147,14 +147,17 @@ def results(data: Numbers) -> str:
 
 
 def trained(qat: Numbers, judged: Numbers, unseen: Numbers) -> str:
-    """Quantization-aware training: what it took, and what came of it on the unseen part."""
+    """Quantization-aware training: what it took, and what came of it on the unseen part, else on all the text."""
     rows = []
-    for row in judged.rows:
-        closed = percent(judged.closed(row["format"], row["recipe"], unseen))
+    for row in [*judged.rows, *(row for row in qat.rows if (row["format"], row["recipe"]) not in judged.by_name)]:
+        closed, recipe = percent(judged.closed(row["format"], row["recipe"], unseen)), row["recipe"]
+        if (row["format"], row["recipe"]) not in judged.by_name:
+            worst, recipe = row.get("rounded"), f"{recipe}, on all the text"
+            closed = percent(worst and (worst - row["perplexity"]) / (worst - qat.base(row)))
         size = [f"{row['bits']:.2f}", f"{row['perplexity']:.2f}", closed, f"{row['divergence']:.4f}"]
         took = qat.get(row["format"], row["recipe"])
         spent = ["-", "-"] if took is None else [f"{took['tokens'] / 1e6:.2f}M", f"{took['cpu_seconds'] / 60:.0f}"]
-        rows.append([row["format"], row["recipe"], *size, *spent])
+        rows.append([row["format"], recipe, *size, *spent])
     head = ["format", "recipe", "bits", "perplexity", "closed", "divergence", "tokens", "CPU minutes"]
     return f"{markdown(head, rows)}\n\n{judged.origin()}\n\nTrained by:\n\n{qat.origin()}"
 

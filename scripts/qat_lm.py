@@ -182,7 +182,7 @@ def conclude(
     print(f"perplexity {found:.3f}, {closed:.0%} of the distance closed, {bits:.2f} bits per weight")
     if args.json is not None:
         row = {"format": args.format, "recipe": f"qat from {args.start}", "bits": bits, "perplexity": found}
-        row |= {"divergence": divergence, **trained, "notes": []}
+        row |= {"rounded": worst, "divergence": divergence, **trained, "notes": []}
         add_to(args.json, run_of(args, what, base, text.shape[0] * (text.shape[1] - 1)), [row])
 
 

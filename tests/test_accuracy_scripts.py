@@ -142,7 +142,7 @@ def test_qat_lm(folder, tmp_path, capsys, monkeypatch):
     qat_lm.main(words(folder, *train, "--json", str(out), "--save", str(tmp_path / "model.safetensors")))
     assert "of the distance closed" in capsys.readouterr().out
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["recipe"] == "qat from gptq" and row["bits"] == 3
+    assert row["recipe"] == "qat from gptq" and row["bits"] == 3 and row["rounded"] > 0
     saved = str(tmp_path / "model.safetensors")
     qat_lm.main(words(folder, "--format", "int2-g32", "--load", saved, "--json", str(tmp_path / "again.json")))
     (again,) = json.loads((tmp_path / "again.json").read_text())["rows"]
@@ -166,6 +166,8 @@ def test_the_page_is_filled(tmp_path):
     }
     for name in ("lm", "unseen"):
         (tmp_path / f"accuracy-{name}.json").write_text(json.dumps({"runs": [run], "rows": rows}))
+    trained = {**common, "recipe": "qat from gptq", "perplexity": 11.0, "divergence": 0.1, "rounded": 20.0, "tokens": 1e6}
+    (tmp_path / "accuracy-qat.json").write_text(json.dumps({"runs": [run], "rows": [trained]}))
     peer = [{"format": "int3-g32", "recipe": "llm-compressor, GPTQ", "failed": "ImportError: no", "run": 0}]
     (tmp_path / "accuracy-peers.json").write_text(json.dumps({"runs": [run], "rows": peer}))
     page, readme = tmp_path / "accuracy.md", tmp_path / "README.md"
@@ -176,6 +178,7 @@ def test_the_page_is_filled(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "30% closed" in text and " 40% " in text and " 80% " in text and "not measured" in text
+    assert "on all the text" in text and " 90% " in text
     assert "does not run: ImportError: no" in text and "16.00" in readme.read_text()
     accuracy.write(page, readme, tmp_path, check=True)
     page.write_text(text.replace("16.00", "17.00"))

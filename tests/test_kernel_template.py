@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import weight
 
 from ao import compute_error
-from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Codebook, Float8, FloatX, Intx
+from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, MXINT8, NF4, NVFP4, Codebook, Float8, FloatX, Intx
 from ao.matmul import path_name
 
 pytestmark = [
@@ -48,6 +48,7 @@ OTHERS = [
     FP6,
     MXFP6,
     MXFP8,
+    MXINT8,
     FloatX(2, 2),
     Float8(block=(1, 48)),
     Float8("e5m2", (16, 32)),

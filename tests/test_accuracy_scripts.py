@@ -166,7 +166,14 @@ def test_the_page_is_filled(tmp_path):
     }
     for name in ("lm", "unseen"):
         (tmp_path / f"accuracy-{name}.json").write_text(json.dumps({"runs": [run], "rows": rows}))
-    trained = {**common, "recipe": "qat from gptq", "perplexity": 11.0, "divergence": 0.1, "rounded": 20.0, "tokens": 1e6}
+    trained = {
+        **common,
+        "recipe": "qat from gptq",
+        "perplexity": 11.0,
+        "divergence": 0.1,
+        "rounded": 20.0,
+        "tokens": 1e6,
+    }
     (tmp_path / "accuracy-qat.json").write_text(json.dumps({"runs": [run], "rows": [trained]}))
     peer = [{"format": "int3-g32", "recipe": "llm-compressor, GPTQ", "failed": "ImportError: no", "run": 0}]
     (tmp_path / "accuracy-peers.json").write_text(json.dumps({"runs": [run], "rows": peer}))

@@ -31,7 +31,7 @@ from ...dtypes import Spec, dense
 from ..calibration.observers import Hessian
 from ..calibration.statistics import Statistics
 from .factor import Factored
-from .group_fit import fit_group
+from .group_fit import fit_group, held_as, stored_as
 from .hqq import Qparams, check_scaled, magnitude, search
 from .recipe import Recipe, Rounded
 
@@ -214,9 +214,13 @@ class Solver:
             values = q[:, columns]
             b = values @ square + left[:, columns]  # what the group should be, times its H
             now = {name: t[:, i : i + 1] for name, t in fitted.items()}  # (rows of the grid, 1)
-            made, now = fit_group(self.spec, values, square, b, now, size)
+            made, now = fit_group(
+                self.spec, values, square, b, now, size, lambda x, i=i: held_as(qparams["scale"], x, i)
+            )
             left -= (made - values) @ h
             q[:, columns] = made
             for name, t in now.items():
                 fitted[name][:, i : i + 1] = t
+        if fitted.keys() == {"scale"}:
+            return {"scale": stored_as(qparams["scale"], fitted["scale"])}
         return self.spec.stored(**fitted)

@@ -7,20 +7,29 @@ solution, each with the best scale there is for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ...dtypes import Spec
+from ...dtypes import QTensor, Spec, dense
 
 
 def fit_group(
-    spec: Spec, values: Tensor, square: Tensor, b: Tensor, now: dict[str, Tensor], size: Tensor
+    spec: Spec,
+    values: Tensor,
+    square: Tensor,
+    b: Tensor,
+    now: dict[str, Tensor],
+    size: Tensor,
+    held: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The best of a few qparams for one group of columns: new values and qparams, no worse than those given.
 
     values: (n, group), those of the codes under the qparams now. square: (group, group), H. b: (n, group).
     now: scale and perhaps zero_point, (rows, 1) each, where n / rows rows of values share them; floats in float32.
     size: a power of two of about the largest value; beside it, sums of squares stay within the range of float32.
+    held: what a scale is after it was stored, for formats without a zero point: a power of two is far from what was asked for.
     """
     heaviest = square.diagonal().amax()
     square, b = square / heaviest, b / heaviest / size
@@ -45,7 +54,8 @@ def fit_group(
         return {"scale": best} if zero_point is None else {"scale": best, "zero_point": zero_point}
 
     if zero is None:
-        candidates.append(scaled(None, unit))
+        best = scaled(None, unit)["scale"]
+        candidates.append({"scale": held(best * size) / size})
     else:
         # [u H u, -u H 1; -u H 1, 1 H 1] (scale, offset) = (u b, -1 b), with u the units: offset moves the zero point
         uh = unit @ square
@@ -81,3 +91,23 @@ def fit_group(
         found = {**tried, "scale": tried["scale"] * size}
         kept = {name: torch.where(better, found[name].to(t.dtype), t) for name, t in kept.items()}
     return made, kept
+
+
+def _own(kept: QTensor) -> dict[str, Tensor]:
+    """The qparams of a qparam that is quantized itself."""
+    return {name: dense(t) for name, t in kept.fields().items() if kept.roles[name] != "elements"}
+
+
+def held_as(kept: Tensor, x: Tensor, group: int) -> Tensor:
+    """`x`, (rows, 1), as it comes back from the column `group` of a stored qparam `kept`, (rows, groups), whose own qparams stay."""
+    if not isinstance(kept, QTensor):
+        return x.to(kept.dtype).float()
+    own = {name: t[:, group * t.shape[1] // kept.shape[1], None] for name, t in _own(kept).items()}
+    return kept.spec.round(x, **own)
+
+
+def stored_as(kept: Tensor, x: Tensor) -> Tensor:
+    """`x`, of the shape of `kept`, stored as that is, under the same qparams."""
+    if not isinstance(kept, QTensor):
+        return x.to(kept.dtype)
+    return kept.spec.quantize(x, **_own(kept))

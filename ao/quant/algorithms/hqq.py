@@ -29,6 +29,9 @@ Qparams = dict[str, Tensor]
 CUTS = tuple(1 - 0.05 * i for i in range(13))
 """Fractions of an end of the range, 1 to 0.4."""
 
+WIDER = (1.2, 1.5, 2.0)
+"""Multiples of a scale that is less than the largest number asks for, such as a power of two below."""
+
 
 @dataclass(frozen=True)
 class HQQ(Recipe):
@@ -103,7 +106,7 @@ def search(
 
     weight: float32. importance: broadcasts to the weight; None for 1.
 
-    First both ends are cut alike; then, where there is a zero point, each end alone around what was best.
+    First both ends are cut alike; then, where there is a zero point, each end alone around what was best, else larger scales.
     """
     grid = spec.grid(weight.shape)
     blocks = to_blocks(weight, grid)
@@ -115,17 +118,23 @@ def search(
     unit = expand(1 / magnitude(weight, grid), weight.shape)
 
     def attempt(below: Tensor, above: Tensor) -> None:
-        nonlocal best, low, high
+        nonlocal low, high
         cut = blocks.clamp(lo * in_blocks(below), hi * in_blocks(above)).reshape(weight.shape)
-        tried = {name: dense(t) for name, t in spec.choose_qparams(cut, grid).items()}
+        better = weigh(spec.choose_qparams(cut, grid))
+        low, high = torch.where(better, below, low), torch.where(better, above, high)
+
+    def weigh(stored: Qparams) -> Tensor:
+        nonlocal best
+        tried = {name: dense(t) for name, t in stored.items()}
         error = (spec.round(weight, **tried) - weight).mul_(unit).abs_().pow_(p)
         total = _total(error if importance is None else error * importance, grid)
         better = total < best
         best = torch.where(better, total, best)
-        low, high = torch.where(better, below, low), torch.where(better, above, high)
         for name, t in tried.items():
             qparams[name] = torch.where(better, t, qparams[name])
+        return better
 
+    chosen = qparams["scale"].float()
     for cut in cuts:
         attempt(torch.full_like(best, cut), torch.full_like(best, cut))
     if "zero_point" in qparams:
@@ -135,6 +144,9 @@ def search(
                 attempt(low + move * step, high)
             for move in (-2, -1, 1, 2):
                 attempt(low, high + move * step)
+    else:
+        for factor in WIDER:
+            weigh(spec.stored(scale=chosen * factor))
     return spec.stored(**qparams)
 
 

@@ -99,7 +99,7 @@ def _own(kept: QTensor) -> dict[str, Tensor]:
 
 
 def held_as(kept: Tensor, x: Tensor, group: int) -> Tensor:
-    """`x`, (rows, 1), as it comes back from the column `group` of a stored qparam `kept`, (rows, groups), whose own qparams stay."""
+    """`x`, (rows, 1), as it comes back from a column of a stored qparam `kept`, (rows, groups), whose own qparams stay."""
     if not isinstance(kept, QTensor):
         return x.to(kept.dtype).float()
     own = {name: t[:, group * t.shape[1] // kept.shape[1], None] for name, t in _own(kept).items()}

@@ -43,6 +43,7 @@ from ao.quant import (
 from ao.quant.algorithms import clip
 from ao.quant.algorithms.by_name import parse_recipe
 from ao.quant.algorithms.factor import Factored
+from ao.quant.algorithms.gptq import Solver
 from ao.quant.algorithms.hadamard import random_hadamard
 from ao.quant.algorithms.recipe import Recipe, Rounded
 from ao.quant.calibration.observers import Hessian
@@ -174,6 +175,14 @@ def test_hqq_finds_the_grid_that_made_the_weight():
     assert (HQQ().quantize(w, spec, None).values - w).abs().max() < 1e-5
 
 
+def test_a_larger_scale_where_that_is_better():
+    """The rule of MXFP4 lets 7.5 end at 6; under the next power of two it is 8."""
+    w = torch.full((4, K), 7.5)
+    assert (MXFP4.quantize(w).dequantize() == 6).all()
+    for recipe in (HQQ(), GPTQ(rounds=0)):
+        assert (recipe.quantize(w, MXFP4, seen(torch.eye(K))).values == 8).all()
+
+
 def test_integer_zero_points_keep_zero_exact():
     w, spec = weight() + 3, Intx(4, (1, 32))  # far from 0
     for recipe in (HQQ(), GPTQ()):
@@ -200,6 +209,32 @@ def test_gptq_is_optimal_where_it_can_be_checked():
             moved = spec.round(moved, **found.qparams)
             worse += int((loss(moved) >= best * (1 - 1e-4)).sum())
     assert worse >= 0.98 * N * len(range(0, K, 5)) * 2
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MXFP4,
+        NVFP4,
+        Float8(block=(1, 32)),
+        Codebook("nf4", (1, 32), Intx(8, (1, 3), zero_point="float", symmetric=False)),
+    ],
+    ids=lambda spec: repr(spec)[:60],
+)
+def test_gptq_fits_scales_as_they_are_stored(spec):
+    """However coarsely: what was fitted are multiples of stored scales, and none of them made the error larger."""
+    h = seen(data()).observers["hessian"].factored(True, 0.01)
+    solver = Solver(spec, h, GPTQ(rounds=0), torch.ones(K))
+    b = h.product(weight()[:, h.order])
+    q, qparams = solver.piece(b, solver.start(weight()))  # b is what is left from here on
+    before = q.clone()
+    fitted = solver.fit(b, q, qparams)
+    multiples = torch.empty_like(q).index_copy_(1, h.order, q)
+    torch.testing.assert_close(spec.round(multiples, **fitted), multiples)
+    loss = [
+        (((v - weight()[:, h.order]) @ h.rows(slice(0, K))) * (v - weight()[:, h.order])).sum(1) for v in (before, q)
+    ]
+    assert (loss[1] <= loss[0] * (1 + 1e-4)).all()
 
 
 def test_gptq_of_uncorrelated_inputs_is_rounding_to_nearest():

@@ -95,7 +95,9 @@ def fit_group(
 
 def _own(kept: QTensor) -> dict[str, Tensor]:
     """The qparams of a qparam that is quantized itself."""
-    return {name: dense(t) for name, t in kept.fields().items() if kept.roles[name] == "per_block" and name != "pre_scale"}
+    return {
+        name: dense(t) for name, t in kept.fields().items() if kept.roles[name] == "per_block" and name != "pre_scale"
+    }
 
 
 def held_as(kept: Tensor, x: Tensor, group: int) -> Tensor:

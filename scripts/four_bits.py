@@ -34,7 +34,13 @@ FORMATS = {
 }
 """What the table calls a format -> what eval_lm.py was given."""
 
-RECIPES = {"rtn": "rounded", "gptq": "GPTQ", "rotation+gptq": "rotation + GPTQ", "qat from gptq": "trained"}
+RECIPES = {
+    "rtn": "rounded",
+    "rotation(32)+rtn": "rotated by 32",
+    "gptq": "GPTQ",
+    "rotation(32)+gptq": "rotated, GPTQ",
+    "qat from gptq": "trained",
+}
 
 
 def four_bits(folder: Path = MEASURED) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -214,9 +215,7 @@ class Solver:
             values = q[:, columns]
             b = values @ square + left[:, columns]  # what the group should be, times its H
             now = {name: t[:, i : i + 1] for name, t in fitted.items()}  # (rows of the grid, 1)
-            made, now = fit_group(
-                self.spec, values, square, b, now, size, lambda x, i=i: held_as(qparams["scale"], x, i)
-            )
+            made, now = fit_group(self.spec, values, square, b, now, size, partial(held_as, qparams["scale"], i))
             left -= (made - values) @ h
             q[:, columns] = made
             for name, t in now.items():

@@ -100,7 +100,7 @@ def _own(kept: QTensor) -> dict[str, Tensor]:
     }
 
 
-def held_as(kept: Tensor, x: Tensor, group: int) -> Tensor:
+def held_as(kept: Tensor, group: int, x: Tensor) -> Tensor:
     """`x`, (rows, 1), as it comes back from a column of a stored qparam `kept`, (rows, groups), whose own qparams stay."""
     if not isinstance(kept, QTensor):
         return x.to(kept.dtype).float()

@@ -38,7 +38,7 @@ RECIPES = {
     "rtn": "rounded",
     "rotation(32)+rtn": "rotated by 32",
     "gptq": "GPTQ",
-    "rotation(32)+gptq": "rotated, GPTQ",
+    "rotation(32)+gptq": "rotated by 32, GPTQ",
     "qat from gptq": "trained",
 }
 

@@ -24,6 +24,7 @@ from tables import markdown
 from torch import Tensor
 
 from ao.matmul import has_float8
+from ao.matmul.kernels.device import FLOATS
 
 K = TypeVar("K", bound=Hashable)
 
@@ -54,7 +55,7 @@ def device_name(device: torch.device) -> str:
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     chip = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
     units = {
-        "bfloat16": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "bfloat16": torch.bfloat16 in FLOATS,
         "int8 dot products": torch.cpu._is_vnni_supported(),
         "AMX": torch.cpu._is_amx_tile_supported(),
     }

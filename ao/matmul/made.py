@@ -52,6 +52,9 @@ WORTH = 2**16
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_LARGE = 2**21
+"""A weight of so many elements is worth a dozen operators eagerly, around a product in integer units."""
+
 _JOINT = "joint"
 """The kind of operand, in a graph, of integers whose scales are words that hold zero points as well."""
 
@@ -122,10 +125,11 @@ def accepts(x: Tensor, w: QTensor) -> bool:
     kind = None if operand is None else _kind(operand)
     if operand is None or kind is None or w.numel() < WORTH:
         return False
-    few = known(x.shape[0] <= _most(x.dtype))
-    if VNNI and int8_operand(w) is not None and not (few and operand.kind == "trits"):
+    few = known(x.shape[0] <= _most(x.dtype, w.shape[1]))
+    units = VNNI and (compiling() or w.numel() >= _LARGE)
+    if units and int8_operand(w) is not None and not (few and operand.kind == "trits"):
         return False  # there are units for it
-    if VNNI and _is_int8(operand) and x.dtype != torch.float32 and not known(x.shape[0] <= 8):
+    if units and _is_int8(operand) and x.dtype != torch.float32 and not known(x.shape[0] <= 8):
         return False
     if compiling() and x.dtype in _UNITS and not few:
         return False  # Inductor decodes as fast, and fuses what follows
@@ -136,12 +140,13 @@ def _is_int8(operand: Operand) -> bool:
     return operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
 
 
-def _most(dtype: torch.dtype) -> int:
-    """Up to how many tokens the compiled loops multiply themselves. A product of PyTorch's, of decoded weights, is faster from
-    some number on, with units for x's dtype from fewer."""
-    if dtype in _UNITS:
-        return 16
-    return 32 if AVX512 or dtype != torch.float32 else 128
+def _most(dtype: torch.dtype, k: int) -> int:
+    """Up to how many tokens the compiled loops multiply themselves. From some number on it is faster to decode the weight once
+    for a product of PyTorch's: soon where rows are short, as each takes a sum over its lanes per token, and where there are
+    units."""
+    if dtype == torch.float32 and not AVX512:
+        return 128
+    return min(16 if dtype in _UNITS else 32, k // 64)
 
 
 def product(x: Tensor, w: QTensor) -> Tensor:
@@ -268,7 +273,7 @@ def _multiplied(
         where = None if given is None else given.data_ptr()
         compiled.quantize(act, x.data_ptr(), SCALES[dtype], m, k, where, rows.data_ptr(), scale.data_ptr())
         x, points = rows, OF_INTEGERS if act.codes in _INTEGERS else IN_FLOATS
-    if m <= _most(x.dtype):
+    if m <= _most(x.dtype, k):
         of = dtype if dtype in DTYPES else torch.float32
         y = x.new_empty(m, n, dtype=of)
         tokens = None if scale is None else scale.data_ptr()

@@ -201,10 +201,21 @@ INLINE void decode(const uint8_t* p, const Table& table, vf* out) {
 }
 
 INLINE float sum(vf v) {
+#if defined(__AVX2__)
+#if W == 16
+  __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  __m256 a = (__m256)v;
+#endif
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+#else
   float s[W];
   memcpy(s, &v, sizeof(v));
   for (int width = W / 2; width; width /= 2) UNROLL for (int i = 0; i < width; i++) s[i] += s[i + width];
   return s[0];
+#endif
 }
 
 // a for the first half of a chunk and b for the second, as they meet its i-th vector.

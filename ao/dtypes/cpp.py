@@ -27,6 +27,34 @@ INSTRUCTIONS = {
 """Flags by PyTorch's names of what it uses of a CPU."""
 
 
+CPP_LANES = r"""
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// Lanes of a vector.
+#if !defined(W)
+#if defined(__AVX512F__)
+#define W 16
+#else
+#define W 8
+#endif
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+template <class T> INLINE T load(const void* p) { T t; memcpy(&t, p, sizeof(T)); return t; }
+INLINE vf same(float f) { return f - vf{}; }
+"""
+"""What all of the C++ begins with: vectors of GCC and Clang, of W lanes."""
+
+
 @functools.cache
 def cpp_compiler() -> str | None:
     """The C++ compiler: $CXX, or else g++ or clang++; None where there is none that the code was written for."""

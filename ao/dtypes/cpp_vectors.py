@@ -15,35 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPP_VECTORS = r"""
+from .cpp import CPP_LANES
+
+_VECTORS = r"""
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
-// Lanes of a vector.
-#if !defined(W)
-#if defined(__AVX512F__)
-#define W 16
-#else
-#define W 8
-#endif
-#endif
-
-typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t vi __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
-#define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
-
-template <class T> INLINE T load(const void* p) { T t; memcpy(&t, p, sizeof(T)); return t; }
 template <class T> INLINE void store(void* p, T t) { memcpy(p, &t, sizeof(T)); }
-INLINE vf same(float f) { return f - vf{}; }
 INLINE vi same(int32_t i) { return i - vi{}; }
 
 // Of floats, NaN where x is NaN; y is a number.
@@ -193,6 +174,8 @@ template <int N> INLINE void put(void* p, int64_t at, const vf* x, int dtype) {
   }
 }
 """
+
+CPP_VECTORS = CPP_LANES + _VECTORS
 """The vector types and what the printed lines call."""
 
 _TYPES = {torch.float32: "vf", torch.bfloat16: "vf"}

@@ -15,15 +15,11 @@ compiler finds none, to widen bytes and to look up a small table. There are thre
 `rows` decodes rows into memory, for a product of PyTorch's. `READING` is what attention (cpu_attention.py) begins with as well.
 """
 
+from ...dtypes.cpp import CPP_LANES
 from .cpu_fixed_point import FIXED_POINT
 
-READING = r"""
-#include <stdint.h>
+_READING = r"""
 #include <stdlib.h>
-#include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 // What a code is.
 #define UNSIGNED 0
@@ -33,18 +29,8 @@ READING = r"""
 #define TABLE 4
 #define MINIFLOAT 5
 
-// Lanes of a vector.
-#if !defined(W)
-#if defined(__AVX512F__)
-#define W 16
-#else
-#define W 8
-#endif
-#endif
 #define PER_CHUNK (32 / W)
 
-typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t vi __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
@@ -53,12 +39,6 @@ typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint64_t u64x4 __attribute__((vector_size(32), aligned(1), may_alias));
 
 #define AHEAD 2048  // bytes from what is read to what is asked for, which a CPU does not do by itself across pages
-
-#define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
-
-template <class T> INLINE T load(const void* p) { T t; memcpy(&t, p, sizeof(T)); return t; }
-INLINE vf same(float f) { return f - vf{}; }
 
 // The codes of a chunk, 32 in 4 * BITS bytes, a byte each, in their order. They are planar (bits.py): of a section of four bits
 // a byte holds one code of the first half and one of the second, of two bits one of each quarter, of one bit one of each eighth.
@@ -282,6 +262,8 @@ static void to_floats(const void* p, int64_t start, int64_t n, int dtype, float*
 
 INLINE float* floats(int64_t n) { return (float*)aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64); }
 """
+
+READING = CPP_LANES + _READING
 """What a code is, and how codes, scales and zero points become floats."""
 
 _LOOPS = r"""

@@ -279,17 +279,17 @@ def gemv_codes_kernel(
     unit = tl.arange(0, J)
     after = first * 4
     ahead0 = _ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
-    )
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+    )  # fmt: skip
     ahead1 = _ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
-    )
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+    )  # fmt: skip
     ahead2 = _ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
-    )
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+    )  # fmt: skip
     ahead3 = _ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
-    )
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+    )  # fmt: skip
 
     at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
@@ -326,62 +326,17 @@ def gemv_codes_kernel(
         w0, w1, w2, w3 = ahead0, ahead1, ahead2, ahead3
         after = r + tl.num_programs(0) * 4
         ahead0 = _ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2
-        )
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+        )  # fmt: skip
         ahead1 = _ahead(
-            q_ptr,
-            scale_ptr,
-            zero_ptr,
-            scale2_ptr,
-            zero2_ptr,
-            after + 1,
-            unit,
-            N,
-            K,
-            BITS,
-            ZERO,
-            RG,
-            NG,
-            NESTED,
-            RG2,
-            NG2,
-        )
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+        )  # fmt: skip
         ahead2 = _ahead(
-            q_ptr,
-            scale_ptr,
-            zero_ptr,
-            scale2_ptr,
-            zero2_ptr,
-            after + 2,
-            unit,
-            N,
-            K,
-            BITS,
-            ZERO,
-            RG,
-            NG,
-            NESTED,
-            RG2,
-            NG2,
-        )
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+        )  # fmt: skip
         ahead3 = _ahead(
-            q_ptr,
-            scale_ptr,
-            zero_ptr,
-            scale2_ptr,
-            zero2_ptr,
-            after + 3,
-            unit,
-            N,
-            K,
-            BITS,
-            ZERO,
-            RG,
-            NG,
-            NESTED,
-            RG2,
-            NG2,
-        )
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+        )  # fmt: skip
         d0 = _row(
             w0, r, unit, high, low, table, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS,
             KIND, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,

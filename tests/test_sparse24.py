@@ -111,6 +111,24 @@ def test_what_is_kept_beside_stays_out_of_files_and_copies(tmp_path):
     assert sparse._Kept.total == start
 
 
+WRITES = {
+    "all of it": lambda q: q.mul_(2),
+    "by a copy": lambda q: q.copy_(q.dequantize() * 2),
+    "a part": lambda q: q[8:].mul_(2),
+    "a view": lambda q: q.view(q.shape).mul_(2),
+    "in a list": lambda q: torch._foreach_mul_([q], 2),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_products_follow_what_is_written(write):
+    q, x = Sparse24().quantize(pruned()), weight((5, 256), 1)
+    first = torch.nn.functional.linear(x, q)
+    write(q)
+    now = torch.nn.functional.linear(x, q)
+    assert not torch.equal(first, now) and compute_error(x @ q.dequantize().t(), now) > 100
+
+
 @pytest.mark.parametrize("values", VALUES, ids=str)
 @pytest.mark.parametrize("act", [None, Intx(8)], ids=str)
 def test_products(values, act):

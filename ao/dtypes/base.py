@@ -630,6 +630,9 @@ class QTensor(torch.Tensor):
         if handler is not None:
             with view_mode(func, args[0]):
                 out = handler(*args, **kwargs)
+            if func._schema.is_mutable and not is_tracing():
+                _written(args[0])
+                _written(args[0]._base)
             is_view = func.is_view and (isinstance(out, QTensor) or not isinstance(out, Tensor))
             return return_and_correct_aliasing(func, args, kwargs, out) if is_view else out
         if func._can_decompose():
@@ -654,6 +657,16 @@ class QTensor(torch.Tensor):
                 else ""
             )
         )
+
+
+def _written(t: Tensor | None) -> None:
+    """Count a change in the fields of a QTensor that was written to, as autograd does for the QTensor itself: what is kept beside
+    a field is then made anew."""
+    if isinstance(t, QTensor):
+        for inner in t.fields().values():
+            _written(inner)
+    elif t is not None:
+        torch.autograd.graph.increment_version(t)
 
 
 def view_mode(func: Any, base: Any) -> AbstractContextManager[Any]:

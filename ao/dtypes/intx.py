@@ -199,7 +199,7 @@ class Intx(Spec):
         """The fields beside the codes, of qparams as they are stored."""
         if self.zero_point == "joint":
             assert zero_point is not None
-            both = Joint(self.bits)
+            both = Joint(bits=self.bits)
             words = both.encode(scale.float(), place=self._place(zero_point))
             return {"scale": both.wrap(words, torch.float32, scale.shape), "zero_point": None}
         return {"scale": scale, "zero_point": zero_point}

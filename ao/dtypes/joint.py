@@ -71,7 +71,7 @@ class JointTensor(QTensor, spec=Joint):
         eager = is_eager(self.words, or_recorded=False)
         kept: Any = self.__dict__.get("kept_zero_point") if eager else None
         if kept is None or kept.words is not self.words:
-            kept = JointZero(self.spec.bits).wrap({"words": self.words}, torch.float32, self.shape)
+            kept = JointZero(bits=self.spec.bits).wrap({"words": self.words}, torch.float32, self.shape)
             if eager:
                 self.kept_zero_point = kept
         return kept

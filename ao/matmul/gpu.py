@@ -113,8 +113,10 @@ def gemv_launch(x: Tensor, w: QTensor) -> Product:
     n, k = w.shape
     operand = w.spec.operand(w)
     in_kernel = w.spec.act is not None and _quantized_in_kernel(w, operand)
-    run = _launched(w, ampere.gemv_launch(n, k, *_weight(operand), in_kernel))
-    if w.spec.act is None or in_kernel:
+    codes_of_x = w.spec.act is not None and not in_kernel
+    dtype = torch.bfloat16 if codes_of_x else x.dtype
+    run = _launched(w, ampere.gemv_launch(dtype, n, k, *_weight(operand), in_kernel))
+    if not codes_of_x:
         return run
 
     def of_codes(x: Tensor, w: QTensor) -> Tensor:
@@ -378,7 +380,7 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     """
     from .kernels import operators
 
-    operand, act = w.spec.operand(w), w.spec.act
+    operand, act = int8_operand(w) or float8_operand(w), w.spec.act
     assert operand is not None and act is not None
     columns = operand.scale.float().expand(w.shape[0], 1).contiguous()
     if is_default_act(w, operand) and w.shape[1] <= 65536 and is_hopper(x.device):

@@ -438,7 +438,10 @@ def semi_sparse_product(x: Tensor, w: Tensor, n: int) -> Tensor:
 
 
 def _pruned_both(w: Tensor) -> tuple[Tensor, Tensor]:
-    packed, _, packed_t, *_ = torch._sparse_semi_structured_tile(w, "", False)
+    packed, _, packed_t, _, threads = torch._sparse_semi_structured_tile(w, "", False)
+    if is_hopper(w.device):  # cuSPARSELt has another order there than that kernel writes
+        pruned = torch._sparse_semi_structured_apply_dense(w, threads)
+        packed, packed_t = torch._cslt_compress(pruned), torch._cslt_compress(pruned.t().contiguous())
     return packed.view(w.shape[0], -1), packed_t.view(w.shape[1], -1)
 
 

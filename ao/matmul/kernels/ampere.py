@@ -441,7 +441,7 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
 
     offset: what to add to zero_point. act: whether x is first quantized to 8 bits, as `Intx(8)` or `Float8()` do.
     """
-    run = gemv_launch(qdata.shape[0], x.shape[1], qdata, scale, zero_point, offset, act)
+    run = gemv_launch(x.dtype, qdata.shape[0], x.shape[1], qdata, scale, zero_point, offset, act)
     return run(x, qdata, scale, zero_point)
 
 
@@ -450,21 +450,23 @@ Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def gemv_launch(
-    n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool
+    dtype: torch.dtype, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool
 ) -> Product:
-    """`gemv` for weights of the form of these: what it decides is decided once."""
-    zero = zero_point is not None
-    return _gemv_launch(n, k, qdata.shape[1], qdata.dtype, scale.shape[1], zero, offset, act, qdata.device)
+    """`gemv` for x of `dtype` and weights of the form of these: what it decides is decided once."""
+    dtypes = dtype, qdata.dtype, scale.dtype, None if zero_point is None else zero_point.dtype
+    return _gemv_launch(dtypes, n, k, qdata.shape[1], scale.shape[1], offset, act, qdata.device)
 
 
 @functools.cache
 def _gemv_launch(
-    n: int, k: int, width: int, qdata_dtype: torch.dtype, groups: int, zero: bool, offset: int, act: bool,
-    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None], n: int, k: int, width: int, groups: int,
+    offset: int, act: bool, device: torch.device,
 ) -> Product:  # fmt: skip
+    """dtypes: of x, codes, scales and zero points. A `Launch` is for one of each."""
     index = device.index
-    kernel, grid, constants = _gemv_kernel(n, k, width, qdata_dtype, groups, zero, offset, act, device)
-    if qdata_dtype.is_floating_point:
+    zero = dtypes[3] is not None
+    kernel, grid, constants = _gemv_kernel(n, k, width, dtypes[1], groups, zero, offset, act, device)
+    if dtypes[1].is_floating_point:
         start = Launch(kernel, grid, **constants)
 
         def run_float(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

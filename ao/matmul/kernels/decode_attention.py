@@ -596,7 +596,7 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-TILE_OF_KIND = {"uint4": Tile(4, 3, True, 168), "int8": Tile(2, 6, True, 168), "float8": Tile(1, 16, False, 128)}
+TILE_OF_KIND = {"uint4": Tile(4, 3, True, 168), "int8": Tile(2, 4, True, 255), "float8": Tile(2, 6, True, 168)}
 """By the kind of the keys' codes."""
 
 

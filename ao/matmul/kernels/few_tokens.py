@@ -26,7 +26,6 @@ from .reading import Fields, Reading
 from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _SCALED, _TABLE, _e4m3, given
 
 _OPERANDS = tl.constexpr(OPERANDS)
-_HALF_POWER = tl.constexpr(HALF_POWER)
 
 STEP = 256
 """Elements of K of a step."""
@@ -256,13 +255,15 @@ def few_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
-    POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr, ASM3: tl.constexpr, WIDE: tl.constexpr,
+    POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
+    ASM3: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], by the tensor cores that every GPU has: 8 tokens, or two warps, or a GPU before Hopper.
 
     A program has BM tokens, BN rows of the weight and a part of K, for which it writes a sum of its own. A scale per row
-    multiplies the sum. SHIFT, ASM0 to ASM3: see `pairs_asm`. POWER: of two, for what scales are multiplied with.
+    multiplies the sum. SHIFT, ASM0 to ASM3: see `pairs_asm`. POWER, LAST_POWER: of two, for what scales and the sum are
+    multiplied with.
     """
     T: tl.constexpr = (K + 255) // 256
     part = tl.cdiv(T, tl.num_programs(2))
@@ -307,8 +308,8 @@ def few_kernel(
         acc *= _scale(of_rows, NESTED)
     if NESTED == _SCALED:
         acc *= tl.load(scale2_ptr).to(tl.float32)
-    if POWER != 0:
-        acc *= 2.0**_HALF_POWER
+    if LAST_POWER != 0:
+        acc *= 2.0**LAST_POWER
     out = out_ptr + (tl.program_id(2) * M + rm[None, :]) * N + rn[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=here & (rn < N)[:, None])
 
@@ -353,7 +354,8 @@ def some_kernel(
     x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
-    POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr, ASM3: tl.constexpr, WIDE: tl.constexpr,
+    POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
+    ASM3: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """As `few_kernel`, by the tensor cores of Hopper. x: of `arrange_kernel`, in boxes (PARTS BM, 64), of 16 rows or more."""
@@ -401,8 +403,8 @@ def some_kernel(
         acc *= _scale(of_rows, NESTED)
     if NESTED == _SCALED:
         acc *= tl.load(scale2_ptr).to(tl.float32)
-    if POWER != 0:
-        acc *= 2.0**_HALF_POWER
+    if LAST_POWER != 0:
+        acc *= 2.0**LAST_POWER
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
     out = out_ptr + (tl.program_id(2) * M + rm[None, :]) * N + rn[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :] & (rn < N)[:, None])
@@ -424,15 +426,20 @@ def _shift(reading: Reading, zero: torch.dtype | None) -> int | None:
 @functools.cache
 def decoding(reading: Reading, zero: torch.dtype | None) -> dict[str, Any]:
     """What the kernels know of a format, as constants. zero: the dtype of the zero points, if there are any."""
-    shift = _shift(reading, zero) if reading.kind == "affine" else 0
-    small = reading.kind in ("minifloat", "float")
-    power = 128 - 2 ** (reading.exponent - 1) - HALF_POWER if small else 0
+    integers = reading.kind in ("affine", "fixed")
+    shift = _shift(reading, zero) if integers else 0
+    power = last_power = 0
+    if reading.kind in ("minifloat", "float"):
+        power, last_power = 128 - 2 ** (reading.exponent - 1) - HALF_POWER, HALF_POWER
+    elif reading.kind == "fixed":
+        last_power = 1 + reading.exponent - reading.bits
     scaled = reading.groups > 1
+    kind = "affine" if integers else reading.kind
     asm = {
-        f"ASM{j}": pairs_asm(reading.kind, reading.bits, reading.exponent, reading.signed, shift, scaled, j)
-        for j in range(4)
+        f"ASM{j}": pairs_asm(kind, reading.bits, reading.exponent, reading.signed, shift, scaled, j) for j in range(4)
     }
-    return {**reading.constants(zero is not None), "SHIFT": shift, "POWER": power, **asm}
+    constants = reading._replace(kind=kind).constants(zero is not None)
+    return {**constants, "SHIFT": shift, "POWER": power, "LAST_POWER": last_power, **asm}
 
 
 class Tile(NamedTuple):
@@ -455,10 +462,16 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
     """For m tokens. half: whether they are float16, which `few_kernel` takes apart in every warp."""
     hopper = is_hopper(device) and (m > 8 or half)
     tokens = max(8, min(32 if half else 64, power_of_two(m)))
-    # What a step loads of many tokens is large: fewer steps are ahead, and more rows share it.
-    rows, warps, stages = (128, 8, 2) if hopper and tokens == 64 else (64, 4, 3)
+    # at_once: warps of a multiprocessor that K is cut for. Codes that take long to decode gain nothing by it.
+    if hopper:
+        # What a step loads of many tokens is large: fewer steps are ahead, and more rows share it.
+        rows, warps, stages, at_once = (128, 8, 2, 16) if tokens == 64 else (64, 4, 2 if tokens == 32 else 3, 16)
+    elif tokens > 8:
+        rows, warps, stages, at_once = 64, 4, 3, 16
+    else:
+        rows, warps, stages, at_once = (64, 2, 3, 4) if reading.bits > 4 else (128, 4, 3, 32)
     tiles = cdiv(reading.n, rows) * cdiv(m, tokens)
-    split = max(1, min(8, round(16 // warps * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
+    split = max(1, min(8, round(at_once // warps * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
     return Tile(hopper, tokens, rows, warps, split, stages)
 
 

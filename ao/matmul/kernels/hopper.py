@@ -262,13 +262,13 @@ def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
     tiles = cdiv(m, tokens)
     parts = torch.empty(tiles * 2 * tokens, k, dtype=qdata.dtype, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
-    split_into_parts = _split_launch(m, k, tokens, qdata.dtype, x.device.index)
+    split_into_parts = _split_launch(m, k, tokens, x.dtype, qdata.dtype, x.device.index)
     split_into_parts(x.device.index, x, parts, step)
     return _parts_product(parts, 2, step, qdata, scale, m, x.dtype, tokens, height, warps, stages)
 
 
 @functools.lru_cache(4096)
-def _split_launch(m: int, k: int, tokens: int, dtype: torch.dtype, device: int) -> Launch:
+def _split_launch(m: int, k: int, tokens: int, x: torch.dtype, dtype: torch.dtype, device: int) -> Launch:
     return Launch(
         split_kernel, (m,), num_warps=8, K=k, BM=tokens, B=power_of_two(k), FLOAT=dtype.is_floating_point
     )  # fmt: skip

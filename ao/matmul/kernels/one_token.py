@@ -360,7 +360,7 @@ def gemv_codes_kernel(
 
 
 def _gemv_constants(
-    reading: Reading, device: torch.device, warps_at_once: int = 16
+    reading: Reading, device: torch.device, warps_at_once: int = 20
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the tile of `gemv_codes_kernel`, for so many warps on a multiprocessor at a time."""
     units = max(32, power_of_two(reading.k // 32))
@@ -384,7 +384,7 @@ def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], 
     return run
 
 
-def gemv_each(x: Tensor, reading: Reading, fields: Fields, warps_at_once: int = 16) -> Tensor:
+def gemv_each(x: Tensor, reading: Reading, fields: Fields, warps_at_once: int = 20) -> Tensor:
     """One token, or each of a few in one launch, for weights whose reading is `for_one_token`. x: (M, K) -> (M, N).
 
     warps_at_once: on a multiprocessor, for how many there are programs."""

@@ -6,6 +6,7 @@ of Triton that the compiler sees would be parsed three times for every layer, wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +69,10 @@ def fused_at_once(
     rows = x if x.dim() == 2 else x.view(-1, k)
     m = rows.shape[0]
     of_hopper = of_hopper and _is_aligned(x, qdata)
-    if of_hopper and qdata.shape[1] == k:
+    reading = None if one_launch or m > FEW else _reading_of_nibbles(n, k, qdata.shape[1], scale.shape[1], offset)
+    if reading is not None:
+        out = few_tokens.few(rows, reading, (qdata.view(torch.int32), scale, zero_point, None, None, None))
+    elif of_hopper and qdata.shape[1] == k:
         out = hopper.parts_product(rows, qdata, scale)
     elif of_hopper:
         out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset, one_launch and m <= 128)
@@ -77,6 +81,14 @@ def fused_at_once(
     else:
         return F.linear(x, ampere.decoded(qdata, scale, zero_point, offset, k, x.dtype))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+
+@functools.cache
+def _reading_of_nibbles(n: int, k: int, width: int, groups: int, offset: int) -> Reading | None:
+    """How few_tokens.py reads 4-bit codes (n, k / 2) with scales (n, groups); None for those that it does not."""
+    if width != k // 2 or k % 32 or (groups > 1 and k // groups % 16):
+        return None
+    return Reading(n, k, 4, "affine", 0, False, float(offset), 1, groups)
 
 
 FEW = 64

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ampere import sum_kernel
+from .ampere import sum_kernel, to_the_cache
 from .bf16_pairs import HALF_POWER, OPERANDS, pairs_asm
-from .device import is_hopper, multiprocessors
+from .device import is_hopper, launches_early, multiprocessors
 from .joint_words import scale_number, zero_number
 from .launch import cdiv, launch, power_of_two, tile_reader
 from .reading import Fields, Reading
@@ -257,13 +257,13 @@ def few_kernel(
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
     ASM3: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], by the tensor cores that every GPU has: 8 tokens, or two warps, or a GPU before Hopper.
 
     A program has BM tokens, BN rows of the weight and a part of K, for which it writes a sum of its own. A scale per row
     multiplies the sum. SHIFT, ASM0 to ASM3: see `pairs_asm`. POWER, LAST_POWER: of two, for what scales and the sum are
-    multiplied with.
+    multiplied with. EARLY: as of `gemv_int_kernel`.
     """
     T: tl.constexpr = (K + 255) // 256
     part = tl.cdiv(T, tl.num_programs(2))
@@ -278,6 +278,10 @@ def few_kernel(
     k = place // 4 * 32 + place % 4
     here = (rm < M)[None, :]
     x_at = x_ptr + rm[None, :] * K + k[:, None]
+    if EARLY:
+        gdc_launch_dependents()
+        to_the_cache((q_ptr + t0 * (8 * BITS)) + row * (K // 32 * BITS) + tl.arange(0, 2)[None, :] * (4 * BITS))
+        gdc_wait()
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, BM), tl.float32)
     ahead = _read_ahead(
@@ -491,6 +495,7 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
         **decoding(reading, zero), "WIDE": fields[0].data_ptr() % 16 == 0, "BM": tile.tokens, "BN": tile.rows,
         "STAGES": tile.stages,
     }  # fmt: skip
+    early = launches_early(x.device)
     tiles = cdiv(m, tile.tokens)
     grid = (cdiv(n, tile.rows), tiles, split)
     if tile.hopper:
@@ -505,17 +510,12 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
             num_warps=tile.warps, registers=128, early=True, **constants, PARTS=count,
         )  # fmt: skip
     else:
-        launch(few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, **constants)
-    if split > 1:
         launch(
-            sum_kernel,
-            (cdiv(m * n, 1024),),
-            parts,
-            out,
-            m * n,
-            early=tile.hopper,
-            SPLIT=split,
-            B=1024,
-            EARLY=tile.hopper,
-        )
+            few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, early=early, **constants, EARLY=early
+        )  # fmt: skip
+    if split > 1:
+        block = 1024 if m * n >= 2**18 else 256
+        launch(
+            sum_kernel, (cdiv(m * n, block),), parts, out, m * n, early=early, SPLIT=split, B=block, EARLY=early
+        )  # fmt: skip
     return out

@@ -169,8 +169,9 @@ def fused(x: Tensor, w: QTensor) -> Tensor:
 def fused_launch(x: Tensor, w: QTensor) -> Product:
     """`fused` for eager mode.
 
-    Few tokens are one launch: another one, for the sum of parts of K, takes longer than what they save, so that the host would
-    be waited for. While a CUDA graph records, that does not count.
+    There the GPU waits for the host, unless a weight is large: so one launch for up to 64 tokens, and from there to 512 a
+    decoder and the dense product, which the host is done with sooner than with the launches of faster kernels. While a CUDA
+    graph records, the time of the host does not count.
     """
     from .kernels import ampere, operators
 
@@ -180,12 +181,19 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     of_hopper = operators.is_for_hopper(m, k, qdata, scale, zero_point)
 
     def at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, not records())
+        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper)
 
-    if m > 16 or of_hopper:
+    if m > operators.SOME or n * k > LARGE:
         return _launched(w, at_once)
-    few = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
-    return _launched(w, lambda *args: at_once(*args) if records() else few(*args))
+    if m <= operators.FEW:
+        soon = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
+    else:
+        soon = ampere.decode_launch(x.dtype, n, k, qdata, scale, zero_point, offset)
+    return _launched(w, lambda *args: at_once(*args) if records() else soon(*args))
+
+
+LARGE = 2**26
+"""Elements of a weight beyond which the GPU takes longer for a product of few tokens than the host for its launches."""
 
 
 def _read(w: QTensor) -> tuple[Any, Any] | None:
@@ -248,11 +256,19 @@ def few(x: Tensor, w: QTensor) -> Tensor:
 
 
 def few_launch(x: Tensor, w: QTensor) -> Product:
-    """`few` for eager mode."""
-    from .kernels import operators
+    """`few` for eager mode: up to 16 tokens in one launch, as in `fused_launch`."""
+    from .kernels import few_tokens, operators
 
-    reading, _ = _reading(w)
-    return _read_anew(w, lambda x, fields: operators.few_at_once(x, fields, reading))
+    reading, fields = _reading(w)
+    m, records = x.shape[0], torch._C._cuda_isCurrentStreamCapturing
+
+    def at_once(x: Tensor, fields: Any) -> Tensor:
+        return operators.few_at_once(x, fields, reading)
+
+    if m > 16 or w.numel() > LARGE:
+        return _read_anew(w, at_once)
+    soon = few_tokens.few_launch(m, x.dtype, reading, fields)
+    return _read_anew(w, lambda x, fields: at_once(x, fields) if records() else soon(x, fields))
 
 
 def block_scaled_accepts(x: Tensor, w: QTensor) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -562,7 +563,8 @@ def _in_order(constants: dict[str, Any], **more: Any) -> dict[str, Any]:
 def fused_launch(
     m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
 ) -> Product:  # fmt: skip
-    """`fused` in one launch, K not cut in parts, for m tokens and weights of the form of these, decided once."""
+    """`fused` in one launch, K not cut in parts, for weights of the form of these, decided once: for m tokens, or, of more than
+    16 and up to 64, as many as make the same power of two."""
     device, index = qdata.device, qdata.device.index
     grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1], parts=1)
     e4m3 = qdata.dtype == torch.float8_e4m3fn
@@ -573,7 +575,7 @@ def fused_launch(
 
     def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
-        start(index, x, scale, qdata, scale, scale if zero_point is None else zero_point, out, m, n)
+        start(index, x, scale, qdata, scale, scale if zero_point is None else zero_point, out, x.numel() // k, n)
         return out
 
     return run
@@ -615,17 +617,42 @@ def decoded(
     qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, k: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
     """The weight (N, K) as `dtype`: qdata (N, K) one-byte or (N, K / 2) 4-bit, scale (N, groups), zero_point alike."""
-    n, width, groups = qdata.shape[0], qdata.shape[1], scale.shape[1]
+    n = qdata.shape[0]
     out = torch.empty(n, k, dtype=dtype, device=qdata.device)
     if out.numel():
-        wide = 1024 if width >= 1024 else max(32, power_of_two(width))
-        height = 4096 // wide
-        launch(
-            decode_kernel, (cdiv(n, height), cdiv(width, wide)), qdata, scale, scale if zero_point is None else zero_point, out,
-            n, K=k, G=k // groups, BITS=8 * width // k, ROW=groups == 1, ZERO=zero_point is not None, OFFSET=offset, BN=height,
-            BB=wide, num_warps=8,
-        )  # fmt: skip
+        grid, constants = _decode_kernel(qdata, scale, zero_point, offset, k)
+        launch(decode_kernel, grid, qdata, scale, scale if zero_point is None else zero_point, out, n, **constants)
     return out
+
+
+def _decode_kernel(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, k: int
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid and the constants of `decode_kernel`."""
+    n, width, groups = qdata.shape[0], qdata.shape[1], scale.shape[1]
+    wide = 1024 if width >= 1024 else max(32, power_of_two(width))
+    height = 4096 // wide
+    constants = {
+        "K": k, "G": k // groups, "BITS": 8 * width // k, "ROW": groups == 1, "ZERO": zero_point is not None,
+        "OFFSET": offset, "BN": height, "BB": wide, "num_warps": 8,
+    }  # fmt: skip
+    return (cdiv(n, height), cdiv(width, wide)), constants
+
+
+def decode_launch(
+    dtype: torch.dtype, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
+) -> Product:
+    """x @ decoded(w).T for weights of the form of these and x of `dtype`, the kernel being decided once."""
+    device, index = qdata.device, qdata.device.index
+    grid, constants = _decode_kernel(qdata, scale, zero_point, offset, k)
+    start = Launch(decode_kernel, grid, **constants)
+
+    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        w = torch.empty(n, k, dtype=dtype, device=device)
+        start(index, qdata, scale, scale if zero_point is None else zero_point, w, n)
+        return F.linear(x, w)
+
+    return run
 
 
 def scaled(total: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, tokens: int) -> Tensor:

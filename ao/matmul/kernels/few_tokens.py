@@ -9,6 +9,7 @@ the same 4 neighbours of each at once: where a code goes among the places of K i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from .ampere import sum_kernel, to_the_cache
 from .bf16_pairs import HALF_POWER, OPERANDS, pairs_asm
 from .device import is_hopper, launches_early, multiprocessors
 from .joint_words import scale_number, zero_number
-from .launch import cdiv, launch, power_of_two, tile_reader
+from .launch import Launch, cdiv, launch, power_of_two, tile_reader
 from .reading import Fields, Reading
 from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _SCALED, _TABLE, _e4m3, given
 
@@ -482,6 +483,27 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
 def few(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
     """x @ decode(w).T in x's dtype, a 16-bit one. x: (M, K), contiguous -> (M, N)."""
     return few_in_tiles(x, reading, fields, _tile(reading, x.shape[0], x.dtype == torch.float16, x.device))
+
+
+def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
+    """`few` in one launch, K not cut in parts, for m tokens (16 at most) of `dtype`, x (..., K) -> (..., N), and weights of the
+    form of these: what it decides is decided once."""
+    device, n, early = fields[0].device, reading.n, launches_early(fields[0].device)
+    tile = _tile(reading, m, dtype == torch.float16, device)._replace(hopper=False, tokens=8 if m <= 8 else 16, split=1)
+    zero = None if fields[2] is None else fields[2].dtype
+    constants = {
+        **decoding(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages, "EARLY": early,
+    }  # fmt: skip
+    start = Launch(few_kernel, (cdiv(n, tile.rows),), num_warps=tile.warps, early=early, **constants)
+
+    def run(x: Tensor, fields: Fields) -> Tensor:
+        if fields[0].data_ptr() % 16:
+            return few_in_tiles(x.reshape(m, reading.k), reading, fields, tile).view(*x.shape[:-1], n)
+        out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
+        start(device.index, x, *given(fields), out, m, n)
+        return out
+
+    return run
 
 
 def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Tensor:

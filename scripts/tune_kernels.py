@@ -77,15 +77,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tiles(m: int) -> list[tuple[bool, int, int, int, int]]:
-    """`hopper`, `tokens`, `rows`, `warps` and `stages` of the tiles to try for m tokens."""
+def tiles(m: int) -> list[dict[str, Any]]:
+    """The fields of the tiles to try for m tokens, but for the number of parts of K."""
+    keys = ("hopper", "tokens", "rows", "warps", "stages", "chunks", "dots", "registers")
+    each: list[tuple[Any, ...]]
     if m <= 8:
-        return [(False, 8, 64, 4, 3), (False, 8, 128, 4, 3), (False, 8, 64, 2, 3)]
-    if m <= 16:
-        return [(False, 8, 128, 4, 3), (False, 16, 32, 2, 3), (False, 16, 64, 2, 3), (True, 16, 64, 4, 3)]
-    if m <= 32:
-        return [(True, 32, 64, 4, 3), (True, 32, 128, 8, 3), (True, 32, 64, 4, 2)]
-    return [(True, 64, 128, 8, 2), (True, 64, 256, 16, 2), (True, 64, 64, 4, 2), (True, 32, 64, 4, 3)]
+        each = [(False, 8, 64, 4, 3), (False, 8, 128, 4, 3), (False, 8, 64, 2, 3)]
+    elif m <= 16:
+        each = [(False, 8, 128, 4, 3), (False, 16, 32, 2, 3), (False, 16, 64, 2, 3), (True, 16, 64, 4, 3)]
+    elif m <= 32:
+        each = [(True, 32, 64, 4, 2), (True, 32, 64, 4, 3, 4, 2), (True, 32, 64, 4, 5, 4, 2), (True, 32, 128, 8, 2)]
+    else:
+        each = [
+            (True, 64, 128, 8, 2), (True, 64, 128, 8, 2, 4, 2), (True, 64, 128, 8, 2, 4, 4), (True, 64, 128, 8, 2, 4, 1),
+            (True, 64, 64, 4, 2, 4, 2), (True, 64, 128, 4, 2, 4, 2, 168),
+        ]  # fmt: skip
+    return [dict(zip(keys, one)) for one in each]
 
 
 def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, Callable[..., Tensor]]]:
@@ -95,14 +102,16 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
     if m <= 2 and reading.for_one_token:
         for warps in (16, 20, 24, 32):
             yield f"gemv {warps}", lambda x, fields, warps=warps: one_token.gemv_each(x, reading, fields, warps)
-    for hopper, tokens, rows, warps, stages in tiles(m):
-        programs = cdiv(reading.n, rows) * cdiv(m, tokens)
+    for cut in tiles(m):
+        programs = cdiv(reading.n, cut["rows"]) * cdiv(m, cut["tokens"])
         most = max(1, cdiv(reading.k, few_tokens.STEP) // 2)
         parts = sorted({max(1, min(16, most, round(full / programs))) for full in (264, 528, 1056)} | {1})
         for split in parts if splits else (1, 2):
-            tile = few_tokens.Tile(hopper, tokens, rows, warps, split, stages)
-            name = f"{'wgmma' if hopper else 'mma'} {tokens}x{rows} {warps}w {stages}s /{split}"
-            yield name, lambda x, fields, tile=tile: few_tokens.few_in_tiles(x, reading, fields, tile)
+            tile = few_tokens.Tile(split=split, **cut)
+            name = f"{'wgmma' if tile.hopper else 'mma'} {tile.tokens}x{tile.rows} {tile.warps}w {tile.stages}s"
+            if "chunks" in cut:
+                name += f" {tile.chunks}c {tile.dots}d {tile.registers}r"
+            yield f"{name} /{split}", lambda x, fields, tile=tile: few_tokens.few_in_tiles(x, reading, fields, tile)
 
 
 def compile_few(name: str, k: int, m: int) -> list[str]:

@@ -104,6 +104,8 @@ TILES = {
     "hopper": (True, 16, 64, 4, 1),
     "hopper, parts of K": (True, 32, 64, 4, 2),
     "hopper, tall": (True, 64, 128, 8, 1),
+    "hopper, short steps": (True, 64, 128, 8, 1, 2, 4, 2),
+    "hopper, one product of a short step": (True, 32, 64, 4, 2, 3, 4, 1),
 }
 
 

@@ -186,23 +186,24 @@ def _factor_and_term(
 def _read_ahead(
     q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t, K: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Step t of rows (BN, 1): the words of its chunks, and what is stored of the groups of both halves."""
+    """Step t of rows (BN, 1): the words of its C chunks, and what is stored of the groups of both halves."""
     U: tl.constexpr = K // 32
-    T: tl.constexpr = (U + 7) // 8
+    T: tl.constexpr = (U + C - 1) // C
     t = tl.minimum(t, T - 1)
     # The scalar and the row come first: the rest is then the same for all steps, or an offset that the load itself adds.
-    chunk = tl.arange(0, 8)[None, :]
-    if U % 8 != 0:
-        chunk = tl.minimum(chunk, U - 1 - t * 8)
-    words = _words((q_ptr + t * (8 * BITS)) + row * (U * BITS) + chunk * BITS, BITS, WIDE)
+    chunk = tl.arange(0, C)[None, :]
+    if U % C != 0:
+        chunk = tl.minimum(chunk, U - 1 - t * C)
+    words = _words((q_ptr + t * (C * BITS)) + row * (U * BITS) + chunk * BITS, BITS, WIDE)
     if NG == 1:
         return words, (0,), (0,)
     else:
-        half = chunk * 2 + t * 16
+        half = chunk * 2 + t * (2 * C)
         g: tl.constexpr = U * 2 // NG  # halves of chunks in a group
-        if g % 16 == 0:  # one group for a step
-            half = tl.full((1, 1), 0, tl.int32) + t * 16
+        if g % (2 * C) == 0:  # one group for a step
+            half = tl.full((1, 1), 0, tl.int32) + t * (2 * C)
         first = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, half // g, ZERO, RG, NG, NESTED, RG2, NG2)
         second = first
         if g % 2 != 0:
@@ -286,7 +287,7 @@ def few_kernel(
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, BM), tl.float32)
     ahead = _read_ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, 8
     )
     if NG == 1:
         of_rows = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0, ZERO, RG, NG, NESTED, RG2, NG2)
@@ -295,7 +296,7 @@ def few_kernel(
     for t in tl.range(t0, t1, num_stages=STAGES):
         words, first, second = ahead
         ahead = _read_ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, 8
         )
         if NG > 1:
             f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
@@ -333,25 +334,40 @@ def _times(acc, w, x_at, there):
 
 
 @triton.jit
-def arrange_kernel(x_ptr, out_ptr, K: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr):
-    """A token of x (M, K) as `some_kernel` meets it: out (M / BM, PARTS, BM, K, rounded up to a multiple of 256), bfloat16.
+def arrange_kernel(
+    x_ptr, out_ptr, K: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """A token of x (M, K) as `some_kernel` meets it: out (M / BM, PARTS, BM, K, rounded up to whole steps), bfloat16.
 
-    Place p of 256 holds element l of pair h of codes 4 (j + 4 half) and on, of chunk 4 c + t, where p counts j, half, c, h, t, l.
+    A place of a step of 4 or 8 chunks holds element l of pair h of codes 4 (j + 4 half) and on, of chunk 4 c + t, where places
+    count j, half, c, h, t, l.
     PARTS: 2 for float16, which is the sum of two of bfloat16.
     """
     gdc_launch_dependents()
     m = tl.program_id(0)
     p = tl.program_id(1) * B + tl.arange(0, B)
-    chunk = p // 256 * 8 + p % 32 // 16 * 4 + p % 8 // 2
-    code = p % 256 // 64 * 4 + p % 64 // 32 * 16 + p % 16 // 8 * 2 + p % 2
+    step: tl.constexpr = 32 * CHUNKS
+    of_a_half: tl.constexpr = 4 * CHUNKS
+    chunk = p // step * CHUNKS + p % of_a_half // 16 * 4 + p % 8 // 2
+    code = p % step // (8 * CHUNKS) * 4 + p % (8 * CHUNKS) // of_a_half * 16 + p % 16 // 8 * 2 + p % 2
     x = tl.load(x_ptr + m.to(tl.int64) * K + chunk * 32 + code, mask=chunk < K // 32, other=0.0)
-    width: tl.constexpr = (K + 255) // 256 * 256
+    width: tl.constexpr = (K + step - 1) // step * step
     out_ptr += (m // BM * (PARTS * BM) + m % BM).to(tl.int64) * width + p
     high = x.to(tl.bfloat16)
     tl.store(out_ptr, high, mask=p < width)
     if PARTS == 2:
         low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
         tl.store(out_ptr + BM * width, low, mask=p < width)
+
+
+@triton.jit
+def _decoded(
+    words, f0, t0, f1, t1, table, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr, ASM3: tl.constexpr,
+    j: tl.constexpr,
+):  # fmt: skip
+    """`_pairs` of both halves: (BN, chunks, 2, 2, 2)."""
+    low, high = _pairs(words, f0, t0, f1, t1, table, ASM0 if j == 0 else ASM1 if j == 1 else ASM2 if j == 2 else ASM3)
+    return tl.join(low, high)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -361,10 +377,14 @@ def some_kernel(
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
     ASM3: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
-    """As `few_kernel`, by the tensor cores of Hopper. x: of `arrange_kernel`, in boxes (PARTS BM, 64), of 16 rows or more."""
-    T: tl.constexpr = (K + 255) // 256
+    """As `few_kernel`, by the tensor cores of Hopper, in steps of 4 or 8 chunks and 1, 2 or 4 products in each.
+
+    x: of `arrange_kernel`, in boxes (PARTS BM, 32 CHUNKS / DOTS), of 16 rows or more.
+    """
+    T: tl.constexpr = (K + 32 * CHUNKS - 1) // (32 * CHUNKS)
+    WIDTH: tl.constexpr = 32 * CHUNKS // DOTS
     part = tl.cdiv(T, tl.num_programs(2))
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
@@ -376,7 +396,7 @@ def some_kernel(
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, PARTS * BM), tl.float32)
     ahead = _read_ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, CHUNKS
     )
     if NG == 1:
         of_rows = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0, ZERO, RG, NG, NESTED, RG2, NG2)
@@ -386,20 +406,25 @@ def some_kernel(
     for t in tl.range(t0, t1, num_stages=STAGES):
         words, first, second = ahead
         ahead = _read_ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, CHUNKS
         )
         if NG > 1:
             f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
             f1, z1 = f0, z0
             if K // NG % 32 != 0:
                 f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
-        for j in tl.static_range(4):
-            low, high = _pairs(
-                words, f0, z0, f1, z1, table, ASM0 if j == 0 else ASM1 if j == 1 else ASM2 if j == 2 else ASM3
-            )
-            w = tl.reshape(tl.join(low, high), (BN, 2, 4, 2, 2, 2))  # c, t, h, l, half
-            w = tl.reshape(tl.permute(w, (0, 5, 1, 3, 2, 4)), (BN, 64))
-            acc = tl.dot(w, x.load([m0, t * 256 + 64 * j]).T, acc)
+        for i in tl.static_range(DOTS):
+            w = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i * (4 // DOTS))
+            if DOTS == 2:
+                w = tl.join(w, _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i * 2 + 1))
+            elif DOTS == 1:
+                w1 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 1)
+                w2 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 2)
+                w3 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 3)
+                w = tl.join(tl.join(w, w2), tl.join(w1, w3))
+            w = tl.reshape(w, (BN, CHUNKS // 4, 4, 2, 2, 2, 4 // DOTS))  # c, t, h, l, half, j
+            w = tl.reshape(tl.permute(w, (0, 6, 5, 1, 3, 2, 4)), (BN, WIDTH))
+            acc = tl.dot(w, x.load([m0, t * (32 * CHUNKS) + WIDTH * i]).T, acc)
     gdc_launch_dependents()
     if PARTS == 2:
         high, low = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))  # within a thread: nothing moves
@@ -452,6 +477,8 @@ class Tile(NamedTuple):
 
     hopper: by `some_kernel`. tokens, rows: of a tile. warps: of a program. split: in how many parts K is.
     stages: steps of which x is in shared memory at a time.
+    chunks: of a step of `some_kernel`, 4 or 8. dots: of a step, 1, 2 or 4.
+    registers: of a thread of `some_kernel`, at most.
     """
 
     hopper: bool
@@ -460,6 +487,9 @@ class Tile(NamedTuple):
     warps: int
     split: int
     stages: int = 3
+    chunks: int = 8
+    dots: int = 4
+    registers: int = 128
 
 
 @functools.cache
@@ -522,14 +552,16 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
     grid = (cdiv(n, tile.rows), tiles, split)
     if tile.hopper:
         count = 2 if x.dtype == torch.float16 else 1
-        width = cdiv(reading.k, STEP) * STEP
+        step = 32 * tile.chunks
+        width = cdiv(reading.k, step) * step
         arranged = torch.empty(
             m if count == 1 else tiles * count * tile.tokens, width, dtype=torch.bfloat16, device=x.device
         )
-        launch(arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024, BM=tile.tokens, PARTS=count)
+        launch(arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024, BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks)
         launch(
-            some_kernel, grid, tile_reader(arranged, (count * tile.tokens, 64)), *given(fields), parts, m, n,
-            num_warps=tile.warps, registers=128, early=True, **constants, PARTS=count,
+            some_kernel, grid, tile_reader(arranged, (count * tile.tokens, step // tile.dots)), *given(fields), parts, m, n,
+            num_warps=tile.warps, registers=tile.registers, early=True, **constants, PARTS=count,
+            CHUNKS=tile.chunks, DOTS=tile.dots,
         )  # fmt: skip
     else:
         launch(

@@ -1,8 +1,9 @@
 """The Triton kernel for one token by the tensor cores, for codes of a byte or less of every kind: see template.py.
 
 A product of 16 rows of codes with 8 columns of x is far more than one token needs, and so columns keep things apart: the k of a
-product come from 4 chunks, one of each of the four lanes that share a row, and columns 2 c and 2 c + 1 hold x of chunk c alone,
-with zeros at the k of the others. So each lane gets the sums of its own chunk, and multiplies them with the scales that it read.
+product come from 4 chunks, one of each of the four lanes that share a row, and two columns hold x of one chunk alone, with zeros
+at the k of the others. So each lane gets the sums of one chunk, and multiplies them with the scales of that. Which columns a
+chunk has changes from step to step, so that each lane has x for one of four steps.
 
     bytes   integers and tables: codes are signed bytes, or two; x is 16-bit fixed point, the columns are its high and low bytes
     halves  small floats whose bits are those of a float16, moved: x is float16 times a power of two, the columns are halves of
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .bf16_pairs import WORDS, bytes_of_codes
 from .decode_attention import _numbers as _both_halves
+from .decode_attention import _of_lane
 from .device import multiprocessors
 from .few_tokens import _four_words, _scale, _stored, _words
 from .joint_words import zero_number
@@ -37,7 +39,7 @@ _TABLE_AT = _X + 8
 _OPERANDS = tl.constexpr(",".join(["=f"] * _OUTPUTS + ["r"] * (16 + 8 + 8 + 2)))
 """Of `step_asm`. Results: the sums of the first row over either half of a chunk, and of the second. Then 8 words of codes of each
 row, of which the first `bits` count; 8 words of x; 4 words with the high or only bytes of a table and 4 with the low ones; and two
-masks, by which even and odd columns are kept."""
+masks, by which x is kept for the first half of a chunk and for the second, which is a mask of its own for halves alone."""
 
 _EVEN, _ODD = f"${_TABLE_AT + 8}", f"${_TABLE_AT + 9}"
 
@@ -51,8 +53,7 @@ def _byte_mma(sums: str, a: Sequence[str], x: int) -> str:
     """Four words of codes, of which the first two meet word x of x and the others the next."""
     c = ", ".join(f"{sums}{n}" for n in range(4))
     return (
-        f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{c}}}, {{{', '.join(a)}}}, "
-        f"{{${_X + x}, ${_X + x + 1}}}, {{{c}}};"
+        f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{c}}}, {{{', '.join(a)}}}, {{x{x}, x{x + 1}}}, {{{c}}};"
     )
 
 
@@ -140,6 +141,8 @@ def step_asm(kind: str, bits: int, exponent: int, signed: bool, halves: bool) ->
         lines += _halves(bits)
         return " ".join([*lines, "mov.f32 $0, f0; mov.f32 $1, f1; mov.f32 $2, f2; mov.f32 $3, f3; }"])
     lines += [f"mov.b32 {name}{i}, 0;" for name in "cdej" for i in range(4)]
+    lines.append(f".reg .b32 {', '.join(f'x{i}' for i in range(8))};")
+    lines += [f"and.b32 x{i}, ${_X + i}, {_EVEN};" for i in range(8)]
     if kind == "affine":
         lines += _integers(bits, bits == 8 and not signed, halves)
     else:
@@ -194,31 +197,29 @@ def _largest_of(words, HALF: tl.constexpr):
 
 
 @triton.jit
-def _x_of_chunk(x_ptr, chunk, there, column, mine, HALF: tl.constexpr, MIXED: tl.constexpr, FLOATS: tl.constexpr):
+def _x_of_chunk(x_ptr, chunk, there, column, HALF: tl.constexpr, MIXED: tl.constexpr, FLOATS: tl.constexpr):
     """x of a chunk, as the lanes of its columns take it: 8 words; what the sums are to be multiplied with; sums of both halves.
 
-    there: whether there is such a chunk. mine: whether this lane has a column of it.
+    there: whether there is such a chunk.
     """
     at = x_ptr + chunk * 16
-    a, b, c, d = _four_words(at, True), _four_words(at + 4, True), _four_words(at + 8, True), _four_words(at + 12, True)
-    w = a + b + c + d
+    w = _four_words(at, True) + _four_words(at + 4, True) + _four_words(at + 8, True) + _four_words(at + 12, True)
     top = _largest_of(w, HALF)
     if FLOATS:
         # A power of two takes the largest to 1 and above.
         power = tl.minimum(top.to(tl.int32, bitcast=True) & 0x7F800000, 253 << 23)
-        f = ((254 << 23) - power).to(tl.float32, bitcast=True)
-        step = tl.where(there, power.to(tl.float32, bitcast=True), 0.0)
-        step = tl.where(top < float("inf"), step, float("nan"))
+        f = tl.where(there, ((254 << 23) - power).to(tl.float32, bitcast=True), 0.0)
+        step = tl.where(top < float("inf"), power.to(tl.float32, bitcast=True), float("nan"))
         words = ()
         for i in tl.static_range(8):
             p, q = _both_halves(tl.where(column % 2 == 0, w[i], w[8 + i]), HALF)
             pair = tl.inline_asm_elementwise(
                 "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [q * f, p * f], dtype=tl.int32, is_pure=True, pack=1
             )
-            words = words + (tl.where(mine & there, pair, 0),)
-        return words, step, step, step
+            words = words + (pair,)
+        return words, tl.where(there, step, 0.0), step, step
     else:
-        f = tl.where(top > 0, 32512.0 / top, 0.0)
+        f = tl.where(there & (top > 0), 32512.0 / top, 0.0)
         step = tl.where(there, top * (1 / 32512), 0.0)
         selector = tl.where(column % 2 == 0, 0x51, 0x40)
         flip = tl.where(column % 2 == 0, 0, -2139062144)  # 0x80808080
@@ -234,26 +235,22 @@ def _x_of_chunk(x_ptr, chunk, there, column, mine, HALF: tl.constexpr, MIXED: tl
         total0 = (i0 + i1 + i2 + i3 + 0x4BFFF800).to(tl.float32) * step
         total1 = (i4 + i5 + i6 + i7 + 0x4BFFF800).to(tl.float32) * step
         if MIXED:
-            w0, w1, w2, w3, w4, w5, w6, w7 = (
-                _in_turn(w0, w4) + _in_turn(w1, w5) + _in_turn(w2, w6) + _in_turn(w3, w7)
-            )
-        made = (w0, w1, w2, w3, w4, w5, w6, w7)
-        words = ()
-        for each in tl.static_range(8):
-            words = words + (tl.where(mine & there, made[each], 0),)
-        return words, step, total0, total1
+            return _in_turn(w0, w4) + _in_turn(w1, w5) + _in_turn(w2, w6) + _in_turn(w3, w7), step, total0, total1
+        else:
+            return (w0, w1, w2, w3, w4, w5, w6, w7), step, total0, total1
 
 
 @triton.jit
 def _fetch(
-    q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk, N, K: tl.constexpr, BITS: tl.constexpr,
+    q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk, summed, N, K: tl.constexpr, BITS: tl.constexpr,
     ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What there is of a chunk of a row: its words, and what is stored of the groups of both halves."""
+    """The words of a chunk of a row, and what is stored of the groups of both halves of another, whose sums the lane gets."""
     U: tl.constexpr = K // 32
     row = tl.minimum(row, N - 1)
-    words = _words(q_ptr + row * (U * BITS) + chunk * BITS, BITS, WIDE)
+    words = _words(q_ptr + row * (U * BITS) + tl.minimum(chunk, U - 1) * BITS, BITS, WIDE)
+    chunk = tl.minimum(summed, U - 1)
     if NG == 1:
         return words, (0,), (0,)
     else:
@@ -267,6 +264,28 @@ def _fetch(
                 scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, (chunk * 2 + 1) // g, ZERO, RG, NG, NESTED, RG2, NG2
             )
         return words, first, second
+
+
+@triton.jit
+def _fetch_group(
+    q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk0, lane, N, K: tl.constexpr, BITS: tl.constexpr,
+    ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
+    WIDE: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """`_fetch` of this row and the one 8 further on, for each of some steps."""
+    found = ()
+    for s in tl.static_range(START, END):
+        chunk = chunk0 + 4 * s
+        a = _fetch(
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk + lane, chunk + (lane + 4 - s % 4) % 4, N, K, BITS, ZERO,
+            RG, NG, NESTED, RG2, NG2, WIDE,
+        )  # fmt: skip
+        b = _fetch(
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row + 8, chunk + lane, chunk + (lane + 4 - s % 4) % 4, N, K, BITS,
+            ZERO, RG, NG, NESTED, RG2, NG2, WIDE,
+        )  # fmt: skip
+        found = found + ((a, b),)
+    return found
 
 
 @triton.jit
@@ -322,24 +341,13 @@ def mma_codes_kernel(
     x_ptr += tl.program_id(1) * K  # the tokens after the first
     out_ptr += tl.program_id(1) * N
     thread = tl.arange(0, 32 * WARPS)
-    row, lane, column = thread % 32 // 4, thread % 4, thread % 32 // 4
-    mine = column // 2 == lane
-    even, odd = tl.where(column % 2 == 0, -1, 0), tl.where(column % 2 == 0, 0, -1)
-    chunk0 = thread // 32 * (4 * STEPS) + lane
-
-    ahead = ()
-    for s in tl.static_range(AHEAD):
-        chunk = tl.minimum(chunk0 + 4 * s, U - 1)
-        a = _fetch(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first * 16 + row, chunk, N, K, BITS, ZERO, RG, NG, NESTED,
-            RG2, NG2, WIDE,
-        )  # fmt: skip
-        b = _fetch(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first * 16 + row + 8, chunk, N, K, BITS, ZERO, RG, NG,
-            NESTED, RG2, NG2, WIDE,
-        )  # fmt: skip
-        ahead = ahead + ((a, b),)
-
+    row, lane = thread % 32 // 4, thread % 4
+    column = row  # of x
+    chunk0 = thread // 32 * (4 * STEPS)
+    ahead = _fetch_group(
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first * 16 + row, chunk0, lane, N, K, BITS, ZERO, RG, NG, NESTED,
+        RG2, NG2, WIDE, 0, min(AHEAD, STEPS),
+    )  # fmt: skip
     if NG == 1:
         rows_ahead = _of_rows(
             scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first * 16 + row, N, ZERO, RG, NESTED, RG2
@@ -367,12 +375,20 @@ def mma_codes_kernel(
     else:
         last = 2.0**POWER
 
+    # Of four steps, a lane has x for one.
+    mine = (column // 2 + 4 - lane) % 4
     x_words = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     xs = ()
+    for j in tl.static_range((STEPS + 3) // 4):
+        which = 4 * j + mine
+        chunk = chunk0 + 4 * which + lane
+        xs = xs + (_x_of_chunk(x_words, tl.minimum(chunk, U - 1), (chunk < U) & (which < STEPS), column, HALF, MIXED, FLOATS),)
+    ofs = ()
     for s in tl.static_range(STEPS):
-        chunk = chunk0 + 4 * s
-        xs = xs + (
-            _x_of_chunk(x_words, tl.minimum(chunk, U - 1), chunk < U, column, mine, HALF, MIXED, FLOATS),
+        # The lane that has x of the chunk whose sums this one gets.
+        other = thread % 4 * 8 + (lane + 4 - s % 4) % 4
+        ofs = ofs + (
+            (_of_lane(xs[s // 4][1], other), _of_lane(xs[s // 4][2], other), _of_lane(xs[s // 4][3], other)),
         )
 
     for tile in tl.range(first, tl.cdiv(N, 16), tl.num_programs(0)):
@@ -385,23 +401,31 @@ def mma_codes_kernel(
         sum0 = tl.zeros((32 * WARPS,), tl.float32)
         sum1 = tl.zeros((32 * WARPS,), tl.float32)
         for s in tl.static_range(STEPS):
-            a, b = ahead[0]
-            x, step, total0, total1 = xs[s]
+            if s % AHEAD == 0:
+                now = ahead
+                if s + AHEAD < STEPS:
+                    ahead = _fetch_group(
+                        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, r, chunk0, lane, N, K, BITS, ZERO, RG, NG,
+                        NESTED, RG2, NG2, WIDE, s + AHEAD, min(s + 2 * AHEAD, STEPS),
+                    )  # fmt: skip
+                else:
+                    ahead = _fetch_group(
+                        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, r + tl.num_programs(0) * 16, chunk0, lane, N, K,
+                        BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, 0, min(AHEAD, STEPS),
+                    )  # fmt: skip
+            a, b = now[s % AHEAD]
+            step, total0, total1 = ofs[s]
+            here = mine == s % 4
+            if FLOATS:
+                first_mask = tl.where(here & (column % 2 == 0), -1, 0)
+                second_mask = tl.where(here & (column % 2 == 1), -1, 0)
+            else:
+                first_mask = tl.where(here, -1, 0)
+                second_mask = first_mask
             d = tl.inline_asm_elementwise(
-                ASM, _OPERANDS, _eight(a[0]) + _eight(b[0]) + x + table + (even, odd),
+                ASM, _OPERANDS, _eight(a[0]) + _eight(b[0]) + xs[s // 4][0] + table + (first_mask, second_mask),
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
             )  # fmt: skip
-            then = r if s + AHEAD < STEPS else r + tl.num_programs(0) * 16
-            chunk = tl.minimum(chunk0 + 4 * ((s + AHEAD) % STEPS), U - 1)
-            more0 = _fetch(
-                q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, then, chunk, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-                WIDE,
-            )  # fmt: skip
-            more1 = _fetch(
-                q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, then + 8, chunk, N, K, BITS, ZERO, RG, NG, NESTED, RG2,
-                NG2, WIDE,
-            )  # fmt: skip
-            ahead = ahead[1:] + ((more0, more1),)
             of0, of1 = rows if NG == 1 else (a[1], b[1])
             if HALVES:
                 sum0 += _sum_of_group(d[0] * step, total0, of0, BITS, ZERO, OFFSET, NESTED)

@@ -287,8 +287,9 @@ def few_kernel(
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, BM), tl.float32)
     ahead = _read_ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, 8
-    )
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE,
+        8,
+    )  # fmt: skip
     if NG == 1:
         of_rows = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0, ZERO, RG, NG, NESTED, RG2, NG2)
         f0, z0 = _factor_and_term(of_rows, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
@@ -296,8 +297,9 @@ def few_kernel(
     for t in tl.range(t0, t1, num_stages=STAGES):
         words, first, second = ahead
         ahead = _read_ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, 8
-        )
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE,
+            8,
+        )  # fmt: skip
         if NG > 1:
             f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
             f1, z1 = f0, z0
@@ -396,8 +398,9 @@ def some_kernel(
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, PARTS * BM), tl.float32)
     ahead = _read_ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, CHUNKS
-    )
+        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t0, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE,
+        CHUNKS,
+    )  # fmt: skip
     if NG == 1:
         of_rows = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0, ZERO, RG, NG, NESTED, RG2, NG2)
         f0, z0 = _factor_and_term(of_rows, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
@@ -406,8 +409,9 @@ def some_kernel(
     for t in tl.range(t0, t1, num_stages=STAGES):
         words, first, second = ahead
         ahead = _read_ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, CHUNKS
-        )
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE,
+            CHUNKS,
+        )  # fmt: skip
         if NG > 1:
             f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
             f1, z1 = f0, z0
@@ -557,7 +561,10 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
         arranged = torch.empty(
             m if count == 1 else tiles * count * tile.tokens, width, dtype=torch.bfloat16, device=x.device
         )
-        launch(arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024, BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks)
+        launch(
+            arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024, BM=tile.tokens, PARTS=count,
+            CHUNKS=tile.chunks,
+        )  # fmt: skip
         launch(
             some_kernel, grid, tile_reader(arranged, (count * tile.tokens, step // tile.dots)), *given(fields), parts, m, n,
             num_warps=tile.warps, registers=tile.registers, early=True, **constants, PARTS=count,

@@ -38,23 +38,23 @@ _X = _OUTPUTS + 16
 _TABLE_AT = _X + 8
 _OPERANDS = tl.constexpr(",".join(["=f"] * _OUTPUTS + ["r"] * (16 + 8 + 8 + 2)))
 """Of `step_asm`. Results: the sums of the first row over either half of a chunk, and of the second. Then 8 words of codes of each
-row, of which the first `bits` count; 8 words of x; 4 words with the high or only bytes of a table and 4 with the low ones; and two
-masks, by which x is kept for the first half of a chunk and for the second, which is a mask of its own for halves alone."""
+row, of which the first `bits` count; 8 words of x; 4 words with the high or only bytes of a table and 4 with the low ones; and
+two masks, by which x is kept for the first half of a chunk and, of halves, for the second."""
 
 _EVEN, _ODD = f"${_TABLE_AT + 8}", f"${_TABLE_AT + 9}"
 
 
 def _row_codes(bits: int, g: int, row: int, sign: bool = False) -> str:
     """`bytes_of_codes` of a row."""
-    return re.sub(r"\$(\d+)", lambda found: f"${int(found[1]) - WORDS + _OUTPUTS + 8 * row}", bytes_of_codes(bits, g, 0, sign))
+    return re.sub(
+        r"\$(\d+)", lambda found: f"${int(found[1]) - WORDS + _OUTPUTS + 8 * row}", bytes_of_codes(bits, g, 0, sign)
+    )
 
 
 def _byte_mma(sums: str, a: Sequence[str], x: int) -> str:
     """Four words of codes, of which the first two meet word x of x and the others the next."""
     c = ", ".join(f"{sums}{n}" for n in range(4))
-    return (
-        f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{c}}}, {{{', '.join(a)}}}, {{x{x}, x{x + 1}}}, {{{c}}};"
-    )
+    return f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{c}}}, {{{', '.join(a)}}}, {{x{x}, x{x + 1}}}, {{{c}}};"
 
 
 def _integers(bits: int, flip: bool, halves: bool) -> list[str]:
@@ -114,7 +114,9 @@ def _halves(bits: int) -> list[str]:
         for row in range(2):
             if bits == 8:
                 w = f"${_OUTPUTS + 8 * row + g}"
-                lines.append(f"mov.b32 {{h, l}}, {w}; cvt.rn.f16x2.e4m3x2 a{row}, h; cvt.rn.f16x2.e4m3x2 a{2 + row}, l;")
+                lines.append(
+                    f"mov.b32 {{h, l}}, {w}; cvt.rn.f16x2.e4m3x2 a{row}, h; cvt.rn.f16x2.e4m3x2 a{2 + row}, l;"
+                )
             else:
                 lines.append(f"{_row_codes(bits, g, row, sign=True)} mad.lo.u32 c, s, {2 ** (8 - bits)}, c;")
                 lines.append(f"prmt.b32 a{row}, c, 0, 0x1404; prmt.b32 a{2 + row}, c, 0, 0x3424;")
@@ -169,12 +171,12 @@ def _byte_words(w, f, selector, flip, HALF: tl.constexpr):
     a, b = _both_halves(w[0], HALF)
     c, d = _both_halves(w[1], HALF)
     i, j = (a * f + 12583040.0).to(tl.int32, bitcast=True), (b * f + 12583040.0).to(tl.int32, bitcast=True)
-    k, l = (c * f + 12583040.0).to(tl.int32, bitcast=True), (d * f + 12583040.0).to(tl.int32, bitcast=True)
+    k, n = (c * f + 12583040.0).to(tl.int32, bitcast=True), (d * f + 12583040.0).to(tl.int32, bitcast=True)
     word = tl.inline_asm_elementwise(
         "{ .reg .b32 a, b; prmt.b32 a, $1, $2, $5; prmt.b32 b, $3, $4, $5; prmt.b32 a, a, b, 0x5410; xor.b32 $0, a, $6; }",
-        "=r,r,r,r,r,r,r", [i, j, k, l, selector, flip], dtype=tl.int32, is_pure=True, pack=1,
+        "=r,r,r,r,r,r,r", [i, j, k, n, selector, flip], dtype=tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
-    return word, i + j + k + l
+    return word, i + j + k + n
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _x_of_chunk(x_ptr, chunk, there, column, HALF: tl.constexpr, MIXED: tl.const
             pair = tl.inline_asm_elementwise(
                 "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [q * f, p * f], dtype=tl.int32, is_pure=True, pack=1
             )
-            words = words + (pair,)
+            words += (pair,)  # type: ignore[assignment]
         return words, tl.where(there, step, 0.0), step, step
     else:
         f = tl.where(there & (top > 0), 32512.0 / top, 0.0)
@@ -246,7 +248,7 @@ def _fetch(
     ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The words of a chunk of a row, and what is stored of the groups of both halves of another, whose sums the lane gets."""
+    """The words of a chunk of a row, and what is stored of both halves of the chunk whose sums the lane gets."""
     U: tl.constexpr = K // 32
     row = tl.minimum(row, N - 1)
     words = _words(q_ptr + row * (U * BITS) + tl.minimum(chunk, U - 1) * BITS, BITS, WIDE)
@@ -255,9 +257,7 @@ def _fetch(
         return words, (0,), (0,)
     else:
         g: tl.constexpr = U * 2 // NG  # halves of chunks in a group
-        first = _stored(
-            scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk * 2 // g, ZERO, RG, NG, NESTED, RG2, NG2
-        )
+        first = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk * 2 // g, ZERO, RG, NG, NESTED, RG2, NG2)
         second = first
         if g % 2 != 0:
             second = _stored(
@@ -275,17 +275,49 @@ def _fetch_group(
     """`_fetch` of this row and the one 8 further on, for each of some steps."""
     found = ()
     for s in tl.static_range(START, END):
-        chunk = chunk0 + 4 * s
+        chunk = chunk0 + 4 * s + lane
+        summed = chunk0 + 4 * s + (lane + 4 - s % 4) % 4
         a = _fetch(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk + lane, chunk + (lane + 4 - s % 4) % 4, N, K, BITS, ZERO,
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk, summed, N, K, BITS, ZERO,
             RG, NG, NESTED, RG2, NG2, WIDE,
         )  # fmt: skip
         b = _fetch(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row + 8, chunk + lane, chunk + (lane + 4 - s % 4) % 4, N, K, BITS,
+            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row + 8, chunk, summed, N, K, BITS,
             ZERO, RG, NG, NESTED, RG2, NG2, WIDE,
         )  # fmt: skip
-        found = found + ((a, b),)
+        found += ((a, b),)  # type: ignore[assignment]
     return found
+
+
+@triton.jit
+def _to_cache(at):
+    """Ask for the line of the GPU's cache at each address; returns nothing of use."""
+    return tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _ask_ahead(
+    q_ptr, scale_ptr, zero_ptr, tile, thread, N, K: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Ask for the parts of a tile that a warp will read. The assembler puts loads off to where their registers are free; this
+    needs none."""
+    U: tl.constexpr = K // 32
+    lines: tl.constexpr = (STEPS * 4 * BITS + 31) // 32  # of a row, of 32 words
+    lane = thread % 32
+    chunk = thread // 32 * (4 * STEPS)
+    for i in tl.static_range((16 * lines + 31) // 32):
+        line = tl.minimum(lane + 32 * i, 16 * lines - 1)
+        row = tl.minimum(tile * 16 + line // lines, N - 1)
+        word = tl.minimum(chunk * BITS + line % lines * 32, U * BITS - 1)
+        _to_cache(q_ptr + row * (U * BITS) + word)
+    if NG > 1:
+        at = tl.minimum(tile * 16 + lane % 16, N - 1) // RG * NG + tl.minimum(chunk, U - 1) * NG // U
+        _to_cache(scale_ptr + at)
+        if ZERO:
+            _to_cache(zero_ptr + at)
 
 
 @triton.jit
@@ -302,9 +334,7 @@ def _of_rows(
 
 
 @triton.jit
-def _sum_of_group(
-    d, total, stored, BITS: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, NESTED: tl.constexpr
-):
+def _sum_of_group(d, total, stored, BITS: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, NESTED: tl.constexpr):
     """(sum of numbers times x - zero point times sum of x) * scale."""
     if ZERO:
         d -= (zero_number(stored[1], BITS) + OFFSET) * total
@@ -326,11 +356,12 @@ def mma_codes_kernel(
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, ASM: tl.constexpr,
     POWER: tl.constexpr, FLOATS: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * number[n] - zero[n] * sum of x) * scale[n].
 
-    A warp has STEPS times 4 chunks of K, of which x stays in registers, and goes through tiles of 16 rows, AHEAD steps ahead.
+    A warp has STEPS times 4 chunks of K, of which x stays in registers, and goes through tiles of 16 rows, AHEAD steps ahead, and
+    asks for the tile that is ASKED further on.
     FLOATS: whether the tensor cores get halves. POWER: of two, for what their sums are multiplied with.
     """
     U: tl.constexpr = K // 32
@@ -349,9 +380,7 @@ def mma_codes_kernel(
         RG2, NG2, WIDE, 0, min(AHEAD, STEPS),
     )  # fmt: skip
     if NG == 1:
-        rows_ahead = _of_rows(
-            scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first * 16 + row, N, ZERO, RG, NESTED, RG2
-        )
+        rows_ahead = _of_rows(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first * 16 + row, N, ZERO, RG, NESTED, RG2)
     table = (0, 0, 0, 0, 0, 0, 0, 0)
     if KIND == _TABLE:
         number = tl.load(table_ptr + tl.arange(0, 16))
@@ -382,17 +411,21 @@ def mma_codes_kernel(
     for j in tl.static_range((STEPS + 3) // 4):
         which = 4 * j + mine
         chunk = chunk0 + 4 * which + lane
-        xs = xs + (_x_of_chunk(x_words, tl.minimum(chunk, U - 1), (chunk < U) & (which < STEPS), column, HALF, MIXED, FLOATS),)
+        xs += (
+            _x_of_chunk(x_words, tl.minimum(chunk, U - 1), (chunk < U) & (which < STEPS), column, HALF, MIXED, FLOATS),
+        )
     ofs = ()
     for s in tl.static_range(STEPS):
         # The lane that has x of the chunk whose sums this one gets.
         other = thread % 4 * 8 + (lane + 4 - s % 4) % 4
-        ofs = ofs + (
-            (_of_lane(xs[s // 4][1], other), _of_lane(xs[s // 4][2], other), _of_lane(xs[s // 4][3], other)),
-        )
+        ofs += ((_of_lane(xs[s // 4][1], other), _of_lane(xs[s // 4][2], other), _of_lane(xs[s // 4][3], other)),)
 
     for tile in tl.range(first, tl.cdiv(N, 16), tl.num_programs(0)):
         r = tile * 16 + row
+        if ASKED > 0:
+            _ask_ahead(
+                q_ptr, scale_ptr, zero_ptr, tile + ASKED * tl.num_programs(0), thread, N, K, BITS, ZERO, RG, NG, STEPS
+            )
         if NG == 1:
             rows = rows_ahead
             rows_ahead = _of_rows(
@@ -464,7 +497,9 @@ def mma_kind(reading: Reading) -> str | None:
     return None
 
 
-def mma_constants(reading: Reading, zero: bool, wide: bool, warps: int | None, ahead: int) -> dict[str, Any]:
+def mma_constants(
+    reading: Reading, zero: bool, wide: bool, warps: int | None, ahead: int, asked: int
+) -> dict[str, Any]:
     """The constants of `mma_codes_kernel`."""
     kind = mma_kind(reading)
     assert kind is not None
@@ -479,20 +514,22 @@ def mma_constants(reading: Reading, zero: bool, wide: bool, warps: int | None, a
         **reading.constants(zero), "OFFSET": offset,
         "ASM": step_asm(kind, reading.bits, reading.exponent, reading.signed, halves), "POWER": bias, "FLOATS": floats,
         "WIDE": wide, "WARPS": warps, "STEPS": cdiv(steps, warps), "AHEAD": min(ahead, cdiv(steps, warps)),
+        "ASKED": asked,
     }  # fmt: skip
 
 
 def mma_each(
-    x: Tensor, reading: Reading, fields: Fields, warps: int | None = None, ahead: int = 4, at_once: int = 16,
-    registers: int = 128,
+    x: Tensor, reading: Reading, fields: Fields, warps: int | None = None, ahead: int = 2, asked: int = 2,
+    at_once: int = 16, registers: int = 128,
 ) -> Tensor:  # fmt: skip
     """One token, or each of a few in one launch. x: (M, K), contiguous -> (M, N).
 
-    warps: of a program. ahead: steps. at_once: warps on a multiprocessor, for how many there are programs.
+    warps: of a program. ahead: steps. asked: tiles that are asked for before they are loaded.
+    at_once: warps on a multiprocessor, for how many there are programs. registers: of a thread, at most.
     """
     m, n = x.shape[0], reading.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    constants = mma_constants(reading, fields[2] is not None, fields[0].data_ptr() % 16 == 0, warps, ahead)
+    constants = mma_constants(reading, fields[2] is not None, fields[0].data_ptr() % 16 == 0, warps, ahead, asked)
     warps = constants["WARPS"]
     tiles = cdiv(n, 16)
     rounds = cdiv(tiles, multiprocessors(x.device) * max(1, at_once // warps))

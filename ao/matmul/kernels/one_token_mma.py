@@ -30,7 +30,7 @@ from .few_tokens import _four_words, _scale, _stored, _words
 from .joint_words import zero_number
 from .launch import cdiv, launch
 from .reading import Fields, Reading
-from .template import _AFFINE, _SCALED, _TABLE, given
+from .template import _AFFINE, _E4M3, _PLAIN, _SCALED, _TABLE, given
 from .template import _numbers as _numbers_of
 
 _OUTPUTS = 4
@@ -151,7 +151,7 @@ def step_asm(kind: str, bits: int, exponent: int, signed: bool, halves: bool) ->
         lines += _places(2 if kind == "table" else 1, halves)
     for row in range(2):
         high, low = f"{2 * row}", f"{2 * row + 1}"  # columns
-        for half, (first, second) in enumerate(("ce", "dj")):
+        for half, (first, second) in enumerate((("c", "e"), ("d", "j"))):
             out = f"${2 * row + half}"
             if half and not halves:
                 lines.append(f"mov.f32 {out}, 0f00000000;")
@@ -243,10 +243,48 @@ def _x_of_chunk(x_ptr, chunk, there, column, HALF: tl.constexpr, MIXED: tl.const
 
 
 @triton.jit
+def _fetched_pair(at):
+    """What is at these addresses and after them, which are multiples of twice its size: a word, or two of 32 bits."""
+    if at.dtype.element_ty.primitive_bitwidth == 8:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.u16 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+        )
+    elif at.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _both(word, ptr, FLOAT8: tl.constexpr):
+    """The two of `_fetched_pair`. FLOAT8: whether bytes are float8 e4m3, which become float32."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 8:
+        if FLOAT8:
+            return tl.inline_asm_elementwise(
+                """{ .reg .b16 t, l, h; .reg .b32 p; cvt.u16.u32 t, $2; cvt.rn.f16x2.e4m3x2 p, t; mov.b32 {l, h}, p;
+                cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }""",
+                "=f,=f,r", [word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+            )  # fmt: skip
+        elif ptr.dtype.element_ty == tl.int8:
+            return (word << 24) >> 24, (word << 16) >> 24
+        else:
+            return word & 255, word >> 8
+    elif ptr.dtype.element_ty.primitive_bitwidth == 16:
+        first, second = word.to(tl.int16), (word >> 16).to(tl.int16)
+        return first.to(ptr.dtype.element_ty, bitcast=True), second.to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        return word[0].to(ptr.dtype.element_ty, bitcast=True), word[1].to(ptr.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
 def _fetch(
     q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk, summed, N, K: tl.constexpr, BITS: tl.constexpr,
     ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The words of a chunk of a row, and what is stored of both halves of the chunk whose sums the lane gets."""
     U: tl.constexpr = K // 32
@@ -255,6 +293,10 @@ def _fetch(
     chunk = tl.minimum(summed, U - 1)
     if NG == 1:
         return words, (0,), (0,)
+    elif PAIRS:
+        at = row // RG * NG + chunk * 2
+        scale = _fetched_pair(scale_ptr + at)
+        return words, scale, _fetched_pair(zero_ptr + at) if ZERO else scale
     else:
         g: tl.constexpr = U * 2 // NG  # halves of chunks in a group
         first = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk * 2 // g, ZERO, RG, NG, NESTED, RG2, NG2)
@@ -270,7 +312,7 @@ def _fetch(
 def _fetch_group(
     q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk0, lane, N, K: tl.constexpr, BITS: tl.constexpr,
     ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
-    WIDE: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
+    WIDE: tl.constexpr, PAIRS: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """`_fetch` of this row and the one 8 further on, for each of some steps."""
     found = ()
@@ -279,11 +321,11 @@ def _fetch_group(
         summed = chunk0 + 4 * s + (lane + 4 - s % 4) % 4
         a = _fetch(
             q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk, summed, N, K, BITS, ZERO,
-            RG, NG, NESTED, RG2, NG2, WIDE,
+            RG, NG, NESTED, RG2, NG2, WIDE, PAIRS,
         )  # fmt: skip
         b = _fetch(
             q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row + 8, chunk, summed, N, K, BITS,
-            ZERO, RG, NG, NESTED, RG2, NG2, WIDE,
+            ZERO, RG, NG, NESTED, RG2, NG2, WIDE, PAIRS,
         )  # fmt: skip
         found += ((a, b),)  # type: ignore[assignment]
     return found
@@ -355,7 +397,7 @@ def mma_codes_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, ASM: tl.constexpr,
-    POWER: tl.constexpr, FLOATS: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
+    POWER: tl.constexpr, FLOATS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
     AHEAD: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * number[n] - zero[n] * sum of x) * scale[n].
@@ -366,6 +408,9 @@ def mma_codes_kernel(
     """
     U: tl.constexpr = K // 32
     HALVES: tl.constexpr = NG > 1 and K // NG % 32 != 0
+    SHARED: tl.constexpr = NESTED == _SCALED  # one scale of all scales
+    FLOAT8: tl.constexpr = SHARED or NESTED == _E4M3
+    OF_A_PAIR: tl.constexpr = _PLAIN if FLOAT8 else NESTED
     MIXED: tl.constexpr = not FLOATS and KIND != _AFFINE and not HALVES
     HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     first = tl.program_id(0)
@@ -377,7 +422,7 @@ def mma_codes_kernel(
     chunk0 = thread // 32 * (4 * STEPS)
     ahead = _fetch_group(
         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first * 16 + row, chunk0, lane, N, K, BITS, ZERO, RG, NG, NESTED,
-        RG2, NG2, WIDE, 0, min(AHEAD, STEPS),
+        RG2, NG2, WIDE, PAIRS, 0, min(AHEAD, STEPS),
     )  # fmt: skip
     if NG == 1:
         rows_ahead = _of_rows(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first * 16 + row, N, ZERO, RG, NESTED, RG2)
@@ -411,14 +456,16 @@ def mma_codes_kernel(
     for j in tl.static_range((STEPS + 3) // 4):
         which = 4 * j + mine
         chunk = chunk0 + 4 * which + lane
-        xs += (
+        xs += (  # type: ignore[assignment]
             _x_of_chunk(x_words, tl.minimum(chunk, U - 1), (chunk < U) & (which < STEPS), column, HALF, MIXED, FLOATS),
         )
     ofs = ()
     for s in tl.static_range(STEPS):
         # The lane that has x of the chunk whose sums this one gets.
         other = thread % 4 * 8 + (lane + 4 - s % 4) % 4
-        ofs += ((_of_lane(xs[s // 4][1], other), _of_lane(xs[s // 4][2], other), _of_lane(xs[s // 4][3], other)),)
+        ofs += (  # type: ignore[assignment]
+            (_of_lane(xs[s // 4][1], other), _of_lane(xs[s // 4][2], other), _of_lane(xs[s // 4][3], other)),
+        )
 
     for tile in tl.range(first, tl.cdiv(N, 16), tl.num_programs(0)):
         r = tile * 16 + row
@@ -439,15 +486,15 @@ def mma_codes_kernel(
                 if s + AHEAD < STEPS:
                     ahead = _fetch_group(
                         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, r, chunk0, lane, N, K, BITS, ZERO, RG, NG,
-                        NESTED, RG2, NG2, WIDE, s + AHEAD, min(s + 2 * AHEAD, STEPS),
+                        NESTED, RG2, NG2, WIDE, PAIRS, s + AHEAD, min(s + 2 * AHEAD, STEPS),
                     )  # fmt: skip
                 else:
                     ahead = _fetch_group(
                         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, r + tl.num_programs(0) * 16, chunk0, lane, N, K,
-                        BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, 0, min(AHEAD, STEPS),
+                        BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE, PAIRS, 0, min(AHEAD, STEPS),
                     )  # fmt: skip
             a, b = now[s % AHEAD]
-            step, total0, total1 = ofs[s]
+            step, total0, total1 = ofs[s]  # type: ignore[var-annotated]
             here = mine == s % 4
             if FLOATS:
                 first_mask = tl.where(here & (column % 2 == 0), -1, 0)
@@ -459,14 +506,23 @@ def mma_codes_kernel(
                 ASM, _OPERANDS, _eight(a[0]) + _eight(b[0]) + xs[s // 4][0] + table + (first_mask, second_mask),
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
             )  # fmt: skip
-            of0, of1 = rows if NG == 1 else (a[1], b[1])
-            if HALVES:
-                sum0 += _sum_of_group(d[0] * step, total0, of0, BITS, ZERO, OFFSET, NESTED)
+            if PAIRS:
+                s0, s1 = _both(a[1], scale_ptr, FLOAT8)
+                s2, s3 = _both(b[1], scale_ptr, FLOAT8)
+                z0, z1 = _both(a[2], zero_ptr, False) if ZERO else (s0, s1)
+                z2, z3 = _both(b[2], zero_ptr, False) if ZERO else (s2, s3)
+                sum0 += _sum_of_group(d[0] * step, total0, (s0, z0), BITS, ZERO, OFFSET, OF_A_PAIR)
+                sum0 += _sum_of_group(d[1] * step, total1, (s1, z1), BITS, ZERO, OFFSET, OF_A_PAIR)
+                sum1 += _sum_of_group(d[2] * step, total0, (s2, z2), BITS, ZERO, OFFSET, OF_A_PAIR)
+                sum1 += _sum_of_group(d[3] * step, total1, (s3, z3), BITS, ZERO, OFFSET, OF_A_PAIR)
+            elif HALVES:
+                sum0 += _sum_of_group(d[0] * step, total0, a[1], BITS, ZERO, OFFSET, NESTED)
                 sum0 += _sum_of_group(d[1] * step, total1, a[2], BITS, ZERO, OFFSET, NESTED)
-                sum1 += _sum_of_group(d[2] * step, total0, of1, BITS, ZERO, OFFSET, NESTED)
+                sum1 += _sum_of_group(d[2] * step, total0, b[1], BITS, ZERO, OFFSET, NESTED)
                 sum1 += _sum_of_group(d[3] * step, total1, b[2], BITS, ZERO, OFFSET, NESTED)
             else:
-                total = total0 + total1
+                of0, of1 = rows if NG == 1 else (a[1], b[1])
+                total = total0 + total1  # type: ignore[var-annotated]
                 d0 = d[0] + d[1] if FLOATS else d[0]
                 d1 = d[2] + d[3] if FLOATS else d[2]
                 sum0 += _sum_of_group(d0 * step, total, of0, BITS, ZERO, OFFSET, NESTED)
@@ -474,7 +530,7 @@ def mma_codes_kernel(
         of_lanes = tl.reshape(tl.join(sum0, sum1), (WARPS, 8, 4, 2))
         out = tl.reshape(tl.permute(tl.sum(tl.sum(of_lanes, 2), 0), (1, 0)), (16,)) * last
         at = tile * 16 + tl.arange(0, 16)
-        if NESTED == _SCALED:
+        if SHARED:
             out *= tl.load(scale2_ptr).to(tl.float32)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=at < N)
 
@@ -498,9 +554,12 @@ def mma_kind(reading: Reading) -> str | None:
 
 
 def mma_constants(
-    reading: Reading, zero: bool, wide: bool, warps: int | None, ahead: int, asked: int
+    reading: Reading, zero: bool, wide: bool, pairs: bool, warps: int | None, ahead: int, asked: int
 ) -> dict[str, Any]:
-    """The constants of `mma_codes_kernel`."""
+    """The constants of `mma_codes_kernel`.
+
+    zero: whether there are zero points. wide, pairs: whether addresses of codes are multiples of 16, and of scales of 8.
+    """
     kind = mma_kind(reading)
     assert kind is not None
     steps = cdiv(reading.k, 128)
@@ -510,10 +569,11 @@ def mma_constants(
     offset = reading.offset - (128 if kind == "affine" and reading.bits == 8 and not reading.signed else 0)
     floats = kind == "halves"
     bias = 0 if reading.bits == 8 or not floats else 15 - (2 ** (reading.exponent - 1) - 1)
+    pairs = pairs and reading.group == 16 and reading.groups > 1 and reading.nested != "affine"
     return {
         **reading.constants(zero), "OFFSET": offset,
         "ASM": step_asm(kind, reading.bits, reading.exponent, reading.signed, halves), "POWER": bias, "FLOATS": floats,
-        "WIDE": wide, "WARPS": warps, "STEPS": cdiv(steps, warps), "AHEAD": min(ahead, cdiv(steps, warps)),
+        "WIDE": wide, "PAIRS": pairs, "WARPS": warps, "STEPS": cdiv(steps, warps), "AHEAD": min(ahead, cdiv(steps, warps)),
         "ASKED": asked,
     }  # fmt: skip
 
@@ -529,7 +589,10 @@ def mma_each(
     """
     m, n = x.shape[0], reading.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    constants = mma_constants(reading, fields[2] is not None, fields[0].data_ptr() % 16 == 0, warps, ahead, asked)
+    pairs = all(t is None or t.data_ptr() % 8 == 0 for t in fields[1:3])
+    constants = mma_constants(
+        reading, fields[2] is not None, fields[0].data_ptr() % 16 == 0, pairs, warps, ahead, asked
+    )
     warps = constants["WARPS"]
     tiles = cdiv(n, 16)
     rounds = cdiv(tiles, multiprocessors(x.device) * max(1, at_once // warps))

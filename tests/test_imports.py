@@ -50,6 +50,7 @@ KERNELS = {
     "hopper",
     "cast",
     "one_token",
+    "one_token_mma",
     "operators",
     "reading",
     "template",

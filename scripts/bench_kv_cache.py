@@ -170,7 +170,7 @@ def tiled(cache: KVCache, q: Tensor, tile: str) -> Tensor:
     how = Tile(warps, programs, tile.endswith("+"), next(iter(registers), None))
     return decode(
         q, k.codes, k.scale, k.zero_point, v.codes, v.scale, v.zero_point, kind, kind, 0, cache.length,
-        cache.length, None, None, q.shape[3] ** -0.5, None, None, how,
+        cache.length, None, None, q.shape[3] ** -0.5, None, None, tile=how,
     )[0]  # fmt: skip
 
 

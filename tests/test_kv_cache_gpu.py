@@ -79,7 +79,7 @@ def test_tiles(name, tile):
     a, b = (t.cuda().spec.operand(t.cuda()) for t in (k, v))
     out, _ = decode(
         q.cuda(), a.codes, a.scale, a.zero_point, b.codes, b.scale, b.zero_point, code_kind(a, 128), code_kind(b, 128), 0,
-        sight.stop.cuda(), None, None, None, 128**-0.5, None, None, Tile(*tile),
+        sight.stop.cuda(), None, None, None, 128**-0.5, None, None, tile=Tile(*tile),
     )  # fmt: skip
     assert ao.compute_error(expected, out.float().cpu()) > 40
 

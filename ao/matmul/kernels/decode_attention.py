@@ -382,8 +382,8 @@ def _turned(
             if D == 64:
                 word = (word & 0xFF) | ((word & 0xFF00) << 8)
             signs += (word,)  # type: ignore[assignment]
-    for w in tl.static_range(D // 8):
-        own += (tl.load(q_ptr + r * (D // 8) + w, mask=there, other=0),)  # type: ignore[assignment]
+    for w in tl.static_range(D // 32):
+        own += _words(q_ptr + r * (D // 8) + 4 * w, there, 4, 0)  # type: ignore[assignment]
     WHICH: tl.constexpr = 4 * (D // 64 - 1) + 2 * HALF + (KIND == 1)
     words = tl.inline_asm_elementwise(
         _TURN_ASM[WHICH], _TURN_OPERANDS[WHICH], signs + own, dtype=_INTS[D // 8], is_pure=True, pack=1
@@ -495,6 +495,7 @@ def decode_kernel(
         )  # fmt: skip
     at_q = q_ptr + ((batch * kv_heads * GROUP + own_head) * queries + query) * (D // 2)
     if TURN:
+        tl.debug_barrier()  # so that the first tile is asked for before this, and comes meanwhile
         words, total_q, based_q = _turned(at_q, signs_ptr, g, r, there, D, KIND_K, KW, HALF)
     else:
         words, total_q, based_q = _queries(at_q, r, there, D, KIND_K, KW, HALF)

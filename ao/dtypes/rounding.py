@@ -10,7 +10,6 @@ from torch import Tensor
 from .onnx_mode import exponent_of, exporting, reads_no_bits
 from .pieces import is_eager
 
-
 FEW = 2**16
 """Numbers that take a GPU less time in float64 than a launch does."""
 
@@ -27,8 +26,9 @@ def reciprocal(x: Tensor) -> Tensor:
     """
     x = x.float()
     tiny, huge = torch.finfo(torch.float32).tiny, 2.0**126
-    if (x.device.type == "cpu" or x.is_cuda and x.numel() <= FEW) and is_eager(x):
-        # A few operators in place of fifty, each a launch on a GPU. 53 bits are enough for the second rounding to be that of the exact number.
+    if (x.device.type == "cpu" or (x.is_cuda and x.numel() <= FEW)) and is_eager(x):
+        # A few operators in place of fifty, each a launch on a GPU. 53 bits are enough for the second rounding to be that of the
+        # exact number.
         return x.double().reciprocal().float().masked_fill(x.abs() < tiny, 0.0)
     if exporting():
         return torch.where(

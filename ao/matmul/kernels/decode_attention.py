@@ -17,9 +17,9 @@ and probabilities, so that codes are multiplied as they are. Unsigned codes c of
 not normalized (attention.py tells how those are put together); those of a program become one through shared memory, and a second
 kernel merges what programs give.
 
-Where keys and values are stored rotated, a warp turns its queries as it reads them, by tensor-core products with a matrix of 1 and
--1, which comes as a bit for each. That matrix is an operand like keys: of its rows, which thread gets which is free, so that the
-products come out as fragments, but for `movmatrix`. The second kernel turns the output back.
+Where keys and values are stored rotated, a warp turns its queries as it reads them, by tensor-core products with a matrix of 1
+and -1, which comes as a bit for each. That matrix is an operand like keys: of its rows, which thread gets which is free, so that
+the products come out as fragments, but for `movmatrix`. The second kernel turns the output back.
 """
 
 from __future__ import annotations
@@ -163,8 +163,9 @@ def _values_asm(kind: int, words: int) -> tuple[str, str]:
 
 
 def _turn_asm(words: int, half: bool, to_half: bool) -> tuple[str, str]:
-    """Queries by a matrix of 1 and -1. Operands: pairs of numbers, of which lane 4 g + r has those of query g; rows of the matrix,
-    as signs, bits i and 16 + i of a register being those of numbers i and i + `words` of r's quarter; and these numbers, in order.
+    """Queries by a matrix of 1 and -1. Operands: pairs of numbers, of which lane 4 g + r has those of query g; rows of the
+    matrix, as signs, bits i and 16 + i of a register being those of numbers i and i + `words` of r's quarter; and these numbers,
+    in order.
 
     half: whether queries are float16, not bfloat16; to_half: the same of what comes out.
     """
@@ -365,9 +366,7 @@ def _first_of(r, w: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, KW: tl.co
 
 
 @triton.jit
-def _turned(
-    q_ptr, signs_ptr, g, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr, HALF: tl.constexpr
-):
+def _turned(q_ptr, signs_ptr, g, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr, HALF: tl.constexpr):
     """What `_queries` gives, of queries times the matrix of `signs` (D, D / 32) of int32, or (D, D / 16) of int16 where D is 64:
     bit i of row j, in order, says whether the entry (i, j) is -1."""
     total = tl.zeros(r.shape, tl.float32)
@@ -383,7 +382,7 @@ def _turned(
                 word = (word & 0xFF) | ((word & 0xFF00) << 8)
             signs += (word,)  # type: ignore[assignment]
     for w in tl.static_range(D // 32):
-        own += _words(q_ptr + r * (D // 8) + 4 * w, there, 4, 0)  # type: ignore[assignment]
+        own += _words(q_ptr + r * (D // 8) + 4 * w, there, 4, 0)
     WHICH: tl.constexpr = 4 * (D // 64 - 1) + 2 * HALF + (KIND == 1)
     words = tl.inline_asm_elementwise(
         _TURN_ASM[WHICH], _TURN_OPERANDS[WHICH], signs + own, dtype=_INTS[D // 8], is_pure=True, pack=1
@@ -750,8 +749,8 @@ def decode(
 
     q: (B, heads, T, D), D 64 or 128. k, v: bytes of codes, (B, kv_heads, L, D or D / 2), L a multiple of 8, a position after the
     other. Scales and zero points: (B, kv_heads, L, 1). kind_k, kind_v: of `KINDS`. The others: as in `Sight` and `attend`; the
-    mask is bool. signs, back: queries are multiplied by the matrix whose columns have these signs (`packed_signs`), and the output by
-    the transpose of `back` (D, D).
+    mask is bool. signs, back: queries are multiplied by the matrix whose columns have these signs (`packed_signs`), and the
+    output by the transpose of `back` (D, D).
     """
     b, h, t, d = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
@@ -773,9 +772,9 @@ def decode(
     launch(
         decode_kernel, (splits, b * kv_heads, blocks), *words, k_scale, k_scale if k_zero is None else k_zero, v_scale,
         v_scale if v_zero is None else v_zero, none if mask is None else mask,
-        none if signs is None else signs.view(torch.int32 if d == 128 else torch.int16), stop,
-        stop if end is None else end, out, top, total, kv_heads, t, length, start, splits, *words[1].stride()[:2], *words[2].stride()[:2],
-        *k_scale.stride()[:2], *v_scale.stride()[:2], *mask_strides, SCALE=scale * math.log2(math.e),
+        none if signs is None else signs.view(torch.int32 if d == 128 else torch.int16),
+        stop, stop if end is None else end, out, top, total, kv_heads, t, length, start, splits, *words[1].stride()[:2],
+        *words[2].stride()[:2], *k_scale.stride()[:2], *v_scale.stride()[:2], *mask_strides, SCALE=scale * math.log2(math.e),
         SOFTCAP=softcap or 0.0, WINDOW=window or 0, CAUSAL=end is not None, MASK=mask is not None,
         KIND_K=KINDS[kind_k], KIND_V=KINDS[kind_v], GROUP=group, D=d, KW=words[1].shape[3] // 4, VW=words[2].shape[3] // 8,
         W=tile.warps, HALF=q.dtype == torch.float16,

@@ -12,7 +12,6 @@ from ...matmul import Sight, attend_fields, encode_fields, packed_signs, registe
 from ..algorithms.hadamard import random_hadamard
 from .config import KVCacheConfig, kv_cache_config, tokens_of
 
-
 TOGETHER = 16
 """Tokens of keys and values that are quantized in one, at most."""
 
@@ -299,7 +298,7 @@ class Turn(NamedTuple):
         exact = torch.equal(signs.abs(), torch.ones_like(signs))
         if exact and all(torch.equal(t.to(dtype).double(), t) for t in factors):
             packed = None if dim % 8 else packed_signs(signs).to(device)
-            return Turn(*(t.to(device, dtype) for t in factors), packed)
+            return Turn(factors[0].to(device, dtype), factors[1].to(device, dtype), packed)
         return Turn(*(turn.to(device, torch.float32) for _ in factors))
 
 

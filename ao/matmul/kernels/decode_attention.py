@@ -425,13 +425,67 @@ def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.conste
 
 
 @triton.jit
+def _part(
+    stop_ptr, end_ptr, queries, length, start, split, splits, W: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    GUESS: tl.constexpr,
+):  # fmt: skip
+    """Where the positions end, the position of the first query, where the first tile begins, and which tiles are the program's.
+    GUESS: past the caches of the multiprocessor, as `stop` may change."""
+    stop = tl.minimum(tl.load(stop_ptr, volatile=GUESS).to(tl.int32), length)
+    first_query = tl.load(end_ptr, volatile=GUESS).to(tl.int32) - queries
+    begin = start
+    if CAUSAL:
+        stop = tl.minimum(stop, first_query + queries)
+        if WINDOW > 0:
+            begin = tl.maximum(begin, first_query - (WINDOW - 1))
+    begin = begin // 32 * 32
+    tiles = tl.cdiv(tl.maximum(stop - begin, 0), 32 * W)
+    return stop, first_query, begin, split * tiles // splits, (split + 1) * tiles // splits
+
+
+@triton.jit
+def _fetched(at, mine, BYTES: tl.constexpr):
+    """Ask for BYTES from each of these addresses on, where `mine` (int32) is not 0, to be in the cache of the GPU. Both are
+    multiples of 16."""
+    size = tl.full(mine.shape, BYTES, tl.int32)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r,r", [at, size, mine], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fetch(
+    k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, base, lane, length, KIND_K: tl.constexpr, KIND_V: tl.constexpr,
+    KW: tl.constexpr, VW: tl.constexpr,
+):  # fmt: skip
+    """Ask for what `_tile` reads: a lane for each of keys, values and scales. Scales of a byte may not be at multiples of 16."""
+    mine = base + 32 <= length
+    at = base.to(tl.int64)
+    _fetched(k_ptr + at * (4 * KW), (mine & (lane == 0)).to(tl.int32), 512 * KW)
+    _fetched(v_ptr + at * (8 * VW), (mine & (lane == 1)).to(tl.int32), 1024 * VW)
+    SIZE_K: tl.constexpr = ks_ptr.dtype.element_ty.primitive_bitwidth // 8
+    SIZE_V: tl.constexpr = vs_ptr.dtype.element_ty.primitive_bitwidth // 8
+    if SIZE_K > 1:
+        _fetched(ks_ptr + at, (mine & (lane == 2)).to(tl.int32), 32 * SIZE_K)
+        if KIND_K == 0:
+            if kz_ptr.dtype == ks_ptr.dtype:
+                _fetched(kz_ptr + at, (mine & (lane == 3)).to(tl.int32), 32 * SIZE_K)
+    if SIZE_V > 1:
+        _fetched(vs_ptr + at, (mine & (lane == 4)).to(tl.int32), 32 * SIZE_V)
+        if KIND_V == 0:
+            if vz_ptr.dtype == vs_ptr.dtype:
+                _fetched(vz_ptr + at, (mine & (lane == 5)).to(tl.int32), 32 * SIZE_V)
+
+
+@triton.jit
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, mask_ptr, signs_ptr, stop_ptr, end_ptr, out_ptr, top_ptr,
     total_ptr, kv_heads, queries, length, start, splits, k_batch, k_head, v_batch, v_head, ks_batch, ks_head, vs_batch, vs_head,
     mask_batch, mask_head, mask_query, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr, FROM: tl.constexpr,
-    SEVERAL: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, TURN: tl.constexpr,
+    SEVERAL: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, TURN: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """A softmax per program that is not normalized, over a part of the positions: out (rows, splits, D), top and total
     (rows, splits), float32, in base 2; rows are (B, kv_heads, blocks of 8).
@@ -442,6 +496,7 @@ def decode_kernel(
     int64, as in `Sight`. SCALE: times log2(e). FROM: whether start is not 0. SEVERAL: queries.
     AHEAD: load what the next step needs before this one computes. EARLY: this may start before the kernel before it is done, and
     `merge_kernel` before this one is. TURN: queries are multiplied by a matrix of `signs` (`_turned`).
+    FETCH: ask for the first keys and values before the kernel before this one is done.
     """
     split, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // kv_heads, pair % kv_heads
@@ -450,7 +505,22 @@ def decode_kernel(
     row = tl.program_id(2) * 8 + g
     there = row < GROUP * queries
     query, own_head = row // GROUP, head * GROUP + row % GROUP
+    k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
+    v_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
+    ks_ptr += batch * ks_batch + head * ks_head
+    kz_ptr += batch * ks_batch + head * ks_head
+    vs_ptr += batch * vs_batch + head * vs_head
+    vz_ptr += batch * vs_batch + head * vs_head
     if EARLY:
+        if FETCH:
+            # The length may be that before the last token: it is a guess.
+            _, _, begin, first, last = _part(
+                stop_ptr, end_ptr, queries, length, start, split, splits, W, CAUSAL, WINDOW, True
+            )
+            _fetch(
+                k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, begin + (first * W + warp) * 32, lanes % 32, length, KIND_K,
+                KIND_V, KW, VW,
+            )  # fmt: skip
         gdc_wait()
     # But for q, a lane has queries 2 r and 2 r + 1 of the block, "a" and "b".
     row_a = tl.program_id(2) * 8 + 2 * r
@@ -458,23 +528,11 @@ def decode_kernel(
     query_a, query_b = row_a // GROUP, row_b // GROUP
     there_a, there_b = row_a < GROUP * queries, row_b < GROUP * queries
 
-    stop = tl.minimum(tl.load(stop_ptr).to(tl.int32), length)
-    first_query = tl.load(end_ptr).to(tl.int32) - queries
-    begin = start
-    if CAUSAL:
-        stop = tl.minimum(stop, first_query + queries)
-        if WINDOW > 0:
-            begin = tl.maximum(begin, first_query - (WINDOW - 1))
-    begin = begin // 32 * 32
-    tiles = tl.cdiv(tl.maximum(stop - begin, 0), 32 * W)
+    stop, first_query, begin, first, last = _part(
+        stop_ptr, end_ptr, queries, length, start, split, splits, W, CAUSAL, WINDOW, False
+    )
     last_a, last_b = first_query + query_a, first_query + query_b
 
-    k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
-    v_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
-    ks_ptr += batch * ks_batch + head * ks_head
-    kz_ptr += batch * ks_batch + head * ks_head
-    vs_ptr += batch * vs_batch + head * vs_head
-    vz_ptr += batch * vs_batch + head * vs_head
     mask_ptr += batch.to(tl.int64) * mask_batch
     mask_a = mask_ptr + (head * GROUP + row_a % GROUP) * mask_head + query_a * mask_query
     mask_b = mask_ptr + (head * GROUP + row_b % GROUP) * mask_head + query_b * mask_query
@@ -486,7 +544,6 @@ def decode_kernel(
     COLUMNS: tl.constexpr = D // 8
     for _ in tl.static_range(COLUMNS - 1):
         out += (zero, zero)  # type: ignore[assignment]
-    first, last = split * tiles // splits, (split + 1) * tiles // splits
     base = begin + (first * W + warp) * 32
     if AHEAD:
         k, v, scales = _tile(
@@ -702,13 +759,14 @@ def _values(v, weights, out, kept, KIND: tl.constexpr, VW: tl.constexpr, COLUMNS
 
 
 class Tile(NamedTuple):
-    """How `decode_kernel` runs: warps of a program, programs on a multiprocessor at a time, whether it loads ahead, and the most
-    registers of a thread, if there is a limit."""
+    """How `decode_kernel` runs: warps of a program, programs on a multiprocessor at a time, whether it loads ahead, the most
+    registers of a thread, if there is a limit, and whether it asks for the first keys and values early."""
 
     warps: int = 4
     programs: int = 3
     ahead: bool = False
     registers: int | None = None
+    fetch: bool = False
 
 
 TILE_OF_KIND = {"uint4": Tile(4, 3, True, 168), "int8": Tile(2, 4, True, 255), "float8": Tile(2, 6, True, 168)}
@@ -779,7 +837,7 @@ def decode(
         KIND_K=KINDS[kind_k], KIND_V=KINDS[kind_v], GROUP=group, D=d, KW=words[1].shape[3] // 4, VW=words[2].shape[3] // 8,
         W=tile.warps, HALF=q.dtype == torch.float16,
         FROM=start > 0, SEVERAL=t > 1, AHEAD=tile.ahead, EARLY=early, TURN=signs is not None,
-        num_warps=tile.warps, early=early, registers=tile.registers,
+        FETCH=tile.fetch, num_warps=tile.warps, early=early, registers=tile.registers,
     )  # fmt: skip
     width = min(d, 32) if back is None else d
     launch(

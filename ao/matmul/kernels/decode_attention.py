@@ -468,14 +468,12 @@ def _fetch(
     SIZE_V: tl.constexpr = vs_ptr.dtype.element_ty.primitive_bitwidth // 8
     if SIZE_K > 1:
         _fetched(ks_ptr + at, (mine & (lane == 2)).to(tl.int32), 32 * SIZE_K)
-        if KIND_K == 0:
-            if kz_ptr.dtype == ks_ptr.dtype:
-                _fetched(kz_ptr + at, (mine & (lane == 3)).to(tl.int32), 32 * SIZE_K)
+        if KIND_K == 0 and kz_ptr.dtype == ks_ptr.dtype:
+            _fetched(kz_ptr + at, (mine & (lane == 3)).to(tl.int32), 32 * SIZE_K)
     if SIZE_V > 1:
         _fetched(vs_ptr + at, (mine & (lane == 4)).to(tl.int32), 32 * SIZE_V)
-        if KIND_V == 0:
-            if vz_ptr.dtype == vs_ptr.dtype:
-                _fetched(vz_ptr + at, (mine & (lane == 5)).to(tl.int32), 32 * SIZE_V)
+        if KIND_V == 0 and vz_ptr.dtype == vs_ptr.dtype:
+            _fetched(vz_ptr + at, (mine & (lane == 5)).to(tl.int32), 32 * SIZE_V)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .device import is_hopper, multiprocessors, on_its_device
+from .device import launches_early, multiprocessors, on_its_device
 from .launch import cdiv, launch, power_of_two
 
 POSITIONS = 32
@@ -818,7 +818,7 @@ def decode(
     out, top, total = (torch.empty(rows, splits, n, device=q.device) for n in (d, 1, 1))
     merged, logs = torch.empty(b, h, t, d, dtype=q.dtype, device=q.device), torch.empty(b, h, t, device=q.device)
     words = [x.view(torch.uint8).view(torch.int32) for x in (q.contiguous(), k, v)]
-    none, early = top, is_hopper(q.device)
+    none, early = top, launches_early(q.device)
     mask_strides = (0, 0, 0)
     if mask is not None:
         batch, head, query, one = mask.stride()

@@ -3,7 +3,7 @@
     few        a few tokens and a weight in any format (few_tokens.py, and one_token.py for one), against bfloat16: tiles and the
                number of parts of K, for every format, shape and number of tokens; `_tile` and `_gemv_constants` choose those
     attention  one token and a quantized cache (decode_attention.py), against the fastest of PyTorch's kernels over bfloat16:
-               warps, programs and registers; `TILE_OF_KIND` chooses those
+               warps, programs, registers and loads; `TILE_OF_KIND` chooses those
 
 First many processes compile everything, into Triton's cache, and run each way once, so that what fails is known by its reason.
 Then one process times all ways of a case in turns, as CUDA graphs over copies that are together larger than the GPU's cache, and
@@ -55,9 +55,9 @@ SPECS: dict[str, Any] = {
 SHAPES = ["28672x4096", "4096x14336", "4096x4096"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64]
 TILES = {
-    "int4": ["4x3x168+", "4x4x128", "2x6x168+", "2x8x128", "4x3x168", "8x2x128"],
-    "int8": ["2x6x168+", "2x4x255+", "2x8x128", "4x3x168+", "4x4x128"],
-    "float8": ["1x16x128", "1x12x168", "2x8x128", "4x4x128", "2x6x168+"],
+    "int4": ["4x3x168+", "4x3x168+e", "8x1x255+", "8x1x255+e", "4x2x255+e", "16x1x128e", "4x4x128e", "2x6x168+e"],
+    "int8": ["2x4x255+", "2x4x255+e", "8x1x255+", "8x1x255+e", "4x2x255+e", "4x3x168+e", "16x1x128e", "2x6x168+e"],
+    "float8": ["2x6x168+", "2x6x168+e", "8x1x255+", "8x1x255+e", "4x2x255+e", "4x3x168+e", "16x1x128e", "1x12x168e"],
 }
 """Of `bench_kv_cache.py --tiles`."""
 

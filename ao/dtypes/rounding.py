@@ -10,6 +10,9 @@ from torch import Tensor
 from .onnx_mode import exponent_of, exporting, reads_no_bits
 from .pieces import is_eager
 
+FEW = 2**16
+"""Numbers that take a GPU less time in float64 than a launch does."""
+
 
 def reciprocal(x: Tensor) -> Tensor:
     """1 / x in float32, correctly rounded on every device and by every compiler; 0 where |x| is below the smallest normal.
@@ -23,8 +26,9 @@ def reciprocal(x: Tensor) -> Tensor:
     """
     x = x.float()
     tiny, huge = torch.finfo(torch.float32).tiny, 2.0**126
-    if x.device.type == "cpu" and is_eager(x):
-        # A few operators in place of fifty. 53 bits are enough for the second rounding to be that of the exact number.
+    if (x.device.type == "cpu" or (x.is_cuda and x.numel() <= FEW)) and is_eager(x):
+        # A few operators in place of fifty, each a launch on a GPU. 53 bits are enough for the second rounding to be that of the
+        # exact number.
         return x.double().reciprocal().float().masked_fill(x.abs() < tiny, 0.0)
     if exporting():
         return torch.where(
@@ -104,8 +108,8 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype == torch.float32:
         return x
-    if exporting():
-        return x.to(dtype)
+    if exporting() or (dtype == torch.bfloat16 and is_eager(x)):
+        return x.to(dtype)  # to float16 the way below rounds the smallest numbers twice
     cut = {torch.bfloat16: 16, torch.float16: 13}[dtype]
     bits = x.view(torch.int32)
     bits = (bits + (2 ** (cut - 1) - 1) + ((bits >> cut) & 1)) & -(2**cut)

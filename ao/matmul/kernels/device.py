@@ -82,10 +82,10 @@ def on_its_device(function: _F) -> _F:
     current = getattr(torch._C, "_cuda_getDevice", None)  # a build for CPUs has none, and does not call this
 
     @functools.wraps(function)
-    def run(x: Tensor, *args: Any) -> Any:
+    def run(x: Tensor, *args: Any, **more: Any) -> Any:
         if x.device.index == current():  # type: ignore[misc]
-            return function(x, *args)
+            return function(x, *args, **more)
         with torch.cuda.device(x.device):
-            return function(x, *args)
+            return function(x, *args, **more)
 
     return run  # type: ignore[return-value]

@@ -46,8 +46,8 @@ def parse() -> argparse.Namespace:
         "--tiles",
         nargs="+",
         default=[],
-        metavar="WxPxR[+][e]",
-        help="try W warps, P programs a multiprocessor, and R registers; +: load ahead; e: ask for the first keys early",
+        metavar="WxPxR[+]",
+        help="try W warps, P programs a multiprocessor, and R registers; +: load ahead",
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
@@ -159,20 +159,18 @@ def main() -> None:
 
 
 def tiled(cache: KVCache, q: Tensor, tile: str) -> Tensor:
-    """The kernels alone, with another tile."""
+    """The kernel alone, with another tile. A rotation is left out."""
     from ao.matmul.attention_kinds import code_kind
     from ao.matmul.kernels.decode_attention import Tile, decode
 
-    warps, programs, *registers = map(int, tile.rstrip("+e").split("x"))
+    warps, programs, *registers = map(int, tile.rstrip("+").split("x"))
     k, v = (a.spec.operand(a) for a in (cache.keys, cache.values))
     kind = code_kind(k, q.shape[3])
     assert k is not None and v is not None and kind is not None
-    turn, back = cache.turns
-    how = Tile(warps, programs, "+" in tile, next(iter(registers), None), "e" in tile)
+    how = Tile(warps, programs, tile.endswith("+"), next(iter(registers), None))
     return decode(
         q, k.codes, k.scale, k.zero_point, v.codes, v.scale, v.zero_point, kind, kind, 0, cache.length,
-        cache.length, None, None, q.shape[3] ** -0.5, None, None,
-        None if turn is None else turn.signs, None if back is None else back.back, tile=how,
+        cache.length, None, None, q.shape[3] ** -0.5, None, None, how,
     )[0]  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import ao
 from ao.matmul import Sight, attend
 from ao.matmul.softmax_pieces import finish, plain
 from ao.quant.kv_cache import KV_CACHES, KVCache, KVCacheConfig, kv_cache_config
-from ao.quant.kv_cache.cache import Turn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -215,23 +214,6 @@ def test_outliers_and_nan_are_bounded(name):
         assert near.all()
     other = bad.attend(q[:, :, 159:])
     assert torch.equal(other[0, 2:], good.attend(q[:, :, 159:])[0, 2:])  # the heads of a key head without any of it
-
-
-@pytest.mark.parametrize("dim", [64, 128])
-def test_signs_of_a_rotation(dim):
-    """Bit i of row j, in bytes, is that of entry (i, j); queries that are turned meet rotated keys in the scores of both as they
-    were."""
-    turn = Turn.of(dim, torch.bfloat16, torch.device("cpu"))
-    i, j = 37, 11
-    for row, column in ((i, j), (j, i), (dim - 1, 0)):
-        bit = int(turn.signs[column, row // 8]) >> row % 8 & 1
-        assert turn.back[row, column] == 1 - 2 * bit
-    q, k, v = (torch.randn(1, heads, 40, dim) for heads in (4, 2, 2))
-    keys, values = (ao.Intx(8).quantize(x @ turn.into.float()) for x in (k, v))
-    back = turn.back.float()
-    out = attend(q, keys, values, turns=[back, back, turn.signs])
-    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    assert ao.compute_error(expected, out) > 35
 
 
 def test_the_page_is_what_the_numbers_say(tmp_path):

@@ -79,28 +79,8 @@ def test_tiles(name, tile):
     a, b = (t.cuda().spec.operand(t.cuda()) for t in (k, v))
     out, _ = decode(
         q.cuda(), a.codes, a.scale, a.zero_point, b.codes, b.scale, b.zero_point, code_kind(a, 128), code_kind(b, 128), 0,
-        sight.stop.cuda(), None, None, None, 128**-0.5, None, None, tile=Tile(*tile),
+        sight.stop.cuda(), None, None, None, 128**-0.5, None, None, Tile(*tile),
     )  # fmt: skip
-    assert ao.compute_error(expected, out.float().cpu()) > 40
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("name", ["int8", "int4", "float8"])
-def test_rotated(name, d, dtype, monkeypatch):
-    """Queries are turned inside the kernel, and the output is turned back."""
-    from ao.matmul import attention
-    from ao.quant.kv_cache.cache import Turn
-
-    g = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 6, 3, d, generator=g).to(dtype)
-    turn = Turn.of(d, dtype, torch.device("cpu"))
-    k, v = (KV_CACHES[name].k.quantize(torch.randn(2, 2, 1000, d, generator=g) @ turn.into.float()) for _ in range(2))
-    sight = Sight(0, torch.tensor(987), torch.tensor(987))
-    expected = attend(q.float(), k, v, sight, turns=[turn.back.float()] * 2)
-    monkeypatch.setattr(attention, "rotated", None)  # what turns outside of the kernel
-    here = Sight(0, *(t.cuda() for t in sight[1:3]))
-    out = attend(q.cuda(), k.cuda(), v.cuda(), here, turns=[turn.back.cuda(), turn.back.cuda(), turn.signs.cuda()])
     assert ao.compute_error(expected, out.float().cpu()) > 40
 
 

@@ -15,14 +15,12 @@ from .sparse import both_pruned, pruned_both, semi_sparse_product, transposable_
 if TYPE_CHECKING:
     from .attention import attend
     from .attention_fields import attend_fields, encode_fields, register_form
-    from .rotation import packed_signs, rotated
     from .softmax_pieces import Exact, Sight
 else:
     _LATER = {
         "attend": ".attention",
         **dict.fromkeys(("Exact", "Sight"), ".softmax_pieces"),
         **dict.fromkeys(("attend_fields", "encode_fields", "register_form"), ".attention_fields"),
-        **dict.fromkeys(("packed_signs", "rotated"), ".rotation"),
     }
 
     def __getattr__(name: str) -> Any:
@@ -48,11 +46,9 @@ __all__ = [
     "has_float8",
     "is_square",
     "layer_class",
-    "packed_signs",
     "path_name",
     "pruned_both",
     "register_form",
-    "rotated",
     "scaled_product",
     "semi_sparse_product",
     "set_parameter",

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..dtypes.base import QTensor
 from . import attention_gpu
 from .attention_kinds import decode_operator, kinds_of
-from .rotation import rotated
 from .softmax_pieces import Exact, Sight, State, check_heads, finish, plain, rows_of, step
 
 
@@ -24,7 +23,6 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     exact: Sequence[Exact] = (),
-    turns: Sequence[Tensor] = (),
 ) -> Tensor:
     """softmax(q k^T * scale) v -> (B, heads, T, head_dim) in q's dtype, computed in float32.
 
@@ -32,19 +30,14 @@ def attend(
     scale: head_dim**-0.5 if None. softcap: scores become softcap * tanh(scores / softcap).
     sinks: (heads,), a score of each head that takes part in the softmax and has no value.
     exact: what else is seen besides `k` and `v`.
-    turns: matrices a and b (head_dim, head_dim), where the attention is that of q a, and what comes out is that times b^T; where
-        the entries of a are 1 and -1, `packed_signs(a)` besides.
 
     A query that sees nothing gets zeros. Raises ValueError where the heads do not fit.
     """
     check_heads(q, k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     kinds = kinds_of(q, k, v, sight.mask)
-    if turns and not (kinds is not None and q.is_cuda and len(turns) == 3 and not exact):
-        out = attend(rotated(q, turns[0]), k, v, sight, scale, softcap, sinks, exact)
-        return rotated(out, turns[1].t())
     if kinds is not None:
-        out, logs = _decode(q, k, v, kinds, sight, scale, softcap, sinks, turns)
+        out, logs = _decode(q, k, v, kinds, sight, scale, softcap, sinks)
         if not exact:
             return out
         top = logs.unflatten(1, (k.shape[1], -1))
@@ -68,7 +61,6 @@ def _decode(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    turns: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """What `decode_operator` gives."""
     a, b = k.spec.operand(k), v.spec.operand(v)
@@ -77,9 +69,8 @@ def _decode(
     def on(n: Tensor | int) -> Tensor:
         return n if isinstance(n, Tensor) else torch.full((), n, dtype=torch.int64, device=q.device)
 
-    _, back, signs = turns or (None, None, None)
     stop, end = on(k.shape[2] if sight.stop is None else sight.stop), sight.end
     return decode_operator(
         q, a.codes, a.scale, a.zero_point, b.codes, b.scale, b.zero_point, *kinds, sight.start, stop,
-        None if end is None else on(end), sight.window, sight.mask, scale, softcap, sinks, signs, back,
+        None if end is None else on(end), sight.window, sight.mask, scale, softcap, sinks,
     )  # fmt: skip

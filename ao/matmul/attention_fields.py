@@ -40,10 +40,9 @@ def _encode(x: Tensor, form: str) -> list[Tensor]:
 
 @shared
 def _attended(q: Tensor, k: QTensor, v: QTensor, *more: Any) -> Tensor:
-    start, stop, end, window, mask, scale, softcap, sinks, count, *rest = more
-    turns, exact = rest[:count], rest[count:]
+    start, stop, end, window, mask, scale, softcap, sinks, *exact = more
     others = [Exact(*exact[i : i + 3]) for i in range(0, len(exact), 3)]
-    return attend(q, k, v, Sight(start, stop, end, window, mask), scale, softcap, sinks, others, turns)
+    return attend(q, k, v, Sight(start, stop, end, window, mask), scale, softcap, sinks, others)
 
 
 def _attend(
@@ -61,9 +60,8 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
     exact: list[Tensor],
-    turns: list[Tensor],
 ) -> Tensor:
-    more = start, stop, end, window, mask, scale, softcap, sinks, len(turns), *turns, *exact
+    more = start, stop, end, window, mask, scale, softcap, sinks, *exact
     return _attended(q, tensor_of(k_form, k), tensor_of(v_form, v), *more)
 
 
@@ -71,7 +69,7 @@ _ENCODE = composite("kv_encode", "(Tensor x, str form) -> Tensor[]", _encode)
 _ATTEND = composite(
     "kv_attend",
     "(Tensor q, Tensor[] k, Tensor[] v, str k_form, str v_form, int start, Tensor? stop, Tensor? end, int? window, "
-    "Tensor? mask, float? scale, float? softcap, Tensor? sinks, Tensor[] exact, Tensor[] turns) -> Tensor",
+    "Tensor? mask, float? scale, float? softcap, Tensor? sinks, Tensor[] exact) -> Tensor",
     _attend,
 )
 
@@ -92,8 +90,7 @@ def attend_fields(
     softcap: float | None,
     sinks: Tensor | None,
     exact: list[Tensor],
-    turns: list[Tensor],
 ) -> Tensor:
     """`attend` of keys and values by their fields. exact: keys, values and positions of each `Exact`, one after the other."""
     start, stop, end, window, mask = sight
-    return _ATTEND(q, k, v, k_form, v_form, start, stop, end, window, mask, scale, softcap, sinks, exact, turns)
+    return _ATTEND(q, k, v, k_form, v_form, start, stop, end, window, mask, scale, softcap, sinks, exact)

@@ -65,8 +65,8 @@ def _on_cuda(*args: Any) -> tuple[Tensor, Tensor]:
 torch.library.define(
     "ao::kv_decode",
     "(Tensor q, Tensor k, Tensor k_scale, Tensor? k_zero, Tensor v, Tensor v_scale, Tensor? v_zero, str kind_k, str kind_v, "
-    "int start, Tensor stop, Tensor? end, int? window, Tensor? mask, float scale, float? softcap, Tensor? sinks, "
-    "Tensor? signs=None, Tensor? back=None) -> (Tensor, Tensor)",
+    "int start, Tensor stop, Tensor? end, int? window, Tensor? mask, float scale, float? softcap, Tensor? sinks) "
+    "-> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.impl("ao::kv_decode", "CUDA", _on_cuda)
@@ -76,4 +76,4 @@ torch.library.register_fake(
 )
 decode_operator = torch.ops.ao.kv_decode.default
 """(q, k's codes, scale and zero point, v's, kinds, what is seen, ...) -> the attention (B, heads, T, head_dim) in q's dtype, and
-the logarithm of the sum of exp of the scores, (B, heads, T) float32. signs and back, of rotations: on a GPU alone."""
+the logarithm of the sum of exp of the scores, (B, heads, T) float32."""

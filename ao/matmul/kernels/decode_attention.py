@@ -13,13 +13,8 @@ position which step of v^T p^T, is chosen so that what a thread needs is contigu
 
 Queries are the columns, 8 of them, since those that share keys are often few: as rows they would be 16. Scales multiply scores
 and probabilities, so that codes are multiplied as they are. Unsigned codes c of 4 bits are put into the mantissa of 16 + c, or of
-128 + c where they are in their place already; these and the zero point are taken off the sums. Every warp has a softmax that is
-not normalized (attention.py tells how those are put together); those of a program become one through shared memory, and a second
-kernel merges what programs give.
-
-Where keys and values are stored rotated, a warp turns its queries as it reads them, by tensor-core products with a matrix of 1
-and -1, which comes as a bit for each. That matrix is an operand like keys: of its rows, which thread gets which is free, so that
-the products come out as fragments, but for `movmatrix`. The second kernel turns the output back.
+128 + c where they are in their place already; these and the zero point are taken off the sums. Every warp gives a softmax that is
+not normalized (attention.py tells how those are put together), and a second kernel merges them.
 """
 
 from __future__ import annotations
@@ -33,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .device import launches_early, multiprocessors, on_its_device
+from .device import is_hopper, multiprocessors, on_its_device
 from .launch import cdiv, launch, power_of_two
 
 POSITIONS = 32
@@ -161,40 +156,6 @@ def _values_asm(kind: int, words: int) -> tuple[str, str]:
     operands = ["=f"] * sums + ["r"] * (8 * words + 4) + ["f"] * (sums + 2)
     return _REGISTERS + declared + " ".join(lines) + " }", ",".join(operands)
 
-
-def _turn_asm(words: int, half: bool, to_half: bool) -> tuple[str, str]:
-    """Queries by a matrix of 1 and -1. Operands: pairs of numbers, of which lane 4 g + r has those of query g; rows of the
-    matrix, as signs, bits i and 16 + i of a register being those of numbers i and i + `words` of r's quarter; and these numbers,
-    in order.
-
-    half: whether queries are float16, not bfloat16; to_half: the same of what comes out.
-    """
-    dtype, one = ("f16", "0x3C003C00") if half else ("bf16", "0x3F803F80")
-    lines = []
-    for i in range(words):
-        sel = "0x5410" if i % 2 == 0 else "0x7632"
-        lines.append(f"prmt.b32 q{i}, ${2 * words + i // 2}, ${2 * words + (i + words) // 2}, {sel};")
-    for rows in range(0, words, 2):
-        sums = tuple(f"s{n}" for n in range(4))
-        lines += [f"mov.f32 {n}, 0f00000000;" for n in sums]
-        for i in range(0, words, 2):
-            for n, (row, place) in enumerate(((rows, i), (rows + 1, i), (rows, i + 1), (rows + 1, i + 1))):
-                lines.append(f"shl.b32 t, ${words + row}, {15 - place}; lop3.b32 a{n}, t, 0x80008000, {one}, 0x6A;")
-            lines.append(_mma(sums, ("a0", "a1", "a2", "a3"), (f"q{i}", f"q{i + 1}"), sums, dtype))
-        if to_half:
-            lines += [f"min.f32 {n}, {n}, 0f477FE000; max.f32 {n}, {n}, 0fC77FE000;" for n in sums]
-        for n in range(2):
-            lines.append(f"cvt.rn.{'f16x2' if to_half else 'bf16x2'}.f32 t, s{2 * n + 1}, s{2 * n};")
-            lines.append(f"movmatrix.sync.aligned.m8n8.trans.b16 ${rows + n}, t;")
-    names = ", ".join(["t", "a0", "a1", "a2", "a3", *(f"q{i}" for i in range(words))])
-    declared = f"{{ .reg .f32 s0, s1, s2, s3; .reg .b32 {names}; "
-    return declared + " ".join(lines) + " }", ",".join(["=r"] * words + ["r"] * 2 * words)
-
-
-# By 4 * (head_dim / 64 - 1) + 2 * half + to_half.
-_TURNS = [_turn_asm(words, half, to_half) for words in (8, 16) for half in (False, True) for to_half in (False, True)]
-_TURN_ASM, _TURN_OPERANDS = (tl.constexpr(part) for part in zip(*_TURNS))
-_INTS = tl.constexpr({n: (tl.int32,) * n for n in (8, 16)})
 
 # By 9 * kind + words of codes.
 _SCORES = [_scores_asm(kind, words or 1) for kind in KINDS.values() for words in range(9)]
@@ -354,48 +315,6 @@ def _halves(a, b):
 
 
 @triton.jit
-def _first_of(r, w: tl.constexpr, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr):
-    """Which number of head_dim is the first of those in word w of thread r."""
-    if KIND == 0:
-        byte = r * (4 * KW) + 4 * w
-        return byte // 16 * 32 + byte % 16
-    elif KW == 8:
-        return r * 16 + w % 4 * 4 + w // 4 * (D // 2)
-    else:
-        return r * (4 * KW) + 4 * w
-
-
-@triton.jit
-def _turned(q_ptr, signs_ptr, g, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr, HALF: tl.constexpr):
-    """What `_queries` gives, of queries times the matrix of `signs` (D, D / 32) of int32, or (D, D / 16) of int16 where D is 64:
-    bit i of row j, in order, says whether the entry (i, j) is -1."""
-    total = tl.zeros(r.shape, tl.float32)
-    based = total
-    signs, own = (), ()
-    for w in tl.static_range(KW):
-        for part in tl.static_range(4 if KIND == 0 else 2):
-            # Row g of the products is a number of the pair that thread g // 2 has there.
-            first = _first_of(g // 2, w, D, KIND, KW)
-            row = first + 16 * (part // 2) + part % 2 + 2 * (g % 2) if KIND == 0 else first + 2 * part + g % 2
-            word = tl.load(signs_ptr + row * 4 + r).to(tl.int32)
-            if D == 64:
-                word = (word & 0xFF) | ((word & 0xFF00) << 8)
-            signs += (word,)  # type: ignore[assignment]
-    for w in tl.static_range(D // 32):
-        own += _words(q_ptr + r * (D // 8) + 4 * w, there, 4, 0)
-    WHICH: tl.constexpr = 4 * (D // 64 - 1) + 2 * HALF + (KIND == 1)
-    words = tl.inline_asm_elementwise(
-        _TURN_ASM[WHICH], _TURN_OPERANDS[WHICH], signs + own, dtype=_INTS[D // 8], is_pure=True, pack=1
-    )
-    if KIND == 0:
-        for n in tl.static_range(D // 8):
-            a, b = _numbers(words[n], False)
-            total += a + b
-            based += (16.0 if n % 4 else 128.0) * (a + b)
-    return words, total, based
-
-
-@triton.jit
 def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.constexpr, HALF: tl.constexpr):
     """The fragments of a query per 4 lanes: two words of each step, in turn; the sum of what they hold, over a thread's part, and
     the sum of that times what the codes are put into the mantissa of.
@@ -406,8 +325,15 @@ def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.conste
     based = total
     words = ()
     for w in tl.static_range(KW):
+        if KIND == 0:
+            byte = r * (4 * KW) + 4 * w
+            first = byte // 16 * 32 + byte % 16
+        elif KW == 8:
+            first = r * 16 + w % 4 * 4 + w // 4 * (D // 2)
+        else:
+            first = r * (4 * KW) + 4 * w
         for half in tl.static_range(2 if KIND == 0 else 1):
-            at = q_ptr + (_first_of(r, w, D, KIND, KW) + 16 * half) // 2
+            at = q_ptr + (first + 16 * half) // 2
             a0, a1 = _numbers(tl.load(at, mask=there, other=0), HALF)
             b0, b1 = _numbers(tl.load(at + 1, mask=there, other=0), HALF)
             if KIND == 1:
@@ -425,76 +351,22 @@ def _queries(q_ptr, r, there, D: tl.constexpr, KIND: tl.constexpr, KW: tl.conste
 
 
 @triton.jit
-def _part(
-    stop_ptr, end_ptr, queries, length, start, split, splits, W: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    GUESS: tl.constexpr,
-):  # fmt: skip
-    """Where the positions end, the position of the first query, where the first tile begins, and which tiles are the program's.
-    GUESS: past the caches of the multiprocessor, as `stop` may change."""
-    stop = tl.minimum(tl.load(stop_ptr, volatile=GUESS).to(tl.int32), length)
-    first_query = tl.load(end_ptr, volatile=GUESS).to(tl.int32) - queries
-    begin = start
-    if CAUSAL:
-        stop = tl.minimum(stop, first_query + queries)
-        if WINDOW > 0:
-            begin = tl.maximum(begin, first_query - (WINDOW - 1))
-    begin = begin // 32 * 32
-    tiles = tl.cdiv(tl.maximum(stop - begin, 0), 32 * W)
-    return stop, first_query, begin, split * tiles // splits, (split + 1) * tiles // splits
-
-
-@triton.jit
-def _fetched(at, mine, BYTES: tl.constexpr):
-    """Ask for BYTES from each of these addresses on, where `mine` (int32) is not 0, to be in the cache of the GPU. Both are
-    multiples of 16."""
-    size = tl.full(mine.shape, BYTES, tl.int32)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r,r", [at, size, mine], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _fetch(
-    k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, base, lane, length, KIND_K: tl.constexpr, KIND_V: tl.constexpr,
-    KW: tl.constexpr, VW: tl.constexpr,
-):  # fmt: skip
-    """Ask for what `_tile` reads: a lane for each of keys, values and scales. Scales of a byte may not be at multiples of 16."""
-    mine = base + 32 <= length
-    at = base.to(tl.int64)
-    _fetched(k_ptr + at * (4 * KW), (mine & (lane == 0)).to(tl.int32), 512 * KW)
-    _fetched(v_ptr + at * (8 * VW), (mine & (lane == 1)).to(tl.int32), 1024 * VW)
-    SIZE_K: tl.constexpr = ks_ptr.dtype.element_ty.primitive_bitwidth // 8
-    SIZE_V: tl.constexpr = vs_ptr.dtype.element_ty.primitive_bitwidth // 8
-    if SIZE_K > 1:
-        _fetched(ks_ptr + at, (mine & (lane == 2)).to(tl.int32), 32 * SIZE_K)
-        if KIND_K == 0 and kz_ptr.dtype == ks_ptr.dtype:
-            _fetched(kz_ptr + at, (mine & (lane == 3)).to(tl.int32), 32 * SIZE_K)
-    if SIZE_V > 1:
-        _fetched(vs_ptr + at, (mine & (lane == 4)).to(tl.int32), 32 * SIZE_V)
-        if KIND_V == 0 and vz_ptr.dtype == vs_ptr.dtype:
-            _fetched(vz_ptr + at, (mine & (lane == 5)).to(tl.int32), 32 * SIZE_V)
-
-
-@triton.jit
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, mask_ptr, signs_ptr, stop_ptr, end_ptr, out_ptr, top_ptr,
-    total_ptr, kv_heads, queries, length, start, splits, k_batch, k_head, v_batch, v_head, ks_batch, ks_head, vs_batch, vs_head,
+    q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, mask_ptr, stop_ptr, end_ptr, out_ptr, top_ptr, total_ptr,
+    kv_heads, queries, length, start, splits, k_batch, k_head, v_batch, v_head, ks_batch, ks_head, vs_batch, vs_head,
     mask_batch, mask_head, mask_query, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr, FROM: tl.constexpr,
-    SEVERAL: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, TURN: tl.constexpr, FETCH: tl.constexpr,
+    SEVERAL: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A softmax per program that is not normalized, over a part of the positions: out (rows, splits, D), top and total
-    (rows, splits), float32, in base 2; rows are (B, kv_heads, blocks of 8).
+    """A softmax per warp that is not normalized, over a part of the positions: out (rows, pieces, D), top and total
+    (rows, pieces), float32, in base 2; rows are (B, kv_heads, blocks of 8).
 
     The grid is (splits, B * kv_heads, blocks), and there are W warps. Row i of a key head is head i % GROUP of query i / GROUP.
     q: (B, heads, queries, D) bfloat16, or float16 if HALF, as words. k, v: (B, kv_heads, length, 16 KW or 32 VW bytes), as words,
     with their strides; scales and zero points, one for each position, in numbers. length is a multiple of 8. stop and end:
     int64, as in `Sight`. SCALE: times log2(e). FROM: whether start is not 0. SEVERAL: queries.
-    AHEAD: load what the next step needs before this one computes. EARLY: this may start before the kernel before it is done, and
-    `merge_kernel` before this one is. TURN: queries are multiplied by a matrix of `signs` (`_turned`).
-    FETCH: ask for the first keys and values before the kernel before this one is done.
+    AHEAD: load what the next step needs before this one computes. EARLY: `merge_kernel` may start before this one ends.
     """
     split, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // kv_heads, pair % kv_heads
@@ -503,34 +375,35 @@ def decode_kernel(
     row = tl.program_id(2) * 8 + g
     there = row < GROUP * queries
     query, own_head = row // GROUP, head * GROUP + row % GROUP
+    at_q = ((batch * kv_heads * GROUP + own_head) * queries + query) * (D // 2)
+    words, total_q, based_q = _queries(q_ptr + at_q, r, there, D, KIND_K, KW, HALF)
+    # From here on a lane has queries 2 r and 2 r + 1 of the block, "a" and "b".
+    even, lane = g % 2 == 0, 8 * r
+    total_q, based_q = _sum4(total_q), _sum4(based_q)
+    total_a, total_b = _of_lane(total_q, lane), _of_lane(total_q, lane + 4)
+    based_a, based_b = _of_lane(based_q, lane), _of_lane(based_q, lane + 4)
+    row_a = tl.program_id(2) * 8 + 2 * r
+    row_b = row_a + 1
+    query_a, query_b = row_a // GROUP, row_b // GROUP
+    there_a, there_b = row_a < GROUP * queries, row_b < GROUP * queries
+
+    stop = tl.minimum(tl.load(stop_ptr).to(tl.int32), length)
+    first_query = tl.load(end_ptr).to(tl.int32) - queries
+    begin = start
+    if CAUSAL:
+        stop = tl.minimum(stop, first_query + queries)
+        if WINDOW > 0:
+            begin = tl.maximum(begin, first_query - (WINDOW - 1))
+    begin = begin // 32 * 32
+    tiles = tl.cdiv(tl.maximum(stop - begin, 0), 32 * W)
+    last_a, last_b = first_query + query_a, first_query + query_b
+
     k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
     v_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
     ks_ptr += batch * ks_batch + head * ks_head
     kz_ptr += batch * ks_batch + head * ks_head
     vs_ptr += batch * vs_batch + head * vs_head
     vz_ptr += batch * vs_batch + head * vs_head
-    if EARLY:
-        if FETCH:
-            # The length may be that before the last token: it is a guess.
-            _, _, begin, first, last = _part(
-                stop_ptr, end_ptr, queries, length, start, split, splits, W, CAUSAL, WINDOW, True
-            )
-            _fetch(
-                k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, begin + (first * W + warp) * 32, lanes % 32, length, KIND_K,
-                KIND_V, KW, VW,
-            )  # fmt: skip
-        gdc_wait()
-    # But for q, a lane has queries 2 r and 2 r + 1 of the block, "a" and "b".
-    row_a = tl.program_id(2) * 8 + 2 * r
-    row_b = row_a + 1
-    query_a, query_b = row_a // GROUP, row_b // GROUP
-    there_a, there_b = row_a < GROUP * queries, row_b < GROUP * queries
-
-    stop, first_query, begin, first, last = _part(
-        stop_ptr, end_ptr, queries, length, start, split, splits, W, CAUSAL, WINDOW, False
-    )
-    last_a, last_b = first_query + query_a, first_query + query_b
-
     mask_ptr += batch.to(tl.int64) * mask_batch
     mask_a = mask_ptr + (head * GROUP + row_a % GROUP) * mask_head + query_a * mask_query
     mask_b = mask_ptr + (head * GROUP + row_b % GROUP) * mask_head + query_b * mask_query
@@ -542,21 +415,12 @@ def decode_kernel(
     COLUMNS: tl.constexpr = D // 8
     for _ in tl.static_range(COLUMNS - 1):
         out += (zero, zero)  # type: ignore[assignment]
+    first, last = split * tiles // splits, (split + 1) * tiles // splits
     base = begin + (first * W + warp) * 32
     if AHEAD:
         k, v, scales = _tile(
             k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, base, g, r, tl.where(first < last, length, 0), KIND_K, KIND_V, D, KW, VW
         )  # fmt: skip
-    at_q = q_ptr + ((batch * kv_heads * GROUP + own_head) * queries + query) * (D // 2)
-    if TURN:
-        tl.debug_barrier()  # so that the first tile is asked for before this, and comes meanwhile
-        words, total_q, based_q = _turned(at_q, signs_ptr, g, r, there, D, KIND_K, KW, HALF)
-    else:
-        words, total_q, based_q = _queries(at_q, r, there, D, KIND_K, KW, HALF)
-    total_q, based_q = _sum4(total_q), _sum4(based_q)
-    even, lane = g % 2 == 0, 8 * r
-    total_a, total_b = _of_lane(total_q, lane), _of_lane(total_q, lane + 4)
-    based_a, based_b = _of_lane(based_q, lane), _of_lane(based_q, lane + 4)
     for tile in tl.range(first, last):
         mine = base + 4 * g
         if AHEAD:
@@ -632,49 +496,22 @@ def decode_kernel(
     sum_a, sum_b = _sum8(sum_a), _sum8(sum_b)
     taken_a, taken_b = _sum8(taken_a), _sum8(taken_b)
     weight_a, weight_b = _sum8(weight_a), _sum8(weight_b)
-    parts = ()
+    first_row = pair * tl.num_programs(2) * 8
+    at_a, at_b = ((first_row + row_a) * splits + split) * W + warp, ((first_row + row_b) * splits + split) * W + warp
+    tl.store(top_ptr + at_a, top_a, mask=there_a & (g == 0))
+    tl.store(top_ptr + at_b, top_b, mask=there_b & (g == 0))
+    tl.store(total_ptr + at_a, sum_a, mask=there_a & (g == 0))
+    tl.store(total_ptr + at_b, sum_b, mask=there_b & (g == 0))
+    out_a, out_b = out_ptr + at_a.to(tl.int64) * D, out_ptr + at_b.to(tl.int64) * D
     for j in tl.static_range(COLUMNS):
-        a, b = _out_of(out, j, 0), _out_of(out, j, 1)
         if KIND_V == 0:
-            a -= taken_a + _base_of(j) * weight_a
-            b -= taken_b + _base_of(j) * weight_b
-        parts += (a, b)  # type: ignore[assignment]
-    # Of the warps of a program, one.
-    tops = tl.reshape(tl.join(top_a, top_b), (W, 32, 2))
-    top = tl.max(tops, 0)
-    kept = tl.exp2(tops - top[None, :, :])
-    total = tl.sum(kept * tl.reshape(tl.join(sum_a, sum_b), (W, 32, 2)), 0)
-    outs = tl.reshape(_joined(parts, 2 * COLUMNS), (W, 32, COLUMNS, 2))
-    merged = tl.sum(outs * kept[:, :, None, :], 0)  # (32, COLUMNS, 2)
-    block = (pair * tl.num_programs(2) + tl.program_id(2)) * 8
-    i = tl.arange(0, 8)
-    rows = tl.program_id(2) * 8 + i < GROUP * queries
-    at = (block + i) * splits + split
-    # (8, D): of query 2 r + i, in thread (g, r), columns of g.
-    merged = tl.reshape(tl.permute(tl.reshape(merged, (8, 4, COLUMNS, 2)), (1, 3, 0, 2)), (8, D))
-    n = tl.arange(0, D)
-    column = n
-    if KIND_V == 0:
-        j = n % COLUMNS
-        byte = n // COLUMNS * (4 * VW) + j // 8 * 4 + j % 8 // 4 * 2 + j % 4 // 2
-        column = byte // 16 * 32 + byte % 16 + j % 2 * 16
-    tl.store(out_ptr + at.to(tl.int64)[:, None] * D + column[None, :], merged, mask=rows[:, None])
-    # All g have the same.
-    pairs = tl.arange(0, 32)[:, None] % 4 * 2 + tl.arange(0, 2)[None, :]
-    first_g = (tl.arange(0, 32) < 4)[:, None] & (tl.program_id(2) * 8 + pairs < GROUP * queries)
-    tl.store(top_ptr + (block + pairs) * splits + split, top, mask=first_g)
-    tl.store(total_ptr + (block + pairs) * splits + split, total, mask=first_g)
-
-
-@triton.jit
-def _joined(parts, N: tl.constexpr):
-    """N of (M,), N 16 or 32 -> (M, 2, 2, ...), in their order."""
-    for step in tl.static_range(4 + N // 32):
-        pairs = ()
-        for i in tl.static_range(N >> (step + 1)):
-            pairs += (tl.join(parts[i], parts[i + (N >> (step + 1))]),)  # type: ignore[assignment]
-        parts = pairs
-    return parts[0]
+            byte = g * (4 * VW) + j // 8 * 4 + j % 8 // 4 * 2 + j % 4 // 2
+            column = byte // 16 * 32 + byte % 16 + j % 2 * 16
+            tl.store(out_a + column, _out_of(out, j, 0) - taken_a - _base_of(j) * weight_a, mask=there_a)
+            tl.store(out_b + column, _out_of(out, j, 1) - taken_b - _base_of(j) * weight_b, mask=there_b)
+        else:
+            tl.store(out_a + g * (4 * VW) + j, _out_of(out, j, 0), mask=there_a)
+            tl.store(out_b + g * (4 * VW) + j, _out_of(out, j, 1), mask=there_b)
 
 
 @triton.jit
@@ -700,29 +537,24 @@ def _capped(s, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def merge_kernel(
-    out_ptr, top_ptr, total_ptr, sinks_ptr, back_ptr, merged_ptr, logs_ptr, kv_heads, queries, blocks, pieces,
+    out_ptr, top_ptr, total_ptr, sinks_ptr, merged_ptr, logs_ptr, kv_heads, queries, blocks, PIECES: tl.constexpr,
     P: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
-    TURN: tl.constexpr,
 ):  # fmt: skip
     """merged (B, heads, queries, D) and the logarithm of its total, (B, heads, queries) float32, of what `decode_kernel` gives.
 
-    The grid is (B * heads * queries, D / BD). P: a power of two, `pieces` or more. sinks: (heads,), as in `attend`.
-    TURN: merged is multiplied by the transpose of `back` (D, D), in as precise floats as it has; BD is D then.
+    The grid is (B * heads * queries, D / BD). P: a power of two, PIECES or more. sinks: (heads,), as in `attend`.
     """
     i = tl.program_id(0)
     query, head, batch = i % queries, i // queries % (kv_heads * GROUP), i // queries // (kv_heads * GROUP)
     row = (batch * kv_heads + head // GROUP) * blocks * 8 + query * GROUP + head % GROUP
     piece = tl.arange(0, P)
-    column = tl.program_id(1) * BD + tl.arange(0, BD)
-    if TURN:
-        back = tl.load(back_ptr + tl.arange(0, D)[:, None] * D + column[None, :])
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
-    tops = tl.load(top_ptr + row * pieces + piece, mask=piece < pieces, other=-1e30)
-    totals = tl.load(total_ptr + row * pieces + piece, mask=piece < pieces, other=0.0)
-    at = (row.to(tl.int64) * pieces + piece[:, None]) * D + column[None, :]
-    outs = tl.load(out_ptr + at, mask=(piece < pieces)[:, None], other=0.0)
+    tops = tl.load(top_ptr + row * PIECES + piece, mask=piece < PIECES, other=-1e30)
+    totals = tl.load(total_ptr + row * PIECES + piece, mask=piece < PIECES, other=0.0)
+    column = tl.program_id(1) * BD + tl.arange(0, BD)
+    at = (row.to(tl.int64) * PIECES + piece[:, None]) * D + column[None, :]
+    outs = tl.load(out_ptr + at, mask=(piece < PIECES)[:, None], other=0.0)
     top = tl.max(tops, 0)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
@@ -732,8 +564,6 @@ def merge_kernel(
     if SINKS:
         total += tl.exp2(sink - top)
     out = tl.sum(outs * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    if TURN:
-        out = tl.sum(back.to(tl.float32) * out[None, :], 1)
     tl.store(merged_ptr + i * D + column, out.to(merged_ptr.dtype.element_ty))
     log = tl.where(total == 0.0, -float("inf"), (top + tl.log2(total)) * 0.6931471805599453)
     tl.store(logs_ptr + i, log, mask=tl.program_id(1) == 0)
@@ -757,14 +587,13 @@ def _values(v, weights, out, kept, KIND: tl.constexpr, VW: tl.constexpr, COLUMNS
 
 
 class Tile(NamedTuple):
-    """How `decode_kernel` runs: warps of a program, programs on a multiprocessor at a time, whether it loads ahead, the most
-    registers of a thread, if there is a limit, and whether it asks for the first keys and values early."""
+    """How `decode_kernel` runs: warps of a program, programs on a multiprocessor at a time, whether it loads ahead, and the most
+    registers of a thread, if there is a limit."""
 
     warps: int = 4
     programs: int = 3
     ahead: bool = False
     registers: int | None = None
-    fetch: bool = False
 
 
 TILE_OF_KIND = {"uint4": Tile(4, 3, True, 168), "int8": Tile(2, 4, True, 255), "float8": Tile(2, 6, True, 168)}
@@ -774,7 +603,7 @@ TILE_OF_KIND = {"uint4": Tile(4, 3, True, 168), "int8": Tile(2, 4, True, 255), "
 def splits_of(pairs: int, length: int, device: torch.device, tile: Tile) -> int:
     """Into how many parts to cut the positions, for so many programs of each: the GPU is full once, and no part is empty."""
     full = multiprocessors(device) * tile.programs // pairs
-    return max(1, min(full, cdiv(length, POSITIONS * tile.warps), 256))
+    return max(1, min(full, cdiv(length, POSITIONS * tile.warps), 1024 // tile.warps))
 
 
 @on_its_device
@@ -796,17 +625,13 @@ def decode(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    signs: Tensor | None = None,
-    back: Tensor | None = None,
-    *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The attention (B, heads, T, D) in q's dtype, and the logarithm of the sum of exp of the scores, (B, heads, T) float32.
 
     q: (B, heads, T, D), D 64 or 128. k, v: bytes of codes, (B, kv_heads, L, D or D / 2), L a multiple of 8, a position after the
     other. Scales and zero points: (B, kv_heads, L, 1). kind_k, kind_v: of `KINDS`. The others: as in `Sight` and `attend`; the
-    mask is bool. signs, back: queries are multiplied by the matrix whose columns have these signs (`packed_signs`), and the
-    output by the transpose of `back` (D, D).
+    mask is bool.
     """
     b, h, t, d = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
@@ -814,11 +639,11 @@ def decode(
     blocks = cdiv(group * t, 8)
     tile = TILE_OF_KIND[kind_k] if tile is None else tile
     splits = splits_of(b * kv_heads * blocks, length, q.device, tile)
-    rows = b * kv_heads * blocks * 8
-    out, top, total = (torch.empty(rows, splits, n, device=q.device) for n in (d, 1, 1))
+    pieces, rows = splits * tile.warps, b * kv_heads * blocks * 8
+    out, top, total = (torch.empty(rows, pieces, n, device=q.device) for n in (d, 1, 1))
     merged, logs = torch.empty(b, h, t, d, dtype=q.dtype, device=q.device), torch.empty(b, h, t, device=q.device)
     words = [x.view(torch.uint8).view(torch.int32) for x in (q.contiguous(), k, v)]
-    none, early = top, launches_early(q.device)
+    none, early = top, is_hopper(q.device)
     mask_strides = (0, 0, 0)
     if mask is not None:
         batch, head, query, one = mask.stride()
@@ -827,21 +652,18 @@ def decode(
         mask_strides = batch * (mask.shape[0] > 1), head * (mask.shape[1] > 1), query * (mask.shape[2] > 1)
     launch(
         decode_kernel, (splits, b * kv_heads, blocks), *words, k_scale, k_scale if k_zero is None else k_zero, v_scale,
-        v_scale if v_zero is None else v_zero, none if mask is None else mask,
-        none if signs is None else signs.view(torch.int32 if d == 128 else torch.int16),
-        stop, stop if end is None else end, out, top, total, kv_heads, t, length, start, splits, *words[1].stride()[:2],
-        *words[2].stride()[:2], *k_scale.stride()[:2], *v_scale.stride()[:2], *mask_strides, SCALE=scale * math.log2(math.e),
+        v_scale if v_zero is None else v_zero, none if mask is None else mask, stop, stop if end is None else end, out,
+        top, total, kv_heads, t, length, start, splits, *words[1].stride()[:2], *words[2].stride()[:2],
+        *k_scale.stride()[:2], *v_scale.stride()[:2], *mask_strides, SCALE=scale * math.log2(math.e),
         SOFTCAP=softcap or 0.0, WINDOW=window or 0, CAUSAL=end is not None, MASK=mask is not None,
         KIND_K=KINDS[kind_k], KIND_V=KINDS[kind_v], GROUP=group, D=d, KW=words[1].shape[3] // 4, VW=words[2].shape[3] // 8,
         W=tile.warps, HALF=q.dtype == torch.float16,
-        FROM=start > 0, SEVERAL=t > 1, AHEAD=tile.ahead, EARLY=early, TURN=signs is not None,
-        FETCH=tile.fetch, num_warps=tile.warps, early=early, registers=tile.registers,
+        FROM=start > 0, SEVERAL=t > 1, AHEAD=tile.ahead, EARLY=early, num_warps=tile.warps, registers=tile.registers,
     )  # fmt: skip
-    width = min(d, 32) if back is None else d
+    width = min(d, 32)
     launch(
-        merge_kernel, (b * h * t, d // width), out, top, total, none if sinks is None else sinks,
-        none if back is None else back, merged, logs, kv_heads, t, blocks, splits, P=power_of_two(splits),
-        SINKS=sinks is not None, GROUP=group, D=d, BD=width, EARLY=early, TURN=back is not None,
-        num_warps=4 if back is None else 8, early=early,
+        merge_kernel, (b * h * t, d // width), out, top, total, none if sinks is None else sinks, merged, logs, kv_heads, t,
+        blocks, PIECES=pieces, P=power_of_two(pieces), SINKS=sinks is not None, GROUP=group, D=d, BD=width,
+        EARLY=early, early=early,
     )  # fmt: skip
     return merged, logs

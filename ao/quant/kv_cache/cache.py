@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from ...dtypes import QTensor, Spec
-from ...matmul import Sight, attend_fields, encode_fields, packed_signs, register_form, rotated, tensor_of
+from ...matmul import Sight, attend_fields, encode_fields, register_form, tensor_of
 from ..algorithms.hadamard import random_hadamard
 from .config import KVCacheConfig, kv_cache_config, tokens_of
-
-TOGETHER = 16
-"""Tokens of keys and values that are quantized in one in eager mode, at most."""
 
 
 class KVCache:
@@ -82,7 +79,7 @@ class KVCache:
 
     def tensors(self) -> list[Tensor]:
         """All memory that `update` writes, and what it reads."""
-        turns = [t for turn in self.turns if turn is not None for t in turn if t is not None]
+        turns = [t for turn in self.turns if turn is not None for t in turn]
         return [*self.k_fields, *self.v_fields, *self.first, *self.recent, *turns, self.length, self.oldest]
 
     @property
@@ -116,12 +113,8 @@ class KVCache:
             self.check(tokens)
         keys, values = (x if turn is None else rotated(x, turn.into) for x, turn in zip((keys, values), self.turns))
         at = self.length + torch.arange(tokens, device=self.device)
-        alike = self.config.k == self.config.v and self.dims[0] == self.dims[1] and keys.dtype == values.dtype
-        if tokens <= TOGETHER and alike and self.config.tokens == 1 and not torch.compiler.is_compiling():
-            self._store_both(torch.cat([keys, values]), at)
-        else:
-            self._store(self.k_fields, self.k_form, self.config.k, keys, at, 0)
-            self._store(self.v_fields, self.v_form, self.config.v, values, at, 1)
+        self._store(self.k_fields, self.k_form, self.config.k, keys, at, 0)
+        self._store(self.v_fields, self.v_form, self.config.v, values, at, 1)
         for where, x in zip(self.first, (keys, values)):
             few = min(tokens, self.config.first)
             where.index_copy_(2, at[:few].clamp(max=self.config.first), x[:, :, :few].to(self.dtype))
@@ -151,14 +144,6 @@ class KVCache:
                 field, new = (t.unflatten(2, (-1, tokens)) for t in (field, new))
             _bytes(field).index_copy_(2, at, _bytes(new))
 
-    def _store_both(self, both: Tensor, at: Tensor) -> None:
-        """Quantize keys and values of few tokens as one, (2 B, kv_heads, T, dim), and put them at the positions `at` (T,). It
-        takes half the launches; a compiler fuses better without."""
-        for k, v, new in zip(self.k_fields, self.v_fields, encode_fields(both, self.k_form)):
-            if k.dim() == 4:
-                for field, part in zip((k, v), _bytes(new).chunk(2)):
-                    _bytes(field).index_copy_(2, at, part)
-
     def attend(
         self,
         q: Tensor,
@@ -175,7 +160,9 @@ class KVCache:
         `mask` (B or 1, heads or 1, T, max_length) says: bool, True for what is seen, or a number to add to the scores.
         scale, softcap, sinks: as in `ao.matmul.attention`.
         """
-        config = self.config
+        config, turn, back = self.config, *self.turns
+        if turn is not None:
+            q = rotated(q, turn.back)
         stop: Tensor = self.length
         exact: list[Tensor] = []
         if config.first:
@@ -185,13 +172,10 @@ class KVCache:
             stop, where = self._recent_positions()
             exact += [*self.recent, where]
         sight = Sight(config.first, stop, self.length, window, mask)
-        turns: list[Tensor] = []
-        of_k, of_v = self.turns
-        if of_k is not None and of_v is not None:
-            turns = [of_k.back, of_v.back] + ([] if of_k.signs is None else [of_k.signs])
-        return attend_fields(
-            q, self.k_fields, self.v_fields, self.k_form, self.v_form, sight, scale, softcap, sinks, exact, turns
+        out = attend_fields(
+            q, self.k_fields, self.v_fields, self.k_form, self.v_form, sight, scale, softcap, sinks, exact
         )
+        return out if back is None else rotated(out, back.back.t())
 
     def _recent_positions(self) -> tuple[Tensor, Tensor]:
         """From which position on `recent` answers, and the position of each of its places, -1 where the others do."""
@@ -276,25 +260,27 @@ class Turn(NamedTuple):
     """A rotation H of the last dim in two factors, a multiple each, whose product is one: x @ into is what is stored, and
     q @ back meets it in the same scores, as (q H) (H^T k). `into` @ `back`.t() = 1.
 
-    The entries of `back` are 1 and -1 where there is such a matrix, so that 16 bits hold both exactly, and `signs` has a bit for
-    each, in whole bytes.
+    The entries of `back` are 1 and -1 where there is such a matrix, so that 16 bits hold both exactly.
     """
 
     into: Tensor
     back: Tensor
-    signs: Tensor | None = None
 
     @staticmethod
     def of(dim: int, dtype: torch.dtype, device: torch.device) -> Turn:
         """For numbers of `dtype`, in which both factors are if they are exact."""
         turn = random_hadamard(dim)
         signs = (turn * dim**0.5).round()
-        factors = signs / dim, signs
+        factors = Turn(signs / dim, signs)
         exact = torch.equal(signs.abs(), torch.ones_like(signs))
         if exact and all(torch.equal(t.to(dtype).double(), t) for t in factors):
-            packed = None if dim % 8 else packed_signs(signs).to(device)
-            return Turn(factors[0].to(device, dtype), factors[1].to(device, dtype), packed)
+            return Turn(*(t.to(device, dtype) for t in factors))
         return Turn(*(turn.to(device, torch.float32) for _ in factors))
+
+
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    """x @ turn over the last dim, as x's dtype."""
+    return (x.to(turn.dtype) @ turn).to(x.dtype)
 
 
 def _bytes(t: Tensor) -> Tensor:

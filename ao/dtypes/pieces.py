@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-ELEMENTS = {"cpu": 2**20, "cuda": 2**22}
+ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
 """The elements of a piece, by kind of device; others are taken for a GPU."""
 
 Box = Sequence[tuple[int, int]]

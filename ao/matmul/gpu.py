@@ -169,9 +169,9 @@ def fused(x: Tensor, w: QTensor) -> Tensor:
 def fused_launch(x: Tensor, w: QTensor) -> Product:
     """`fused` for eager mode.
 
-    There the GPU waits for the host, unless a weight is large: so one launch for up to 64 tokens, and from there to 512 a
-    decoder and the dense product, which the host is done with sooner than with the launches of faster kernels. While a CUDA
-    graph records, the time of the host does not count.
+    There the GPU waits for the host, unless a weight is large: so one launch for up to 64 tokens, and for 4 bits up to 128; for
+    8 bits, up to 512 tokens, a decoder and the dense product, which the host is done with sooner than with the three launches of
+    a faster one. While a CUDA graph records, the time of the host does not count.
     """
     from .kernels import ampere, operators
 
@@ -181,9 +181,10 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     of_hopper = operators.is_for_hopper(m, k, qdata, scale, zero_point)
 
     def at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper)
+        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, not records())
 
-    if m > operators.SOME or n * k > LARGE:
+    of_nibbles = of_hopper and qdata.shape[1] < k
+    if m > operators.SOME or n * k > LARGE or (m > operators.FEW and of_nibbles):
         return _launched(w, at_once)
     if m <= operators.FEW:
         soon = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)

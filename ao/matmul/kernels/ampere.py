@@ -18,9 +18,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
-from .device import launches_early, multiprocessors
+from .device import multiprocessors
 from .joint_words import scale_number, zero_number
 from .launch import Launch, cdiv, launch, power_of_two
 
@@ -158,19 +158,10 @@ def _scales_of_rows(scale_ptr, zero_ptr, row, unit, U: tl.constexpr, NG: tl.cons
 
 
 @triton.jit
-def to_the_cache(at):
-    """Bring the lines of these addresses to the GPU's cache. Nothing is read, so that it may be done before `gdc_wait`: what
-    the kernel before writes goes through that cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def gemv_int_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
     SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, J: tl.constexpr,
-    AHEAD: tl.constexpr, ACT: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * (q[n] - zero[n]) * scale[n]).
 
@@ -178,8 +169,7 @@ def gemv_int_kernel(
     this one. A row is J units (or fewer, J being a power of two) of 16 bytes of codes, read as words, and a thread has the
     same units of every row: its part of x stays in registers, as 16-bit fixed point with a step of max|x| / 32512 of the
     unit, in two bytes. So the sum of a unit is exact in integers: two 4-way byte products for 4 codes.
-    AHEAD: load the scales of the next tile ahead as well. ACT: x is first quantized as `Intx(8)` does. EARLY: it may start before
-    the kernel before it is done, and lets the next one do so.
+    AHEAD: load the scales of the next tile ahead as well. ACT: x is first quantized as `Intx(8)` does.
     """
     E: tl.constexpr = 128 // BITS  # elements of a unit
     U: tl.constexpr = K // E
@@ -189,11 +179,6 @@ def gemv_int_kernel(
     word = tl.arange(0, 4 * J)
     rn = tl.arange(0, BN)
     row = tl.minimum(first * BN + rn, N - 1)
-    if EARLY:
-        gdc_launch_dependents()
-        line = tl.minimum(tl.arange(0, J // 8) * 32, 4 * U - 1)
-        to_the_cache(q_ptr + row[:, None].to(tl.int64) * (4 * U) + line[None, :])
-        gdc_wait()
     ahead = _codes_of_rows(q_ptr, row, word, 4 * U)
     if AHEAD:
         scales, zeros = _scales_of_rows(scale_ptr, zero_ptr, row, unit, U, NG, ZERO)
@@ -260,18 +245,13 @@ def gemv_int_kernel(
 
 @triton.jit
 def gemv_float_kernel(
-    x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr
 ):  # fmt: skip
     """out[n] = scale[n] * sum of x * q[n], in float32, BN rows a program. q: float8. ACT: x is first quantized as `Float8()`
-    does. EARLY: as of `gemv_int_kernel`."""
+    does."""
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)
     k = tl.arange(0, BK)
-    if EARLY:
-        gdc_launch_dependents()
-        to_the_cache(q_ptr + row[:, None] * K + tl.minimum(tl.arange(0, 32) * 128, K - 1)[None, :])
-        gdc_wait()
     acc = tl.zeros((BN, BK // 16), tl.float32)
     if ACT:
         tops = tl.zeros((BK,), tl.float32)
@@ -409,7 +389,6 @@ def sum_kernel(parts_ptr, out_ptr, size, SPLIT: tl.constexpr, B: tl.constexpr, E
     """out = sum of the SPLIT float32 parts, in order. EARLY: launched before the parts are there, so wait for them."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
     acc = tl.zeros((B,), tl.float32)
     for part in tl.static_range(SPLIT):
@@ -435,13 +414,8 @@ def _gemv_kernel(
     n: int, k: int, width: int, qdata: torch.dtype, groups: int, zero: bool, offset: int, act: bool, device: torch.device
 ) -> tuple[Any, tuple[int], dict[str, Any]]:  # fmt: skip
     """The kernel for one token and a weight (n, k) whose rows are `width` bytes, its grid and its constants."""
-    early = launches_early(device)
     if qdata.is_floating_point:
-        return (
-            gemv_float_kernel,
-            (cdiv(n, 8),),
-            {"K": k, "BN": 8, "BK": 1024, "ACT": act, "EARLY": early, "num_warps": 4, "early": early},
-        )
+        return gemv_float_kernel, (cdiv(n, 8),), {"K": k, "BN": 8, "BK": 1024, "ACT": act, "num_warps": 4}
     bits = 8 * width // k
     by_row = groups == 1
     # At least 8, of 16 numbers each, 4 for every thread of a warp: Triton 3.6 computes with a smaller tile wrongly.
@@ -457,7 +431,7 @@ def _gemv_kernel(
     constants = {
         "K": k, "G": 128 if by_row else k // groups, "BITS": bits, "SIGNED": qdata == torch.int8, "ROW": by_row, "ZERO": zero,
         "OFFSET": offset, "BN": rows, "J": units, "AHEAD": bits == 4 and units > 128 and not by_row, "ACT": act,
-        "EARLY": early, "num_warps": warps, "early": early,
+        "num_warps": warps,
     }  # fmt: skip
     return gemv_int_kernel, (cdiv(tiles, rounds),), constants
 

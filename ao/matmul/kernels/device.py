@@ -61,11 +61,6 @@ def is_hopper(device: torch.device) -> bool:
     return cuda_capability(device)[0] == 9
 
 
-def launches_early(device: torch.device) -> bool:
-    """Whether a kernel may start before the one before it is done (programmatic dependent launch): since Hopper."""
-    return cuda_capability(device) >= (9, 0)
-
-
 def has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run: on NVIDIA's GPUs since Ampere. Those of float8 want `has_float8` too."""
     return _TRITON and cuda_capability(device) >= (8, 0)

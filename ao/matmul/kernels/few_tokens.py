@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ampere import sum_kernel, to_the_cache
+from .ampere import sum_kernel
 from .bf16_pairs import HALF_POWER, OPERANDS, pairs_asm
-from .device import is_hopper, launches_early, multiprocessors
+from .device import is_hopper, multiprocessors
 from .joint_words import scale_number, zero_number
 from .launch import Launch, cdiv, launch, power_of_two, tile_reader
 from .reading import Fields, Reading
@@ -259,13 +259,13 @@ def few_kernel(
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
     ASM3: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], by the tensor cores that every GPU has: 8 tokens, or two warps, or a GPU before Hopper.
 
     A program has BM tokens, BN rows of the weight and a part of K, for which it writes a sum of its own. A scale per row
     multiplies the sum. SHIFT, ASM0 to ASM3: see `pairs_asm`. POWER, LAST_POWER: of two, for what scales and the sum are
-    multiplied with. EARLY: as of `gemv_int_kernel`.
+    multiplied with.
     """
     T: tl.constexpr = (K + 255) // 256
     part = tl.cdiv(T, tl.num_programs(2))
@@ -280,10 +280,6 @@ def few_kernel(
     k = place // 4 * 32 + place % 4
     here = (rm < M)[None, :]
     x_at = x_ptr + rm[None, :] * K + k[:, None]
-    if EARLY:
-        gdc_launch_dependents()
-        to_the_cache((q_ptr + t0 * (8 * BITS)) + row * (K // 32 * BITS) + tl.arange(0, 2)[None, :] * (4 * BITS))
-        gdc_wait()
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, BM), tl.float32)
     ahead = _read_ahead(
@@ -511,7 +507,12 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
         rows, warps, stages, at_once = (64, 2, 3, 4) if reading.bits > 4 else (128, 4, 3, 32)
     tiles = cdiv(reading.n, rows) * cdiv(m, tokens)
     split = max(1, min(8, round(at_once // warps * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
-    return Tile(hopper, tokens, rows, warps, split, stages)
+    # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which codes and scales whose loads share
+    # lines need: shorter steps for these.
+    large = stages * tokens * (2 if half else 1) * 2 * STEP > 48 * 1024
+    shares = reading.bits not in (1, 2, 4) or (not reading.by_row and reading.group <= 16)
+    chunks, dots = (4, 2) if hopper and large and shares else (8, 4)
+    return Tile(hopper, tokens, rows, warps, split, stages, chunks, dots)
 
 
 def few(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
@@ -522,13 +523,13 @@ def few(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
 def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
     """`few` in one launch, K not cut in parts, for m tokens (16 at most) of `dtype`, x (..., K) -> (..., N), and weights of the
     form of these: what it decides is decided once."""
-    device, n, early = fields[0].device, reading.n, launches_early(fields[0].device)
+    device, n = fields[0].device, reading.n
     tile = _tile(reading, m, dtype == torch.float16, device)._replace(hopper=False, tokens=8 if m <= 8 else 16, split=1)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
-        **decoding(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages, "EARLY": early,
+        **decoding(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages,
     }  # fmt: skip
-    start = Launch(few_kernel, (cdiv(n, tile.rows),), num_warps=tile.warps, early=early, **constants)
+    start = Launch(few_kernel, (cdiv(n, tile.rows),), num_warps=tile.warps, **constants)
 
     def run(x: Tensor, fields: Fields) -> Tensor:
         if fields[0].data_ptr() % 16:
@@ -551,7 +552,6 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
         **decoding(reading, zero), "WIDE": fields[0].data_ptr() % 16 == 0, "BM": tile.tokens, "BN": tile.rows,
         "STAGES": tile.stages,
     }  # fmt: skip
-    early = launches_early(x.device)
     tiles = cdiv(m, tile.tokens)
     grid = (cdiv(n, tile.rows), tiles, split)
     if tile.hopper:
@@ -571,12 +571,17 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
             CHUNKS=tile.chunks, DOTS=tile.dots,
         )  # fmt: skip
     else:
-        launch(
-            few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, early=early, **constants, EARLY=early
-        )  # fmt: skip
+        launch(few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, **constants)
     if split > 1:
-        block = 1024 if m * n >= 2**18 else 256
         launch(
-            sum_kernel, (cdiv(m * n, block),), parts, out, m * n, early=early, SPLIT=split, B=block, EARLY=early
-        )  # fmt: skip
+            sum_kernel,
+            (cdiv(m * n, 1024),),
+            parts,
+            out,
+            m * n,
+            early=tile.hopper,
+            SPLIT=split,
+            B=1024,
+            EARLY=tile.hopper,
+        )
     return out

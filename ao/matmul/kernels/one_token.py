@@ -9,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ampere import _bytes, _fixed_point, _largest, to_the_cache
-from .device import launches_early, multiprocessors
+from .ampere import _bytes, _fixed_point, _largest
+from .device import multiprocessors
 from .joint_words import zero_number
 from .launch import Launch, cdiv, launch, power_of_two
 from .reading import Fields, Reading
@@ -264,7 +263,6 @@ def gemv_codes_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * number[n] - zero[n] * sum of x) * scale[n].
 
@@ -272,7 +270,6 @@ def gemv_codes_kernel(
     max|x| / 32512 of the unit, in two bytes, which stay in registers; codes become bytes, four at a time, and the sum over half
     of a unit is exact. Entries of a table are integers of one byte, small floats among them, or of 15 bits and a sign.
     A tile is four rows, each of which is a vector over the units: so Triton gives a thread the same units of all.
-    EARLY: as of `gemv_int_kernel`.
     """
     U: tl.constexpr = K // 32
     MIXED: tl.constexpr = KIND != _AFFINE and not (NG > 1 and K // NG % 32 != 0)
@@ -281,12 +278,6 @@ def gemv_codes_kernel(
     out_ptr += tl.program_id(1) * N
     unit = tl.arange(0, J)
     after = first * 4
-    if EARLY:
-        gdc_launch_dependents()
-        line = tl.minimum(tl.arange(0, J // (4 if BITS > 4 else 8)) * 32, U * BITS - 1)
-        rows = tl.minimum(after + tl.arange(0, 4), N - 1)
-        to_the_cache(q_ptr + rows[:, None] * (U * BITS) + line[None, :])
-        gdc_wait()
     ahead0 = _ahead(
         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
     )  # fmt: skip
@@ -376,8 +367,7 @@ def _gemv_constants(
     warps = min(16, max(1, units // 32))
     tiles = cdiv(reading.n, 4)
     rounds = cdiv(tiles, multiprocessors(device) * max(1, warps_at_once // warps))
-    early = launches_early(device)
-    return (cdiv(tiles, rounds),), {"J": units, "EARLY": early, "num_warps": warps, "early": early}
+    return (cdiv(tiles, rounds),), {"J": units, "num_warps": warps}
 
 
 def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:

@@ -435,7 +435,9 @@ class _FakeQuantize(torch.autograd.Function):
         power = range_power(x, has_scale_by_row(spec)) if x.dtype == torch.float64 else None
         wide = (x.detach() if power is None else x.detach() / power).float()
         out = narrow(spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))), x.dtype)
-        return out if power is None else out * power
+        out = out if power is None else out * power
+        # TorchDynamo of PyTorch 2.11 loses the gradient of a tensor that was written in place (pytorch/pytorch#180642).
+        return out.clone() if torch.compiler.is_compiling() else out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import before_the_work, check_device, check_model, check_writable, count, fit_window
+from .arguments import before_the_work, check_device, check_model, check_writable, count, decibels, fit_window
 from .progress import quiet_loading
 from .tables import print_json
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--candidates", default="default", choices=["default", "int4", "float8", "all"], help="which formats"
     )
-    parser.add_argument("--min-sqnr", type=float, metavar="DB", help="the noise that a layer may have")
+    parser.add_argument("--min-sqnr", type=decibels, metavar="DB", help="the noise that a layer may have")
     parser.add_argument("--threads", type=count, metavar="N", help="on a CPU; default: PyTorch's")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON")

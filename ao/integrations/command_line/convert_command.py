@@ -10,7 +10,7 @@ from .arguments import before_the_work, check_model, check_readable, check_space
 from .progress import progress_bar, quiet_loading
 from .quantize_command import size
 from .safetensors_header import read_header, weight_files
-from .tables import print_json
+from .tables import print_json, print_report
 
 NAME = "convert"
 HELP = "convert what another library has quantized; nothing is rounded anew"
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         layers = [asdict(row) for row in report.rows]
         print_json({"bytes_before": total, "bytes_after": after, "layers": layers, "notes": report.notes})
         return 0
-    print(report)
+    print_report(report)
     print(f"{args.out}: {after:,} bytes, {after / max(total, 1):.3f} of {total:,}")
     return 0
 

@@ -87,6 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WrongArguments as error:
         sys.stderr.write(f"ao {args.command}: {error}\n")
         return 2
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except OSError as error:
+        # Python's own say "[Errno 28] No space left on device: 'report.html'".
+        where = f"{error.filename}: " if error.filename else "" if error.errno is None else "the output: "
+        sys.stderr.write(f"ao {args.command}: {where + error.strerror if error.strerror else error}\n")
+        return 1
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         sys.stderr.write(f"ao {args.command}: {error}\n")
+        return 1
+    except Exception as error:  # of torch or transformers, such as a lack of memory, or a fault of ours
+        if os.environ.get("AO_TRACEBACK"):
+            raise
+        said = (str(error).strip().splitlines() or [""])[0]
+        sys.stderr.write(
+            f"ao {args.command}: {type(error).__name__}: {said} (with AO_TRACEBACK=1 in the environment, where it was raised)\n"
+        )
         return 1

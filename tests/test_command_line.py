@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,19 @@ def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("AO_TRACEBACK", "1")
     with pytest.raises(KeyError):
         main(["formats"])
+
+
+def test_an_interrupt_that_an_import_swallows(monkeypatch, capsys):
+    def run(args):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr(format_names, "run", run)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["formats"]) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_early_interrupt_is_no_traceback(monkeypatch, capsys):

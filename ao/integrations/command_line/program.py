@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from . import (
     autoquant_command,
@@ -74,32 +77,52 @@ def version() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names, by default that of the process, and return the exit code."""
     args = parser().parse_args(argv)
-    try:
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `ao inspect | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    except WrongArguments as error:
-        sys.stderr.write(f"ao {args.command}: {error}\n")
-        return 2
-    except OSError as error:
+    with _interrupts() as interrupts:
+        try:
+            code: int = args.run(args)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # `ao inspect | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            code, reason = 130, "interrupted"
+        except Exception as error:
+            if os.environ.get("AO_TRACEBACK"):
+                raise
+            code, reason = (130, "interrupted") if interrupts else _told(args.command, error)
+    sys.stderr.write(f"{reason}\n")
+    return code
+
+
+def _told(command: str, error: Exception) -> tuple[int, str]:
+    """The exit code and the line for an error."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
         # Python's own say "[Errno 28] No space left on device: 'report.html'".
-        where = f"{error.filename}: " if error.filename else "" if error.errno is None else "the output: "
-        sys.stderr.write(f"ao {args.command}: {where + error.strerror if error.strerror else error}\n")
-        return 1
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        sys.stderr.write(f"ao {args.command}: {error}\n")
-        return 1
-    except Exception as error:  # of torch or transformers, such as a lack of memory, or a fault of ours
-        if os.environ.get("AO_TRACEBACK"):
-            raise
-        said = (str(error).strip().splitlines() or [""])[0]
-        sys.stderr.write(
-            f"ao {args.command}: {type(error).__name__}: {said} (with AO_TRACEBACK=1 in the environment, where it was raised)\n"
-        )
-        return 1
+        said = f"{error.filename or 'the output'}: {error.strerror}"
+    elif not isinstance(error, (ValueError, TypeError, OSError, ImportError, NotImplementedError)):
+        # Of torch or transformers, such as a lack of memory, or a fault of ours.
+        first = (said.strip().splitlines() or [""])[0]
+        said = f"{type(error).__name__}: {first} (with AO_TRACEBACK=1 in the environment, where it was raised)"
+    return 2 if isinstance(error, WrongArguments) else 1, f"ao {command}: {said}"
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The signals of Ctrl-C that have come. Where one comes while numpy or torch are imported, they raise something else."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

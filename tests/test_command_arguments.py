@@ -56,16 +56,18 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "numbers.json").write_text('{"a.b": 3}')
     (tmp_path / "none.json").write_text('{"a.b": null}')
     (tmp_path / "group.json").write_text('{"a.b": {"type": "Int8WeightOnlyConfig", "group": 3}}')
-    (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "config.json").write_text(
-        '{"model_type": "vit", "quantization_config": {"quant_method": "gptq"}}'
-    )
     for name, told in (
         ("masked", {"architectures": ["BertForMaskedLM"]}),
         ("seq2seq", {"is_encoder_decoder": True}),
+        ("ours", {"quantization_config": {"quant_method": "ao"}}),
+        ("done", {"quantization_config": {"quant_method": "gptq"}}),
+        ("cut", {}),
+        ("wordless", {}),
     ):
         shutil.copytree(made, tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 8, **told}))
+    (tmp_path / "cut" / "model.safetensors").write_bytes((made / "model.safetensors").read_bytes()[:-2])
+    (tmp_path / "wordless" / "tokenizer.json").write_text("{}")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
@@ -161,6 +163,12 @@ CASES = {
         "quantize --config int8 ",
         "--data: seq2seq is an encoder and a decoder",
     ),
+    "done --text text.txt --configs int8": ("eval ", "--configs: done is quantized already"),
+    "done --configs int8": ("bench ", "--configs: done is quantized already"),
+    "done --plan p.json": ("autoquant ", "done is quantized already"),
+    "ours new": ("convert ", "ours is a folder of ao's already"),
+    "cut --text text.txt": ("eval ", "model.safetensors is cut short"),
+    "wordless --text text.txt": ("eval ", "tokenizer.json holds no tokenizer"),
     "other ": ("inspect ", "it has pytorch_model.bin, which is a pickle"),
 }
 

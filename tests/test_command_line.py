@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import signal
 import subprocess
@@ -89,6 +90,14 @@ def test_tables_fit_the_terminal(checkpoint, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[2].split()[-4] == "2"  # in the line of its format
     assert main(["formats"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path, monkeypatch):
+    ao.save({"größe": torch.zeros(2)}, tmp_path / "x.safetensors")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+    assert rb"gr\xf6\xdfe" in shown.getvalue()
 
 
 def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .safetensors_header import read_header
+
 
 class WrongArguments(ValueError):
     """An argument that cannot be meant; the program says so in one line and returns 2."""
@@ -86,6 +88,8 @@ def check_model(folder: Path, language: bool = False) -> dict[str, Any]:
         raise ValueError(f"{folder} is no language model: its config.json has no vocab_size")
     if language and config.get("is_encoder_decoder"):
         raise ValueError(f"{folder} is an encoder and a decoder, which take two texts; give a model that takes one")
+    for file in folder.glob("*.safetensors"):
+        read_header(file)
     return dict(config)
 
 
@@ -114,6 +118,15 @@ def quantized_by(folder: Path, config: dict[str, Any]) -> str:
         return str(found.get("quant_method") or "another") if isinstance(found, dict) else "another"
     files = {"hf_quant_config.json": "modelopt", "quanto_qmap.json": "quanto"}
     return next((library for file, library in files.items() if (folder / file).is_file()), "")
+
+
+def check_plain(option: str, folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a model folder with this config.json that is quantized, where `option` would quantize it anew."""
+    if quantized_by(folder, config):
+        raise ValueError(
+            f"{option}: {folder} is quantized already, and stays as it is stored; give the folder of the model as it was "
+            f"trained, or leave out {option}"
+        )
 
 
 def fit_window(option: str, given: int | None, usual: int, config: dict[str, Any]) -> int:

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import before_the_work, check_device, check_model, check_writable, count, decibels, fit_window
+from .arguments import (
+    before_the_work,
+    check_device,
+    check_model,
+    check_writable,
+    count,
+    decibels,
+    fit_window,
+    quantized_by,
+)
 from .progress import quiet_loading
 from .tables import print_json
 
@@ -38,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
         config = check_model(args.model, language=True)
+        if quantized_by(args.model, config):
+            raise ValueError(f"{args.model} is quantized already; give the folder of the model as it was trained")
         args.tokens = [fit_window("--tokens", t, t, config) for t in args.tokens or ()] or [
             1, fit_window("--tokens", None, 128, config)
         ]  # fmt: skip

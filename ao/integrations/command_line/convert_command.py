@@ -36,8 +36,10 @@ def run(args: argparse.Namespace) -> int:
         is_file = args.model.suffix == ".gguf"
         if is_file:
             check_readable("MODEL", [args.model])
-        elif not quantized_by(args.model, check_model(args.model)):
+        elif not (library := quantized_by(args.model, check_model(args.model))):
             raise ValueError(f"{args.model} is not quantized; use `ao quantize`")
+        elif library == "ao":
+            raise ValueError(f"{args.model} is a folder of ao's already; there is nothing to convert")
         if args.out.exists():
             raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
         check_writable("OUT_DIR", args.out)

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import at_least, before_the_work, check_causal, check_device, check_model, count, fit_window
+from .arguments import (
+    at_least,
+    before_the_work,
+    check_causal,
+    check_device,
+    check_model,
+    check_plain,
+    count,
+    fit_window,
+)
 from .format_names import configs_of
 from .progress import progress_bar, quiet_loading
 from .tables import print_json, print_table
@@ -37,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     with before_the_work():
         config = check_model(args.model, language=True)
         check_causal("--text", args.model)
+        if args.configs:
+            check_plain("--configs", args.model, config)
         args.window = fit_window("--window", args.window, 512, config)
         texts = check_texts("--text", args.text, args.model)
         check_device(args.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -76,6 +77,9 @@ def version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names, by default that of the process, and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows any name
     args = parser().parse_args(argv)
     with _interrupts() as interrupts:
         try:

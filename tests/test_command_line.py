@@ -113,6 +113,9 @@ def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):
     fail(OSError(28, "No space left on device"))
     assert main(["formats"]) == 1
     assert capsys.readouterr().err == "ao formats: the output: No space left on device\n"
+    fail(ValueError("no such model\nhere\n\nUpdate the library"))
+    assert main(["formats"]) == 1
+    assert capsys.readouterr().err == "ao formats: no such model here\n"
     fail(OSError(28, "No space left on device", "r.html"))
     assert main(["formats"]) == 1
     assert capsys.readouterr().err == "ao formats: r.html: No space left on device\n"

@@ -171,6 +171,7 @@ RuntimeError: out is torch.float16, and the result torch.float32; give an out of
             lambda: dequantize_(model, filter_fn="gate"),  # type: ignore[arg-type]
             lambda: quantize_(model, {"gate": "int8"}),  # type: ignore[arg-type]
             lambda: quantize_(torch.jit.ScriptModule(), "int8"),
+            lambda: FqnToConfig({"re:(": "int8"}),
         ]
         self.assertExpectedInline(
             "\n".join(message(t) for t in tries),
@@ -195,5 +196,6 @@ TypeError: autoquant: min_sqnr must be a number of decibels, such as 30.0, or No
 TypeError: quantize_: filter_fn must be a function (module, name) -> bool, got one of (module); FqnToConfig({name: config, ...}) takes names
 TypeError: dequantize_: filter_fn must be a function (module, name) -> bool, got 'gate'; FqnToConfig({name: config, ...}) takes names
 TypeError: quantize_ takes a config such as Int4WeightOnlyConfig() or a Spec such as Intx(bits=4), got {'gate': 'int8'}; FqnToConfig(rules) takes a dict of name -> config
-TypeError: quantize_: the model is a program of torch.jit, which is fixed; quantize the model, then trace it""",
+TypeError: quantize_: the model is a program of torch.jit, which is fixed; quantize the model, then trace it
+ValueError: FqnToConfig: the rule 're:(' is no regular expression: missing ), unterminated subpattern at position 0""",
         )

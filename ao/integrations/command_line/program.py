@@ -101,14 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _told(command: str, error: Exception) -> tuple[int, str]:
     """The exit code and the line for an error."""
-    said = str(error)
+    said = " ".join(str(error).strip().partition("\n\n")[0].split("\n"))  # transformers tells stories
     if isinstance(error, OSError) and error.strerror:
         # Python's own say "[Errno 28] No space left on device: 'report.html'".
         said = f"{error.filename or 'the output'}: {error.strerror}"
     elif not isinstance(error, (ValueError, TypeError, OSError, ImportError, NotImplementedError)):
         # Of torch or transformers, such as a lack of memory, or a fault of ours.
-        first = (said.strip().splitlines() or [""])[0]
-        said = f"{type(error).__name__}: {first} (with AO_TRACEBACK=1 in the environment, where it was raised)"
+        said = f"{type(error).__name__}: {said} (with AO_TRACEBACK=1 in the environment, where it was raised)"
     return 2 if isinstance(error, WrongArguments) else 1, f"ao {command}: {said}"
 
 

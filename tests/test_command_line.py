@@ -116,6 +116,9 @@ def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):
     fail(ValueError("no such model\nhere\n\nUpdate the library"))
     assert main(["formats"]) == 1
     assert capsys.readouterr().err == "ao formats: no such model here\n"
+    fail(ModuleNotFoundError("No module named 'transformers.utils'", name="transformers.utils"))
+    assert main(["formats"]) == 1
+    assert 'transformers is needed here, and not installed: pip install "ao-lowbit[hf]"' in capsys.readouterr().err
     fail(OSError(28, "No space left on device", "r.html"))
     assert main(["formats"]) == 1
     assert capsys.readouterr().err == "ao formats: r.html: No space left on device\n"

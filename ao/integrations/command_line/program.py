@@ -105,6 +105,10 @@ def _told(command: str, error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.strerror:
         # Python's own say "[Errno 28] No space left on device: 'report.html'".
         said = f"{error.filename or 'the output'}: {error.strerror}"
+    elif isinstance(error, ModuleNotFoundError) and error.name:
+        missing = error.name.partition(".")[0]
+        how = '"ao-lowbit[hf]"' if missing in ("transformers", "tokenizers", "safetensors", "accelerate") else missing
+        said = f"{missing} is needed here, and not installed: pip install {how}"
     elif not isinstance(error, (ValueError, TypeError, OSError, ImportError, NotImplementedError)):
         # Of torch or transformers, such as a lack of memory, or a fault of ours.
         said = f"{type(error).__name__}: {said} (with AO_TRACEBACK=1 in the environment, where it was raised)"

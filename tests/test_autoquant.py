@@ -702,13 +702,13 @@ def test_report(times):
     assert (
         re.sub(r"\d\d\.\d$", "SQNR", str(report), flags=re.MULTILINE)
         == """\
-layer              shape     M  calls  format           us   was   speed  SQNR dB
----------------------------------------------------------------------------------
-* (2)              32 x 32   4      2  Int8WeightOnly  0.2   1.0   4.00x     SQNR
-                            16      4                  0.2   3.0  12.00x
-*                  64 x 32   4      1  Int8WeightOnly  0.2   1.0   4.00x     SQNR
-                            16      2                  0.2   3.0  12.00x
-all linear layers                                      2.2  21.0   9.33x
+layer              shape     M  calls  format   us   was   speed  SQNR dB
+-------------------------------------------------------------------------
+* (2)              32 x 32   4      2  int8    0.2   1.0   4.00x     SQNR
+                            16      4          0.2   3.0  12.00x
+*                  64 x 32   4      1  int8    0.2   1.0   4.00x     SQNR
+                            16      2          0.2   3.0  12.00x
+all linear layers                              2.2  21.0   9.33x
 end to end: 2.000 ms before, 1.000 ms after, 2.00x, eager
 skipped 1: 4: filter_fn leaves it out
 skipped 1: 3: no call reached it"""

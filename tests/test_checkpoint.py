@@ -657,6 +657,12 @@ def test_paths_that_are_not_there(tmp_path):
     gone = tmp_path / "model-00002-of-00003.safetensors"
     gone.unlink()
     assert refusal(lambda: load(tmp_path), FileNotFoundError) == f"ao.load: there is no {gone}; copy it too"
+    assert refusal(lambda: load("/dev/null"), OSError).startswith("ao.load: /dev/null is no ordinary file; give")
+    assert refusal(lambda: save(BEFORE, 5), TypeError) == "ao.save: path must be a str or a Path, got 5"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as error:
+        save(BEFORE, tmp_path / "file" / "x.safetensors")
+    assert str(tmp_path / "file") in str(error.value) and ".tmp" not in str(error.value)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 20, -1, -100])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 import ao
+import ao_command
 from ao.integrations.command_line import completion, format_names, inspect_checkpoint
 from ao.integrations.command_line.program import main, parser
 
@@ -56,7 +60,8 @@ def test_ranges_without_numpy(dtype, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "numpy", None)
 
 
-def test_inspect_filters_sorts_and_sums(checkpoint, capsys):
+def test_inspect_filters_sorts_and_sums(checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     folder, _ = checkpoint
     assert main(["inspect", str(folder / "model.safetensors"), "--match", "*.weight", "--sort", "bytes"]) == 0
     table, summary = capsys.readouterr().out.split("\n\n")
@@ -64,6 +69,87 @@ def test_inspect_filters_sorts_and_sums(checkpoint, capsys):
     assert names == ["1.weight", "0.weight"]  # by bytes
     total = summary.splitlines()[-1].split()
     assert total[0] == "total" and total[1] == "2" and total[2] == f"{2 * 64 * 32:,}"
+
+
+def test_tables_fit_the_terminal(checkpoint, tmp_path, capsys, monkeypatch):
+    """Long formats become headings above the tensors that have them."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(64, 32))
+    ao.quantize_(model, ao.Int8DynamicActivationInt4WeightConfig(group_size=32))
+    ao.save(model, tmp_path / "act.safetensors")
+    assert main(["inspect", str(tmp_path / "act.safetensors")]) == 0
+    table, summary = capsys.readouterr().out.split("\n\n")
+    form = repr(model[0].weight.spec)
+    assert max(map(len, (table + "\n" + summary).splitlines())) <= 110 and len(form) > 60
+    assert [line.split()[0] for line in table.splitlines()[2:]] == [
+        form.split()[0], "0.weight", "1.weight", "float32", "0.bias", "1.bias"
+    ]  # fmt: skip
+    assert summary.splitlines()[2] == form and summary.splitlines()[3].split()[0] == "2"
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["inspect", str(tmp_path / "act.safetensors"), "--summary"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[-4] == "2"  # in the line of its format
+    assert main(["formats"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path, monkeypatch):
+    ao.save({"größe": torch.zeros(2)}, tmp_path / "x.safetensors")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+    assert rb"gr\xf6\xdfe" in shown.getvalue()
+
+
+def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):
+    def fail(error):
+        def run(args):
+            raise error
+
+        monkeypatch.setattr(format_names, "run", run)
+
+    fail(KeyError("scale"))
+    assert main(["formats"]) == 1
+    assert "ao formats: KeyError: 'scale' (with AO_TRACEBACK=1" in capsys.readouterr().err
+    fail(OSError(28, "No space left on device"))
+    assert main(["formats"]) == 1
+    assert capsys.readouterr().err == "ao formats: the output: No space left on device\n"
+    fail(ValueError("no such model\nhere\n\nUpdate the library"))
+    assert main(["formats"]) == 1
+    assert capsys.readouterr().err == "ao formats: no such model here\n"
+    fail(ModuleNotFoundError("No module named 'transformers.utils'", name="transformers.utils"))
+    assert main(["formats"]) == 1
+    assert 'transformers is needed here, and not installed: pip install "ao-lowbit[hf]"' in capsys.readouterr().err
+    fail(OSError(28, "No space left on device", "r.html"))
+    assert main(["formats"]) == 1
+    assert capsys.readouterr().err == "ao formats: r.html: No space left on device\n"
+    fail(KeyError("scale"))
+    monkeypatch.setenv("AO_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main(["formats"])
+
+
+def test_an_interrupt_that_an_import_swallows(monkeypatch, capsys):
+    def run(args):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr(format_names, "run", run)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["formats"]) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_early_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ao_command, "_program", interrupted)
+    assert ao_command.main() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    body = ast.parse(Path(ao_command.__file__).read_text(encoding="utf-8")).body
+    assert not any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)  # before anything waits for Ctrl-C
 
 
 def test_failures_have_reasons_and_codes(tmp_path, capsys):

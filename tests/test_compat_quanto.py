@@ -181,6 +181,45 @@ def test_saved_and_loaded(weights, dtype, tmp_path):
         assert torch.equal(again.block.up.weight, model.block.up.weight)
 
 
+class Tied(nn.Module):
+    """One weight for two layers, and a buffer that is never saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(32, 64), nn.Linear(64, 32, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("turns", torch.arange(64.0), persistent=False)
+        self.mlp = nn.Linear(64, 64)
+
+    def forward(self, ids):
+        return self.head(self.mlp(self.embed(ids) * self.turns.cos()))
+
+
+class Computed(Tied):
+    """As the models of transformers: it knows how such buffers begin."""
+
+    def _init_weights(self, module):
+        if module is self:
+            self.turns.copy_(torch.arange(64.0))
+
+
+def test_a_model_on_meta_has_nothing_made_up():
+    model, ids = Computed(), torch.arange(32)[None]
+    quantize(model, weights=qint8, exclude="head")
+    freeze(model)
+    state = {key: t for key, t in model.state_dict().items() if key != "head.weight"}  # as safetensors keeps tied ones
+    with torch.device("meta"):
+        again, plain = Computed(), Tied()
+    requantize(again, state, quantization_map(model))
+    assert torch.equal(again(ids), model(ids)) and again.head.weight is again.embed.weight
+    with pytest.raises(ValueError, match="on meta, and state_dict lacks turns; make the model on the CPU"):
+        requantize(plain, state, quantization_map(model))
+    with torch.device("meta"):
+        again = Computed()
+    with pytest.raises(ValueError, match="state_dict lacks mlp.bias"):
+        requantize(again, {k: t for k, t in state.items() if k != "mlp.bias"}, quantization_map(model))
+
+
 def test_trained_before_freezing():
     """Weights are rounded on the way, and the gradient passes."""
     torch.manual_seed(0)

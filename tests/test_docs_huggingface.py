@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,20 @@ def test_snippets(tmp_path, monkeypatch):
         if "diffusers" in snippet and importlib.util.find_spec("diffusers") is None:
             continue
         exec(compile(snippet, "docs/huggingface.md", "exec"), names)
+
+
+@pytest.mark.slow
+def test_lines_of_bash(tmp_path):
+    """They run what the block before them has written."""
+    pytest.importorskip("accelerate", reason="the page uses accelerate")
+    written = next(snippet for snippet in SNIPPETS if 'Path("train.py")' in snippet)
+    root = Path(__file__).parent.parent
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    subprocess.run([sys.executable, "-c", written], check=True, cwd=tmp_path)
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+    ran = subprocess.run(["bash", "-ec", lines], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0 and "LowPrecisionLinear" in ran.stdout, ran.stderr

@@ -17,14 +17,10 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
-import hf_models  # noqa: E402
-
-from ao.integrations.transformers import AoConfig  # noqa: E402
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-BLOCKS = dict.fromkeys(("bash", "python"), "")
-for kind, block in re.findall(r"^```(python|bash)\n(.*?)^```", PAGE, re.S | re.M):
-    BLOCKS[kind] += block
+(_, SETUP), *BLOCKS_AFTER = re.findall(r"^```(python|bash)\n(.*?)^```", PAGE, re.S | re.M)
+BLOCKS = {kind: "".join(block for each, block in BLOCKS_AFTER if each == kind) for kind in ("bash", "python")}
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -52,19 +48,13 @@ def test_blocks(tmp_path, monkeypatch, capsys):
         pytest.importorskip(module, reason='needs pip install "transformers[serving]"')
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = hf_models.llama().eval()
-    model.save_pretrained("plain")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        "plain", quantization_config=AoConfig(hf_models.FORMATS["int4"])
-    )
-    model.save_pretrained("llama-int4")
-    hf_models.add_words(tmp_path)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file="tokenizer.json", unk_token="w0")
-    tokenizer.save_pretrained("llama-int4")
+    names: dict[str, object] = {"__name__": "serving"}
+    exec(compile(SETUP, "docs/serving.md", "exec"), names)
+    model = transformers.AutoModelForCausalLM.from_pretrained("llama-int4").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("llama-int4")
     port = free_port()
     command = shlex.split(BLOCKS["bash"].replace("8321", str(port)))
     assert command[0] == "python"
-    names: dict[str, object] = {"__name__": "serving"}
     with open("log", "wb") as log:
         server = subprocess.Popen([sys.executable, *command[1:]], stdout=log, stderr=log)
     try:

@@ -49,6 +49,8 @@ def test_every_name_quantizes(name):
         ("int8_dynamic_activation_int8_weight", ao.Int8DynamicActivationInt8WeightConfig()),
         ("float8_dynamic_activation_float8_weight", ao.Float8DynamicActivationFloat8WeightConfig()),
         ("uintx_weight_only", ao.UIntXWeightOnlyConfig(torch.uint4)),
+        ("int3-g32", ao.UIntXWeightOnlyConfig(torch.uint3, 32)),
+        ("int4-g64+hqq", ao.Int4WeightOnlyConfig(group_size=64, algorithm="hqq")),
         ("float8dq_e4m3_row", ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())),
     ],
 )

@@ -26,6 +26,7 @@ import hf_models  # noqa: E402
 from hf_models import FORMATS, IDS, MODELS  # noqa: E402
 
 from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in_memory  # noqa: E402
+from ao.integrations.joined_parameters import Joined  # noqa: E402
 from ao.integrations.transformers import AoConfig, mark_quantized  # noqa: E402
 
 INT4 = FORMATS["int4"]
@@ -275,6 +276,26 @@ def test_experts(folders):
     rules = ao.FqnToConfig({"re:.*experts.*": FORMATS["int8-dynamic"], "re:.*gate.weight": ao.Intx(8)})
     found = specs(load("mixtral", folders["mixtral"], quantization_config=AoConfig(rules)))
     assert len(found) == 6 and set(found.values()) == {ao.Intx(8)}
+
+
+def test_operations_that_ask_for_the_place():
+    """Experts of Qwen3-VL are stored either way round: transformers' operation looks at the parameter that it makes."""
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    class Stored:
+        def make(self, name, get, dtype, shape):
+            return get(name)
+
+    model = nn.Module()
+    model.experts = nn.Module()
+    model.experts.w, model.config = nn.Parameter(torch.zeros(2, 32, 64)), None
+    model.get_parameter_or_buffer = model.get_parameter
+    turned = WeightConverter("experts.w", "experts.w", operations=[Transpose(1, 2, check_dims=True)])
+    q = ao.Intx(8, (1, 1, -1)).quantize(torch.randn(2, 32, 64))
+    joined = Joined(turned, ["experts.w"], ["experts.w"])
+    for stored in (q, q.transpose(1, 2)):
+        made = joined.make("experts.w", model, Stored(), {"experts.w": stored}.__getitem__)
+        assert isinstance(made, ao.QTensor) and torch.equal(made.dequantize(), q.dequantize())
 
 
 @pytest.mark.slow

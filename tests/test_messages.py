@@ -12,7 +12,15 @@ from cases import weight
 from torch import nn
 
 from ao.dtypes import NF4, Codebook, Float8, Int4Prepacked, Intx, Spec, to_nf4
-from ao.quant import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, NF4WeightOnlyConfig, autoquant, quantize_
+from ao.quant import (
+    FqnToConfig,
+    Int4WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    NF4WeightOnlyConfig,
+    autoquant,
+    dequantize_,
+    quantize_,
+)
 
 
 def message(fn: Callable[[], object]) -> str:
@@ -159,6 +167,11 @@ RuntimeError: out is torch.float16, and the result torch.float32; give an out of
             lambda: quantize_(model["up"], "int4-g32+gptq", calibration_data=[torch.zeros(2, 64), torch.zeros(2, 60)]),
             lambda: quantize_(model["up"], "int4-g32+gptq", calibration_data=[{"x": torch.zeros(2, 64)}]),
             lambda: autoquant(model, min_sqnr="a"),  # type: ignore[arg-type]
+            lambda: quantize_(model, "int8", lambda module: True),  # type: ignore[arg-type,misc]
+            lambda: dequantize_(model, filter_fn="gate"),  # type: ignore[arg-type]
+            lambda: quantize_(model, {"gate": "int8"}),  # type: ignore[arg-type]
+            lambda: quantize_(torch.jit.ScriptModule(), "int8"),
+            lambda: FqnToConfig({"re:(": "int8"}),
         ]
         self.assertExpectedInline(
             "\n".join(message(t) for t in tries),
@@ -179,5 +192,10 @@ ValueError: filter_fn takes no layer with a weight; it is asked for each layer a
 ValueError: filter_fn takes no layer with a weight; the model has no linear layer
 ValueError: calibration_data: batch 1, a tensor of shape (2, 60) and torch.float32, gives weight inputs of 60 features, and it takes 64; give batches as the model takes them
 ValueError: calibration_data: batch 0, a dict of {x: (2, 64)}, does not run through the model: Linear.forward() got an unexpected keyword argument 'x'; a batch is what one call of the model takes: a tensor, a tuple of arguments, or a dict of keyword arguments
-TypeError: autoquant: min_sqnr must be a number of decibels, such as 30.0, or None, got 'a'""",
+TypeError: autoquant: min_sqnr must be a number of decibels, such as 30.0, or None, got 'a'
+TypeError: quantize_: filter_fn must be a function (module, name) -> bool, got one of (module); FqnToConfig({name: config, ...}) takes names
+TypeError: dequantize_: filter_fn must be a function (module, name) -> bool, got 'gate'; FqnToConfig({name: config, ...}) takes names
+TypeError: quantize_ takes a config such as Int4WeightOnlyConfig() or a Spec such as Intx(bits=4), got {'gate': 'int8'}; FqnToConfig(rules) takes a dict of name -> config
+TypeError: quantize_: the model is a program of torch.jit, which is fixed; quantize the model, then trace it
+ValueError: FqnToConfig: the rule 're:(' is no regular expression: missing ), unterminated subpattern at position 0""",
         )

@@ -84,7 +84,7 @@ def save(
     clash, a tensor without values (meta device), a malformed max_shard_size. An earlier checkpoint stays as it was.
     """
     _safetensors()
-    path, limit = Path(path), _bytes(max_shard_size)
+    path, limit = _path("ao.save", path), _bytes(max_shard_size)
     if isinstance(model_or_state_dict, torch.nn.Module):
         model_or_state_dict = model_or_state_dict.state_dict(keep_vars=True)
     parts = _parts(model_or_state_dict)
@@ -112,7 +112,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", mm
     Raises FileNotFoundError for a path or a shard that is not there; ValueError for a file that is damaged, was not
     written by `save`, or needs a newer ao.
     """
-    path, device = Path(path), torch.device(device)
+    path, device = _path("ao.load", path), torch.device(device)
     if not path.is_dir():
         return _read({path: None}, device, mmap)
     if (path / SINGLE).exists():
@@ -125,6 +125,12 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", mm
         assert names is not None
         names.add(name)
     return _read(listed, device, mmap)
+
+
+def _path(who: str, path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{who}: path must be a str or a Path, got {path!r}")
+    return Path(path)
 
 
 # For those who write and read the files themselves.
@@ -359,7 +365,10 @@ def writing(path: Path) -> Iterator[None]:
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Make `path` with `write(file)` so that it is at any moment the old file or the new one, whole and on the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:  # of the path that was asked for
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         file = temporary / path.name
         write(file)
@@ -406,6 +415,8 @@ def _read(files: Mapping[Path, set[str] | None], device: torch.device, mmap: boo
                         f"ao.load: there is no {path}; "
                         + ("copy it too" if listed else "give a path that ao.save wrote")
                     )
+                if not path.is_file():
+                    raise OSError(f"ao.load: {path} is no ordinary file; give a path that ao.save wrote")
                 handles[path] = opened.enter_context(safe_open(path, framework="pt"))
         any_header = any("ao" in (file.metadata() or {}) for file in handles.values())
         for path, listed in files.items():

@@ -54,7 +54,14 @@ class Joined:
         }
         try:
             for operation in self.converter.operations:
-                collected = operation.convert(collected, **patterns, config=model.config, model=model)
+                collected = operation.convert(
+                    collected,
+                    **patterns,
+                    full_layer_name=parameter,
+                    config=model.config,
+                    model=model,
+                    missing_keys=None,
+                )
             (joined,) = collected.values()
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise ValueError(

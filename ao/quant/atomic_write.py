@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 
 def atomic_write(path: Path, text: str) -> None:
     """Write `text` to a temporary file beside `path`, then put it in its place."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
+        part.write_text(text, encoding="utf-8")  # with the mode that the umask gives, unlike files of tempfile
+        os.replace(part, path)
     except OSError as error:
-        os.unlink(name)
         raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        os.unlink(name)
-        raise
+    finally:
+        part.unlink(missing_ok=True)

@@ -60,6 +60,7 @@ def choices(
         raise TypeError(
             f"quantize_ takes a config such as Int4WeightOnlyConfig() or a Spec such as Intx(bits=4), got {config!r}"
             + ("; call it first" if isinstance(config, type) else "")
+            + ("; FqnToConfig(rules) takes a dict of name -> config" if isinstance(config, dict) else "")
         )
     slots = list(slots_of(model))
     if isinstance(config, FqnToConfig):

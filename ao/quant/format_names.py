@@ -21,21 +21,19 @@ FORMATS = {
     "int4-g32": Format("Int4WeightOnlyConfig(group_size=32)", 5.25, "4 bits, with less loss"),
     "float8": Format("Float8WeightOnlyConfig()", 8.01, "weights with a wide range"),
     "int8-dynamic": Format("Int8DynamicActivationInt8WeightConfig()", 8.01, "faster prefill and large batches"),
-    "float8-dynamic": Format(
-        "Float8DynamicActivationFloat8WeightConfig()", 8.0, "the same on chips with float8 (Hopper, Ada)"
-    ),
-    "int8-int4": Format("Int8DynamicActivationInt4WeightConfig()", 5.0, "8-bit activations, 4-bit weights (8da4w)"),
-    "nf4": Format("NF4", 4.14, "frozen weights under adapters (QLoRA)"),
-    "nvfp4": Format("NVFP4", 4.5, "4-bit floats in blocks of 16 (NVIDIA)"),
-    "mxfp4": Format("MXFP4", 4.25, "4-bit floats in blocks of 32 (OCP)"),
+    "float8-dynamic": Format("Float8DynamicActivationFloat8WeightConfig()", 8.0, "the same, on chips with float8"),
+    "int8-int4": Format("Int8DynamicActivationInt4WeightConfig()", 5.0, "8-bit inputs, 4-bit weights (8da4w)"),
+    "nf4": Format("NF4", 4.14, "frozen, under adapters (QLoRA)"),
+    "nvfp4": Format("NVFP4", 4.5, "4-bit floats, blocks of 16 (NVIDIA)"),
+    "mxfp4": Format("MXFP4", 4.25, "4-bit floats, blocks of 32 (OCP)"),
     "fp6": Format("FP6", 6.01, "6-bit floats with a scale per row"),
-    "mxfp6": Format("MXFP6", 6.25, "6-bit floats in blocks of 32 (OCP)"),
-    "mxfp8": Format("MXFP8", 8.25, "8-bit floats in blocks of 32 (OCP)"),
-    "mxint8": Format("MXINT8", 8.25, "8-bit integers in blocks of 32 (OCP)"),
-    "ternary": Format("TernaryWeightOnlyConfig()", 1.63, "models trained with weights of -1, 0 and 1"),
+    "mxfp6": Format("MXFP6", 6.25, "6-bit floats, blocks of 32 (OCP)"),
+    "mxfp8": Format("MXFP8", 8.25, "8-bit floats, blocks of 32 (OCP)"),
+    "mxint8": Format("MXINT8", 8.25, "8-bit integers, blocks of 32 (OCP)"),
+    "ternary": Format("TernaryWeightOnlyConfig()", 1.63, "trained weights of -1, 0 and 1"),
     "bitnet": Format("Int8DynamicActivationTernaryWeightConfig()", 1.63, "what bitnet_training trained"),
-    "int6": Format("IntxWeightOnlyConfig(weight_dtype=torch.int6, granularity=PerGroup(128))", 6.25, ""),
-    "uint5": Format("UIntXWeightOnlyConfig(torch.uint5, group_size=128)", 5.31, ""),
+    "int6": Format("IntxWeightOnlyConfig(torch.int6, PerGroup(128))", 6.25, ""),
+    "uint5": Format("UIntXWeightOnlyConfig(torch.uint5, 128)", 5.31, ""),
     "int3": Format("Intx(bits=3, block=(1, 128))", 3.31, "needs a recipe such as gptq"),
     "int2": Format("Intx(bits=2, block=(1, 128))", 2.31, "needs a recipe and training"),
 }
@@ -59,8 +57,10 @@ ALIASES = {
     **{f"uint{bits}wo": f"UIntXWeightOnlyConfig(torch.uint{bits})" for bits in range(1, 8)},
     **{f"q{name}": name for name in ("int2", "int8", "float8")},
     "qint4": "int4-g128",
+    **{f"int{b}-g{g}": f"UIntXWeightOnlyConfig(torch.uint{b}, group_size={g})" for b in (2, 3) for g in (32, 64)},
+    "int4-g64": "Int4WeightOnlyConfig(group_size=64)",
 }
-"""What others call them -> one of FORMATS, or an expression."""
+"""What others call them, and the pages of the documentation -> one of FORMATS, or an expression."""
 
 RECIPES = (
     *("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction"),

@@ -19,7 +19,7 @@ from .job import Job, check, jobs_of
 from .progress import progress
 from .read_format import read_format
 from .report import Report, Row, storage_bytes
-from .slots import Filter
+from .slots import Filter, check_filter
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 
@@ -76,11 +76,12 @@ def quantize_(
         raise TypeError(
             f"quantize_ takes a model, an nn.Module, got {type(model).__name__}; a tensor is for Spec.quantize"
         )
-    if filter_fn is not None and not callable(filter_fn):
+    if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"quantize_: filter_fn must be a function (module, name) -> bool, got {filter_fn!r}; "
-            "FqnToConfig({name: config, ...}) takes names"
+            "quantize_: the model is a program of torch.jit, which is fixed; quantize the model, then trace it"
         )
+    if filter_fn is not None:
+        check_filter("quantize_", filter_fn)
     if isinstance(config, str):
         config = read_format(config)
     batches = None if calibration_data is None else batches_of(calibration_data)
@@ -196,6 +197,8 @@ def dequantize_(model: nn.Module, filter_fn: Filter | None = None) -> nn.Module:
 
     filter_fn: `(module, fully qualified name) -> bool`, which layers; by default all.
     """
+    if filter_fn is not None:
+        check_filter("dequantize_", filter_fn)
     done: dict[int, nn.Parameter] = {}
     for fqn, module in model.named_modules():
         if filter_fn is not None and not filter_fn(module, fqn):

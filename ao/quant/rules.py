@@ -26,7 +26,8 @@ class FqnToConfig(Config):
         5. "_default", for what `quantize_` takes by default: linear layers, transformers' `Conv1D`, experts
     module_fqn_to_config: another name of the same parameter.
 
-    Raises ValueError when both are given and differ. `quantize_` raises for a rule that matches nothing.
+    Raises ValueError when both are given and differ, and for what is no regular expression. `quantize_` raises for a rule that
+    matches nothing.
     """
 
     fqn_to_config: Mapping[str, Any] = field(default_factory=dict)
@@ -40,6 +41,11 @@ class FqnToConfig(Config):
         if a and b and a != b:
             raise ValueError("FqnToConfig: give fqn_to_config or module_fqn_to_config, not two that differ")
         rules = {k: read_format(v, who=f"FqnToConfig: {k!r}") if isinstance(v, str) else v for k, v in (a or b).items()}
+        for key in rules:
+            try:
+                re.compile(key[3:] if key.startswith("re:") else "")
+            except re.error as error:
+                raise ValueError(f"FqnToConfig: the rule {key!r} is no regular expression: {error}") from None
         object.__setattr__(self, "fqn_to_config", rules)
         object.__setattr__(self, "module_fqn_to_config", {})
         for name, config in self.fqn_to_config.items():

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Filter", "Slot", "slots_of", "tied"]
+__all__ = ["Filter", "Slot", "check_filter", "slots_of", "tied"]
 
 Filter = Callable[[nn.Module, str], bool]
 """(module, fully qualified name) -> whether it is taken."""
+
+
+def check_filter(who: str, filter_fn: object) -> None:
+    """Raise TypeError for what cannot be called with a module and its name."""
+    what = repr(filter_fn)
+    if callable(filter_fn):
+        try:
+            signature = inspect.signature(filter_fn)
+        except ValueError:  # some of C have none
+            return
+        try:
+            signature.bind(None, "")
+            return
+        except TypeError:
+            what = f"one of {signature}"
+    raise TypeError(
+        f"{who}: filter_fn must be a function (module, name) -> bool, got {what}; FqnToConfig({{name: config, ...}}) takes names"
+    )
 
 
 @dataclass(frozen=True)

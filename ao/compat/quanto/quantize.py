@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .nn import QModuleMixin, quantize_module
 from .optimizers import Optimizer
@@ -80,7 +81,10 @@ def requantize(
 
     device: where the model goes; by default where it is, and the CPU for one on meta.
 
-    Raises ValueError where the state dict lacks a weight of the map.
+    A model on meta has no numbers of its own: buffers that are never saved, such as the frequencies of rotary embeddings, are
+    computed where the model is one of transformers.
+
+    Raises ValueError where the state dict lacks a weight of the map, or of a model on meta anything else.
     """
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -94,13 +98,7 @@ def requantize(
             made = quantize_module(module, kinds[name][0], kinds[name][1])
             if made is not None:
                 _replace(model, name, made)
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, t in table.items():
-                if t is not None and t.is_meta:
-                    empty = torch.empty_like(t, device="cpu")
-                    table[name] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+    _materialize(model, state_dict)
     model.to(device)
     missing = model.load_state_dict(state_dict, strict=False).missing_keys
     lacking = [key for key in missing if any(key.startswith(f"{name}.weight") for name in quantization_map)]
@@ -108,3 +106,45 @@ def requantize(
         raise ValueError(
             f"requantize: state_dict lacks {', '.join(lacking[:4])}, which quantization_map says is quantized"
         )
+
+
+def _materialize(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Give the tensors on meta memory, which `state_dict` fills, and compute buffers that are never saved. Tied ones stay tied.
+
+    Raises ValueError for another that `state_dict` does not hold.
+    """
+    # A quantized weight is stored in fields: x.weight._data._data.
+    held = {key[:end] for key in state_dict for end in (*(m.start() for m in re.finditer(r"\.", key)), len(key))}
+    made: dict[int, Tensor] = {}
+    names: dict[int, set[str]] = {}
+    for prefix, module in model.named_modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, t in table.items():
+                if t is None or not t.is_meta:
+                    continue
+                names.setdefault(id(t), set()).add(f"{prefix}.{name}".lstrip("."))
+                if id(t) not in made:
+                    empty = torch.full_like(t, _unwritten(t.dtype), device="cpu", requires_grad=False)
+                    made[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+                table[name] = made[id(t)]
+        unsaved = {id(module._buffers[name]) for name in module._non_persistent_buffers_set}
+        compute: Any = getattr(model, "_init_weights", None)  # of transformers
+        if compute is not None and unsaved & {id(t) for t in made.values()}:
+            compute(module)
+    lacking = [
+        min(names[key])
+        for key, t in made.items()
+        if not names[key] & held and bool(torch.isclose(t, t.new_tensor(_unwritten(t.dtype)), equal_nan=True).all())
+    ]
+    if lacking:
+        raise ValueError(
+            f"requantize: the model is on meta, and state_dict lacks {', '.join(lacking[:4])}; make the model on the CPU"
+        )
+
+
+def _unwritten(dtype: torch.dtype) -> float | int | bool:
+    """What memory of a dtype is filled with, to see whether something was written there."""
+    if dtype == torch.bool:
+        return False
+    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min

@@ -6,13 +6,18 @@ import argparse
 import ctypes
 import difflib
 import json
+import math
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .safetensors_header import read_header
 
 
 class WrongArguments(ValueError):
@@ -42,6 +47,17 @@ def at_least(least: int) -> Callable[[str], int]:
 count = at_least(1)
 
 
+def decibels(text: str) -> float:
+    """A type for argparse: a number that is finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a number of dB such as 25, got {text!r}")
+    return number
+
+
 def check_readable(option: str, paths: Iterable[Path] | None) -> None:
     """Raise OSError for what is no file that can be read."""
     for path in paths or ():
@@ -55,12 +71,13 @@ def check_readable(option: str, paths: Iterable[Path] | None) -> None:
 
 def check_model(folder: Path, language: bool = False) -> dict[str, Any]:
     """The config.json of a model folder. Raises OSError for what is no model folder, ValueError for a broken config or, if a
-    language model is asked for, another."""
+    language model is asked for, which takes one text at a time, another."""
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
         how = "give the folder of a Hugging Face model"
-        if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            how = f"if it is a name on the hub, download it first: hf download {folder} --local-dir DIR"
+        name = re.fullmatch(r"(?:https?:/+(?:www\.)?huggingface\.co/)?([\w.-]+/[\w.-]+)", folder.as_posix())
+        if not folder.exists() and name:
+            how = f"if it is a name on the hub, download it first: hf download {name[1]} --local-dir DIR"
         raise FileNotFoundError(f"{folder} {what}; {how}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -69,7 +86,28 @@ def check_model(folder: Path, language: bool = False) -> dict[str, Any]:
         raise ValueError(f"{folder / 'config.json'} is no config of a model: {error}") from error
     if language and not words:
         raise ValueError(f"{folder} is no language model: its config.json has no vocab_size")
+    if language and config.get("is_encoder_decoder"):
+        raise ValueError(f"{folder} is an encoder and a decoder, which take two texts; give a model that takes one")
+    for file in folder.glob("*.safetensors"):
+        read_header(file)
     return dict(config)
+
+
+_OTHERS = re.compile(
+    r"For(MaskedLM|PreTraining|QuestionAnswering|MultipleChoice|NextSentencePrediction|\w*Classification)$"
+    r"|(?<!Head)(?<!Heads)Model$"
+)
+"""Names of transformers' classes that give no probabilities of the next token."""
+
+
+def check_causal(option: str, folder: Path) -> None:
+    """Raise ValueError for a model whose perplexity means nothing, since it does not tell the next token."""
+    architectures = check_model(folder, language=True).get("architectures") or [""]
+    if _OTHERS.search(str(architectures[0])):
+        raise ValueError(
+            f"{option} measures perplexity, and {folder} holds a {architectures[0]}, which does not tell the next token; give a "
+            "causal language model"
+        )
 
 
 def quantized_by(folder: Path, config: dict[str, Any]) -> str:
@@ -80,6 +118,15 @@ def quantized_by(folder: Path, config: dict[str, Any]) -> str:
         return str(found.get("quant_method") or "another") if isinstance(found, dict) else "another"
     files = {"hf_quant_config.json": "modelopt", "quanto_qmap.json": "quanto"}
     return next((library for file, library in files.items() if (folder / file).is_file()), "")
+
+
+def check_plain(option: str, folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a model folder with this config.json that is quantized, where `option` would quantize it anew."""
+    if quantized_by(folder, config):
+        raise ValueError(
+            f"{option}: {folder} is quantized already, and stays as it is stored; give the folder of the model as it was "
+            f"trained, or leave out {option}"
+        )
 
 
 def fit_window(option: str, given: int | None, usual: int, config: dict[str, Any]) -> int:
@@ -143,15 +190,18 @@ def check_writable(option: str, path: Path | None) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     try:
         # Tried rather than asked: what permissions say does not hold for root, nor on every file system.
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(bytes(2**16))  # a page of a report, and more than a plan
     except OSError as error:
         raise OSError(f"{option} {path} cannot be written: {parent}: {error.strerror or error}") from error
 
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mtia", "privateuseone")
-_DRIVERS = ("libcuda.so.1", "libcuda.so", "libamdhip64.so", "nvcuda.dll", "amdhip64.dll")
-"""One of which is there where torch knows a "cuda"."""
+_DRIVERS = {
+    "cuda": ("libcuda.so.1", "libcuda.so", "libamdhip64.so", "nvcuda.dll", "amdhip64.dll"),
+    "xpu": ("libze_loader.so.1", "libze_loader.so", "ze_loader.dll"),
+}
+"""One of which is there where torch knows such a device."""
 
 
 def check_device(name: str) -> str:
@@ -163,14 +213,18 @@ def check_device(name: str) -> str:
         raise ValueError(f"--device {name} is not there: devices are cpu, cuda, cuda:1, mps, xpu and the like")
     if kind == "cpu":
         return name
-    if kind == "cuda" and not any(map(_loads, _DRIVERS)):
+    if kind in _DRIVERS and not any(map(_loads, _DRIVERS[kind])):
         raise ValueError(f"--device {name} is not there: this machine has no driver of a GPU")
+    if kind == "mps" and sys.platform != "darwin":
+        raise ValueError(f"--device {name} is not there: mps is the GPU of a Mac")
+    if kind not in ("cuda", "xpu", "mps") and not metadata.entry_points(group="torch.backends"):
+        raise ValueError(f"--device {name} is not there: no package is installed that brings this device to PyTorch")
     import torch
 
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise ValueError(f"--device {name} is not there: {reason}") from error
     return name
 

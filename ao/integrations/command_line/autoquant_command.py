@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import before_the_work, check_device, check_model, check_writable, count, fit_window
+from .arguments import (
+    before_the_work,
+    check_device,
+    check_model,
+    check_writable,
+    count,
+    decibels,
+    fit_window,
+    quantized_by,
+)
 from .progress import quiet_loading
 from .tables import print_json
 
@@ -29,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--candidates", default="default", choices=["default", "int4", "float8", "all"], help="which formats"
     )
-    parser.add_argument("--min-sqnr", type=float, metavar="DB", help="the noise that a layer may have")
+    parser.add_argument("--min-sqnr", type=decibels, metavar="DB", help="the noise that a layer may have")
     parser.add_argument("--threads", type=count, metavar="N", help="on a CPU; default: PyTorch's")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -38,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
         config = check_model(args.model, language=True)
+        if quantized_by(args.model, config):
+            raise ValueError(f"{args.model} is quantized already; give the folder of the model as it was trained")
         args.tokens = [fit_window("--tokens", t, t, config) for t in args.tokens or ()] or [
             1, fit_window("--tokens", None, 128, config)
         ]  # fmt: skip

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import before_the_work, check_device, check_model, count, fit_window
-from .format_names import config_of
+from .arguments import before_the_work, check_device, check_model, check_plain, count, fit_window
+from .format_names import configs_of
 from .progress import quiet_loading
 from .tables import print_json, print_table
 
@@ -37,11 +37,13 @@ def run(args: argparse.Namespace) -> int:
     names = args.configs or ["as stored"]
     with before_the_work():
         config = check_model(args.model, language=True)
+        if args.configs:
+            check_plain("--configs", args.model, config)
         args.tokens = [fit_window("--tokens", t, t, config) for t in args.tokens or ()] or [
             1, fit_window("--tokens", None, 128, config)
         ]  # fmt: skip
-        configs = {name: config_of(name) for name in names if name != "as stored"}
         check_device(args.device)
+        configs = configs_of(args.configs or ())
     import statistics
 
     import torch

@@ -10,7 +10,7 @@ from .arguments import before_the_work, check_model, check_readable, check_space
 from .progress import progress_bar, quiet_loading
 from .quantize_command import size
 from .safetensors_header import read_header, weight_files
-from .tables import print_json
+from .tables import print_json, print_report
 
 NAME = "convert"
 HELP = "convert what another library has quantized; nothing is rounded anew"
@@ -36,8 +36,10 @@ def run(args: argparse.Namespace) -> int:
         is_file = args.model.suffix == ".gguf"
         if is_file:
             check_readable("MODEL", [args.model])
-        elif not quantized_by(args.model, check_model(args.model)):
+        elif not (library := quantized_by(args.model, check_model(args.model))):
             raise ValueError(f"{args.model} is not quantized; use `ao quantize`")
+        elif library == "ao":
+            raise ValueError(f"{args.model} is a folder of ao's already; there is nothing to convert")
         if args.out.exists():
             raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
         check_writable("OUT_DIR", args.out)
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         layers = [asdict(row) for row in report.rows]
         print_json({"bytes_before": total, "bytes_after": after, "layers": layers, "notes": report.notes})
         return 0
-    print(report)
+    print_report(report)
     print(f"{args.out}: {after:,} bytes, {after / max(total, 1):.3f} of {total:,}")
     return 0
 

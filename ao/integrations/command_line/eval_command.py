@@ -6,8 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import at_least, before_the_work, check_device, check_model, count, fit_window
-from .format_names import config_of
+from .arguments import (
+    at_least,
+    before_the_work,
+    check_causal,
+    check_device,
+    check_model,
+    check_plain,
+    count,
+    fit_window,
+)
+from .format_names import configs_of
 from .progress import progress_bar, quiet_loading
 from .tables import print_json, print_table
 from .texts import check_texts
@@ -36,10 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with before_the_work():
         config = check_model(args.model, language=True)
+        check_causal("--text", args.model)
+        if args.configs:
+            check_plain("--configs", args.model, config)
         args.window = fit_window("--window", args.window, 512, config)
         texts = check_texts("--text", args.text, args.model)
-        configs = {name: config_of(name) for name in args.configs or ["as stored"] if name != "as stored"}
         check_device(args.device)
+        configs = configs_of(args.configs or ())
         from ao import get_model_size_in_bytes
         from ao.integrations.model_folder import load_model, perplexity, token_windows
 

@@ -10,7 +10,7 @@ from .arguments import before_the_work, check_model, check_space, check_writable
 from .progress import progress_bar
 from .quantize_command import size
 from .safetensors_header import read_header, weight_files
-from .tables import print_json
+from .tables import print_json, print_report
 
 NAME = "export"
 HELP = "write a quantized folder in the form of compressed-tensors or GPTQ, for vLLM, SGLang and others"
@@ -48,5 +48,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"layers": [asdict(row) for row in report.rows], "notes": report.notes})
         return 0
-    print(report)
+    print_report(report)
     return 0

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,27 @@ def config_of(name: str) -> Any:
     from ao.quant.read_format import read_format
 
     return None if name in PLAIN else read_format(name, who="ao")
+
+
+def configs_of(names: Iterable[str], option: str = "--configs") -> dict[str, Any]:
+    """`config_of` of several names, by which models are quantized as they load: a config that calibrates is refused. Nothing is
+    imported before all names are known to be good."""
+    names = list(names)
+    for name in names:
+        if check_option(option, name):
+            raise ValueError(
+                f"{option} {name!r} needs texts to calibrate on; run `ao quantize MODEL_DIR OUT_DIR --config {name!r} "
+                "--data FILE`, and give its OUT_DIR"
+            )
+    return {name: config_of(name) for name in names}
+
+
+def check_option(option: str, name: str, recipe: str | None = None) -> bool:
+    """`check_format` of what an option was given; an error names the option."""
+    try:
+        return check_format(name, recipe)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def help_text() -> str:

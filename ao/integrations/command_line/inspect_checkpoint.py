@@ -17,7 +17,7 @@ from typing import Any
 from .arguments import before_the_work
 from .format_names import by_place
 from .safetensors_header import Stored, read_header, weight_files
-from .tables import print_json, print_table
+from .tables import print_grouped, print_json, print_table
 
 NAME = "inspect"
 HELP = "list the tensors of a checkpoint: format, shape, bytes, range of the scales"
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     with before_the_work():
         if not args.path.exists():
             raise FileNotFoundError(f"there is no file or folder {args.path}")
+        weight_files(args.path)
     rows = [row for row in inspect(args.path) if args.match is None or fnmatch.fnmatchcase(row.name, args.match)]
     if not rows and args.match is not None:
         raise ValueError(f"no tensor of {args.path} matches {args.match!r}; leave out --match to see all names")
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         print_json({"tensors": [] if args.summary else [asdict(row) for row in rows], "formats": totals(rows)})
         return 0
     if not args.summary:
-        print_table(
+        print_grouped(
+            1,
             ["name", "format", "shape", "dtype", "bytes", "bits", "scale, from .. to"],
             [
                 [
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                     row.dtype,
                     f"{row.bytes:,}",
                     f"{row.bits:.2f}",
-                    f"{row.scale[0]:.3g} .. {row.scale[1]:.3g}" if row.scale else "",
+                    f"{row.scale[0]:.2g} .. {row.scale[1]:.2g}" if row.scale else "",
                 ]
                 for row in rows
             ],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from . import (
     autoquant_command,
@@ -73,20 +77,59 @@ def version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names, by default that of the process, and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows any name
     args = parser().parse_args(argv)
+    with _interrupts() as interrupts:
+        try:
+            code: int = args.run(args)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # `ao inspect | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            code, reason = 130, "interrupted"
+        except Exception as error:
+            if os.environ.get("AO_TRACEBACK"):
+                raise
+            code, reason = (130, "interrupted") if interrupts else _told(args.command, error)
+    sys.stderr.write(f"{reason}\n")
+    return code
+
+
+def _told(command: str, error: Exception) -> tuple[int, str]:
+    """The exit code and the line for an error."""
+    said = " ".join(str(error).strip().partition("\n\n")[0].split("\n"))  # transformers tells stories
+    if isinstance(error, OSError) and error.strerror:
+        # Python's own say "[Errno 28] No space left on device: 'report.html'".
+        said = f"{error.filename or 'the output'}: {error.strerror}"
+    elif isinstance(error, ModuleNotFoundError) and error.name:
+        missing = error.name.partition(".")[0]
+        how = '"ao-lowbit[hf]"' if missing in ("transformers", "tokenizers", "safetensors", "accelerate") else missing
+        said = f"{missing} is needed here, and not installed: pip install {how}"
+    elif not isinstance(error, (ValueError, TypeError, OSError, ImportError, NotImplementedError)):
+        # Of torch or transformers, such as a lack of memory, or a fault of ours.
+        said = f"{type(error).__name__}: {said} (with AO_TRACEBACK=1 in the environment, where it was raised)"
+    return 2 if isinstance(error, WrongArguments) else 1, f"ao {command}: {said}"
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The signals of Ctrl-C that have come. Where one comes while numpy or torch are imported, they raise something else."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `ao inspect | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    except WrongArguments as error:
-        sys.stderr.write(f"ao {args.command}: {error}\n")
-        return 2
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        sys.stderr.write(f"ao {args.command}: {error}\n")
-        return 1
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

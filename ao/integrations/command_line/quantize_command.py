@@ -10,6 +10,7 @@ from typing import Any
 from .arguments import (
     at_least,
     before_the_work,
+    check_causal,
     check_device,
     check_model,
     check_modules,
@@ -20,10 +21,10 @@ from .arguments import (
     fit_window,
     quantized_by,
 )
-from .format_names import PLAIN, check_format, check_plan, check_recipe, config_of
+from .format_names import PLAIN, check_option, check_plan, check_recipe, config_of
 from .progress import progress_bar, quiet_loading
 from .safetensors_header import read_header, weight_files
-from .tables import print_json
+from .tables import print_json, print_report
 from .texts import check_texts
 
 NAME = "quantize"
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, nargs="+", metavar="FILE", help="to calibrate on: plain text or a JSON list"
     )
-    parser.add_argument("--samples", type=count, default=128, metavar="N", help="windows of --data; default: 128")
+    parser.add_argument("--samples", type=count, metavar="N", help="windows of --data; default: 128")
     parser.add_argument("--window", type=at_least(2), metavar="T", help="tokens of a window; default: 512")
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="modules that stay as they are, instead of the head")
     parser.add_argument("--include-embedding", action="store_true", help="quantize embedding and head too")
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         from ao.integrations.model_folder import calibration_batches, load_model, perplexity, token_windows
 
         quiet_loading(args.json)
-        batches = calibration_batches(args.model, data, args.window, args.samples) if args.data else None
+        batches = calibration_batches(args.model, data, args.window, args.samples or 128) if args.data else None
         windows = token_windows(args.model, texts, args.window) if args.text else []
     from ao.dtypes import cpp_compiler
     from ao.integrations import html_report
@@ -132,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
     times, failures = layer_latencies(largest.most(4), args.latency or (), args.device)
     measures += times
     report.notes += failures
+    if batches is not None:
+        report.notes.append(f"calibrated on {len(batches)} windows of at most {args.window} tokens")
     if cpp_compiler() is None and (args.device or "cpu").startswith("cpu"):
         report.notes.append(
             "no C++ compiler was found ($CXX, g++, clang++): on a CPU, eager products decode the weights at every call; with one "
@@ -153,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(report)
+    print_report(report)
     for measure in measures[1:]:
         unit = f" {measure.unit}" if measure.unit else ""
         print(f"{measure.name}: {measure.before:.4g}{unit} before, {measure.after:.4g}{unit} after")
@@ -172,8 +175,23 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     check_readable("--plan", [args.plan] if args.plan else None)
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists already; give a folder that does not, or remove it")
+    if args.model.resolve() in args.out.resolve().parents:
+        raise ValueError(f"OUT_DIR {args.out} lies in {args.model}, which is only read; give a folder beside it")
     check_writable("OUT_DIR", args.out)
     check_writable("--report", args.report)
+    if args.data and model.get("is_encoder_decoder"):
+        raise ValueError(
+            f"--data: {args.model} is an encoder and a decoder, and a window of text is for one; in Python, "
+            "quantize_(model, config, calibration_data=batches) takes any inputs"
+        )
+    if args.text:
+        check_causal("--text", args.model)
+    if args.window is not None and not (args.data or args.text):
+        raise ValueError(
+            f"--window {args.window} cuts the texts of --data and --text, and neither is given; leave it out"
+        )
+    if args.samples is not None and not args.data:
+        raise ValueError(f"--samples {args.samples} is for --data, which is not given; leave it out")
     data = check_texts("--data", args.data, args.model) if args.data else []
     texts = check_texts("--text", args.text, args.model) if args.text else []
     if args.data or args.text:
@@ -199,7 +217,7 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     elif args.config in PLAIN and args.sparsity is None:
         raise ValueError(f"--config {args.config} quantizes nothing; `ao formats` lists the formats")
     else:
-        calibrates = check_format(args.config, args.recipe)
+        calibrates = check_option("--config", args.config, args.recipe)
     if calibrates and not args.data:
         what = f"--recipe {args.recipe}" if args.recipe else f"--config {args.config!r}"
         raise ValueError(f"{what} needs texts to calibrate on; give --data FILE, plain text or a JSON list of strings")

@@ -34,7 +34,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
     Raises FileNotFoundError, and ValueError for a file that is no safetensors file or is cut short.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"{path} is no ordinary file" if path.exists() else f"there is no file {path}")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -42,6 +42,13 @@ def check_texts(option: str, paths: Iterable[Path], folder: Path) -> list[str]:
         raise FileNotFoundError(
             f"{folder} has no tokenizer.json, which {option} needs: call tokenizer.save_pretrained({str(folder)!r})"
         )
+    try:
+        table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        whole = isinstance(table, dict) and "model" in table
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{folder / 'tokenizer.json'} holds no tokenizer; copy or save it again")
     if sum(map(len, texts)) < 1000:  # a longer text has more
         from tokenizers import Tokenizer
 

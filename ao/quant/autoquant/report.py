@@ -10,6 +10,8 @@ from typing import Literal
 
 from ...dtypes import Spec
 from ..config import Config
+from ..format_names import FORMATS
+from ..read_format import read_format
 from ..rules import FqnToConfig
 from .saved_plan import plain_name, save_plan
 
@@ -118,6 +120,11 @@ class AutoquantReport:
         return "\n".join([*text, *self.notes])
 
 
+def _format(choice: Choice) -> str:
+    """The name that `ao formats` has for what was chosen, which is short and can be given back, or else its label."""
+    return next((name for name in FORMATS if read_format(name) == choice.config), choice.label)
+
+
 def _lines(pattern: str, group: Sequence[Choice]) -> list[tuple[str, ...]]:
     first = group[0]
     name = f"{pattern or '(the model)'}" + (f" ({len(group)})" if len(group) > 1 else "")
@@ -125,14 +132,14 @@ def _lines(pattern: str, group: Sequence[Choice]) -> list[tuple[str, ...]]:
     noisiest = min((c.sqnr for c in group if c.sqnr is not None), default=None)
     sqnr = "" if noisiest is None else f"{noisiest:.1f}"
     if not first.timings:
-        return [(name, shape, "", "0", first.label, "", "", "", "")]
+        return [(name, shape, "", "0", _format(first), "", "", "", "")]
     return [
         (
             name if i == 0 else "",
             shape if i == 0 else "",
             str(t.tokens),
             str(len(group) * t.count),
-            first.label if i == 0 else "",
+            _format(first) if i == 0 else "",
             f"{1e6 * t.seconds[first.label]:,.1f}",
             f"{1e6 * t.seconds[first.dtype]:,.1f}",
             f"{t.seconds[first.dtype] / t.seconds[first.label]:.2f}x",

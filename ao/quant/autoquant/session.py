@@ -13,8 +13,8 @@ from torch import nn
 
 from ...dtypes import cache_directory
 from ..compiled import compiled_caller, compiler_of, is_compiled, unwrapped
-from ..quantize import Filter
 from ..rules import FqnToConfig
+from ..slots import Filter, check_filter
 from . import timing
 from .cache import TimingCache
 from .candidates import Candidates, candidates_on, check_candidates
@@ -87,6 +87,8 @@ def autoquant(
         raise TypeError(f"autoquant: min_sqnr must be a number of decibels, such as 30.0, or None, got {min_sqnr!r}")
     chosen = candidates if qtensor_class_list is None else qtensor_class_list
     asked = check_candidates(chosen)
+    if filter_fn is not None:
+        check_filter("autoquant", filter_fn)
     weights, skipped = find_weights(unwrapped(model), filter_fn)
     if not weights:
         why = "".join(f"; {name}: {reason}" for name, reason in list(skipped.items())[:3])

@@ -419,6 +419,25 @@ def generate_hf(data: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, f"{facts}: `{run['command']}`"])
 
 
+def few(path: Path) -> str:
+    """How many times faster than bf16 each format is for one token and a few, on a GPU, from what tune_kernels.py wrote."""
+    data = json.loads(path.read_text())
+    rows = data["few"]
+    tokens = sorted({r["tokens"] for r in rows})
+    body = []
+    for name in dict.fromkeys(r["format"] for r in rows):
+        each = {r["tokens"]: r for r in rows if r["format"] == name}
+        body.append([name, *(times(each[m]["bf16_us"] / each[m]["us"]) for m in tokens)])
+    base = {r["tokens"]: r["bf16_us"] for r in rows}
+    body.append(["bf16, microseconds", *(f"{base[m]:.1f}" for m in tokens)])
+    shape = rows[0]["shape"].replace("x", " x ")
+    where = f"{data['device']}, torch {data['torch']}, triton {data['triton']}, {data['date']}: `{data['command']}`"
+    return (
+        f"{markdown(['tokens', *map(str, tokens)], body)}\n\nTimes bfloat16's speed, a layer of {shape}, of the way taken "
+        f"(g16, g32, g64, g128: groups of so many; j: zero points within the scales). {where}"
+    )
+
+
 def quantizing(folder: Path) -> str:
     """How fast `quantize_` is, from the runs of generate.py."""
     rows = []
@@ -509,6 +528,7 @@ def write(page: Path, folder: Path, check: bool = False) -> None:
             "targets": lambda: targets(folder),
             "summary-cuda": lambda: summary(gpu),
             "linear-cuda": lambda: linear(gpu, plots["cuda"]),
+            "few-h200": lambda: few(folder / "few-h200.json"),
             "linear-h200": lambda: linear(Linear(data["h200"]), plots["h200"]),
             "peers-cuda": lambda: peers(gpu),
             "generate-cuda": lambda: generate(read(folder / "generate-cuda.json")),

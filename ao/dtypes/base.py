@@ -46,7 +46,7 @@ from .operand import Cast, Operand
 from .pieces import Box, boxes, is_eager, part, piece_size
 from .rounding import narrow, range_power, round_to
 from .running_layer import running_layer
-from .tracing import passed_over, unrecorded
+from .tracing import fresh, passed_over, unrecorded
 
 Elements = Annotated[Tensor, "elements"]
 """A field of the numbers: as long as the data along every dim, or packed along one by `pack`."""
@@ -435,9 +435,7 @@ class _FakeQuantize(torch.autograd.Function):
         power = range_power(x, has_scale_by_row(spec)) if x.dtype == torch.float64 else None
         wide = (x.detach() if power is None else x.detach() / power).float()
         out = narrow(spec.round(wide, **spec.choose_qparams(wide, spec.grid(x.shape))), x.dtype)
-        out = out if power is None else out * power
-        # TorchDynamo of PyTorch 2.11 loses the gradient of a tensor that was written in place (pytorch/pytorch#180642).
-        return out.clone() if torch.compiler.is_compiling() else out
+        return fresh(out if power is None else out * power)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

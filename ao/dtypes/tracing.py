@@ -34,6 +34,12 @@ def unrecorded() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
+def fresh(t: torch.Tensor) -> torch.Tensor:
+    """What an autograd.Function returns, while a program is traced as a tensor that nothing wrote to in place: of others
+    TorchDynamo of PyTorch 2.11 loses the gradient (pytorch/pytorch#180642). A compiler fuses the copy away."""
+    return t.clone() if torch.compiler.is_compiling() else t
+
+
 def known(condition: bool | torch.SymBool | torch.Tensor, otherwise: bool = False) -> bool:
     """Whether a condition on shapes holds; `otherwise` where they depend on data, so that a graph cannot ask."""
     if isinstance(condition, (bool, torch.Tensor)):  # torch.jit.trace takes the sizes of a shape for tensors

@@ -64,6 +64,7 @@ from ..dtypes.base import OPS, QTensor, as_bytes, has_scale_by_row
 from ..dtypes.ops import gather
 from ..dtypes.pieces import is_eager
 from ..dtypes.rounding import range_power
+from ..dtypes.tracing import fresh
 from . import anywhere, cpu, gpu, onnx, sparse
 from .form import key_of
 from .path import Path, Product
@@ -368,7 +369,7 @@ class _Activation(torch.autograd.Function):
         quantized = (
             _in_range(anywhere.quantized_act, rows, w) if _chooses_scale(x, w) else anywhere.quantized_act(rows, w)
         )
-        rows = quantized.view(x.shape)
+        rows = fresh(quantized.view(x.shape))
         return rows if pre_scale is None else (_wide(rows) / pre_scale).to(x.dtype)
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import Spec, dense, in_blocks, to_blocks
+from ...dtypes.tracing import fresh
 
 BEYOND = 1e30
 """A number that every format rounds to its largest."""
@@ -37,7 +38,7 @@ def stored(spec: Spec, scale: Tensor, zero_point: Tensor | None) -> dict[str, Te
 class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Spec) -> Tensor:
-        out = spec.round(x.detach().float(), **stored(spec, scale, zero_point)).to(x.dtype)
+        out = fresh(spec.round(x.detach().float(), **stored(spec, scale, zero_point)).to(x.dtype))
         ctx.spec = spec
         ctx.save_for_backward(x, out, scale, zero_point)
         return out

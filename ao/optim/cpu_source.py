@@ -48,7 +48,7 @@ INLINE void block(char* param, const char* grad, const Fields* fields, int64_t r
         largest[s] = at_least(largest[s], (vi)made[s] & 0x7FFFFFFF);
       }
     }
-    put<32 / W>(param, first + c, p, PARAM);
+    put<32 / W>(param, first + c, p, ROUNDED);
   }
   UNROLL for (int s = 0; s < STATES; s++) {
     if (BITS[s] == 0) continue;

@@ -21,9 +21,14 @@ def stochastic_round(x: Tensor, seed: Tensor | int, index: Tensor | None = None)
     """
     if index is None:
         index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    return stochastic_bf16(x, seed, index).to(torch.bfloat16)
+
+
+def stochastic_bf16(x: Tensor, seed: Tensor | int, index: Tensor) -> Tensor:
+    """`stochastic_round`, still float32."""
     noise = _mix(_mix(index) ^ seed) & 0xFFFF
-    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)  # of an infinity, no bit is in reach of the noise
+    return rounded.masked_fill(x.isnan(), torch.nan)
 
 
 def stochastic_round_e4m3(q: Tensor) -> Tensor:

@@ -166,7 +166,18 @@ INLINE vf to_bf16(vf x) { return (vf)(bf16_bits(x) << 16); }
 #define BF16 1
 #define CUT 2
 INLINE vf floats(const void* p, int64_t i, int dtype) {
-  return dtype == BF16 ? (vf)(from_halves((const uint16_t*)p + i) << 16) : load<vf>((const float*)p + i);
+  if (dtype == F32) return load<vf>((const float*)p + i);
+  const uint16_t* from = (const uint16_t*)p + i;
+#if defined(__AVX512BW__)
+  const __m512i at = (__m512i)(vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} << 16);
+  const __m512i given = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+  return (vf)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, at, given);
+#elif W == 8 && defined(__AVX2__)
+  const __m256i at = _mm256_setr_epi16(-1, 0x0100, -1, 0x0302, -1, 0x0504, -1, 0x0706, -1, 0x0908, -1, 0x0B0A, -1, 0x0D0C, -1, 0x0F0E);
+  return (vf)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)), at);
+#else
+  return (vf)(from_halves(from) << 16);
+#endif
 }
 template <int N> INLINE void put(void* p, int64_t at, const vf* x, int dtype) {
   if (dtype != F32) {

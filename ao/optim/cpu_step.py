@@ -163,5 +163,5 @@ def _encode(spec: Any, slow: bool) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, inverse: nearest(x * inverse)
 
     if slow:
-        return lambda x, inverse: stochastic_bytes_e4m3((x * inverse).clamp(-spec.max, spec.max))
+        return lambda x, inverse: stochastic_bytes_e4m3(x * inverse)
     return lambda x, inverse: spec.codes(x * inverse)  # what is a few bits above the largest number is rounded to it

@@ -48,15 +48,14 @@ def stochastic_round_e4m3(q: Tensor) -> Tensor:
 
 
 def stochastic_bytes_e4m3(q: Tensor) -> Tensor:
-    """The bytes (int32) of `stochastic_round_e4m3(q)`, from the sum that rounds it."""
-    size = q.abs()
+    """The bytes (int32) of `stochastic_round_e4m3(q)`, from the sum that rounds it. Larger numbers than 448 are taken for it."""
+    size = q.abs().clamp(max=448)
     low = size < 2.0**-6
     bits = (size + torch.where(low, 2.0**-6, 0.0)).view(torch.int32)
     noise = (bits >> 6) * -0x61C88647 >> 12 & 0xFFFFF
-    code = ((bits + noise) >> 20) - torch.where(
-        low, 121 << 3, 120 << 3
-    )  # the exponent's bias, and the binade of the shift
-    return torch.where(size == 0, 0, code.clamp(1, 127)) | (q.view(torch.int32) >> 24 & 128)
+    code = ((bits + noise) >> 20) - (120 << 3) - torch.where(low, 8, 0)  # the exponent's bias, and the binade of the shift
+    least = size.view(torch.int32).clamp(max=1)  # 0 for 0 alone
+    return torch.maximum(code, least).clamp(max=127) | (q.view(torch.int32) >> 24 & 128)
 
 
 def _mix(word: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ INLINE vf floats(const void* p, int64_t i, int dtype) {
   const __m512i given = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
   return (vf)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, at, given);
 #elif W == 8 && defined(__AVX2__)
-  const __m256i at = _mm256_setr_epi16(-1, 0x0100, -1, 0x0302, -1, 0x0504, -1, 0x0706, -1, 0x0908, -1, 0x0B0A, -1, 0x0D0C, -1, 0x0F0E);
+  const __m256i at = (__m256i)vi{0x0100FFFF, 0x0302FFFF, 0x0504FFFF, 0x0706FFFF, 0x0908FFFF, 0x0B0AFFFF, 0x0D0CFFFF, 0x0F0EFFFF};
   return (vf)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)), at);
 #else
   return (vf)(from_halves(from) << 16);
@@ -313,10 +313,10 @@ def _expression(node: Any, names: Mapping[Any, str]) -> str:
 def _unsigned_shift(node: Any) -> tuple[Any, int] | None:
     """(x, n) of `x >> n & mask`, where the mask has the bits that n leaves: all else would be copies of the sign."""
     shift, mask = node.args
-    if not isinstance(shift, torch.fx.Node) or _name(shift) != "__rshift__" or isinstance(mask, torch.fx.Node):
+    if getattr(shift, "op", "") != "call_function" or _name(shift) != "__rshift__":
         return None
     x, n = shift.args
-    return (x, n) if not isinstance(n, torch.fx.Node) and mask == (1 << 32 - n) - 1 else None
+    return (x, n) if isinstance(n, int) and mask == (1 << 32 - n) - 1 else None
 
 
 def _converted(x: str, given: torch.dtype, wanted: torch.dtype) -> str:

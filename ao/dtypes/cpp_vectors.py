@@ -37,6 +37,15 @@ INLINE vf at_least(vf x, vf y) {
   return x < y ? y : x;
 #endif
 }
+INLINE vf number_at_least(vf x, vf y) {  // y where x is NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)x, (__m512)y);
+#elif W == 8 && defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+  return x > y ? x : y;
+#endif
+}
 INLINE vf at_most(vf x, vf y) {
 #if defined(__AVX512F__)
   return (vf)_mm512_min_ps((__m512)y, (__m512)x);
@@ -205,6 +214,7 @@ _INFIX = {
 _FORMS = {
     "maximum": "larger({0}, {1})",
     "minimum": "smaller({0}, {1})",
+    "fmax": "number_at_least({0}, {1})",
     "abs": "magnitude({0})",
     "sqrt": "root({0})",
     "round": "rounded({0})",

@@ -200,7 +200,10 @@ class Intx(Spec):
         if self.zero_point == "joint":
             assert zero_point is not None
             words = words_of(scale, self._place(zero_point))
-            return {"scale": Joint(bits=self.bits).wrap({"words": words}, torch.float32, scale.shape), "zero_point": None}
+            return {
+                "scale": Joint(bits=self.bits).wrap({"words": words}, torch.float32, scale.shape),
+                "zero_point": None,
+            }
         return {"scale": scale, "zero_point": zero_point}
 
     def element(self) -> Element | None:

@@ -157,10 +157,12 @@ NUMBERS, INTEGERS = torch.tensor([1.5, -2.0, 4.0]), torch.arange(9, 50, dtype=to
 def lines_of_all_kinds(x: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     """Operators that no optimizer above has, or not with these operands."""
     return (
-        torch.maximum(x, y), torch.minimum(x, y), x.clamp(-1, 2), x.clamp(min=0.5), x.clamp(max=-0.5), (-x).abs().sqrt(),
+        torch.maximum(x, y), torch.minimum(x, y), torch.fmax(x, torch.tensor(-0.5)), x.clamp(-1, 2),
+        x.clamp(min=0.5), x.clamp(max=-0.5), (-x).abs().sqrt(),
         x.sign(), x.copysign(y), 1 - x, 2.0 / x, x.reciprocal(), torch.where(x > y, x, 0.0), q.to(torch.uint8),
         torch.where((x < 1) & (y >= 0), 1, q), x.masked_fill(x.isnan(), 3.0), (x == y).float(), (x != y).int(),
         x.isfinite().int(), q.float() * 0.3, (x * 7).int(), (q << 3) ^ (q >> 1), q * -0x61C88647, q.clamp(-3, 5), q.abs(),
+        q >> 9 & 0x7FFFFF, q >> 9 & 0x7FFF,
         x.to(torch.bfloat16), q.view(torch.float32).view(torch.int32) + 1, NUMBERS[(q & 1).long()],
         INTEGERS[(q & 31).long()], torch.logical_or(x > 0, ~(y > 0)).int(),
     )  # fmt: skip

@@ -907,6 +907,8 @@ def test_tables_of_codes_are_the_map(spec):
     anything = torch.randint(0, top, (2**16,), dtype=torch.int32).view(torch.float32)
     for x in (values, near, anything, -anything, torch.tensor([0.0, -0.0])):
         assert torch.equal(tables.nearest(x), spec.nearest(x))
+    nan = torch.tensor([torch.nan]).copysign(torch.tensor([1.0, -1.0]))
+    assert torch.equal(tables.nearest(nan), spec.nearest(torch.zeros(2)))  # and not what lies beyond the cells
 
 
 def test_public_names():

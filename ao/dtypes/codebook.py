@@ -162,15 +162,14 @@ class Codebook(Spec):
         if self.offset or self.bits > 4 or not (nested is None or (len(nested.block) == 2 and nested.block[0] == 1)):
             return None
         middles = torch.tensor([(a + b) / 2 for a, b in zip(self.values, self.values[1:])])
-        half = 2 ** (self.bits - 1)
-        first = float(middles[half - 1])
+        # Those that the bits of a code compare with, the highest first: which of them is next is said by the bits before.
+        levels = [middles[2**bit - 1 :: 2 ** (bit + 1)].clone() for bit in reversed(range(self.bits))]
 
         def code(x: Tensor, inverse: Tensor) -> Tensor:
-            unit, step = x * inverse, half // 2
-            code = (unit > first).int() * half
-            while step:
-                code = code + (unit > middles[(code + (step - 1)).long()]).int() * step
-                step //= 2
+            unit = x * inverse
+            code = (unit > float(levels[0])).int()
+            for level in levels[1:]:
+                code = code + code + (unit > level[code.long()]).int()
             return code
 
         def fields(scale: Tensor) -> dict[str, Tensor | None]:

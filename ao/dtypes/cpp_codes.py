@@ -30,6 +30,12 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _SOURCE = r"""
 typedef uint64_t word;
 
+// Ask for what comes long after n numbers, which a CPU by itself does too late.
+INLINE void fetch(const char* x, int64_t at, int n) {
+  const int size = FROM == F32 ? 4 : 2;
+  for (int i = 0; i < n * size; i += 64) __builtin_prefetch(x + at * size + i + 3072);
+}
+
 // 32 codes of BITS bits each, planar (bits.py).
 INLINE void pack(uint8_t* out, const vi* q) {
   if (BITS == 8) return to_bytes<32 / W>(out, q);
@@ -50,12 +56,44 @@ INLINE void pack(uint8_t* out, const vi* q) {
     store(out + 4 * b4, two);
   }
   if (b1) {
-    uint32_t one = 0;
-    UNROLL for (int i = 0; i < 8; i++) one |= ((uint32_t)(a[i / 2] >> (b4 + b2) >> 32 * (i % 2)) & 0x01010101u) << i;
-    store(out + 4 * (b4 + b2), one);
+    const word m = 0x0101010101010101ull;
+    word one = 0;  // half of it to each of four bytes
+    UNROLL for (int i = 0; i < 4; i++) one |= (a[i] >> (b4 + b2) & m) << 2 * i;
+    store(out + 4 * (b4 + b2), (uint32_t)(one | one >> 31));
   }
 }
 
+#if FROM == BF16 && defined(__AVX2__)
+// Of bfloat16 in integers of 16 bits. With all but the sign turned over where it is set, they are in the order of the numbers,
+// and NaN is beyond these.
+typedef int16_t vs __attribute__((vector_size(4 * W), aligned(2), may_alias));
+
+INLINE float end(vs found, bool low) {
+#if W == 16
+  const __m256i a = _mm512_castsi512_si256((__m512i)found), b = _mm512_extracti64x4_epi64((__m512i)found, 1);
+  const __m256i half = low ? _mm256_min_epi16(a, b) : _mm256_max_epi16(a, b);
+#else
+  const __m256i half = (__m256i)found;
+#endif
+  const __m128i c = _mm256_castsi256_si128(half), d = _mm256_extracti128_si256(half, 1);
+  const int turn = low ? 0x8000 : 0x7FFF;  // to numbers without a sign, of which the least is the end
+  const __m128i eight = _mm_xor_si128(low ? _mm_min_epi16(c, d) : _mm_max_epi16(c, d), _mm_set1_epi16((short)turn));
+  const int16_t least = (int16_t)(_mm_extract_epi16(_mm_minpos_epu16(eight), 0) ^ turn);
+  const uint32_t bits = (uint32_t)(least ^ (least >> 15 & 0x7FFF)) << 16;
+  return load<float>(&bits);
+}
+
+INLINE void ends(const char* x, int64_t at, int64_t g, float& low, float& high) {
+  vs lows = 0x7FFF - vs{}, highs = ~lows;
+  for (int64_t c = 0; c < g; c += 2 * W) {
+    fetch(x, at + c, 2 * W);
+    vs v = load<vs>(x + 2 * (at + c));
+    v ^= v >> 15 & 0x7FFF;
+    lows = v < lows ? v : lows, highs = v > highs ? v : highs;
+  }
+  low = end(lows, true), high = end(highs, false);
+}
+#else
 // The lanes from n on, and those before.
 INLINE vf turned(vf v, int n) {
 #if W == 16
@@ -69,24 +107,32 @@ INLINE vf turned(vf v, int n) {
   return __builtin_shufflevector(v, v, EACH(1));
 }
 
+INLINE void ends(const char* x, int64_t at, int64_t g, float& low, float& high) {
+  vf least[2], most[2];
+  UNROLL for (int i = 0; i < 2; i++) least[i] = most[i] = floats(x, at + i * W, FROM);
+  for (int64_t c = 0; c < g; c += 2 * W) {
+    fetch(x, at + c, 2 * W);
+    UNROLL for (int i = 0; i < 2; i++) {
+      vf v = floats(x, at + c + i * W, FROM);
+      least[i] = smaller(least[i], v), most[i] = larger(most[i], v);
+    }
+  }
+  vf lows = smaller(least[0], least[1]), highs = larger(most[0], most[1]);
+  UNROLL for (int width = W / 2; width; width /= 2) {
+    lows = smaller(lows, turned(lows, width)), highs = larger(highs, turned(highs, width));
+  }
+  low = lows[0], high = highs[0];
+}
+#endif
+
 // The ends of each block of g numbers: row 2 i of `out` has the smallest of the blocks of row i, row 2 i + 1 the largest.
 extern "C" void ao_ends(const char* x, float* out, int64_t rows, int64_t groups, int64_t g, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t block = 0; block < rows * groups; block++) {
-    vf low[2], high[2];
-    UNROLL for (int i = 0; i < 2; i++) low[i] = high[i] = floats(x, block * g + i * W, FROM);
-    for (int64_t c = 0; c < g; c += 2 * W) UNROLL for (int i = 0; i < 2; i++) {
-      vf v = floats(x, block * g + c + i * W, FROM);
-      low[i] = smaller(low[i], v), high[i] = larger(high[i], v);
-    }
-    vf lows = smaller(low[0], low[1]), highs = larger(high[0], high[1]);
-    UNROLL for (int width = W / 2; width; width /= 2) {
-      lows = smaller(lows, turned(lows, width)), highs = larger(highs, turned(highs, width));
-    }
-    int64_t row = block / groups, group = block % groups;
-    out[2 * row * groups + group] = lows[0], out[(2 * row + 1) * groups + group] = highs[0];
-  }
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t group = 0; group < groups; group++)
+      ends(x, (row * groups + group) * g, g, out[2 * row * groups + group], out[(2 * row + 1) * groups + group]);
 }
+
 
 extern "C" void ao_codes(const char* x, const float* const* reads, uint8_t* out, int64_t blocks, int64_t g, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -94,6 +140,7 @@ extern "C" void ao_codes(const char* x, const float* const* reads, uint8_t* out,
     vf r[READS];
     UNROLL for (int i = 0; i < READS; i++) r[i] = same(reads[i][block]);
     for (int64_t c = 0; c < g; c += 32) {
+      fetch(x, block * g + c, 32);
       vi q[32 / W];
       UNROLL for (int i = 0; i < 32 / W; i++) coded(floats(x, block * g + c + i * W, FROM), r, q[i]);
       pack(out + (block * g + c) / 8 * BITS, q);

@@ -37,6 +37,15 @@ INLINE vf at_least(vf x, vf y) {
   return x < y ? y : x;
 #endif
 }
+INLINE vf number_at_least(vf x, vf y) {  // y where x is NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)x, (__m512)y);
+#elif W == 8 && defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+  return x > y ? x : y;
+#endif
+}
 INLINE vf at_most(vf x, vf y) {
 #if defined(__AVX512F__)
   return (vf)_mm512_min_ps((__m512)y, (__m512)x);
@@ -151,23 +160,38 @@ template <int N> INLINE void to_halves(uint16_t* p, const vi* q) {
 #endif
 }
 
-// Rounded to bfloat16, to even; NaN stays NaN.
-INLINE vf to_bf16(vf x) {
-  vi w = (vi)x;
-  vi rounded = w + 0x7FFF + ((w >> 16) & 1) | (vi)((vu)(x != x) << 22);
-  return (vf)(rounded & (int32_t)0xFFFF0000);
-}
+// Without the sign's copies, as `>>` of numbers that are not negative.
+INLINE vi shifted(vi x, int n) { return (vi)((vu)x >> n); }
 
-// Numbers of a dtype as floats, W of them, and back, N vectors: of bfloat16, numbers that are rounded.
+// Rounded to bfloat16, to even; NaN stays NaN. The bits, and the number.
+INLINE vi bf16_bits(vf x) {
+  vi w = (vi)x, up = w + 0x7FFF + (shifted(w, 16) & 1);
+  return shifted(x != x ? same((int32_t)-1) : up, 16);
+}
+INLINE vf to_bf16(vf x) { return (vf)(bf16_bits(x) << 16); }
+
+// Numbers of a dtype as floats, W of them, and back, N vectors: rounded, or, as CUT, bfloat16 of numbers that are.
 #define F32 0
 #define BF16 1
+#define CUT 2
 INLINE vf floats(const void* p, int64_t i, int dtype) {
-  return dtype == BF16 ? (vf)(from_halves((const uint16_t*)p + i) << 16) : load<vf>((const float*)p + i);
+  if (dtype == F32) return load<vf>((const float*)p + i);
+  const uint16_t* from = (const uint16_t*)p + i;
+#if defined(__AVX512BW__)
+  const __m512i at = (__m512i)(vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} << 16);
+  const __m512i given = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+  return (vf)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, at, given);
+#elif W == 8 && defined(__AVX2__)
+  const __m256i at = (__m256i)vi{0x0100FFFF, 0x0302FFFF, 0x0504FFFF, 0x0706FFFF, 0x0908FFFF, 0x0B0AFFFF, 0x0D0CFFFF, 0x0F0EFFFF};
+  return (vf)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)), at);
+#else
+  return (vf)(from_halves(from) << 16);
+#endif
 }
 template <int N> INLINE void put(void* p, int64_t at, const vf* x, int dtype) {
-  if (dtype == BF16) {
+  if (dtype != F32) {
     vi halves[N];
-    UNROLL for (int i = 0; i < N; i++) halves[i] = (vi)((vu)x[i] >> 16);
+    UNROLL for (int i = 0; i < N; i++) halves[i] = dtype == CUT ? shifted((vi)x[i], 16) : bf16_bits(x[i]);
     to_halves<N>((uint16_t*)p + at, halves);
   } else {
     UNROLL for (int i = 0; i < N; i++) store((float*)p + at + i * W, x[i]);
@@ -190,6 +214,7 @@ _INFIX = {
 _FORMS = {
     "maximum": "larger({0}, {1})",
     "minimum": "smaller({0}, {1})",
+    "fmax": "number_at_least({0}, {1})",
     "abs": "magnitude({0})",
     "sqrt": "root({0})",
     "round": "rounded({0})",
@@ -269,6 +294,8 @@ def _expression(node: Any, names: Mapping[Any, str]) -> str:
     if kind == "index":
         table, (index,) = node.args
         return f"look_up<{table.meta['val'].numel()}>({names[table]}, {names[index]})"
+    if kind in ("__and__", "bitwise_and") and (word := _unsigned_shift(node)):
+        return f"shifted({names[word[0]]}, {word[1]})"
     values = [a for a in node.args if isinstance(a, torch.fx.Node) and _dtype(a) != torch.bool]
     wide = next((d for d in map(_dtype, values) if d.is_floating_point), _dtype(values[0]) if values else dtype)
 
@@ -291,6 +318,15 @@ def _expression(node: Any, names: Mapping[Any, str]) -> str:
     if kind not in _FORMS:
         raise NotElementwise(f"{node.target} has no line of C++")
     return _FORMS[kind].format(*given)
+
+
+def _unsigned_shift(node: Any) -> tuple[Any, int] | None:
+    """(x, n) of `x >> n & mask`, where the mask has the bits that n leaves: all else would be copies of the sign."""
+    shift, mask = node.args
+    if getattr(shift, "op", "") != "call_function" or _name(shift) != "__rshift__":
+        return None
+    x, n = shift.args
+    return (x, n) if isinstance(n, int) and mask == (1 << 32 - n) - 1 else None
 
 
 def _converted(x: str, given: torch.dtype, wanted: torch.dtype) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .base import Elements, PerBlock, QTensor, Spec, dense
 from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, amin_amax, blocks_shape, in_blocks, mean_abs, to_blocks
-from .joint import PLACES, Joint, JointTensor, join
+from .joint import PLACES, Joint, JointTensor, join, words_of
 from .operand import Cast, Element, Operand
 from .rounding import narrow, product, reciprocal, round_to, stochastic_round
 
@@ -199,9 +199,11 @@ class Intx(Spec):
         """The fields beside the codes, of qparams as they are stored."""
         if self.zero_point == "joint":
             assert zero_point is not None
-            both = Joint(bits=self.bits)
-            words = both.encode(scale.float(), place=self._place(zero_point))
-            return {"scale": both.wrap(words, torch.float32, scale.shape), "zero_point": None}
+            words = words_of(scale, self._place(zero_point))
+            return {
+                "scale": Joint(bits=self.bits).wrap({"words": words}, torch.float32, scale.shape),
+                "zero_point": None,
+            }
         return {"scale": scale, "zero_point": zero_point}
 
     def element(self) -> Element | None:

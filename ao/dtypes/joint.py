@@ -34,6 +34,11 @@ def join(scale: Tensor, place: Tensor) -> Tensor:
     return torch.where(scale.isfinite(), ((nearest << 20) + low).view(torch.float32), scale)
 
 
+def words_of(scale: Tensor, place: Tensor) -> Tensor:
+    """The words (bfloat16) of what `join` gave for `place`."""
+    return scale.float().copysign((_LOW + 0.5) - place).to(torch.bfloat16)
+
+
 @dataclass(frozen=True, repr=False)
 class Joint(Spec):
     """Scales that hold the zero points of codes of `bits` bits as well."""
@@ -48,8 +53,7 @@ class Joint(Spec):
     def encode(self, x: Tensor, *, place: Tensor | None = None) -> dict[str, Tensor | None]:
         """`x` (float32, not negative) with zero points place / 2**(5 - bits)."""
         place = torch.zeros(x.shape, dtype=torch.int32, device=x.device) if place is None else place
-        words = join(x, place).to(torch.bfloat16)
-        return {"words": torch.where(place > _LOW, -words, words)}
+        return {"words": words_of(join(x, place), place)}
 
 
 class JointTensor(QTensor, spec=Joint):

@@ -45,8 +45,12 @@ class CodeTables:
         return float(torch.tensor(self.first << self.low, dtype=torch.int32).view(torch.float32))
 
     def nearest(self, x: Tensor) -> Tensor:
-        """`spec.nearest(x)` by the cells, for numbers no larger than the largest entry: what the kernel computes, in PyTorch."""
-        bits = (x if self.zero is None else x.abs()).clamp(min=self.least).view(torch.int32)
+        """`spec.nearest(x)` by the cells, for numbers no larger than the largest entry: what the kernel computes, in PyTorch.
+
+        NaN is taken for the least number: its bits are beyond the cells.
+        """
+        size = torch.fmax(x if self.zero is None else x.abs(), torch.tensor(self.least, device=x.device))
+        bits = size.view(torch.int32)
         code = (bits + self.cells[((bits >> self.low) - self.first).long()]) >> self.low
         if self.zero is None:
             return code

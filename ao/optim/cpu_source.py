@@ -6,6 +6,10 @@ written once.
 """
 
 SOURCE = r"""
+#if !defined(__clang__)
+#pragma GCC optimize("schedule-insns", "sched-pressure")  // else each vector waits for its own chain of operators
+#endif
+
 #define MOST 2048  // elements of a block
 
 struct Fields {
@@ -25,7 +29,7 @@ INLINE void block(char* param, const char* grad, const Fields* fields, int64_t r
                   int32_t position) {
   alignas(64) float kept[STATES + 1][MOST + 272];
   vi largest[STATES + 1] = {};
-  vf scale[STATES + 1];
+  vf scale[STATES + 1], inverse[STATES + 1];
   const int64_t first = row * n;
   const vi lanes = IOTA;
   UNROLL for (int s = 0; s < STATES; s++) scale[s] = BITS[s] ? same(fields[s].scale[row]) : same(0.0f);
@@ -48,20 +52,22 @@ INLINE void block(char* param, const char* grad, const Fields* fields, int64_t r
         largest[s] = at_least(largest[s], (vi)made[s] & 0x7FFFFFFF);
       }
     }
-    put<32 / W>(param, first + c, p, PARAM);
+    put<32 / W>(param, first + c, p, ROUNDED);
   }
   UNROLL for (int s = 0; s < STATES; s++) {
     if (BITS[s] == 0) continue;
     int32_t most = 0;
     UNROLL for (int i = 0; i < W; i++) most = largest[s][i] > most ? largest[s][i] : most;
-    vf inverse;
-    scales(s, (vf)same(most), scale[s], inverse);
+    scales(s, (vf)same(most), scale[s], inverse[s]);
     fields[s].scale[row] = scale[s][0];
-    for (int64_t c = 0; c < n; c += 32) {
-      if (s == 0) fetch(param + (first + n + c) * SIZE(PARAM), 32 * SIZE(PARAM));
-      if (s == STATES - 1) fetch(grad + (first + n + c) * SIZE(GRAD), 32 * SIZE(GRAD));
+  }
+  if (BITS[0] == 0) return;
+  for (int64_t c = 0; c < n; c += 32) {
+    fetch(param + (first + n + c) * SIZE(PARAM), 32 * SIZE(PARAM));
+    fetch(grad + (first + n + c) * SIZE(GRAD), 32 * SIZE(GRAD));
+    UNROLL for (int s = 0; s < STATES; s++) {
       vi q[32 / W];
-      UNROLL for (int i = 0; i < 32 / W; i++) encode(s, load<vf>(&kept[s][c + i * W]), inverse, q[i]);
+      UNROLL for (int i = 0; i < 32 / W; i++) encode(s, load<vf>(&kept[s][c + i * W]), inverse[s], q[i]);
       if (BITS[s] == 8) { to_bytes<32 / W>(fields[s].codes + first + c, q); continue; }
       UNROLL for (int i = 0; i < 16 / W; i++) q[i] |= q[i + 16 / W] << 4;
       to_bytes<16 / W>(fields[s].codes + (first + c) / 2, q);

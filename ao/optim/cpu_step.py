@@ -34,7 +34,7 @@ from .code_tables import code_tables
 from .cpu_source import SOURCE
 from .kernel import Plan
 from .rows import CHUNK, Rows
-from .stochastic_rounding import stochastic_bytes_e4m3, stochastic_round
+from .stochastic_rounding import stochastic_bf16, stochastic_bytes_e4m3
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -102,7 +102,7 @@ def _source(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> str:
         states, h = dict(zip(names, rest)), dict(zip(plan.scalars, rest[n:]))
         grad = -grad if plan.maximize else grad
         new, made = plan.update(param, grad, states, h, **dict(plan.options))
-        new = stochastic_round(new, *rest[n + m :]) if plan.stochastic else new.to(dtype)
+        new = stochastic_bf16(new, *rest[n + m :]) if plan.stochastic else new  # else it is rounded when it is put
         return (new, *(made[name] for name in names))
 
     text = [CPP_VECTORS]
@@ -133,6 +133,7 @@ def _source(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> str:
     eight = "vi{" + ", ".join(str(i) for i in range(8)) + "}"
     text.append(
         f"#define STATES {n}\n#define HYPER {m}\n#define PARAM {_DTYPES[dtype]}\n#define GRAD {_DTYPES[grad_dtype]}\n"
+        f"#define ROUNDED {'CUT' if plan.stochastic else 'PARAM'}\n"
         f"static constexpr int BITS[] = {{{', '.join(map(str, [*bits, 0]))}}};\n"
         f"#if W == 16\n#define IOTA {lanes}\n#else\n#define IOTA {eight}\n#endif\n"
     )
@@ -162,5 +163,5 @@ def _encode(spec: Any, slow: bool) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, inverse: nearest(x * inverse)
 
     if slow:
-        return lambda x, inverse: stochastic_bytes_e4m3((x * inverse).clamp(-spec.max, spec.max))
+        return lambda x, inverse: stochastic_bytes_e4m3(x * inverse)
     return lambda x, inverse: spec.codes(x * inverse)  # what is a few bits above the largest number is rounded to it

@@ -21,9 +21,14 @@ def stochastic_round(x: Tensor, seed: Tensor | int, index: Tensor | None = None)
     """
     if index is None:
         index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    return stochastic_bf16(x, seed, index).to(torch.bfloat16)
+
+
+def stochastic_bf16(x: Tensor, seed: Tensor | int, index: Tensor) -> Tensor:
+    """`stochastic_round`, still float32."""
     noise = _mix(_mix(index) ^ seed) & 0xFFFF
-    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)  # an infinity stays: its last bits are 0
+    return rounded.masked_fill(x.isnan(), torch.nan)
 
 
 def stochastic_round_e4m3(q: Tensor) -> Tensor:
@@ -43,15 +48,15 @@ def stochastic_round_e4m3(q: Tensor) -> Tensor:
 
 
 def stochastic_bytes_e4m3(q: Tensor) -> Tensor:
-    """The bytes (int32) of `stochastic_round_e4m3(q)`, from the sum that rounds it."""
-    size = q.abs()
-    low = size < 2.0**-6
-    bits = (size + torch.where(low, 2.0**-6, 0.0)).view(torch.int32)
+    """The bytes (int32) of `stochastic_round_e4m3(q)`, from the sum that rounds it. Larger numbers than 448 are taken for it."""
+    size = q.abs().clamp(max=448)
+    shift = torch.where(size < 2.0**-6, 2.0**-6, 0.0)
+    bits = (size + shift).view(torch.int32)
     noise = (bits >> 6) * -0x61C88647 >> 12 & 0xFFFFF
-    code = ((bits + noise) >> 20) - torch.where(
-        low, 121 << 3, 120 << 3
-    )  # the exponent's bias, and the binade of the shift
-    return torch.where(size == 0, 0, code.clamp(1, 127)) | (q.view(torch.int32) >> 24 & 128)
+    bias = (shift.view(torch.int32) >> 20).clamp(min=120 << 3)  # of the exponent, or the binade of the shift
+    code = ((bits + noise) >> 20) - bias
+    least = size.view(torch.int32).clamp(max=1)  # 0 for 0 alone
+    return torch.maximum(code, least).clamp(max=127) | (q.view(torch.int32) >> 24 & 128)
 
 
 def _mix(word: Tensor) -> Tensor:

@@ -421,6 +421,8 @@ def generate_hf(data: Mapping[str, Any]) -> str:
 
 def few(path: Path) -> str:
     """How many times faster than bf16 each format is for one token and a few, on a GPU, from what tune_kernels.py wrote."""
+    if not path.exists():
+        return "Not measured yet."
     data = json.loads(path.read_text())
     rows = data["few"]
     tokens = sorted({r["tokens"] for r in rows})

@@ -38,6 +38,7 @@ from .rounding import reciprocal
 from .shifted import Shifted, ShiftedTensor
 from .sparse24 import Sparse24, Sparse24Tensor
 from .ternary import Ternary, TernaryTensor
+from .tracing import fresh
 
 if TYPE_CHECKING:
     from .caching import cache_directory
@@ -135,6 +136,7 @@ __all__ = [
     "cpp_library",
     "dense",
     "expand",
+    "fresh",
     "in_blocks",
     "is_finite",
     "linear_nf4",

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dtypes import Spec, dense, in_blocks, to_blocks
-from ...dtypes.tracing import fresh
+from ...dtypes import Spec, dense, fresh, in_blocks, to_blocks
 
 BEYOND = 1e30
 """A number that every format rounds to its largest."""

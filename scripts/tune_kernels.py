@@ -97,18 +97,11 @@ def tiles(m: int) -> list[dict[str, Any]]:
 
 def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """How m tokens may meet a weight, by name, each a function of x and the fields. splits: in all numbers of parts of K."""
-    from ao.matmul.kernels import few_tokens, one_token, one_token_mma
+    from ao.matmul.kernels import few_tokens, one_token
 
     if m <= 2 and reading.for_one_token:
         for warps in (20,):
             yield f"gemv {warps}", lambda x, fields, warps=warps: one_token.gemv_each(x, reading, fields, warps)
-    if m <= 2 and one_token_mma.mma_kind(reading) and reading.k <= 16384:
-        for warps, ahead, asked in ((8, 2, 0), (8, 2, 1), (8, 2, 2), (8, 4, 2), (4, 2, 2), (16, 2, 2), (16, 2, 0)):
-            run = partial(one_token_mma.mma_each, warps=warps, ahead=ahead, asked=asked)
-            yield (
-                f"tensor {warps}w {ahead}a {asked}p",
-                lambda x, fields, run=run: run(x, reading, fields),
-            )
     at_once = (264, 528, 1056) if m <= 16 else (264, 528)  # programs on the GPU that K is cut for
     for cut in tiles(m):
         programs = cdiv(reading.n, cut["rows"]) * cdiv(m, cut["tokens"])
@@ -131,7 +124,7 @@ def compile_few(name: str, k: int, m: int) -> list[str]:
         return [f"{name}, K = {k}: no reading"]
     x = torch.randn(m, k, device="cuda").bfloat16()
     for way, run in ways(read[0], m, splits=False):
-        if m == 1 and way != "gemv 20" and not way.startswith("tensor"):
+        if m == 1 and way != "gemv 20":
             continue  # the same kernel, or that of 8 tokens
         try:
             run(x, read[1])

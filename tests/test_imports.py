@@ -50,7 +50,6 @@ KERNELS = {
     "hopper",
     "cast",
     "one_token",
-    "one_token_mma",
     "operators",
     "reading",
     "template",

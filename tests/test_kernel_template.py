@@ -127,21 +127,6 @@ def test_tiles_of_a_few_tokens(spec, name):
         assert worst(x, q, few_in_tiles(x, reading, (each, *others), tile)) > 42
 
 
-@pytest.mark.parametrize("spec", [*ONE_TOKEN, FP6, MXFP8, Intx(8, (1, 16)), Intx(8, (16, 16), signed=False)], ids=str)
-def test_one_token_by_tensor_cores(spec):
-    from ao.matmul.kernels.device import is_hopper
-    from ao.matmul.kernels.one_token_mma import mma_each, mma_kind
-    from ao.matmul.kernels.reading import reading_of
-
-    for m, dtype, cut in ((1, torch.bfloat16, {}), (2, torch.float16, {"warps": 2, "ahead": 3, "asked": 0})):
-        x, q = case(spec, 40 if spec.block[0] == 1 else 48, 1152, m, dtype)
-        if not is_hopper(x.device):
-            pytest.skip("e4m3 has an instruction there")
-        reading, fields = reading_of(q)
-        assert mma_kind(reading)
-        assert worst(x, q, mma_each(x, reading, fields, **cut)) > 46
-
-
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
 def test_weights_that_are_not_numbers(format):
     """NaN, and infinity where there is one, are in the row where they are, and nowhere else."""

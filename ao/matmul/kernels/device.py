@@ -77,10 +77,10 @@ def on_its_device(function: _F) -> _F:
     current = getattr(torch._C, "_cuda_getDevice", None)  # a build for CPUs has none, and does not call this
 
     @functools.wraps(function)
-    def run(x: Tensor, *args: Any, **more: Any) -> Any:
+    def run(x: Tensor, *args: Any) -> Any:
         if x.device.index == current():  # type: ignore[misc]
-            return function(x, *args, **more)
+            return function(x, *args)
         with torch.cuda.device(x.device):
-            return function(x, *args, **more)
+            return function(x, *args)
 
     return run  # type: ignore[return-value]

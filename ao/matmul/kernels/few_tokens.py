@@ -574,14 +574,6 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
         launch(few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, **constants)
     if split > 1:
         launch(
-            sum_kernel,
-            (cdiv(m * n, 1024),),
-            parts,
-            out,
-            m * n,
-            early=tile.hopper,
-            SPLIT=split,
-            B=1024,
-            EARLY=tile.hopper,
-        )
+            sum_kernel, (cdiv(m * n, 1024),), parts, out, m * n, early=tile.hopper, SPLIT=split, B=1024, EARLY=tile.hopper
+        )  # fmt: skip
     return out

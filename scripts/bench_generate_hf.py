@@ -5,14 +5,18 @@ so that loading is measured too. Per format and mode:
 
     load s        from_pretrained, from a folder that the operating system has read before
     first s       the first call of generate in this mode, with what it compiles
-    tok/s         tokens per second of decoding, at each batch size: the time of many tokens less that of one
+    tok/s         tokens per second of decoding, at each batch size, from the first new token to the last
     ttft ms       the time to the first token after a prompt of so many tokens
     busy ms       what the GPU works for one token at the first batch size
     host us       one call of one linear layer, on the host alone, for 1, 8 and 128 tokens (mode eager)
 
 Modes: eager, and static, which is generate(cache_implementation="static"): transformers then compiles the decoding step itself.
-Formats of other libraries are given as LIBRARY:NAME: bitsandbytes:nf4, bitsandbytes:int8, torchao:int4, torchao:int8,
-torchao:float8-dynamic, quanto:int4, quanto:int8. Each format runs in a process of its own.
+cache:int8 is static with our quantized cache of that name. Formats of other libraries are given as LIBRARY:NAME:
+bitsandbytes:nf4, bitsandbytes:int8, torchao:int4, torchao:int8, torchao:float8-dynamic, quanto:int4, quanto:int8.
+
+Each format runs in a process of its own, one after the other; with --in-turns all stay, compile at the same time, and are then
+timed in turns (without load s and first s, which the neighbours disturb). Prompts of more than 8,192 tokens are read 2,048 at a
+time.
 """
 
 from __future__ import annotations
@@ -37,7 +41,13 @@ import torch
 from bench_linear import reason
 from llama import SHAPES
 from tables import markdown
-from torch import nn
+from torch import Tensor, nn
+
+from ao.quant.kv_cache import kv_cache_config
+
+CACHE = "cache:"
+LONG = 8192
+"""Tokens of a prompt beyond which it is read in pieces: attention's mask takes the square of it."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +62,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape")
     parser.add_argument("--layers", type=int, metavar="L", help="only so many blocks, of a --shape")
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4-g128"], metavar="F")
-    parser.add_argument("--modes", nargs="+", default=["eager", "static"], choices=["eager", "static"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "static"], metavar="MODE", help="default: eager static")
+    parser.add_argument("--in-turns", action="store_true", help="all formats stay in memory and are timed in turns")
+    parser.add_argument("--profile", action="store_true", help="print what the GPU does for a token, kernel by kernel")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="B")
     parser.add_argument("--prompt-length", type=int, default=16, metavar="T", help="before decoding; default: 16")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="T", help="default: 64")
@@ -68,6 +80,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for name in args.formats:
             if ":" not in name:
                 formats.config_of(name)
+        for mode in args.modes:
+            if mode.startswith(CACHE):
+                kv_cache_config(mode.removeprefix(CACHE))
+            elif mode not in ("eager", "static"):
+                raise ValueError(f"--modes takes eager, static and cache:NAME, got {mode!r}")
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -83,7 +100,7 @@ def folder_of(args: argparse.Namespace, parent: Path) -> Path:
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.dim, intermediate_size=shape.hidden, head_dim=shape.head_dim,
         num_hidden_layers=args.layers or shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=8192, rms_norm_eps=shape.norm_eps, tie_word_embeddings=shape.tied,
+        max_position_embeddings=2 * max(LONG, args.prompt_length), rms_norm_eps=shape.norm_eps, tie_word_embeddings=shape.tied,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta, **dict(shape.rope_scaling or ())},
         bos_token_id=0, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
@@ -146,10 +163,19 @@ class Bench:
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
 
-    def generate(self, mode: str, batch: int, length: int, new: int) -> float:
-        """Seconds for `new` tokens after `length` random ones."""
+    def generate(self, mode: str, batch: int, length: int, new: int) -> tuple[float, float]:
+        """`new` tokens after `length` random ones: seconds, and tokens per second from the first new one to the last."""
         ids = torch.randint(1, self.vocab, (batch, length), device=self.device)
-        more = {"cache_implementation": "static"} if mode == "static" else {}
+        more: dict[str, Any] = {"prefill_chunk_size": 2048} if length > LONG else {}
+        if mode == "static":
+            more["cache_implementation"] = "static"
+        elif mode.startswith(CACHE):
+            from ao.integrations.transformers import QuantizedCache
+
+            more["past_key_values"] = QuantizedCache(
+                self.model.config, mode.removeprefix(CACHE), max_cache_len=length + new
+            )
+        times = Times()
         self.synchronize()
         start = time.perf_counter()
         with torch.no_grad():
@@ -159,14 +185,21 @@ class Bench:
                 max_new_tokens=new,
                 min_new_tokens=new,
                 do_sample=False,
+                streamer=times,
                 **more,
             )
         self.synchronize()
+        end = time.perf_counter()
         assert out.shape[1] == length + new
-        return time.perf_counter() - start
+        return end - start, batch * (new - 1) / max(end - times.each[1], 1e-9)
 
-    def median(self, *args: Any) -> float:
-        return statistics.median(self.generate(*args) for _ in range(self.args.repeats))
+    def decode(self, mode: str, batch: int) -> float:
+        """Tokens per second."""
+        return self.generate(mode, batch, self.args.prompt_length, self.args.new_tokens)[1]
+
+    def first_token(self, mode: str, length: int) -> float:
+        """Milliseconds to it."""
+        return self.generate(mode, 1, length, 1)[0] * 1e3
 
     def busy_ms(self, mode: str, batch: int, new: int) -> float | None:
         """What the GPU works per token, milliseconds."""
@@ -174,8 +207,11 @@ class Bench:
             return None
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.generate(mode, batch, self.args.prompt_length, new)
-        spans = [e.device_time_total for e in profile.key_averages() if e.device_type.name == "CUDA"]
-        return sum(spans) / 1e3 / new
+        spans = [e for e in profile.key_averages() if e.device_type.name == "CUDA"]
+        if self.args.profile:
+            for e in sorted(spans, key=lambda e: -e.device_time_total)[:20]:
+                print(f"{e.device_time_total / new:9.1f} us {e.count / new:7.1f} times  {e.key[:110]}")
+        return sum(e.device_time_total for e in spans) / 1e3 / new
 
     def host_us(self, tokens: int) -> float:
         """One call of a linear layer in eager mode, microseconds on the host: the device is waited for outside."""
@@ -193,35 +229,108 @@ class Bench:
                 times.append((time.perf_counter() - start) / 10)
         return statistics.median(times) * 1e6
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """A row per mode."""
-        args = self.args
-        rows = []
-        for mode in args.modes:
-            row: dict[str, Any] = {"format": name, "mode": mode, "load_s": self.load_s}
-            row["first_s"] = self.generate(mode, args.batch[0], args.prompt_length, args.new_tokens)
-            for batch in args.batch:
-                self.generate(mode, batch, args.prompt_length, args.new_tokens)
-                self.generate(mode, batch, args.prompt_length, args.new_tokens)
-                many = self.median(mode, batch, args.prompt_length, args.new_tokens)
-                one = self.median(mode, batch, args.prompt_length, 1)
-                row[f"tokens_s_{batch}"] = batch * (args.new_tokens - 1) / (many - one)
-            for length in args.ttft:
-                self.generate(mode, 1, length, 1)
-                row[f"ttft_{length}_ms"] = self.median(mode, 1, length, 1) * 1e3
-            row["busy_ms"] = self.busy_ms(mode, args.batch[0], args.new_tokens)
-            if mode == "eager":
-                for tokens in (1, 8, 128):
-                    row[f"host_{tokens}_us"] = self.host_us(tokens)
-            rows.append(row)
-        return rows
+
+class Times:
+    """A streamer of `generate` that notes when tokens come: the prompt first."""
+
+    def __init__(self) -> None:
+        self.each: list[float] = []
+
+    def put(self, tokens: Tensor) -> None:
+        self.each.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
-def rows_of(folder: Path, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of a format, measured in this process."""
+_held: list[Bench] = []
+
+
+def load(folder: Path, name: str, args: argparse.Namespace) -> float:
+    """Keep the model of a format in this process. Returns the seconds of from_pretrained."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return Bench(folder, name, args).rows(name)
+    _held[:] = [Bench(folder, name, args)]
+    return _held[0].load_s
+
+
+def ask(method: str, *args: Any) -> Any:
+    """A method of the model in this process."""
+    return getattr(_held[0], method)(*args)
+
+
+class Formats:
+    """Some formats, each in a process of its own, timed in turns. `errors` has those that failed, which are out."""
+
+    def __init__(self, folder: Path, names: Sequence[str], args: argparse.Namespace) -> None:
+        self.args, self.errors = args, dict[str, str]()
+        context = multiprocessing.get_context("spawn")
+        self.pools = {name: ProcessPoolExecutor(1, context) for name in names}
+        loaded = self.together(load, lambda name: (folder, name, args))
+        self.load_s = loaded if len(names) == 1 else {}
+
+    def together(
+        self, call: Callable[..., Any], of: Callable[[str], tuple[Any, ...]], names: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """`call` in the process of every format at the same time, by name."""
+        at_work = {n: self.pools[n].submit(call, *of(n)) for n in names or list(self.pools)}
+        found = {}
+        for name, future in at_work.items():
+            try:
+                found[name] = future.result()
+            except Exception as error:
+                self.errors[name] = reason(error)
+                print(f"{name}: {self.errors[name]}", file=sys.stderr)
+                self.pools.pop(name).shutdown()
+        return found
+
+    def at_once(self, method: str, *args: Any) -> dict[str, Any]:
+        return self.together(ask, lambda name: (method, *args))
+
+    def medians(self, method: str, *args: Any) -> dict[str, float]:
+        """Of some turns."""
+        found: dict[str, list[float]] = {name: [] for name in self.pools}
+        for _ in range(self.args.repeats):
+            for name in list(self.pools):
+                for one, value in self.together(ask, lambda _: (method, *args), [name]).items():
+                    found[one].append(value)
+        return {name: statistics.median(each) for name, each in found.items() if name in self.pools}
+
+    def in_turn(self, method: str, *args: Any) -> dict[str, Any]:
+        """Once each."""
+        found: dict[str, Any] = {}
+        for name in list(self.pools):
+            found |= self.together(ask, lambda _: (method, *args), [name])
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per format and mode."""
+        args = self.args
+        rows: list[dict[str, Any]] = []
+        for mode in args.modes:
+            found: dict[str, dict[str, Any]] = {"load_s": self.load_s} if self.load_s else {}
+            alone = len(self.pools) == 1
+            first = self.at_once("generate", mode, args.batch[0], args.prompt_length, args.new_tokens)
+            if alone:
+                found["first_s"] = {name: seconds for name, (seconds, _) in first.items()}
+            for batch in args.batch:
+                for _ in range(2):
+                    self.at_once("decode", mode, batch)
+                found[f"tokens_s_{batch}"] = self.medians("decode", mode, batch)
+            for length in args.ttft:
+                self.at_once("first_token", mode, length)
+                found[f"ttft_{length}_ms"] = self.medians("first_token", mode, length)
+            found["busy_ms"] = self.in_turn("busy_ms", mode, args.batch[0], args.new_tokens)
+            if mode == "eager":
+                for tokens in (1, 8, 128):
+                    found[f"host_{tokens}_us"] = self.in_turn("host_us", tokens)
+            for name in self.pools:
+                row = {"format": name, "mode": mode} | {key: each.get(name) for key, each in found.items()}
+                rows.append(row)
+                print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        for pool in self.pools.values():
+            pool.shutdown()
+        return rows
 
 
 def table(rows: Sequence[dict[str, Any]], mode: str) -> str:
@@ -250,16 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, context) as pool:
             folder = pool.submit(folder_of, args, Path(parent)).result()
-        for name in args.formats:
-            with ProcessPoolExecutor(1, context) as pool:
-                try:
-                    rows += pool.submit(rows_of, folder, name, args).result()
-                except Exception as error:
-                    errors[name] = reason(error)
-                    print(f"{name}: {errors[name]}", file=sys.stderr)
-                    continue
-            for row in rows[-len(args.modes) :]:
-                print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        for names in [args.formats] if args.in_turns else [[name] for name in args.formats]:
+            group = Formats(folder, names, args)
+            rows += group.rows()
+            errors |= group.errors
     for mode in args.modes:
         if any(row["mode"] == mode for row in rows):
             print(f"\n{mode}; in parentheses: times bf16's\n\n{table(rows, mode)}")

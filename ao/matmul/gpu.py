@@ -169,9 +169,9 @@ def fused(x: Tensor, w: QTensor) -> Tensor:
 def fused_launch(x: Tensor, w: QTensor) -> Product:
     """`fused` for eager mode.
 
-    There the GPU waits for the host, unless a weight is large: so one launch for up to 64 tokens, and for 4 bits up to 128; for
-    8 bits, up to 512 tokens, a decoder and the dense product, which the host is done with sooner than with the three launches of
-    a faster one. While a CUDA graph records, the time of the host does not count.
+    There the GPU waits for the host, unless a weight is large: so one launch for up to 128 tokens; beyond, for 8 bits and up to
+    512 tokens, a decoder and the dense product, which the host is done with sooner than with the three launches of a faster one.
+    While a CUDA graph records, the time of the host does not count.
     """
     from .kernels import ampere, operators
 
@@ -181,17 +181,20 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     of_hopper = operators.is_for_hopper(m, k, qdata, scale, zero_point)
 
     def at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, not records())
+        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper)
 
     of_nibbles = of_hopper and qdata.shape[1] < k
-    if m > operators.SOME or n * k > LARGE or (m > operators.FEW and of_nibbles):
+    if m > operators.SOME or n * k > LARGE or (m > ONE_LAUNCH and of_nibbles):
         return _launched(w, at_once)
-    if m <= operators.FEW:
+    if m <= ONE_LAUNCH:
         soon = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
     else:
         soon = ampere.decode_launch(x.dtype, n, k, qdata, scale, zero_point, offset)
     return _launched(w, lambda *args: at_once(*args) if records() else soon(*args))
 
+
+ONE_LAUNCH = 128
+"""Tokens up to which eager mode decodes a weight on its way to the tensor cores, in one launch."""
 
 LARGE = 2**26
 """Elements of a weight beyond which the GPU takes longer for a product of few tokens than the host for its launches."""

@@ -178,9 +178,27 @@ def sparse_accepts(x: Tensor, w: QTensor) -> bool:
 
 def sparse(x: Tensor, w: QTensor) -> Tensor:
     """x @ w.T by what is fastest for so many tokens."""
-    if compiling():
-        return torch.ops.ao.sparse_product(x.contiguous(), list(leaves(w)), _text(form_of(w)), w.shape[0])
-    return _on_gpu(x, w)
+    if not compiling():
+        return _on_gpu(x, w)
+    given = x.contiguous(), list(leaves(w)), _text(form_of(w)), w.shape[0]
+    if x.dtype != torch.bfloat16 or _codes_for_units(w) is None:
+        return torch.ops.ao.sparse_product(*given)
+    # The compiler multiplies with the scales where it reads the sums for what comes next.
+    total, rows, columns = torch.ops.ao.sparse_total(*given)
+    return (total.float() * rows * columns).to(x.dtype)
+
+
+@on_its_device
+def _total_on_gpu(x: Tensor, w: QTensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums (M, N) and scales (M, 1) and (1, N), whose product is x @ w.T: of ones where the sparse units are not the fastest."""
+    operand = w.spec.operand(w)
+    assert operand is not None
+    if x.shape[0] >= MANY and has_sparse_units(x.device) and _units_win(x, w, operand):
+        found = _compressed_total(x, w, operand)
+        if found is not None:
+            return found
+    one = torch.ones(1, 1, dtype=torch.float32, device=x.device)
+    return _on_gpu(x, w), one.expand(x.shape[0], 1).contiguous(), one.expand(1, w.shape[0]).contiguous()
 
 
 @on_its_device
@@ -258,14 +276,24 @@ def _compressed_product(x: Tensor, w: QTensor, operand: Operand) -> Tensor | Non
     n, k = w.shape
     if n % 32 or k % 32:
         return None
-    act, part = row_cast(w), operand.part
-    eight = act is not None and not act.zero_point and isinstance(part, QTensor)
-    codes = _codes_of_eight_bits(part, act) if eight else None
-    if codes is None:
+    if _codes_for_units(w) is None:
         if x.dtype != torch.bfloat16:
             return None  # cuSPARSELt 0.8 was seen to fault in float16
         compressed = _beside(w, "compressed_bfloat16", lambda: _compress(w, x.dtype))
         return None if compressed is None else multiplied(compressed, quantized_act(x, w).contiguous())
+    found = _compressed_total(x, w, operand)
+    if found is None:
+        return None
+    from .kernels import ampere
+
+    total, rows, columns = found
+    return ampere.scaled(total, rows, columns.t(), x.dtype, x.shape[0])
+
+
+def _compressed_total(x: Tensor, w: QTensor, operand: Operand) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The sums of products of codes of 8 bits (M, N), bfloat16, and what multiplies them: scales (M, 1) and (1, N)."""
+    codes = _codes_for_units(w)
+    assert codes is not None
     compressed = _beside(w, "compressed", lambda: torch._cslt_compress(_spread(codes.codes, operand.codes)))
     if compressed is None:
         return None
@@ -273,11 +301,8 @@ def _compressed_product(x: Tensor, w: QTensor, operand: Operand) -> Tensor | Non
     total = multiplied(compressed, rows, torch.bfloat16)
     if total is None:
         return None
-    from .kernels import ampere
-
-    m = x.shape[0]
-    columns = codes.scale.float().expand(n, 1).contiguous()
-    return ampere.scaled(total, scale.float().expand(m, 1).contiguous(), columns, x.dtype, m)
+    columns = codes.scale.float().expand(w.shape[0], 1).contiguous()
+    return total, scale.float().expand(x.shape[0], 1).contiguous(), columns.t()
 
 
 _WINS: dict[Any, bool] = {}
@@ -313,12 +338,18 @@ def _quantized_rows(x: Tensor, w: QTensor, codes: Operand) -> tuple[Tensor, Tens
     return q.codes.contiguous(), q.scale
 
 
-def _codes_of_eight_bits(part: QTensor, act: Any) -> Operand | None:
-    """The operand of pairs that multiply as their codes do with such an activation."""
+def _codes_for_units(w: QTensor) -> Operand | None:
+    """The operand of a weight's pairs where the sparse units multiply their codes of 8 bits with those of the activation."""
+    act, whole = row_cast(w), w.spec.operand(w)
+    if act is None or act.zero_point or act.dtype not in (torch.int8, torch.float8_e4m3fn) or whole is None:
+        return None
+    part = whole.part
+    if whole.kind != "sparse24" or not isinstance(part, QTensor) or any(size % 32 for size in w.shape):
+        return None
     operand = part.spec.operand(part)
     if operand is None or not operand.plain or not operand.by_row or operand.codes.dtype != act.dtype:
         return None
-    return operand if act.dtype in (torch.int8, torch.float8_e4m3fn) else None
+    return operand
 
 
 def _spread(pairs: Tensor, places: Tensor) -> Tensor:
@@ -489,11 +520,27 @@ def _operator(x: Tensor, tensors: list[Tensor], form: str, n: int) -> Tensor:
     return _on_gpu(x, made(_form(form), iter(tensors)))
 
 
+def _total_operator(x: Tensor, tensors: list[Tensor], form: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _total_on_gpu(x, made(_form(form), iter(tensors)))
+
+
+def _total_shapes(x: Tensor, tensors: list[Tensor], form: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    m = x.shape[0]
+    return x.new_empty(m, n), x.new_empty(m, 1, dtype=torch.float32), x.new_empty(1, n, dtype=torch.float32)
+
+
 torch.library.define(
     "ao::sparse_product", "(Tensor x, Tensor[] tensors, str form, int n) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
 torch.library.impl("ao::sparse_product", "CUDA", _operator)
 torch.library.register_fake("ao::sparse_product", lambda x, tensors, form, n: x.new_empty(x.shape[0], n))
+torch.library.define(
+    "ao::sparse_total",
+    "(Tensor x, Tensor[] tensors, str form, int n) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("ao::sparse_total", "CUDA", _total_operator)
+torch.library.register_fake("ao::sparse_total", _total_shapes)
 torch.library.define("ao::pruned_both", "(Tensor w) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl("ao::pruned_both", "CUDA", _pruned_both)
 torch.library.register_fake("ao::pruned_both", _compressed_shapes)

@@ -538,7 +538,7 @@ def fused_launch(
     m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
 ) -> Product:  # fmt: skip
     """`fused` in one launch, K not cut in parts, for weights of the form of these, decided once: for m tokens, or, of more than
-    16 and up to 64, as many as make the same power of two."""
+    16, as many as make the same power of two."""
     device, index = qdata.device, qdata.device.index
     grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1], parts=1)
     e4m3 = qdata.dtype == torch.float8_e4m3fn

@@ -362,16 +362,13 @@ def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype
 
 
 def nibbles_product(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, whole: bool
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
 ) -> Tensor:  # fmt: skip
-    """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0.
-
-    whole: K is not cut in parts, so that there is one launch.
-    """
+    """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
     device = x.device.index
     zero = None if zero_point is None else zero_point.dtype
-    start, split, tokens, height = _nibbles_launch(m, n, k, scale.dtype, zero, offset, whole, device)
+    start, split, tokens, height = _nibbles_launch(m, n, k, scale.dtype, zero, offset, device)
     out, sums = _outputs(m, n, split, x.dtype, x.device)
     start(
         device, tile_reader(x, (tokens, 128)), tile_reader(qdata, (height, 32), torch.int16), scale,
@@ -382,14 +379,14 @@ def nibbles_product(
 
 @functools.lru_cache(4096)
 def _nibbles_launch(
-    m: int, n: int, k: int, scale: torch.dtype, zero: torch.dtype | None, offset: int, whole: bool, device: int
+    m: int, n: int, k: int, scale: torch.dtype, zero: torch.dtype | None, offset: int, device: int
 ) -> tuple[Launch, int, int, int]:  # fmt: skip
     """The launch, in how many parts of K, and the tokens and rows of the weight of a tile."""
     group = 128
     tokens = max(16, min(256, power_of_two(m)))
     height, warps = (128, 8) if tokens == 64 and n >= 16384 and n % 128 == 0 else (64, 4)
     programs = n // height * cdiv(m, tokens)
-    split = 1 if whole else _splits(programs, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
+    split = _splits(programs, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
     start = Launch(
         nibbles_kernel, (programs, split), num_warps=warps, views={1: torch.int16}, K=k, G=group, ZERO=zero is not None,
         OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4,

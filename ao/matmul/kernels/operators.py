@@ -54,16 +54,15 @@ def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, of
     offset: what to add to zero_point.
     """
     of_hopper = is_for_hopper(x.shape[0], x.shape[1], qdata, scale, zero_point)
-    return fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, False)
+    return fused_at_once(x, qdata, scale, zero_point, offset, of_hopper)
 
 
 def fused_at_once(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, of_hopper: bool, one_launch: bool
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, of_hopper: bool
 ) -> Tensor:  # fmt: skip
     """`fused` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N).
 
     of_hopper: what `is_for_hopper` says of these tokens and this weight.
-    one_launch: rather than what is fastest on the GPU, for 65 to 128 tokens and 4 bits.
     """
     k, n = x.shape[-1], qdata.shape[0]
     rows = x if x.dim() == 2 else x.view(-1, k)
@@ -75,7 +74,7 @@ def fused_at_once(
     elif of_hopper and qdata.shape[1] == k:
         out = hopper.parts_product(rows, qdata, scale)
     elif of_hopper:
-        out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset, one_launch and m <= 128)
+        out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset)
     elif m <= FEW:
         out = ampere.fused(rows, None, qdata, scale, zero_point, offset, x.dtype)
     else:

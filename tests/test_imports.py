@@ -55,6 +55,7 @@ KERNELS = {
     "template",
     "joint_words",
     "made",
+    "transposable",
     "two_of_four",
     "kept_blocks",
 }

@@ -7,7 +7,8 @@ from cases import weight
 
 from ao import compute_error
 from ao.dtypes import NF4, NVFP4, BlockSparse, Float8, Intx, Sparse24
-from ao.matmul import path_name, sparse
+from ao.matmul import both_pruned, path_name, sparse
+from ao.matmul.sparse import transposable_mask
 from ao.sparsity import SemiSparseLinear
 
 pytestmark = [
@@ -65,6 +66,22 @@ def test_what_is_kept_follows_the_weight():
     assert before > 0
     del q
     assert sparse._Kept.total < before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(256, 512), (36, 132), (4, 8)], ids=str)
+def test_pruned_along_both_dims(shape, dtype):
+    w = weight(shape, 0, dtype)
+    w[0, :3] = torch.nan  # which nothing hides
+    pruned = both_pruned(w.cuda()).cpu()
+    assert pruned[0, :3].isnan().sum() == 2
+    w[0, :3] = 0
+    expected = torch.where(transposable_mask(w), w, 0).float()
+    pruned = both_pruned(w.cuda()).cpu().float()
+    kept = (pruned != 0).view(shape[0] // 4, 4, shape[1] // 4, 4)
+    assert kept.sum(3).max() <= 2 and kept.sum(1).max() <= 2
+    assert torch.equal(pruned[kept.view(shape)], w.float()[kept.view(shape)])
+    assert (pruned.abs().sum() / expected.abs().sum() - 1).abs() < 1e-6  # where two are as large, either is right
 
 
 def test_training_on_the_sparse_units():

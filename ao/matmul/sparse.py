@@ -440,16 +440,15 @@ def transposable_mask(w: Tensor) -> Tensor:
 
 
 def _on_sparse_units(w: Tensor) -> bool:
-    """Whether PyTorch's kernel prunes and compresses `w`."""
+    """Whether cuSPARSELt multiplies `w` and its transpose."""
     fits = w.dim() == 2 and w.dtype == torch.bfloat16 and w.shape[0] % 64 == 0 and w.shape[1] % 64 == 0
     return fits and w.is_cuda and has_sparse_units(w.device)
 
 
 def both_pruned(w: Tensor) -> Tensor:
     """w (N, K) with two of four along both dims, as `pruned_both` has it."""
-    if _on_sparse_units(w):
-        *_, threads = torch._sparse_semi_structured_tile(w.contiguous(), "", False)
-        return torch._sparse_semi_structured_apply_dense(w.contiguous(), threads)
+    if has_kernels(w.device):
+        return torch.ops.ao.both_pruned(w.contiguous())
     return torch.where(transposable_mask(w), w, 0)
 
 
@@ -468,11 +467,19 @@ def semi_sparse_product(x: Tensor, w: Tensor, n: int) -> Tensor:
     return torch.ops.ao.compressed_product(x, w, n)
 
 
+@on_its_device
+def _both_pruned(w: Tensor) -> Tensor:
+    from .kernels import transposable
+
+    return transposable.pruned(w, turned=False)[0]
+
+
+@on_its_device
 def _pruned_both(w: Tensor) -> tuple[Tensor, Tensor]:
-    packed, _, packed_t, _, threads = torch._sparse_semi_structured_tile(w, "", False)
-    if is_hopper(w.device):  # cuSPARSELt has another order there than that kernel writes
-        pruned = torch._sparse_semi_structured_apply_dense(w, threads)
-        packed, packed_t = torch._cslt_compress(pruned), torch._cslt_compress(pruned.t().contiguous())
+    from .kernels import transposable
+
+    pruned, turned = transposable.pruned(w, turned=True)
+    packed, packed_t = torch._cslt_compress(pruned), torch._cslt_compress(turned)
     return packed.view(w.shape[0], -1), packed_t.view(w.shape[1], -1)
 
 
@@ -541,6 +548,9 @@ torch.library.define(
 )
 torch.library.impl("ao::sparse_total", "CUDA", _total_operator)
 torch.library.register_fake("ao::sparse_total", _total_shapes)
+torch.library.define("ao::both_pruned", "(Tensor w) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+torch.library.impl("ao::both_pruned", "CUDA", _both_pruned)
+torch.library.register_fake("ao::both_pruned", torch.empty_like)
 torch.library.define("ao::pruned_both", "(Tensor w) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl("ao::pruned_both", "CUDA", _pruned_both)
 torch.library.register_fake("ao::pruned_both", _compressed_shapes)

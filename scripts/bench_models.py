@@ -2,42 +2,53 @@
 
     .venv/bin/python scripts/bench_models.py --models sam-vit-h vit-l --json FILE
 
-Per model and batch a row for each rung: float32 and bf16 in eager mode, bf16 compiled, each format compiled, 2:4 sparsity (the
-weights pruned by magnitude first, which says how fast it is, not how good), and autoquant with its choices. Columns:
+Per model and batch a row for each rung: float32 (as PyTorch comes, without TF32 in products) and bf16 in eager mode, bf16
+compiled, each format compiled, 2:4 sparsity or blocks of zeros (the weights pruned by magnitude first, which says how fast it is,
+not how good), and autoquant with its choices. Layers whose shapes a format does not take stay as they are. Columns:
 
     ms             the median call, or the median token of a model that decodes by `generate` with a static cache
     of float32     how many times faster than eager float32, and of bf16, compiled
-    GB             the most memory that a call needs, weights and all
+    GB             the most memory that a call needs, weights and all, but not what it took to build and to quantize
     first s        the first call, with what it compiles; for autoquant with what it measures
     dB             signal to noise of the output against that of bf16
 
-Weights are random, of one seed. Every rung runs in a process of its own.
+Weights are random, of one seed. Every rung runs in a process of its own, since compiling is most of the time and takes one core:
+`--at-once N` lets N of them build, compile and make their first calls side by side, and then times one after the other, while the
+others wait. A first call beside others says little, so that `first s` is then left out, but for autoquant, which always runs
+alone. N models must fit in the memory of the device. Each row is in the file of --json as soon as it is known.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import formats
 import measure
 import torch
+import torch._inductor.config as inductor
 from bench_linear import reason
 from eval_lm import format_of
 from tables import markdown
-from torch import Tensor
+from torch import Tensor, nn
 from whole_models import MODELS, random_model
 
 import ao
+from ao.quant import SpecConfig, finalize_autoquant
 
 RUNGS = (
     "float32",
@@ -54,7 +65,9 @@ SPARSE = {
     "2:4": "SemiSparseWeightConfig()",
     "2:4 int8-dynamic": "Int8DynamicActivationInt8WeightConfig(layout=SemiSparseLayout())",
     "2:4 float8-dynamic": "Float8DynamicActivationFloat8WeightConfig(layout=SemiSparseLayout())",
+    "block-sparse": "BlockSparseWeightConfig(blocksize=64)",
 }
+BLOCK, BLOCKS_OF_ZEROS = 64, 0.8
 NEW_TOKENS = 32
 
 
@@ -71,12 +84,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), metavar="R", help="in this order")
     parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="default: those of the model")
     parser.add_argument("--layers", type=int, metavar="L", help="only so many blocks")
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N", help="so many rungs get ready side by side; default: 1"
+    )
     parser.add_argument("--calls", type=int, default=20, metavar="N", help="of which the median counts; default: 20")
     parser.add_argument("--min-sqnr", type=float, default=30.0, metavar="DB", help="of autoquant; default: 30")
     parser.add_argument("--small", action="store_true", help="a few narrow layers, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save there")
     args = parser.parse_args(argv)
+    if args.at_once < 1:
+        parser.error(f"--at-once must be 1 or more, got {args.at_once}")
     known = {*RUNGS[:3], "autoquant", *SPARSE}
     try:
         for rung in args.rungs:
@@ -88,28 +106,71 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Rung:
-    """One model in one form."""
+    """One model in one form at one batch size, as ready as it gets: built, quantized, compiled, and called twice.
 
-    def __init__(self, name: str, rung: str, args: argparse.Namespace) -> None:
-        self.case, self.rung, self.args, self.device = MODELS[name], rung, args, torch.device(args.device)
-        dtype = torch.float32 if rung == "float32" else torch.bfloat16
-        with self.device:
-            self.module: Any = random_model(self.case, args.small, args.layers).to(dtype).eval().requires_grad_(False)
-        self.dtype = dtype
+    The output of `bf16` is in `folder` once that rung is ready, for the others to be held against.
+    """
+
+    def __init__(self, name: str, rung: str, batch: int, folder: Path, args: argparse.Namespace) -> None:
+        self.case, self.rung, self.batch, self.args = MODELS[name], rung, batch, args
+        self.device = torch.device(args.device)
+        self.dtype = torch.float32 if rung == "float32" else torch.bfloat16
         self.compiles = rung not in ("float32", "bf16")
-        self.note = ""
-        if rung in SPARSE:
-            ao.sparsity.prune_(self.module, "magnitude", sparsity="2:4")
-            ao.quantize_(self.module, format_of(SPARSE[rung]))
-        elif self.compiles and rung not in ("compiled", "autoquant"):
-            ao.quantize_(self.module, format_of(rung))
+        self.reference = folder / f"{name}-{batch}.pt"
+        self.facts: dict[str, Any] = {}
+        with self.device:
+            self.module: Any = random_model(self.case, args.small, args.layers, self.dtype)
+        self.module.eval().requires_grad_(False)
+        if self.compiles and rung not in ("compiled", "autoquant"):
+            self._quantize()
         if self.compiles and not self.case.decodes:
             self.module.compile()
+        self.inputs = self._inputs()
+        self.first_s = self._autoquant() if rung == "autoquant" else 0.0
+        self.first_s += self.seconds(self.call)
+        self.call()
+        if rung == "bf16":
+            torch.save(self.output(), self.reference)
+        measure.synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # for the neighbours
 
-    def inputs(self, batch: int) -> dict[str, Any]:
+    def _quantize(self) -> None:
+        """Quantize the layers whose shapes the format takes; the others stay as they are."""
+        keep: Callable[[nn.Module, str], bool] | None = None
+        if self.rung == "block-sparse":
+            keep = in_whole_blocks
+            ao.sparsity.prune_(self.module, "magnitude", sparsity=BLOCKS_OF_ZEROS, filter_fn=keep, block=BLOCK)
+        elif self.rung in SPARSE:
+            ao.sparsity.prune_(self.module, "magnitude", sparsity="2:4")
+        config = format_of(SPARSE.get(self.rung, self.rung))
+        config = SpecConfig(config) if isinstance(config, ao.Spec) else config
+        report = ao.quantize_(self.module, dataclasses.replace(config, unsupported="skip"), keep)
+        if not report.rows:
+            raise ValueError(f"no layer of this model has a shape that {self.rung} takes")
+        self.facts["layers"] = len(report.rows)
+
+    def _autoquant(self) -> float:
+        """Choose the formats by measuring. Returns the seconds that it took."""
+        candidates: Any = "all" if self.device.type == "cuda" else "int4"
+        # The first forward of `generate` takes the prompt; the tokens after it are what counts.
+        self.module = ao.autoquant(
+            self.module,
+            candidates=candidates,
+            min_sqnr=self.args.min_sqnr,
+            error_on_unseen=False,
+            manual=self.case.decodes,
+        )
+        took = self.seconds(self.call)
+        if self.case.decodes:
+            took += self.seconds(lambda: finalize_autoquant(self.module))
+        self.facts["note"] = str(self.module.autoquant_report)
+        return took
+
+    def _inputs(self) -> dict[str, Any]:
         torch.manual_seed(1)
         with self.device:
-            made = self.case.inputs(self.module, batch, self.args.small)
+            made = self.case.inputs(self.module, self.batch, self.args.small)
         return {name: self._cast(value) for name, value in made.items()}
 
     def _cast(self, value: Any) -> Any:
@@ -117,27 +178,35 @@ class Rung:
             return {name: self._cast(inner) for name, inner in value.items()}
         return value.to(self.dtype) if value.is_floating_point() else value
 
-    def output(self, inputs: dict[str, Any]) -> Tensor:
-        """What the model computes, float32."""
+    def output(self) -> Tensor:
+        """What the model computes."""
         with torch.no_grad():
-            out = self.module(**inputs)
+            out = self.module(**self.inputs)
         first = out if isinstance(out, Tensor) else next(iter(out.values())) if hasattr(out, "values") else out[0]
-        return first.float()
+        return first.clone()
 
-    def call(self, inputs: dict[str, Any]) -> None:
+    def call(self) -> None:
         if self.case.decodes:
-            self.generate(inputs, NEW_TOKENS)
+            self.generate(NEW_TOKENS)
         else:
             with torch.no_grad():
-                self.module(**inputs)
+                self.module(**self.inputs)
 
-    def generate(self, inputs: dict[str, Any], new: int) -> None:
-        more = {"cache_implementation": "static"} if self.compiles else {}
+    def generate(self, new: int) -> None:
+        """So many tokens, with a cache of one length whatever their number, since another length would compile anew."""
+        ids = self.inputs["input_ids"]
+        more: dict[str, Any] = {}
+        if self.compiles:
+            more = {"cache_implementation": "static", "max_cache_len": ids.shape[1] + NEW_TOKENS}
         with torch.no_grad():
             self.module.generate(
-                **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=new, min_new_tokens=new,
-                do_sample=False, **more,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                **more,
+            )
 
     def seconds(self, function: Callable[[], object]) -> float:
         measure.synchronize(self.device)
@@ -146,46 +215,114 @@ class Rung:
         measure.synchronize(self.device)
         return time.perf_counter() - start
 
-    def row(self, batch: int) -> tuple[dict[str, Any], Tensor]:
-        """The numbers of one batch size, and the output."""
-        inputs = self.inputs(batch)
-        first = 0.0
-        if self.rung == "autoquant":
-            candidates: Any = "all" if self.device.type == "cuda" else "int4"
-            self.module = ao.autoquant(
-                self.module, candidates=candidates, min_sqnr=self.args.min_sqnr, error_on_unseen=False
-            )
-            first = self.seconds(lambda: self.call(inputs))
-            self.note = str(self.module.autoquant_report)
-        first += self.seconds(lambda: self.call(inputs))
-        self.call(inputs)
+    def median(self, function: Callable[[], object], repeats: int) -> float:
+        """Seconds, after one call that does not count."""
+        function()
+        return statistics.median(self.seconds(function) for _ in range(repeats))
+
+    def row(self) -> dict[str, Any]:
+        """The numbers. Nothing else may run on the device meanwhile."""
         measure.reset_peak(self.device)
         if self.case.decodes:
             repeats = max(3, self.args.calls // 4)
-            many = statistics.median(self.seconds(lambda: self.call(inputs)) for _ in range(repeats))
-            one = statistics.median(self.seconds(lambda: self.generate(inputs, 1)) for _ in range(repeats))
-            time_of_one = (many - one) / (NEW_TOKENS - 1)
+            # The first token is that of the prompt, which is another product.
+            many = self.median(self.call, repeats)
+            seconds = (many - self.median(lambda: self.generate(1), repeats)) / (NEW_TOKENS - 1)
         else:
-            time_of_one = statistics.median(self.seconds(lambda: self.call(inputs)) for _ in range(self.args.calls))
-        return {
-            "batch": batch, "rung": self.rung, "ms": time_of_one * 1e3, "first_s": first,
-            "bytes": measure.used_bytes(self.device, peak=True), "note": self.note,
-        }, self.output(inputs)  # fmt: skip
+            seconds = self.median(self.call, self.args.calls)
+        peak = measure.used_bytes(self.device, peak=True)
+        row = {"batch": self.batch, "rung": self.rung, "ms": seconds * 1e3, "bytes": peak, **self.facts}
+        if self.args.at_once == 1 or self.rung == "autoquant":
+            row["first_s"] = self.first_s
+        if self.rung not in ("bf16", *SPARSE) and self.reference.exists():
+            of_bf16 = torch.load(self.reference, map_location=self.device)
+            row["sqnr_db"] = float(ao.compute_error(of_bf16.float(), self.output().float()))
+        return row
 
 
-def rows_of(name: str, rung: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of a rung, measured in this process. The output of `bf16` stays in `folder`, for the others."""
-    rows = []
-    made = Rung(name, rung, args)
-    for batch in args.batch or MODELS[name].batches:
-        row, out = made.row(batch)
-        kept = folder / f"{name}-{batch}.pt"
-        if rung == "bf16":
-            torch.save(out.cpu(), kept)
-        elif kept.exists() and rung not in SPARSE:
-            row["sqnr_db"] = float(ao.compute_error(torch.load(kept), out.cpu()))
-        rows.append(row)
-    return rows
+def in_whole_blocks(module: nn.Module, name: str) -> bool:
+    """Whether a module is a linear layer of whole blocks."""
+    return isinstance(module, nn.Linear) and all(n % BLOCK == 0 for n in module.weight.shape)
+
+
+def serve(connection: Connection, name: str, rung: str, batch: int, folder: Path, args: argparse.Namespace) -> None:
+    """A rung in this process: get ready and say so; wait to be asked; send the row. Or the reason why there is none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever interrupts the script ends this process too
+    if args.at_once > 1:
+        inductor.compile_threads = max(1, min(inductor.compile_threads, (os.cpu_count() or 1) // args.at_once))
+    try:
+        made = Rung(name, rung, batch, folder, args)
+        connection.send("ready")
+        connection.recv()
+        connection.send(made.row())
+    except (EOFError, BrokenPipeError):
+        return  # the script is gone
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(reason(error))
+
+
+class Process:
+    """A rung of a model in a process of its own."""
+
+    def __init__(self, name: str, rung: str, batch: int, folder: Path, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.rung, self.batch = rung, batch
+        self.connection, its = context.Pipe()
+        self.process = context.Process(target=serve, args=(its, name, rung, batch, folder, args))
+        self.process.start()
+        its.close()
+
+    def answer(self) -> Any:
+        """The next message. Raises RuntimeError where it says that the rung failed, or where the process has died."""
+        try:
+            while not self.connection.poll(0.5):
+                if not self.process.is_alive() and not self.connection.poll():
+                    raise EOFError
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            raise RuntimeError(f"its process ended with exit code {self.process.exitcode}") from None
+        if isinstance(message, str) and message != "ready":
+            raise RuntimeError(message)
+        return message
+
+    def end(self, patience: float = 0) -> None:
+        """End it, which frees its memory. patience: seconds for it to do so by itself, as it does once its row is sent."""
+        self.connection.close()
+        self.process.join(patience)
+        self.process.kill()
+        self.process.join()
+
+
+def rows_of(name: str, folder: Path, args: argparse.Namespace) -> Generator[tuple[str, int, dict[str, Any] | str]]:
+    """Rung, batch size, and the row or the reason why there is none, each as soon as it is known."""
+    # The others are held against bf16. Autoquant measures by itself, so that nothing may run beside it.
+    order = sorted(args.rungs, key=lambda rung: rung != "bf16")
+    units = [(rung, batch) for batch in args.batch or MODELS[name].batches for rung in order]
+    together = [unit for unit in units if unit[0] != "autoquant"]
+    groups = [together[i : i + args.at_once] for i in range(0, len(together), args.at_once)]
+    groups += [[unit] for unit in units if unit[0] == "autoquant"]
+    for group in groups:
+        with contextlib.ExitStack() as ends:
+            processes = []
+            for rung, batch in group:
+                processes.append(Process(name, rung, batch, folder, args))
+                ends.callback(processes[-1].end)
+            ready = []
+            for each in processes:
+                try:
+                    each.answer()
+                    ready.append(each)
+                except RuntimeError as error:
+                    yield each.rung, each.batch, str(error)
+            for each in ready:
+                try:
+                    each.connection.send("go")
+                    yield each.rung, each.batch, each.answer()
+                except (RuntimeError, OSError) as error:
+                    yield each.rung, each.batch, str(error)
+                each.end(patience=10)
 
 
 def table(rows: Sequence[dict[str, Any]], batch: int) -> str:
@@ -201,36 +338,63 @@ def table(rows: Sequence[dict[str, Any]], batch: int) -> str:
         [
             [
                 row["rung"], f"{row['ms']:.2f}", times(row["ms"], base["float32"]), times(row["ms"], base["compiled"]),
-                f"{row['bytes'] / 1e9:.2f}", f"{row['first_s']:.1f}", f"{row['sqnr_db']:.1f}" if "sqnr_db" in row else "-",
+                f"{row['bytes'] / 1e9:.2f}",
+                *(f"{row[key]:.1f}" if key in row else "-" for key in ("first_s", "sqnr_db")),
             ]
             for row in rows
         ],
     )  # fmt: skip
 
 
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Write it as a whole or not at all: whoever cuts the run off keeps what was there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.replace(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     runs: dict[str, dict[str, Any]] = {}
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models:
-            rows: list[dict[str, Any]] = []
-            errors: dict[str, str] = {}
-            for rung in args.rungs:
-                with ProcessPoolExecutor(1, context) as pool:
-                    try:
-                        rows += pool.submit(rows_of, name, rung, Path(folder), args).result()
-                    except Exception as error:
-                        errors[rung] = reason(error)
-                        print(f"{name}, {rung}: {errors[rung]}", file=sys.stderr)
-            for batch in sorted({row["batch"] for row in rows}):
-                print(f"\n{name}, batch {batch}: {MODELS[name].unit}\n\n{table(rows, batch)}", flush=True)
-            runs[name] = {"unit": MODELS[name].unit, "rows": rows, "errors": errors}
-            if args.json is not None:  # after each model: a long run may be cut off
-                data = {"runs": [measure.facts(torch.device(args.device))], "models": runs}
-                args.json.write_text(json.dumps(data, indent=1) + "\n")
+    data = {"runs": [{**measure.facts(torch.device(args.device)), "at_once": args.at_once}], "models": runs}
+    name = ""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in args.models:
+                run = runs[name] = {"unit": MODELS[name].unit, "rows": [], "errors": {}}
+                with contextlib.closing(rows_of(name, Path(folder), args)) as found:
+                    for rung, batch, row in found:
+                        if isinstance(row, str):
+                            run["errors"][f"{rung}, batch {batch}"] = row
+                        else:
+                            run["rows"].append(row)
+                        said = row if isinstance(row, str) else f"{row['ms']:.2f} ms"
+                        print(f"{name}, batch {batch}, {rung}: {said}", file=sys.stderr, flush=True)
+                        if args.json is not None:
+                            save(args.json, data)
+                print(tables(name, run["rows"], args), flush=True)
+    except KeyboardInterrupt:
+        if name in runs:
+            print(tables(name, runs[name]["rows"], args), flush=True)
+        return 130
     return 0 if any(run["rows"] for run in runs.values()) else 1
 
 
+def tables(name: str, rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
+    """The ladders of one model, a table for each batch size, the rungs as they were asked for."""
+    rows = sorted(rows, key=lambda row: args.rungs.index(row["rung"]))
+    return "\n".join(
+        f"\n{name}, batch {batch}: {MODELS[name].unit}\n\n{table(rows, batch)}"
+        for batch in sorted({row["batch"] for row in rows})
+    )
+
+
+def interruptible() -> None:
+    """Stop as by Ctrl-C at SIGINT, which a shell has ignored for what it starts in the background, and at SIGTERM."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.default_int_handler)
+
+
 if __name__ == "__main__":
+    interruptible()
     sys.exit(main())

@@ -6,12 +6,15 @@ with (transformers, diffusers), on the device, from one seed, so that every proc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -185,20 +188,34 @@ def _tokens(length: int) -> Callable[[Any, int, bool], dict[str, Tensor]]:
     return inputs
 
 
-def random_model(model: WholeModel, small: bool, layers: int | None, seed: int = 0) -> Any:
+def random_model(model: WholeModel, small: bool, layers: int | None, dtype: torch.dtype, seed: int = 0) -> Any:
     """The module, with weights that keep numbers as large as they come: normal, each row of length 1; those of norms are 1.
 
-    Some libraries leave weights zero, which pretrained ones are not, and whose output says nothing of a format.
+    Some libraries leave weights zero, which pretrained ones are not, and whose output says nothing of a format. It is built in
+    `dtype`, and never whole in another: the same numbers, rounded, whatever the dtype. Buffers are those of the library.
     """
+    with _default_dtype(dtype):
+        module: Any = model.build(small, layers)
     torch.manual_seed(seed)
-    module = model.build(small, layers)
     with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.dim() > 1:
-                p.normal_(std=p[0].numel() ** -0.5)
-            else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+        for owner in module.modules():
+            for name, p in owner.named_parameters(recurse=False):
+                if p.dim() > 1:
+                    row = p[0].numel() if isinstance(owner, CONVOLUTIONS) else p.shape[-1]
+                    p.copy_(torch.empty_like(p, dtype=torch.float32).normal_(std=row**-0.5))
+                else:
+                    p.fill_(0.0 if name.endswith("bias") else 1.0)
     return module
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 MODELS = {

@@ -137,12 +137,13 @@ class Rung:
 
     def _quantize(self) -> None:
         """Quantize the layers whose shapes the format takes; the others stay as they are."""
-        keep: Callable[[nn.Module, str], bool] | None = None
+        keep = None
         if self.rung == "block-sparse":
-            keep = in_whole_blocks
+            keep = linear_layers(BLOCK)
             ao.sparsity.prune_(self.module, "magnitude", sparsity=BLOCKS_OF_ZEROS, filter_fn=keep, block=BLOCK)
         elif self.rung in SPARSE:
-            ao.sparsity.prune_(self.module, "magnitude", sparsity="2:4")
+            keep = linear_layers(16)
+            ao.sparsity.prune_(self.module, "magnitude", sparsity="2:4", filter_fn=keep)
         config = format_of(SPARSE.get(self.rung, self.rung))
         config = SpecConfig(config) if isinstance(config, ao.Spec) else config
         report = ao.quantize_(self.module, dataclasses.replace(config, unsupported="skip"), keep)
@@ -240,9 +241,9 @@ class Rung:
         return row
 
 
-def in_whole_blocks(module: nn.Module, name: str) -> bool:
-    """Whether a module is a linear layer of whole blocks."""
-    return isinstance(module, nn.Linear) and all(n % BLOCK == 0 for n in module.weight.shape)
+def linear_layers(multiple: int) -> Callable[[nn.Module, str], bool]:
+    """A filter: linear layers whose inputs and outputs are so many, or a multiple. No experts, which are never pruned."""
+    return lambda module, name: isinstance(module, nn.Linear) and all(n % multiple == 0 for n in module.weight.shape)
 
 
 def serve(connection: Connection, name: str, rung: str, batch: int, folder: Path, args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ import llama  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import performance  # noqa: E402
+import whole_models  # noqa: E402
 
 import ao  # noqa: E402
 
@@ -398,7 +399,53 @@ def test_whole_models(name, tmp_path):
     if name in ("sdxl", "flux"):
         pytest.importorskip("diffusers")
     args = bench_models.parse(["--small", "--models", name, "--batch", "2", "--calls", "1", "--device", "cpu"])
-    rows = [row for rung in ("bf16", "float32") for row in bench_models.rows_of(name, rung, tmp_path, args)]
+    rows = [bench_models.Rung(name, rung, 2, tmp_path, args).row() for rung in ("bf16", "float32")]
     assert [row["rung"] for row in rows] == ["bf16", "float32"] and rows[1]["sqnr_db"] > 10
     lines = bench_models.table(rows, 2).splitlines()
     assert len(lines) == 4 and lines[3].split("|")[3].strip() == "1.00"
+
+
+def test_rungs_get_ready_side_by_side(tmp_path, capfd):
+    """Two at once: both have rows, in the order that was asked for, and a rung that fails leaves the other alone."""
+    file = tmp_path / "models.json"
+    words = ["--small", "--models", "vit-l", "--batch", "2", "--calls", "1", "--device", "cpu", "--at-once", "2"]
+    wrong = "Intx(bits=4, block=(1, 7))"
+    assert bench_models.main([*words, "--rungs", wrong, "float32", "bf16", "--json", str(file)]) == 0
+    run = json.loads(file.read_text())["models"]["vit-l"]
+    rows = {row["rung"]: row for row in run["rows"]}
+    assert set(rows) == {"float32", "bf16"} and rows["float32"]["sqnr_db"] > 10 and "first_s" not in rows["bf16"]
+    assert list(run["errors"]) == [f"{wrong}, batch 2"] and "no layer" in run["errors"][f"{wrong}, batch 2"]
+    lines = [line.split("|")[1].strip() for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["float32", "bf16"]
+
+
+def test_a_rung_whose_process_dies_is_an_error(tmp_path):
+    args = bench_models.parse(["--small", "--models", "vit-l", "--batch", "2", "--calls", "1", "--device", "cpu"])
+    process = bench_models.Process("vit-l", "bf16", 2, tmp_path, args)
+    process.process.kill()
+    with pytest.raises(RuntimeError, match="ended with exit code -9"):
+        process.answer()
+    process.end()
+
+
+@pytest.mark.parametrize("name", ["vit-l", "mixtral-decode"])
+@pytest.mark.parametrize("rung", ["2:4 int8-dynamic", "block-sparse"])
+def test_sparse_rungs_leave_what_does_not_fit(tmp_path, monkeypatch, name, rung):
+    """Experts, routers and odd shapes stay as they are."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    args = bench_models.parse(["--small", "--models", name, "--calls", "1", "--device", "cpu"])
+    made = bench_models.Rung(name, rung, 1, tmp_path, args)
+    quantized = [n for n, p in made.module.named_parameters() if isinstance(p, ao.QTensor)]
+    assert len(quantized) == made.facts["layers"] > 4 and not any("expert" in n or "gate." in n for n in quantized)
+
+
+def test_random_models_have_one_set_of_weights_in_every_dtype():
+    """bfloat16 is float32, rounded."""
+    one, other = (
+        whole_models.random_model(whole_models.MODELS["mixtral-decode"], True, None, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert q.dtype == torch.bfloat16 and torch.equal(p.bfloat16(), q), name
+        if p.dim() > 1:
+            assert 0.8 < p.square().sum(-1).mean() < 1.2, name

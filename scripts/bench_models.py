@@ -40,7 +40,6 @@ from typing import Any
 import formats
 import measure
 import torch
-import torch._inductor.config as inductor
 from bench_linear import reason
 from eval_lm import format_of
 from tables import markdown
@@ -250,6 +249,8 @@ def serve(connection: Connection, name: str, rung: str, batch: int, folder: Path
     """A rung in this process: get ready and say so; wait to be asked; send the row. Or the reason why there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever interrupts the script ends this process too
     if args.at_once > 1:
+        import torch._inductor.config as inductor
+
         inductor.compile_threads = max(1, min(inductor.compile_threads, (os.cpu_count() or 1) // args.at_once))
     try:
         made = Rung(name, rung, batch, folder, args)

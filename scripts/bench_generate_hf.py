@@ -303,6 +303,11 @@ class Formats:
             found |= self.together(ask, lambda _: (method, *args), [name])
         return found
 
+    def note(self, found: dict[str, dict[str, Any]], mode: str, key: str, values: dict[str, Any]) -> None:
+        """Keep and show what was measured: a long run may be cut off."""
+        found[key] = values
+        print(mode, key, {name: round(v, 2) for name, v in values.items() if v is not None}, flush=True)
+
     def rows(self) -> list[dict[str, Any]]:
         """A row per format and mode."""
         args = self.args
@@ -316,18 +321,18 @@ class Formats:
             for batch in args.batch:
                 for _ in range(2):
                     self.at_once("decode", mode, batch)
-                found[f"tokens_s_{batch}"] = self.medians("decode", mode, batch)
+                self.note(found, mode, f"tokens_s_{batch}", self.medians("decode", mode, batch))
+                if batch == args.batch[0]:  # other lengths, which compile anew, come later
+                    busy = self.in_turn("busy_ms", mode, batch, args.new_tokens)
+                    self.note(found, mode, "busy_ms", busy)
             for length in args.ttft:
                 self.at_once("first_token", mode, length)
-                found[f"ttft_{length}_ms"] = self.medians("first_token", mode, length)
-            found["busy_ms"] = self.in_turn("busy_ms", mode, args.batch[0], args.new_tokens)
+                self.note(found, mode, f"ttft_{length}_ms", self.medians("first_token", mode, length))
             if mode == "eager":
                 for tokens in (1, 8, 128):
-                    found[f"host_{tokens}_us"] = self.in_turn("host_us", tokens)
+                    self.note(found, mode, f"host_{tokens}_us", self.in_turn("host_us", tokens))
             for name in self.pools:
-                row = {"format": name, "mode": mode} | {key: each.get(name) for key, each in found.items()}
-                rows.append(row)
-                print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                rows.append({"format": name, "mode": mode} | {key: each.get(name) for key, each in found.items()})
         for pool in self.pools.values():
             pool.shutdown()
         return rows

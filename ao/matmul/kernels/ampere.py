@@ -10,7 +10,8 @@ No tile has fewer than 8 rows: Triton 3.6 stores a reduced tile of 4 rows wrongl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -158,12 +159,35 @@ def _scales_of_rows(scale_ptr, zero_ptr, row, unit, U: tl.constexpr, NG: tl.cons
 
 
 @triton.jit
-def gemv_int_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
-    SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, J: tl.constexpr,
-    AHEAD: tl.constexpr, ACT: tl.constexpr,
+def _place(
+    tile, rn, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, BN: tl.constexpr, WEIGHTS: tl.constexpr
 ):  # fmt: skip
-    """out[n] = sum over groups of (sum over the group of x * (q[n] - zero[n]) * scale[n]).
+    """The weight that a tile of BN rows belongs to, of up to three one below the other, and the rows in it: within bounds. Of
+    several, each has a multiple of BN rows."""
+    if WEIGHTS == 1:
+        return tl.minimum(tile * BN + rn, n0 - 1), q0, scale0, zero0
+    else:
+        first, second = n0 // BN, (n0 + n1) // BN
+        tile = tl.minimum(tile, second + n2 // BN - 1)
+        in0, in1 = tile < first, tile < second
+        row = (tile - tl.where(in0, 0, tl.where(in1, first, second))) * BN + rn
+        q = tl.where(in0, q0, tl.where(in1, q1, q2))
+        return (
+            row,
+            q,
+            tl.where(in0, scale0, tl.where(in1, scale1, scale2)),
+            tl.where(in0, zero0, tl.where(in1, zero1, zero2)),
+        )
+
+
+@triton.jit
+def _gemv_int(
+    x_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K: tl.constexpr, G: tl.constexpr,
+    BITS: tl.constexpr, SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr,
+    J: tl.constexpr, AHEAD: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """out[n] = sum over groups of (sum over the group of x * (q[n] - zero[n]) * scale[n]), for the rows of up to three weights
+    one below the other.
 
     A program goes through the tiles of BN rows that are its own, and loads the codes of the next tile before it works on
     this one. A row is J units (or fewer, J being a power of two) of 16 bytes of codes, read as words, and a thread has the
@@ -171,6 +195,7 @@ def gemv_int_kernel(
     unit, in two bytes. So the sum of a unit is exact in integers: two 4-way byte products for 4 codes.
     AHEAD: load the scales of the next tile ahead as well. ACT: x is first quantized as `Intx(8)` does.
     """
+    N = n0 if WEIGHTS == 1 else n0 + n1 + n2
     E: tl.constexpr = 128 // BITS  # elements of a unit
     U: tl.constexpr = K // E
     NG: tl.constexpr = K // G
@@ -178,7 +203,9 @@ def gemv_int_kernel(
     unit = tl.arange(0, J)
     word = tl.arange(0, 4 * J)
     rn = tl.arange(0, BN)
-    row = tl.minimum(first * BN + rn, N - 1)
+    row, q_ptr, scale_ptr, zero_ptr = _place(
+        first, rn, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, BN, WEIGHTS
+    )
     ahead = _codes_of_rows(q_ptr, row, word, 4 * U)
     if AHEAD:
         scales, zeros = _scales_of_rows(scale_ptr, zero_ptr, row, unit, U, NG, ZERO)
@@ -208,10 +235,26 @@ def gemv_int_kernel(
         step *= act
     total = total.to(tl.float32) * step  # the sum of x over the unit
     for tile in tl.range(first, tl.cdiv(N, BN), tl.num_programs(0)):
-        row = tl.minimum(tile * BN + rn, N - 1)
         q = ahead
-        after = tl.minimum(row + tl.num_programs(0) * BN, N - 1)
-        ahead = _codes_of_rows(q_ptr, after, word, 4 * U)
+        after, q_after, scale_after, zero_after = _place(
+            tile + tl.num_programs(0),
+            rn,
+            q0,
+            scale0,
+            zero0,
+            n0,
+            q1,
+            scale1,
+            zero1,
+            n1,
+            q2,
+            scale2,
+            zero2,
+            n2,
+            BN,
+            WEIGHTS,
+        )
+        ahead = _codes_of_rows(q_after, after, word, 4 * U)
         if BITS == 4:
             dots = tl.inline_asm_elementwise(
                 _NIBBLES, _NIBBLES_OPERANDS, [q, high[None, :], low[None, :], high_y[None, :], low_y[None, :]],
@@ -232,7 +275,7 @@ def gemv_int_kernel(
         else:
             if AHEAD:
                 scale, zero = scales, zeros
-                scales, zeros = _scales_of_rows(scale_ptr, zero_ptr, after, unit, U, NG, ZERO)
+                scales, zeros = _scales_of_rows(scale_after, zero_after, after, unit, U, NG, ZERO)
             else:
                 scale, zero = _scales_of_rows(scale_ptr, zero_ptr, row, unit, U, NG, ZERO)
             if ZERO:
@@ -241,16 +284,62 @@ def gemv_int_kernel(
                 d -= OFFSET * total[None, :]
             out = tl.sum(d * tl.trans(scale_number(scale)), 1)
         tl.store(out_ptr + tile * BN + rn, out.to(out_ptr.dtype.element_ty), mask=tile * BN + rn < N)
+        row, scale_ptr, zero_ptr = after, scale_after, zero_after
 
 
 @triton.jit
-def gemv_float_kernel(
-    x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr
+def gemv_int_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, J: tl.constexpr,
+    AHEAD: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = scale[n] * sum of x * q[n], in float32, BN rows a program. q: float8. ACT: x is first quantized as `Float8()`
-    does."""
+    """`_gemv_int` of one weight."""
+    _gemv_int(
+        x_ptr, out_ptr, q_ptr, scale_ptr, zero_ptr, N, q_ptr, scale_ptr, zero_ptr, 0, q_ptr, scale_ptr, zero_ptr, 0, K, G, BITS,
+        SIGNED, ROW, ZERO, OFFSET, BN, J, AHEAD, ACT, 1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n0", "n1", "n2"])
+def gemv_int_joined_kernel(
+    x_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K: tl.constexpr, G: tl.constexpr,
+    BITS: tl.constexpr, SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr,
+    J: tl.constexpr, AHEAD: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """`_gemv_int` of two or three weights; of two, n2 is 0."""
+    _gemv_int(
+        x_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K, G, BITS, SIGNED, ROW, ZERO,
+        OFFSET, BN, J, AHEAD, ACT, 3,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gemv_float(
+    x_ptr, out_ptr, q0, scale0, n0, q1, scale1, n1, q2, scale2, n2, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ACT: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """out[n] = scale[n] * sum of x * q[n], in float32, BN rows a program, for the rows of up to three weights. q: float8. ACT: x
+    is first quantized as `Float8()` does."""
+    N = n0 if WEIGHTS == 1 else n0 + n1 + n2
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.minimum(rn, N - 1)
+    row, q_ptr, scale_ptr, _ = _place(
+        tl.program_id(0),
+        tl.arange(0, BN),
+        q0,
+        scale0,
+        scale0,
+        n0,
+        q1,
+        scale1,
+        scale1,
+        n1,
+        q2,
+        scale2,
+        scale2,
+        n2,
+        BN,
+        WEIGHTS,
+    )
     k = tl.arange(0, BK)
     acc = tl.zeros((BN, BK // 16), tl.float32)
     if ACT:
@@ -276,6 +365,23 @@ def gemv_float_kernel(
     if ACT:
         out *= act
     tl.store(out_ptr + rn, out.to(out_ptr.dtype.element_ty), mask=rn < N)
+
+
+@triton.jit
+def gemv_float_kernel(
+    x_ptr, q_ptr, scale_ptr, out_ptr, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr
+):  # fmt: skip
+    """`_gemv_float` of one weight."""
+    _gemv_float(x_ptr, out_ptr, q_ptr, scale_ptr, N, q_ptr, scale_ptr, 0, q_ptr, scale_ptr, 0, K, BN, BK, ACT, 1)
+
+
+@triton.jit(do_not_specialize=["n0", "n1", "n2"])
+def gemv_float_joined_kernel(
+    x_ptr, out_ptr, q0, scale0, n0, q1, scale1, n1, q2, scale2, n2, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ACT: tl.constexpr,
+):  # fmt: skip
+    """`_gemv_float` of two or three weights; of two, n2 is 0."""
+    _gemv_float(x_ptr, out_ptr, q0, scale0, n0, q1, scale1, n1, q2, scale2, n2, K, BN, BK, ACT, 3)
 
 
 # A few tokens.
@@ -444,6 +550,37 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
     """
     run = gemv_launch(x.dtype, qdata.shape[0], x.shape[1], qdata, scale, zero_point, offset, act)
     return run(x, qdata, scale, zero_point)
+
+
+def gemv_joined(
+    x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], zero_point: Sequence[Tensor], offset: int, act: bool
+) -> Tensor:  # fmt: skip
+    """`gemv` of two or three weights of one format and one K in one launch: (1, N) for the sum of their rows, of which each has a
+    multiple of 8. zero_point: of each, or none."""
+    k, first = x.shape[1], qdata[0]
+    rows = [q.shape[0] for q in qdata]
+    dtypes = x.dtype, first.dtype, scale[0].dtype, zero_point[0].dtype if zero_point else None
+    start = _gemv_joined_launch(dtypes, sum(rows), k, first.shape[1], scale[0].shape[1], offset, act, first.device)
+    out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
+    places = [0, 1, min(2, len(rows) - 1)]
+    rows = [*rows, 0][:3]
+    each: list[tuple[Tensor | int, ...]] = [
+        (qdata[i], scale[i], n) if first.dtype.is_floating_point else (qdata[i], scale[i], (zero_point or scale)[i], n)
+        for i, n in zip(places, rows)
+    ]
+    start(first.device.index, x, out, *itertools.chain(*each))
+    return out
+
+
+@functools.cache
+def _gemv_joined_launch(
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None], n: int, k: int, width: int, groups: int,
+    offset: int, act: bool, device: torch.device,
+) -> Launch:  # fmt: skip
+    kernel, grid, constants = _gemv_kernel(n, k, width, dtypes[1], groups, dtypes[3] is not None, offset, act, device)
+    if kernel is gemv_float_kernel:
+        return Launch(gemv_float_joined_kernel, grid, **constants)
+    return Launch(gemv_int_joined_kernel, grid, views=dict.fromkeys((2, 6, 10), torch.int32), **constants)
 
 
 Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]

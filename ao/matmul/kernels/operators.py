@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, few_tokens, hopper, one_token, template
+from . import ampere, few_tokens, hopper, joined, one_token, template
 from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
 
@@ -32,14 +32,29 @@ def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[.
     return define
 
 
+def _one_token(x: Tensor, qdata: Tensor, *_: Any) -> Tensor:
+    joined.join_in_compiled_graphs()  # Inductor is about to see the operator
+    return x.new_empty(1, qdata.shape[0])
+
+
 @_operator(
     "gemv",
     "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act) -> Tensor",
-    lambda x, qdata, *_: x.new_empty(1, qdata.shape[0]),
+    _one_token,
 )
 def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool) -> Tensor:
     """One token: `ampere.gemv`."""
     return ampere.gemv(x, qdata, scale, zero_point, offset, act)
+
+
+@_operator(
+    "gemv_joined",
+    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act) -> Tensor",
+    lambda x, qdata, *_: x.new_empty(1, sum(q.shape[0] for q in qdata)),
+)
+def gemv_joined(x: Tensor, *weights: Any) -> Tensor:
+    """One token and several weights: `ampere.gemv_joined`."""
+    return ampere.gemv_joined(x, *weights)
 
 
 @_operator(

@@ -301,8 +301,9 @@ def _compressed_total(x: Tensor, w: QTensor, operand: Operand) -> tuple[Tensor, 
     total = multiplied(compressed, rows, torch.bfloat16)
     if total is None:
         return None
-    columns = codes.scale.float().expand(w.shape[0], 1).contiguous()
-    return total, scale.float().expand(x.shape[0], 1).contiguous(), columns.t()
+    columns = torch.empty(1, w.shape[0], dtype=torch.float32, device=x.device)
+    columns.copy_(codes.scale.t())  # an operator returns no argument of its own
+    return total, scale.float().expand(x.shape[0], 1).contiguous(), columns
 
 
 _WINS: dict[Any, bool] = {}

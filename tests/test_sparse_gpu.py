@@ -84,11 +84,12 @@ def test_pruned_along_both_dims(shape, dtype):
     assert (pruned.abs().sum() / expected.abs().sum() - 1).abs() < 1e-6  # where two are as large, either is right
 
 
-def test_training_on_the_sparse_units():
+@pytest.mark.parametrize("tokens", [1024, sparse.COMPRESSED_FROM])
+def test_training_on_the_sparse_units(tokens):
     layer = torch.nn.Linear(512, 256, device="cuda", dtype=torch.bfloat16)
     SemiSparseLinear.from_dense(layer)
-    x = weight((1024, 512), 1, torch.bfloat16).cuda().requires_grad_()
-    grad = weight((1024, 256), 2, torch.bfloat16).cuda()
+    x = weight((tokens, 512), 1, torch.bfloat16).cuda().requires_grad_()
+    grad = weight((tokens, 256), 2, torch.bfloat16).cuda()
     pruned = layer.sparse_weight().float()
     assert (pruned.view(256, 128, 4) != 0).sum(2).max() <= 2 and (pruned.view(64, 4, 512) != 0).sum(1).max() <= 2
     for call in (layer, torch.compile(layer)):

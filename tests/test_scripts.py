@@ -22,6 +22,7 @@ import llama  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import performance  # noqa: E402
+import sparsity_page  # noqa: E402
 import whole_models  # noqa: E402
 
 import ao  # noqa: E402
@@ -449,3 +450,11 @@ def test_random_models_have_one_set_of_weights_in_every_dtype():
         assert q.dtype == torch.bfloat16 and torch.equal(p.bfloat16(), q), name
         if p.dim() > 1:
             assert 0.8 < p.square().sum(-1).mean() < 1.2, name
+
+
+def test_the_page_of_sparsity_is_what_was_measured(tmp_path):
+    sparsity_page.write(sparsity_page.PAGE, sparsity_page.MEASURED, check=True)
+    page = tmp_path / "sparsity.md"
+    page.write_text(sparsity_page.PAGE.read_text().replace("| bf16 dense", "| nothing", 1))
+    with pytest.raises(SystemExit, match="stale"):
+        sparsity_page.write(page, sparsity_page.MEASURED, check=True)

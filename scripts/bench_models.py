@@ -123,7 +123,8 @@ class Rung:
         if self.compiles and rung not in ("compiled", "autoquant"):
             self._quantize()
         if self.compiles and not self.case.decodes:
-            self.module.compile()
+            for part in self.case.compiled(self.module):
+                part.compile()
         self.inputs = self._inputs()
         self.first_s = self._autoquant() if rung == "autoquant" else 0.0
         self.first_s += self.seconds(self.call)

@@ -6,6 +6,7 @@ so that loading is measured too. Per format and mode:
     load s        from_pretrained, from a folder that the operating system has read before
     first s       the first call of generate in this mode, with what it compiles
     tok/s         tokens per second of decoding, at each batch size, from the first new token to the last
+    step ms       the median of the times between two tokens: without what a call of generate begins with
     ttft ms       the time to the first token after a prompt of so many tokens
     busy ms       what the GPU works for one token at the first batch size
     host us       one call of one linear layer, on the host alone, for 1, 8 and 128 tokens (mode eager)
@@ -175,7 +176,7 @@ class Bench:
             more["past_key_values"] = QuantizedCache(
                 self.model.config, mode.removeprefix(CACHE), max_cache_len=length + new
             )
-        times = Times()
+        self.times = times = Times()
         self.synchronize()
         start = time.perf_counter()
         with torch.no_grad():
@@ -196,6 +197,11 @@ class Bench:
     def decode(self, mode: str, batch: int) -> float:
         """Tokens per second."""
         return self.generate(mode, batch, self.args.prompt_length, self.args.new_tokens)[1]
+
+    def step_ms(self) -> float:
+        """Milliseconds between two tokens of the last call, the median."""
+        each = self.times.each[1:]
+        return statistics.median(b - a for a, b in zip(each, each[1:])) * 1e3
 
     def first_token(self, mode: str, length: int) -> float:
         """Milliseconds to it."""
@@ -322,6 +328,7 @@ class Formats:
                 for _ in range(2):
                     self.at_once("decode", mode, batch)
                 self.note(found, mode, f"tokens_s_{batch}", self.medians("decode", mode, batch))
+                self.note(found, mode, f"step_ms_{batch}", self.in_turn("step_ms"))
                 if batch == args.batch[0]:  # other lengths, which compile anew, come later
                     busy = self.in_turn("busy_ms", mode, batch, args.new_tokens)
                     self.note(found, mode, "busy_ms", busy)

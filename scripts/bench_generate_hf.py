@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -201,7 +202,7 @@ class Bench:
     def step_ms(self) -> float:
         """Milliseconds between two tokens of the last call, the median."""
         each = self.times.each[1:]
-        return statistics.median(b - a for a, b in zip(each, each[1:])) * 1e3
+        return statistics.median(b - a for a, b in itertools.pairwise(each)) * 1e3
 
     def first_token(self, mode: str, length: int) -> float:
         """Milliseconds to it."""

@@ -200,9 +200,8 @@ class Bench:
         return self.generate(mode, batch, self.args.prompt_length, self.args.new_tokens)[1]
 
     def step_ms(self) -> float:
-        """Milliseconds between two tokens of the last call, the median."""
-        each = self.times.each[1:]
-        return statistics.median(b - a for a, b in itertools.pairwise(each)) * 1e3
+        """Milliseconds between two tokens of the last call."""
+        return self.times.step() * 1e3
 
     def first_token(self, mode: str, length: int) -> float:
         """Milliseconds to it."""
@@ -245,6 +244,10 @@ class Times:
 
     def put(self, tokens: Tensor) -> None:
         self.each.append(time.perf_counter())
+
+    def step(self) -> float:
+        """Seconds between two new tokens, the median."""
+        return statistics.median(b - a for a, b in itertools.pairwise(self.each[1:]))
 
     def end(self) -> None:
         pass

@@ -40,6 +40,7 @@ from typing import Any
 import formats
 import measure
 import torch
+from bench_generate_hf import Times
 from bench_linear import reason
 from eval_lm import format_of
 from tables import markdown
@@ -188,26 +189,26 @@ class Rung:
 
     def call(self) -> None:
         if self.case.decodes:
-            self.generate(NEW_TOKENS)
+            self.generate()
         else:
             with torch.no_grad():
                 self.module(**self.inputs)
 
-    def generate(self, new: int) -> None:
-        """So many tokens, with a cache of one length whatever their number, since another length would compile anew."""
+    def generate(self) -> float:
+        """Some tokens. Returns the seconds between two of them, the median: without what a call of generate begins with."""
         ids = self.inputs["input_ids"]
-        more: dict[str, Any] = {}
-        if self.compiles:
-            more = {"cache_implementation": "static", "max_cache_len": ids.shape[1] + NEW_TOKENS}
+        times = Times()
         with torch.no_grad():
             self.module.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                min_new_tokens=new,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
                 do_sample=False,
-                **more,
+                streamer=times,
+                **({"cache_implementation": "static"} if self.compiles else {}),
             )
+        return times.step()
 
     def seconds(self, function: Callable[[], object]) -> float:
         measure.synchronize(self.device)
@@ -225,10 +226,8 @@ class Rung:
         """The numbers. Nothing else may run on the device meanwhile."""
         measure.reset_peak(self.device)
         if self.case.decodes:
-            repeats = max(3, self.args.calls // 4)
-            # The first token is that of the prompt, which is another product.
-            many = self.median(self.call, repeats)
-            seconds = (many - self.median(lambda: self.generate(1), repeats)) / (NEW_TOKENS - 1)
+            self.call()
+            seconds = statistics.median(self.generate() for _ in range(max(3, self.args.calls // 4)))
         else:
             seconds = self.median(self.call, self.args.calls)
         peak = measure.used_bytes(self.device, peak=True)

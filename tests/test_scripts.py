@@ -18,6 +18,7 @@ import bench_linear  # noqa: E402
 import bench_models  # noqa: E402
 import formats  # noqa: E402
 import generate  # noqa: E402
+import headline_page  # noqa: E402
 import llama  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
@@ -458,3 +459,15 @@ def test_the_page_of_sparsity_is_what_was_measured(tmp_path):
     page.write_text(sparsity_page.PAGE.read_text().replace("| bf16 dense", "| nothing", 1))
     with pytest.raises(SystemExit, match="stale"):
         sparsity_page.write(page, sparsity_page.MEASURED, check=True)
+
+
+def test_the_page_of_whole_models(tmp_path):
+    data = json.loads(headline_page.MEASURED.read_text())
+    headline_page.write(headline_page.PAGE, data, check=True)
+    name, model = next(iter(data["models"].items()))
+    again = {"runs": [{**data["runs"][0], "date": "later"}], "models": {name: {**model, "rows": model["rows"][:1]}}}
+    headline_page.add(data, again)
+    assert len(data["models"][name]["rows"]) == 1 and data["runs"][data["models"][name]["run"]]["date"] == "later"
+    assert sorted({m["run"] for m in data["models"].values()}) == list(range(len(data["runs"])))
+    with pytest.raises(SystemExit, match="stale"):
+        headline_page.write(headline_page.PAGE, data, check=True)

@@ -1,0 +1,65 @@
+"""Fill in the tables of docs/headline.md from docs/measured/models-h200.json, which holds what scripts/bench_models.py wrote.
+
+.venv/bin/python scripts/headline_page.py                 rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
+.venv/bin/python scripts/headline_page.py --add FILE ...  take runs of bench_models.py in first; a model that is there is replaced
+.venv/bin/python scripts/headline_page.py --check         exit with an error if the tables would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench_models import table
+from measure import write_json
+from tables import ROOT, fill
+
+MEASURED = ROOT / "docs" / "measured" / "models-h200.json"
+PAGE = ROOT / "docs" / "headline.md"
+
+
+def add(data: dict[str, Any], run: dict[str, Any]) -> None:
+    """Take the models of one run in: each knows the run that it is of."""
+    data["runs"].append(run["runs"][0])
+    for name, model in run["models"].items():
+        data["models"][name] = {**model, "run": len(data["runs"]) - 1}
+    used = sorted({model["run"] for model in data["models"].values()})
+    data["runs"] = [data["runs"][i] for i in used]
+    for model in data["models"].values():
+        model["run"] = used.index(model["run"])
+
+
+def ladders(data: dict[str, Any]) -> str:
+    """A table per model and batch size."""
+    parts = []
+    for name, model in data["models"].items():
+        for batch in sorted({row["batch"] for row in model["rows"]}):
+            parts.append(f"**{name}, batch {batch}**: {model['unit']}\n\n{table(model['rows'], batch)}")
+        run = data["runs"][model["run"]]
+        command = run["command"].split(" --json")[0]
+        parts.append(f"{run['device']}, torch {run['torch']}, triton {run['triton']}, {run['date']}: `{command}`")
+    return "\n\n".join(parts)
+
+
+def write(page: Path, data: dict[str, Any], check: bool = False) -> None:
+    """Fill in `page`."""
+    fill(page, {"models": lambda: ladders(data)}, check)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="FILE")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    data = json.loads(MEASURED.read_text())
+    for path in args.add:
+        add(data, json.loads(path.read_text()))
+    if args.add:
+        write_json(MEASURED, data)
+    write(PAGE, data, args.check)
+
+
+if __name__ == "__main__":
+    main()

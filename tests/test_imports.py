@@ -52,6 +52,7 @@ KERNELS = {
     "one_token",
     "operators",
     "reading",
+    "routed",
     "template",
     "joint_words",
     "made",

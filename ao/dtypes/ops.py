@@ -489,7 +489,24 @@ def gather(q: QTensor, d: int, index: Tensor) -> QTensor:
             return gather(t, d, where)
         return aten.index(t, [None] * d + [where])
 
-    return map_ranked(q, [*q.shape[:d], *index.shape, *q.shape[d + 1 :]], gathered, True)
+    out = map_ranked(q, [*q.shape[:d], *index.shape, *q.shape[d + 1 :]], gathered, True)
+    if d == 0 and index.dim() == 1 and not is_eager(index):
+        out.origin = q, index, (_versions(q), _versions(out))  # type: ignore[attr-defined]
+    return out
+
+
+def gathered_from(q: QTensor) -> tuple[QTensor, Tensor] | None:
+    """While a graph is traced: the tensor of which `q` is positions of the first dim, and these. A product that reads them there
+    leaves the copy to nobody, so that the compiler drops it. None where that is not known, or either was written to since."""
+    origin = None if torch.compiler.is_dynamo_compiling() else q.__dict__.get("origin")
+    return origin[:2] if origin is not None and origin[2] == (_versions(origin[0]), _versions(q)) else None
+
+
+def _versions(t: Tensor) -> Any:
+    """What tells that a tensor was written to; an inference tensor does not."""
+    if isinstance(t, QTensor):
+        return [_versions(field) for field in t.fields().values()]
+    return None if t.is_inference() else t._version
 
 
 @implements(aten.equal.default)

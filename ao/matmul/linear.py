@@ -65,7 +65,7 @@ from ..dtypes.ops import gather
 from ..dtypes.pieces import is_eager
 from ..dtypes.rounding import range_power
 from ..dtypes.tracing import fresh
-from . import anywhere, cpu, gpu, onnx, sparse
+from . import anywhere, cpu, experts, gpu, onnx, sparse
 from .form import key_of
 from .path import Path, Product
 from .shared_graph import inlined
@@ -394,13 +394,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         if b.dim() == 2:
             return linear(a, b.t())
         if b.dim() > 2:
-            return torch.matmul(_activation(a, b.mT), decoded(b, dtype_with(a)))  # type: ignore[arg-type]
+            a = _activation(a, b.mT)  # type: ignore[arg-type]
+            out = experts.batched(a, b)
+            return torch.matmul(a, decoded(b, dtype_with(a))) if out is None else out
     if isinstance(a, QTensor) and not isinstance(b, QTensor) and b.dim() > 0:
         if a.dim() == 2:
             return linear(b, a) if b.dim() == 1 else linear(b.mT, a).mT.contiguous()
         if a.dim() > 2:
             b = _activation(b, a) if b.dim() == 1 else _activation(b.mT, a).mT
-            return torch.matmul(decoded(a, dtype_with(b)), b)
+            out = experts.batched(a, b)
+            return torch.matmul(decoded(a, dtype_with(b)), b) if out is None else out
     dtype = next((t.dtype for t in (a, b) if not isinstance(t, QTensor)), None)
     a, b = (decoded(t, dtype) if isinstance(t, QTensor) else t for t in (a, b))
     return torch.matmul(a, b)
@@ -410,13 +413,20 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) 
     """`torch.nn.functional.grouped_mm` with quantized experts: rows [offs[e - 1], offs[e]) of `x` times `w[e]`.
 
     x: (M, K), sorted by expert. w: (E, K, N), the transpose of the experts' weights. offs: (E,) int32, where each expert's
-    rows end; rows after the last are zero. -> (M, N). Each expert that has rows multiplies as a linear layer does; where
-    the groups are not known, in a traced graph, all experts are decoded.
+    rows end; rows after the last are zero. -> (M, N). On a GPU few rows read the codes of their experts. Else each expert that
+    has rows multiplies as a linear layer does; where the groups are not known, in a traced graph, all experts are decoded.
     """
-    if offs is None or w.dim() != 3 or x.dim() != 2 or not is_eager(x) or any(v is not None for v in kwargs.values()):
-        turned = w.mT
-        x = _activation(_plain(x), turned) if isinstance(turned, QTensor) else _plain(x)
+    simple = offs is not None and w.dim() == 3 and x.dim() == 2 and not any(v is not None for v in kwargs.values())
+    each = simple and is_eager(x)
+    turned, x = w.mT, _plain(x)
+    if isinstance(turned, QTensor):
+        x = x if each else _activation(x, turned)
+        out = experts.grouped(x, turned, offs) if simple and not (each and turned.spec.act) else None  # type: ignore[arg-type]
+        if out is not None:
+            return out
+    if not each:
         return torch._grouped_mm(x, decoded(w, x.dtype) if isinstance(w, QTensor) else w, offs, **kwargs)
+    assert offs is not None
     ends = offs.tolist()
     groups = [(e, start, stop) for e, (start, stop) in enumerate(zip([0, *ends], ends)) if stop > start]
     rows = [matmul(x[start:stop], w[e]) for e, start, stop in groups]

@@ -517,9 +517,11 @@ def scale_kernel(total_ptr, row_ptr, column_ptr, out_ptr, N, B: tl.constexpr):
 
 
 def _gemv_kernel(
-    n: int, k: int, width: int, qdata: torch.dtype, groups: int, zero: bool, offset: int, act: bool, device: torch.device
+    n: int, k: int, width: int, qdata: torch.dtype, groups: int, zero: bool, offset: int, act: bool, device: torch.device,
+    tokens: int = 1,
 ) -> tuple[Any, tuple[int], dict[str, Any]]:  # fmt: skip
-    """The kernel for one token and a weight (n, k) whose rows are `width` bytes, its grid and its constants."""
+    """The kernel for one token and a weight (n, k) whose rows are `width` bytes, its grid and its constants; where several
+    `tokens` run side by side, each on its part of the GPU, the grid of one."""
     if qdata.is_floating_point:
         return gemv_float_kernel, (cdiv(n, 8),), {"K": k, "BN": 8, "BK": 1024, "ACT": act, "num_warps": 4}
     bits = 8 * width // k
@@ -533,7 +535,7 @@ def _gemv_kernel(
     else:
         rows, warps, places = (2, 16, 2) if bits == 8 else (4 if units <= 512 else 2, 16, 1)
     tiles = cdiv(n, rows)
-    rounds = cdiv(tiles, multiprocessors(device) * places)
+    rounds = cdiv(tiles, max(1, multiprocessors(device) * places // tokens))
     constants = {
         "K": k, "G": 128 if by_row else k // groups, "BITS": bits, "SIGNED": qdata == torch.int8, "ROW": by_row, "ZERO": zero,
         "OFFSET": offset, "BN": rows, "J": units, "AHEAD": bits == 4 and units > 128 and not by_row, "ACT": act,

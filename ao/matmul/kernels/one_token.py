@@ -360,13 +360,14 @@ def gemv_codes_kernel(
 
 
 def _gemv_constants(
-    reading: Reading, device: torch.device, warps_at_once: int = 20
+    reading: Reading, device: torch.device, warps_at_once: int = 20, tokens: int = 1
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the tile of `gemv_codes_kernel`, for so many warps on a multiprocessor at a time."""
+    """The grid and the tile of `gemv_codes_kernel`, for so many warps on a multiprocessor at a time; where several `tokens` run
+    side by side, each on its part of the GPU, the grid of one."""
     units = max(32, power_of_two(reading.k // 32))
     warps = min(16, max(1, units // 32))
     tiles = cdiv(reading.n, 4)
-    rounds = cdiv(tiles, multiprocessors(device) * max(1, warps_at_once // warps))
+    rounds = cdiv(tiles, max(1, multiprocessors(device) * max(1, warps_at_once // warps) // tokens))
     return (cdiv(tiles, rounds),), {"J": units, "num_warps": warps}
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, few_tokens, hopper, joined, one_token, template
+from . import ampere, few_tokens, hopper, joined, one_token, routed, template
 from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
 
@@ -169,6 +169,16 @@ def few_at_once(x: Tensor, fields: Fields, reading: Reading) -> Tensor:
 def decoded_codes(*fields: Any) -> Tensor:
     """The weight (N, K) as `dtype`, a 16-bit one, by the kernel of template.py."""
     return template.decoded(reading_from(fields[6]), fields[:6], fields[7])
+
+
+@_operator(
+    "routed",
+    f"(Tensor x, Tensor where, bool ends, {_FIELDS}, str reading) -> Tensor",
+    lambda x, where, ends, codes, *_: x.new_empty(x.shape[0], codes.shape[1]),
+)
+def routed_rows(x: Tensor, where: Tensor, ends: bool, *fields: Any) -> Tensor:
+    """Each row of x times the expert to which it was routed: `routed.routed`."""
+    return routed.routed(x, where, ends, reading_from(fields[6]), fields[:6])
 
 
 @_operator(

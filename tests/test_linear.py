@@ -354,6 +354,35 @@ def test_grouped_mm_compiles():
     assert compute_error(experts(x, q, offs), compiled) > 40
 
 
+@pytest.mark.parametrize("written", [False, True], ids=["read", "written"])
+def test_gathered_experts_in_a_graph(written, monkeypatch):
+    """What the kernels of a GPU get: the experts where they lie, and not the copy of some, unless either was written to since."""
+    q, seen = Intx(4, (1, 32)).quantize(weight((4, 64, 128))), []
+    x, ids, new = weight((3, 128), 1), torch.tensor([3, 0, 3]), weight((4, 64, 128), 2)
+
+    def routed(x, w, where, ends):
+        seen.append(tuple(w.shape))
+        return torch.einsum("rnk,rk->rn", w.dequantize()[where], x)
+
+    def product(x, w, ids, new):
+        each = w[ids]
+        if written:
+            w.copy_(new)
+        return torch.bmm(each, x.unsqueeze(-1)), torch.bmm(x.unsqueeze(1), w.mT[ids])
+
+    with torch.no_grad():
+        expected = product(x, q.clone(), ids, new)
+        monkeypatch.setattr("ao.matmul.linear.has_kernels", lambda device: True)
+        monkeypatch.setattr("ao.matmul.routed_experts._routed", routed)
+        outs = torch.compile(product, backend="aot_eager", fullgraph=True)(x, q.clone(), ids, new)
+        assert all(compute_error(a, b) > 100 for a, b in zip(expected, outs))
+        assert {shape[0] for shape in seen[-2:]} == ({3, 4} if written else {4})
+        torch.compiler.reset()
+        seen.clear()
+        outs = product(x, q.clone(), ids, new)  # eager mode has made the copy
+        assert all(compute_error(a, b) > 100 for a, b in zip(expected, outs)) and {s[0] for s in seen} == {3}
+
+
 @every
 def test_moved_while_an_output_is_alive(case):
     """`module.half()` swaps parameters of a tensor subclass, which nothing else may hold: no graph does."""

@@ -51,6 +51,7 @@ its packed bytes and no more. Activation quantization is straight-through.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -65,8 +66,9 @@ from ..dtypes.ops import gather
 from ..dtypes.pieces import is_eager
 from ..dtypes.rounding import range_power
 from ..dtypes.tracing import fresh
-from . import anywhere, cpu, experts, gpu, onnx, sparse
+from . import anywhere, cpu, gpu, onnx, sparse
 from .form import key_of
+from .kernels.device import has_kernels
 from .path import Path, Product
 from .shared_graph import inlined
 
@@ -388,25 +390,36 @@ def _activation(x: Tensor, w: QTensor) -> Tensor:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` with a QTensor on either side, or on both.
 
-    A quantized (K, N) right side or (N, K) left side is the weight of a linear layer; one with more dims is decoded.
+    A quantized (K, N) right side or (N, K) left side is the weight of a linear layer; one with more dims is decoded, but for a
+    stack of matrices that meet a row each on a GPU (routed_experts.py).
     """
     if isinstance(b, QTensor) and not isinstance(a, QTensor) and a.dim() > 0:
         if b.dim() == 2:
             return linear(a, b.t())
         if b.dim() > 2:
             a = _activation(a, b.mT)  # type: ignore[arg-type]
-            out = experts.batched(a, b)
+            out = _batched(a, b)
             return torch.matmul(a, decoded(b, dtype_with(a))) if out is None else out
     if isinstance(a, QTensor) and not isinstance(b, QTensor) and b.dim() > 0:
         if a.dim() == 2:
             return linear(b, a) if b.dim() == 1 else linear(b.mT, a).mT.contiguous()
         if a.dim() > 2:
             b = _activation(b, a) if b.dim() == 1 else _activation(b.mT, a).mT
-            out = experts.batched(a, b)
+            out = _batched(a, b)
             return torch.matmul(decoded(a, dtype_with(b)), b) if out is None else out
     dtype = next((t.dtype for t in (a, b) if not isinstance(t, QTensor)), None)
     a, b = (decoded(t, dtype) if isinstance(t, QTensor) else t for t in (a, b))
     return torch.matmul(a, b)
+
+
+def _routed_experts() -> Any:
+    """routed_experts.py, which few programs need."""
+    return importlib.import_module(".routed_experts", __package__)
+
+
+def _batched(a: Tensor, b: Tensor) -> Tensor | None:
+    """The product of stacks of matrices, one of them quantized, where there are kernels for it."""
+    return _routed_experts().batched(a, b) if has_kernels(a.device) else None
 
 
 def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -421,8 +434,8 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **kwargs: Any) 
     turned, x = w.mT, _plain(x)
     if isinstance(turned, QTensor):
         x = x if each else _activation(x, turned)
-        out = experts.grouped(x, turned, offs) if simple and not (each and turned.spec.act) else None  # type: ignore[arg-type]
-        if out is not None:
+        taken = has_kernels(w.device) and simple and not (each and turned.spec.act)
+        if taken and (out := _routed_experts().grouped(x, turned, offs)) is not None:
             return out
     if not each:
         return torch._grouped_mm(x, decoded(w, x.dtype) if isinstance(w, QTensor) else w, offs, **kwargs)

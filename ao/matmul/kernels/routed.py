@@ -139,9 +139,10 @@ def routed(x: Tensor, where: Tensor, ends: bool, reading: Reading, fields: Field
     apart = [t.stride(0) if t.dim() == 3 and t.shape[0] > 1 else 0 for t in given_fields]
     kernel, programs, constants = _form(reading, fields[2] is not None, r, plain, x.device)
     del apart[3:4]  # a table is that of all experts
+    places: dict[str, Any] = dict(zip(("QS", "SS", "ZS", "SS2", "ZS2"), apart))
     launch(
         kernel, (programs, r), x, where, *given_fields, out, n, EXPERTS=experts,
-        ENDS=power_of_two(experts) if ends else 0, **dict(zip(("QS", "SS", "ZS", "SS2", "ZS2"), apart)), **constants,
+        ENDS=power_of_two(experts) if ends else 0, **places, **constants,
     )  # fmt: skip
     return out
 

@@ -1,8 +1,8 @@
 """The products of experts: weights (E, N, K), side by side, of which each row of an activation meets one.
 
 Libraries spell them in two ways. `grouped_mm` gets rows that are sorted by expert, and where those of each end. `bmm` gets for
-each row a copy of its expert, gathered by `w[experts]`. On a GPU, few rows read the packed codes of the experts that they were
-routed to where they lie (kernels/routed.py); a graph does not even gather them.
+each row a copy of its expert, gathered by `w[experts]`. On a GPU that has the kernels of kernels/routed.py, few rows read the
+packed codes of the experts that they were routed to where they lie; a graph does not even gather them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from ..dtypes.base import QTensor
 from ..dtypes.lattice import lattice
 from ..dtypes.ops import gathered_from
 from ..dtypes.tracing import known
-from .kernels.device import has_kernels
 
 FEW = 64
 """Rows up to which each one reads its expert by itself. Of more, many are of one expert, which is better decoded once."""
@@ -26,8 +25,10 @@ def grouped(x: Tensor, w: QTensor, ends: Tensor) -> Tensor | None:
 
     ends: (E,) int32, where the rows of each expert end; rows after the last become zero. -> (R, N)
     """
-    few = has_kernels(w.device) and w.dim() == 3 and x.dim() == 2 and known(x.shape[0] <= FEW)
-    return _routed(x, w, ends.contiguous(), True) if few and ends.dtype == torch.int32 else None
+    if w.dim() != 3 or x.dim() != 2 or _computes_derivatives(x, w):
+        return None
+    few = known(x.shape[0] <= FEW) and ends.dtype == torch.int32
+    return _routed(x, w, ends.contiguous(), True) if few else None
 
 
 def batched(a: Tensor, b: Tensor) -> Tensor | None:
@@ -35,7 +36,7 @@ def batched(a: Tensor, b: Tensor) -> Tensor | None:
     turned = isinstance(b, QTensor)
     w, x = (b, a) if turned else (a, b.mT)
     assert isinstance(w, QTensor)
-    if not has_kernels(w.device) or w.dim() != 3 or x.dim() != 3:
+    if w.dim() != 3 or x.dim() != 3 or _computes_derivatives(x, w):
         return None
     if not (known(x.shape[1] == 1) and known(x.shape[0] == w.shape[0])):
         return None
@@ -47,16 +48,16 @@ def batched(a: Tensor, b: Tensor) -> Tensor | None:
 def _routed(x: Tensor, w: QTensor, where: Tensor, ends: bool) -> Tensor | None:
     if x.device != w.device or x.dtype not in (torch.bfloat16, torch.float16):
         return None
-    if w.pre_scale is not None or 0 in w.shape or torch.compiler.is_exporting() or _computes_derivatives(x, w):
+    if w.pre_scale is not None or 0 in w.shape or x.shape[-1] != w.shape[-1]:
         return None
-    if x.shape[-1] != w.shape[-1] or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
         return None
     from .kernels import operators, routed  # Triton is there only with a GPU build of PyTorch
     from .kernels.reading import fields_of, reading_of
 
     if not _lie_apart(w) or w.spec.rearranged(x, first := w[0]) is not None:
         return None
-    read = reading_of(first)
+    read = reading_of(first)  # type: ignore[arg-type]
     if read is None or not routed.takes(read[0]):
         return None
     return operators.routed_rows(x.contiguous(), where, ends, *fields_of(w), read[0].text)

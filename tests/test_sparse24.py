@@ -140,3 +140,28 @@ def test_products(values, act):
     x.requires_grad_()
     torch.nn.functional.linear(x, q).sum().backward()
     assert compute_error(q.dequantize().sum(0).expand_as(x), x.grad) > 50
+
+
+@pytest.mark.parametrize(
+    ("dense", "units", "expected"),
+    [
+        ((1.0, 0.2), (0.7, 0.4), (True, True)),
+        ((1.0, 0.2), (0.7, 2.0), (True, False)),
+        ((1.0, 0.2), (1.2, 0.1), (False, False)),
+    ],
+)
+def test_sparse_units_are_chosen_by_the_slower_of_gpu_and_host(monkeypatch, dense, units, expected):
+    """Milliseconds of the GPU and of the host. In a CUDA graph those of the host do not count."""
+    q, x = Sparse24(Intx(8), prune=True).quantize(weight((64, 96))), weight((300, 96))
+    operand, recorded, clock = q.spec.operand(q), [False], iter([dense, units])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recorded[0])
+    monkeypatch.setattr(sparse, "_compressed_product", lambda *_: x)
+    monkeypatch.setattr(sparse, "_took", lambda call: call() is not None and next(clock))
+    monkeypatch.setattr(sparse, "_WINS", {})
+    recorded[0] = True
+    assert sparse._units_win(x, q, operand)  # nothing may be timed now
+    recorded[0] = False
+    found = [sparse._units_win(x, q, operand), sparse._units_win(x[:290], q, operand)]
+    assert found == [expected[1]] * 2
+    recorded[0] = True
+    assert sparse._units_win(x, q, operand) == expected[0]

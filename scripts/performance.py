@@ -4,8 +4,8 @@
     .venv/bin/python scripts/performance.py --check  exit with an error if that would change anything
 
 scripts/bench_linear.py writes docs/measured/linear-cuda.json and linear-cpu.json, and linear-h200.json for a second card;
-scripts/generate.py generate-cuda.json and generate-cpu.json; scripts/bench_generate_hf.py generate-hf-cpu.json. What was not
-measured is said to be missing; the text between the tables is left alone.
+scripts/generate.py generate-cuda.json and generate-cpu.json; scripts/bench_generate_hf.py generate-hf-cpu.json and
+generate-hf-h200.json. What was not measured is said to be missing; the text between the tables is left alone.
 """
 
 from __future__ import annotations
@@ -540,6 +540,7 @@ def write(page: Path, folder: Path, check: bool = False) -> None:
             "linear-cpu-eager": lambda: linear(Linear(read(folder / "linear-cpu-eager.json")), ""),
             "peers-cpu": lambda: peers(cpu),
             "generate-cpu": lambda: generate(read(folder / "generate-cpu.json")),
+            "generate-hf-h200": lambda: generate_hf(read(folder / "generate-hf-h200.json")),
             "generate-hf-cpu": lambda: generate_hf(read(folder / "generate-hf-cpu.json")),
         },
         check,

@@ -1,4 +1,6 @@
-"""Fill in the tables of docs/headline.md from docs/measured/models-h200.json, which holds what scripts/bench_models.py wrote.
+"""Fill in the tables of docs/headline.md, and that of the README, from docs/measured/models-h200.json.
+
+That file holds what scripts/bench_models.py wrote.
 
 .venv/bin/python scripts/headline_page.py                 rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
 .venv/bin/python scripts/headline_page.py --add FILE ...  take runs of bench_models.py in first; a model that is there is replaced
@@ -14,7 +16,7 @@ from typing import Any
 
 from bench_models import table
 from measure import write_json
-from tables import ROOT, fill
+from tables import ROOT, fill, markdown
 
 MEASURED = ROOT / "docs" / "measured" / "models-h200.json"
 PAGE = ROOT / "docs" / "headline.md"
@@ -43,6 +45,36 @@ def ladders(data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+README_ROWS = (
+    ("sam-vit-h", "2:4 int8-dynamic"),
+    ("flux", "int8-dynamic"),
+    ("mixtral-decode", "int4-g128"),
+)
+"""The models of the README, each in the form that is fastest."""
+
+
+def summary(data: dict[str, Any]) -> str:
+    """A row per model of the README."""
+    body = []
+    for name, rung in README_ROWS:
+        model = data["models"].get(name)
+        if model is None:
+            continue
+        ms = {row["rung"]: row["ms"] for row in model["rows"]}
+        eager = "float32" if "float32" in ms else "bf16"
+        unit = f"{model['unit']}, batch {model['rows'][0]['batch']}"
+        body.append(
+            [
+                unit,
+                rung,
+                f"{ms[rung]:.1f}",
+                f"{ms['compiled'] / ms[rung]:.2f}x",
+                f"{ms[eager] / ms[rung]:.1f}x ({eager})",
+            ]
+        )
+    return markdown(["what", "in", "ms", "speed of bfloat16, compiled", "of eager mode"], body)
+
+
 def write(page: Path, data: dict[str, Any], check: bool = False) -> None:
     """Fill in `page`."""
     fill(page, {"models": lambda: ladders(data)}, check)
@@ -59,6 +91,7 @@ def main() -> None:
     if args.add:
         write_json(MEASURED, data)
     write(PAGE, data, args.check)
+    fill(ROOT / "README.md", {"models": lambda: summary(data)}, args.check)
 
 
 if __name__ == "__main__":

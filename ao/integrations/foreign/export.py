@@ -1,12 +1,13 @@
 """A folder of ours in a form that serving engines read without us: compressed-tensors, or GPTQ.
 
-Only what maps exactly is written, but for GPTQ's scales, which are float16, and NVFP4's second scale, which is stored as its
-inverse in float32. What does not map is refused before anything is written.
+Only what maps exactly is written, with two exceptions, which the report names: GPTQ's scales are float16, and NVFP4 layers that
+engines join share a second scale, stored as its inverse in float32. What does not map is refused before anything is written.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,16 @@ FORMS = ("compressed-tensors", "gptq")
 
 Parts = dict[str, Tensor]
 
+_JOINED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Layers of one module that serving engines make one layer of, which then has one second scale."""
+
 _BESIDE = {
     "pre_scale": "its recipe scales the channels of the input (awq and smoothquant do; gptq, hqq and clip do not)",
     "act_scale": "its activations have a static scale",
@@ -49,8 +60,10 @@ def export_folder(
     """Write `target`, a folder in the form of another library, with the weights of `source`, a folder of ours.
 
     form: "compressed-tensors" takes integers of 2 to 8 bits per row or group (pack-quantized), also with 8-bit activations
-        (int-quantized), float8 per row or tensor (float-quantized) and NVFP4 (nvfp4-pack-quantized), each layer as it is. "gptq"
-        takes integers of 2, 3, 4 or 8 bits in groups, of one width and group for all layers, and rounds scales to float16.
+        (int-quantized), float8 per row or tensor (float-quantized), NVFP4 (nvfp4-pack-quantized), MXFP4 (mxfp4-pack-quantized)
+        and MXFP8 (mxfp8-quantized), each layer as it is. Of NVFP4 layers that engines join, such as q_proj, k_proj and v_proj,
+        the scales are rounded once more, to float8 under the largest of their second scales. "gptq" takes integers of 2, 3, 4
+        or 8 bits in groups, of one width and group for all layers, and rounds scales to float16.
     max_shard_bytes: of a file. progress: called with the bytes of every stored tensor that is done.
 
     Raises FileNotFoundError and FileExistsError for wrong folders, and ValueError, with the name of the first, for a folder that
@@ -73,12 +86,13 @@ def export_folder(
     fields = {field for name, entry in entries.items() for field in (name, *stored_names(name, entry))}
     report = Report()
     with stored, written_folder(source, target, max_shard_bytes) as shards:
+        shared = _shared_scales(specs, stored.get)
         for name, entry in entries.items():
             q = unflatten(name, entry, stored.get)
             assert isinstance(q, QTensor)
             stem = name.removesuffix("weight")
             try:
-                parts = (_compressed if form == "compressed-tensors" else _gptq)(q)
+                parts = _compressed(q, shared.get(name)) if form == "compressed-tensors" else _gptq(q)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             for end, t in parts.items():
@@ -92,7 +106,24 @@ def export_folder(
         shards.write_config({**config, "quantization_config": _config(groups, sorted(linear - quantized), form)})
     if form == "gptq":
         report.notes.append("scales are rounded to float16, as GPTQ has them: by at most 2**-11 of their value")
+    if shared:
+        report.notes.append(
+            f"scales of {len(shared)} NVFP4 layers are rounded once more, to float8 under one second scale for all layers that "
+            "serving engines join, such as q_proj, k_proj and v_proj"
+        )
     return report
+
+
+def _shared_scales(specs: Mapping[str, Spec], get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """NVFP4 weights that an engine joins with others whose second scale is larger -> that one."""
+    joined: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = {}
+    for name, spec in specs.items():
+        module, _, leaf = name.removesuffix(".weight").rpartition(".")
+        for leaves in _JOINED:
+            if leaf in leaves and isinstance(spec, FloatX) and spec.scale_spec is not None:
+                joined.setdefault((module, leaves), {})[name] = get(f"{name}.scale.scale")
+    largest = {name: max(scales.values()) for scales in joined.values() for name in scales}
+    return {name: largest[name] for scales in joined.values() for name, t in scales.items() if t < largest[name]}
 
 
 def _groups(specs: Mapping[str, Spec], form: str) -> dict[str, list[str]]:
@@ -131,13 +162,12 @@ def _scheme(spec: Spec) -> dict[str, Any]:
         form = "float-quantized"
         if act is not None and act not in (Float8("e4m3", (1, -1)), Float8("e4m3", (-1, -1))):
             raise ValueError(f"{spec}: activations of {act} are not exported")
-    elif (
-        isinstance(spec, FloatX)
-        and spec.scale_spec == Float8(block=(-1, -1))
-        and (spec.bits, spec.block) == (4, (1, 16))
-    ):
-        weights |= {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
-        form = "nvfp4-pack-quantized"
+    elif isinstance(spec, FloatX) and (small := _small_floats(spec)):
+        if act is not None:
+            raise ValueError(f"{spec}: with activations of {act}; its weights alone are exported")
+        form, strategy, scale_dtype = small
+        weights |= {"num_bits": spec.bits, "type": "float", "symmetric": True, "strategy": strategy}
+        weights |= {"group_size": spec.block[1], "scale_dtype": scale_dtype}
     else:
         raise ValueError(f"{spec} has no form in compressed-tensors{_whole(spec)}")
     inputs = None
@@ -147,6 +177,18 @@ def _scheme(spec: Spec) -> dict[str, Any]:
         strategy = "token" if act.block == (1, -1) else "tensor"
         inputs = {"num_bits": 8, "type": kind, "symmetric": symmetric, "strategy": strategy, "dynamic": True}
     return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": form}
+
+
+def _small_floats(spec: FloatX) -> tuple[str, str, str] | None:
+    """Format, strategy and dtype of the scales of small floats in blocks; None where there is no such format."""
+    element = (spec.exponent, spec.mantissa)
+    second = spec.scale_spec
+    if isinstance(second, Float8) and (second.format, second.block) == ("e4m3", (-1, -1)):
+        fits = (element, spec.block) == ((2, 1), (1, 16))
+        return ("nvfp4-pack-quantized", "tensor_group", "torch.float8_e4m3fn") if fits else None
+    forms = {(2, 1): "mxfp4-pack-quantized", (4, 3): "mxfp8-quantized"}
+    fits = spec.scale == "e8m0" and spec.block == (1, 32) and element in forms
+    return (forms[element], "group", "torch.uint8") if fits else None
 
 
 def _whole(spec: Spec) -> str:
@@ -172,8 +214,10 @@ def _gptq_scheme(spec: Spec) -> dict[str, Any]:
 def _config(groups: Mapping[str, list[str]], plain: list[str], form: str) -> dict[str, Any]:
     if form == "gptq":
         (scheme,) = map(json.loads, groups)
+        whole = {f"-:^{re.escape(name)}$": {} for name in plain if name != "lm_head"}
         return {
             "quant_method": "gptq", "checkpoint_format": "gptq_v2", "desc_act": False, "lm_head": False, **scheme,
+            **({"dynamic": whole} if whole else {}),
         }  # fmt: skip
     schemes = [json.loads(scheme) for scheme in groups]
     targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
@@ -185,7 +229,7 @@ def _config(groups: Mapping[str, list[str]], plain: list[str], form: str) -> dic
         "ignore": plain,
         "kv_cache_scheme": None,
         "quantization_status": "compressed",
-        "version": "0.17.0",
+        "version": "0.18.0",
     }
 
 
@@ -200,19 +244,23 @@ def _codes(q: Any) -> tuple[Tensor, Tensor | None]:
     return codes, (q.zero_point.to(torch.int16) + (middle if q.spec.signed else 0)).to(torch.uint8)
 
 
-def _compressed(q: Any) -> Parts:
-    """The tensors of a weight in compressed-tensors' form."""
+def _compressed(q: Any, shared: Tensor | None) -> Parts:
+    """The tensors of a weight in compressed-tensors' form. shared: a second scale for NVFP4 in place of its own."""
     spec = q.spec
     if isinstance(spec, Float8):
         return {"weight": q.qdata, "weight_scale": q.scale if spec.block == (1, -1) else q.scale.reshape(1)}
+    if isinstance(spec, FloatX) and spec.bits == 8:
+        return {"weight": q.qdata.view(torch.float8_e4m3fn), "weight_scale": q.scale.qdata}
     if isinstance(spec, FloatX):
         codes = unpack(q.qdata, 4, packed_dim(q.qdata.shape, q.shape))
         packed = codes[:, ::2] | (codes[:, 1::2] << 4)
-        return {
-            "weight_packed": packed,
-            "weight_scale": q.scale.qdata,
-            "weight_global_scale": 1 / q.scale.scale.reshape(1),
-        }
+        if spec.scale_spec is None:
+            return {"weight_packed": packed, "weight_scale": q.scale.qdata}
+        second, scale = q.scale.scale, q.scale.qdata
+        if shared is not None:
+            second, scale = shared, (scale.float() * (second / shared)).to(scale.dtype)
+        inverse = torch.where(second > 0, 1 / second, 1.0)  # of zeros, any
+        return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": inverse.reshape(1)}
     codes, zeros = _codes(q)
     middle = 2 ** (spec.bits - 1)
     if spec.act is not None:
@@ -221,12 +269,12 @@ def _compressed(q: Any) -> Parts:
             parts if zeros is None else {**parts, "weight_zero_point": (zeros.to(torch.int16) - middle).to(torch.int8)}
         )
     parts = {
-        "weight_packed": to_words(codes, spec.bits, padded=True),
+        "weight_packed": to_words(codes, spec.bits),
         "weight_scale": dense(q.scale),
         "weight_shape": torch.tensor(q.shape),
     }
     if zeros is not None:
-        parts["weight_zero_point"] = to_words(zeros.t().contiguous(), spec.bits, padded=True).t().contiguous()
+        parts["weight_zero_point"] = to_words(zeros.t().contiguous(), spec.bits).t().contiguous()
     return parts
 
 

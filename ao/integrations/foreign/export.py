@@ -214,7 +214,7 @@ def _gptq_scheme(spec: Spec) -> dict[str, Any]:
 def _config(groups: Mapping[str, list[str]], plain: list[str], form: str) -> dict[str, Any]:
     if form == "gptq":
         (scheme,) = map(json.loads, groups)
-        whole = {f"-:^{re.escape(name)}$": {} for name in plain if name != "lm_head"}
+        whole: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in plain if name != "lm_head"}
         return {
             "quant_method": "gptq", "checkpoint_format": "gptq_v2", "desc_act": False, "lm_head": False, **scheme,
             **({"dynamic": whole} if whole else {}),

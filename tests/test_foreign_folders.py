@@ -247,6 +247,10 @@ EXPORTED = {
     "int3": ("compressed-tensors", Intx(3, (1, 32))),
     "float8": ("compressed-tensors", ao.Float8WeightOnlyConfig()),
     "float8-dynamic": ("compressed-tensors", ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())),
+    "float8-dynamic-tensor": (
+        "compressed-tensors",
+        ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerTensor()),
+    ),
     "nvfp4": ("compressed-tensors", ao.NVFP4WeightOnlyConfig()),
     "nvfp4-power-of-two": ("compressed-tensors", replace(NVFP4, scale_spec=Float8(block=(-1, -1), power_of_two=True))),
     "mxfp4": ("compressed-tensors", ao.MXFPWeightOnlyConfig()),

@@ -60,10 +60,10 @@ def export_folder(
     """Write `target`, a folder in the form of another library, with the weights of `source`, a folder of ours.
 
     form: "compressed-tensors" takes integers of 2 to 8 bits per row or group (pack-quantized), also with 8-bit activations
-        (int-quantized), float8 per row or tensor (float-quantized), NVFP4 (nvfp4-pack-quantized), MXFP4 (mxfp4-pack-quantized)
-        and MXFP8 (mxfp8-quantized), each layer as it is. Of NVFP4 layers that engines join, such as q_proj, k_proj and v_proj,
-        the scales are rounded once more, to float8 under the largest of their second scales. "gptq" takes integers of 2, 3, 4
-        or 8 bits in groups, of one width and group for all layers, and rounds scales to float16.
+        (int-quantized), float8 per row or tensor (float-quantized, with a scale per row), NVFP4 (nvfp4-pack-quantized), MXFP4
+        (mxfp4-pack-quantized) and MXFP8 (mxfp8-quantized), each layer as it is. Of NVFP4 layers that engines join, such as
+        q_proj, k_proj and v_proj, the scales are rounded once more, to float8 under the largest of their second scales. "gptq"
+        takes integers of 2, 3, 4 or 8 bits in groups, of one width and group for all layers, and rounds scales to float16.
     max_shard_bytes: of a file. progress: called with the bytes of every stored tensor that is done.
 
     Raises FileNotFoundError and FileExistsError for wrong folders, and ValueError, with the name of the first, for a folder that
@@ -157,8 +157,8 @@ def _scheme(spec: Spec) -> dict[str, Any]:
         if act is not None and (not isinstance(act, Intx) or act.bits != 8 or act.block != (1, -1) or spec.bits != 8):
             raise ValueError(f"{spec}: 8-bit weights with 8-bit dynamic activations are exported, no others")
     elif isinstance(spec, Float8) and spec.format == "e4m3" and spec.block in ((1, -1), (-1, -1)):
-        strategy = "channel" if spec.block == (1, -1) else "tensor"
-        weights |= {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+        # Also of a scale per tensor: engines join layers, and would round those of different scales anew.
+        weights |= {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
         form = "float-quantized"
         if act is not None and act not in (Float8("e4m3", (1, -1)), Float8("e4m3", (-1, -1))):
             raise ValueError(f"{spec}: activations of {act} are not exported")
@@ -248,7 +248,7 @@ def _compressed(q: Any, shared: Tensor | None) -> Parts:
     """The tensors of a weight in compressed-tensors' form. shared: a second scale for NVFP4 in place of its own."""
     spec = q.spec
     if isinstance(spec, Float8):
-        return {"weight": q.qdata, "weight_scale": q.scale if spec.block == (1, -1) else q.scale.reshape(1)}
+        return {"weight": q.qdata, "weight_scale": q.scale.expand(q.shape[0], 1).contiguous()}
     if isinstance(spec, FloatX) and spec.bits == 8:
         return {"weight": q.qdata.view(torch.float8_e4m3fn), "weight_scale": q.scale.qdata}
     if isinstance(spec, FloatX):

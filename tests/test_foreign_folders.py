@@ -299,7 +299,7 @@ def test_layers_that_engines_join_share_their_second_scale(name, tmp_path):
     plain.save_pretrained(tmp_path / "plain")
     load(tmp_path / "plain", quantization_config=AoConfig(EXPORTED[name][1])).save_pretrained(tmp_path / "ours")
     report = export_folder(tmp_path / "ours", tmp_path / "theirs")
-    assert len(report.notes) == 1 and "scales of 6 NVFP4 layers are rounded once more" in report.notes[0]
+    assert len(report.notes) == 1 and "scales of 6 NVFP4 layers are rounded to float8" in report.notes[0]
     stored = load_file(tmp_path / "theirs/model.safetensors")
     seconds = {key: t for key, t in stored.items() if key.endswith("weight_global_scale")}
     assert len(seconds) == 14 and all(t.isfinite() for t in seconds.values())

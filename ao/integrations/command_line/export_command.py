@@ -14,9 +14,9 @@ from .tables import print_json, print_report
 
 NAME = "export"
 HELP = "write a quantized folder in the form of compressed-tensors or GPTQ, for vLLM, SGLang and others"
-DETAILS = """compressed-tensors takes integers per row or group, 8-bit weights with 8-bit activations, float8 and NVFP4.
-GPTQ takes integers in groups of one width, and rounds scales to float16. What has no such form is refused, such as zero
-points that are fractions, which configs have under a recipe unless they say otherwise.
+DETAILS = """compressed-tensors takes integers per row or group, 8-bit weights with 8-bit activations, float8, NVFP4, MXFP4
+and MXFP8. GPTQ takes integers in groups of one width, and rounds scales to float16. What has no such form is refused, such as
+zero points that are fractions, which configs have under a recipe unless they say otherwise.
 
 examples:
   ao quantize Llama-3.1-8B int4 --config 'Intx(bits=4, block=(1, 128), symmetric=True)' --recipe gptq --data notes.txt

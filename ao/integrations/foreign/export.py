@@ -108,7 +108,7 @@ def export_folder(
         report.notes.append("scales are rounded to float16, as GPTQ has them: by at most 2**-11 of their value")
     if shared:
         report.notes.append(
-            f"scales of {len(shared)} NVFP4 layers are rounded once more, to float8 under one second scale for all layers that "
+            f"scales of {len(shared)} NVFP4 layers are rounded to float8 under one second scale for all layers that "
             "serving engines join, such as q_proj, k_proj and v_proj"
         )
     return report

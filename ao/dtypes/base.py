@@ -43,10 +43,10 @@ from .bits import CHUNK
 from .blocks import block_grid, expand
 from .lattice import lattice
 from .operand import Cast, Operand
-from .pieces import Box, boxes, is_eager, part, piece_size
+from .pieces import ELEMENTS, Box, boxes, part
 from .rounding import narrow, range_power, round_to
 from .running_layer import running_layer
-from .tracing import fresh, passed_over, unrecorded
+from .tracing import fresh, is_eager, passed_over, unrecorded
 
 Elements = Annotated[Tensor, "elements"]
 """A field of the numbers: as long as the data along every dim, or packed along one by `pack`."""
@@ -282,7 +282,7 @@ def quantize_fields(
     """
     if x.is_meta and pre_scale is None and not qparams and is_eager(x, on_meta=True):
         return {name: _empty(t, x.device) for name, t in blank(spec, tuple(x.shape), tuple(grid)).fields().items()}
-    if is_eager(x) and x.numel() > piece_size(x) and not (x.requires_grad and torch.is_grad_enabled()):
+    if is_eager(x) and x.numel() > ELEMENTS[x.device.type] and not (x.requires_grad and torch.is_grad_enabled()):
         form = blank(spec, tuple(x.shape), tuple(grid))
         if "opaque" not in (form.roles[name] for name in form.fields()):
             return _quantize_pieces(spec, x, grid, pre_scale, dict(qparams or {}), form)
@@ -326,7 +326,7 @@ def _quantize_pieces(
     """`quantize_fields` piece by piece into fields like those of `form`; much data by C++ (cpp_codes.py)."""
     from .cpp_codes import coder  # which few programs need
 
-    size = piece_size(x)
+    size = ELEMENTS[x.device.type]
     unit = _unit(form)
     if not qparams and math.prod(unit) > 8 * size:
         # Blocks larger than a piece: first their qparams, then the codes in pieces of blocks.

@@ -24,23 +24,11 @@ import torch
 from torch import Tensor
 
 from . import onnx_mode
-from .pieces import is_eager
+from .tracing import is_eager
 
 CHUNK = 32
 
 _SECTIONS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
-
-
-def packed_size(size: int, bits: int) -> int:
-    """Bytes that `size` elements of `bits` bits take: `size * bits / 8`.
-
-    Raises ValueError when `bits` is not 1 to 8, or `size` is not a multiple of 8 (only whole bytes are stored).
-    """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be 1 to 8, got {bits}")
-    if bits < 8 and size % 8:
-        raise ValueError(f"cannot pack {size} elements of {bits} bits: the size must be a multiple of 8")
-    return size * bits // 8
 
 
 def pack_dim(shape: Sequence[int], bits: int, who: object = "pack") -> int:
@@ -71,12 +59,15 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     """Pack unsigned codes along `dim`.
 
     codes: (..., K, ...) integers in [0, 2**bits) -> (..., K * bits / 8, ...) uint8. `bits=8` only casts.
+    Raises ValueError when `bits` is not 1 to 8, or K is not a multiple of 8 (only whole bytes are stored).
     """
-    size = codes.shape[dim]
-    packed_size(size, bits)
-    codes = codes.to(torch.uint8)
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be 1 to 8, got {bits}")
+    size, codes = codes.shape[dim], codes.to(torch.uint8)
     if bits == 8:
         return codes
+    if size % 8:
+        raise ValueError(f"cannot pack {size} elements of {bits} bits: the size must be a multiple of 8")
     codes = codes.movedim(dim, -1)
     whole = size - size % CHUNK
     parts = [_pack_chunks(codes[..., :whole], bits, CHUNK)] if whole else []
@@ -111,7 +102,11 @@ def unpack(packed: Tensor, bits: int, dim: int = -1, shape: Sequence[int] | None
 def _pack_chunks(codes: Tensor, bits: int, chunk: int) -> Tensor:
     lead = codes.shape[:-1]
     chunks = codes.shape[-1] // chunk
-    codes = _words(codes, chunk)
+    if chunk == CHUNK and is_eager(codes):
+        # Four codes in an int32, for shifts and masks that never leave a byte: eager ops then run over a quarter of the items.
+        # The compiler, which has vectors of its own and cannot look through such a view, gets the codes as they are.
+        fits = codes.stride(-1) == 1 and not any(s % 4 for s in (*codes.stride()[:-1], codes.storage_offset()))
+        codes = codes.view(torch.int32) if fits else codes
     lanes = codes.element_size()
     ones = sum(1 << 8 * lane for lane in range(lanes))
     sections = []
@@ -128,18 +123,6 @@ def _pack_chunks(codes: Tensor, bits: int, chunk: int) -> Tensor:
         offset += section
     packed = sections[0] if len(sections) == 1 else torch.cat(sections, -1)
     return packed.reshape(*lead, chunks * chunk * bits // 8 // lanes).view(torch.uint8)
-
-
-def _words(codes: Tensor, chunk: int) -> Tensor:
-    """Four codes in an int32, for shifts and masks that never leave a byte: eager ops then run over a quarter of the items.
-
-    The compiler, which has vectors of its own and cannot look through such a view, gets the codes as they are.
-    """
-    if chunk != CHUNK or not is_eager(codes):
-        return codes
-    strides = (*codes.stride()[:-1], codes.storage_offset())
-    fits = codes.stride(-1) == 1 and not any(s % 4 for s in strides)
-    return codes.view(torch.int32) if fits else codes
 
 
 def _unpack_chunks(packed: Tensor, bits: int, chunk: int, shape: Sequence[int] | None = None) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .base import Opaque, QTensor, Spec
 from .operand import Operand
-from .pieces import is_eager
 from .sparse24 import LeavesOutZeros, numbers
+from .tracing import is_eager
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .pieces import is_eager
-from .tracing import known
+from .tracing import is_eager, known
 
 
 def block_grid(block: Sequence[int], shape: Sequence[int], who: object = "block") -> tuple[int, ...]:
@@ -80,14 +79,15 @@ def expand(qparam: Tensor, shape: Sequence[int]) -> Tensor:
     return in_blocks(qparam).expand(blocks_shape(qparam.shape, shape)).reshape(tuple(shape))
 
 
-# Reductions of blocks, of any floating-point dtype, to float32 of shape `grid`. Empty data gives zeros.
+# Reductions of blocks, of any floating-point dtype, to float32 of shape `grid`. Empty data gives zeros. Eager code reduces a
+# single block at once, and so reads it once and copies nothing; what torch.jit.trace records is for any number of blocks.
 
 
 def amin_amax(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The smallest and the largest element of each block."""
     if known(x.numel() == 0):
         return _zeros(x, grid), _zeros(x, grid)
-    if _one_block(x, grid):
+    if is_eager(x, or_recorded=False) and all(g == 1 for g in grid):
         lo, hi = torch.aminmax(x)
         return lo.float().reshape(tuple(grid)), hi.float().reshape(tuple(grid))
     blocks = to_blocks(x, grid)
@@ -98,9 +98,9 @@ def amax_abs(x: Tensor, grid: Sequence[int]) -> Tensor:
     """The largest magnitude of each block."""
     if known(x.numel() == 0):
         return _zeros(x, grid)
-    if _one_block(x, grid):
-        lo, hi = amin_amax(x, grid)
-        return torch.maximum(lo.abs(), hi.abs())
+    if is_eager(x, or_recorded=False) and all(g == 1 for g in grid):
+        lo, hi = torch.aminmax(x)
+        return torch.maximum(lo.abs(), hi.abs()).float().reshape(tuple(grid))
     size = to_blocks(x, grid).abs()
     if x.device.type != "cpu" and x.dtype == torch.float32:
         # Bits of positive numbers are ordered as they are, with NaN above all: one instruction, where a maximum of floats
@@ -144,9 +144,3 @@ def is_finite(x: Tensor) -> bool:
 
 def _zeros(x: Tensor, grid: Sequence[int]) -> Tensor:
     return torch.zeros(tuple(grid), device=x.device)
-
-
-def _one_block(x: Tensor, grid: Sequence[int]) -> bool:
-    """Whether to reduce all of `x` at once: eager code then reads it a single time and copies nothing. What torch.jit.trace
-    records is for any number of blocks."""
-    return is_eager(x, or_recorded=False) and all(g == 1 for g in grid)

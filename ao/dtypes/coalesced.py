@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import views  # noqa: F401  registers the operator that is wrapped here
 from .base import FUNCTIONS, OPS, QTensor
-from .pieces import is_eager
+from .tracing import is_eager
 
 aten = torch.ops.aten
 

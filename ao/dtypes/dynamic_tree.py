@@ -27,7 +27,7 @@ from torch import Tensor
 from .mapped import Mapped
 from .onnx_mode import reads_no_bits
 from .operand import look_up
-from .pieces import is_eager
+from .tracing import is_eager
 
 
 def _bits(x: float) -> int:

@@ -193,7 +193,12 @@ class Intx(Spec):
         if self.zero_point == "joint":
             scale, zero_point = self.stored(scale=scale, zero_point=zero_point).values()
         q = self._codes(x, scale, zero_point, inverse).reshape(x.shape)
-        return {"qdata": self._store(q), **self._fields(scale, zero_point)}
+        if self.bits == 8:
+            qdata = q.to(torch.int8 if self.signed else torch.uint8)
+        else:
+            # By way of int8, to which a CPU converts five times faster than to uint8.
+            qdata = pack(q.to(torch.int8).view(torch.uint8), self.bits, pack_dim(q.shape, self.bits, self))
+        return {"qdata": qdata, **self._fields(scale, zero_point)}
 
     def _fields(self, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor | None]:
         """The fields beside the codes, of qparams as they are stored."""
@@ -271,14 +276,17 @@ class Intx(Spec):
         """The codes as they are stored, in float32 and in blocks."""
         blocks = to_blocks(x, scale.shape)
         steps = in_blocks(reciprocal(scale) if inverse is None else inverse)
-        offset = self._offset  # In place: no fresh memory.
+        offset = self._offset
+        # In place: no fresh memory.
         if self.is_binary:
             q = blocks.clone().lt_(0).neg_()
-        elif zero_point is None or not zero_point.is_floating_point():
-            q = self._round(blocks * steps, blocks)
         else:
-            # Not x * steps + zero_point, which a compiler may or may not contract into one rounding.
-            q = self._round((blocks + in_blocks(product(zero_point, scale))).mul_(steps), blocks)
+            if zero_point is None or not zero_point.is_floating_point():
+                q = blocks * steps
+            else:
+                # Not x * steps + zero_point, which a compiler may or may not contract into one rounding.
+                q = (blocks + in_blocks(product(zero_point, scale))).mul_(steps)
+            q = q.round_() if self.rounding == "nearest" else stochastic_round(q.clamp_(-255, 255), blocks)
         if zero_point is not None and not zero_point.is_floating_point():
             q.add_(in_blocks(zero_point.float() + offset))
         elif offset:
@@ -293,22 +301,10 @@ class Intx(Spec):
             q = q + 0.5
         return q * in_blocks(scale.float())
 
-    def _round(self, q: Tensor, blocks: Tensor) -> Tensor:
-        """Round `q`, which may be overwritten. blocks: the numbers that it came from."""
-        if self.rounding == "nearest":
-            return q.round_()
-        return stochastic_round(q.clamp_(-255, 255), blocks)
-
     def codes(self, qdata: Tensor, shape: Sequence[int], view: Sequence[int] | None = None) -> Tensor:
         """The integers, int8 or uint8, that `qdata` holds for data of `shape`, as that shape or another view of it."""
         codes = unpack(qdata, self.bits, packed_dim(qdata.shape, torch.Size(shape)), view)
         return codes if self.bits == 8 or not self.signed else codes.to(torch.int8) - 2 ** (self.bits - 1)
-
-    def _store(self, q: Tensor) -> Tensor:
-        if self.bits == 8:
-            return q.to(torch.int8 if self.signed else torch.uint8)
-        # By way of int8, to which a CPU converts five times faster than to uint8.
-        return pack(q.to(torch.int8).view(torch.uint8), self.bits, pack_dim(q.shape, self.bits, self))
 
 
 class IntxTensor(QTensor, spec=Intx):

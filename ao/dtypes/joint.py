@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .base import Elements, QTensor, Spec
 from .onnx_mode import reads_no_bits
-from .pieces import is_eager
+from .tracing import is_eager
 
 PLACES = 32
 """Zero points, from 0 to less than 2**bits."""

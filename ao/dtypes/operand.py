@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .bits import signed_trits
 from .onnx_mode import exporting, reads_no_bits
-from .pieces import is_eager
+from .tracing import is_eager
 
 Kind = Literal["affine", "trits", "shifted", "float", "minifloat", "fixed", "table", "int4pack", "sparse24", "blocks"]
 

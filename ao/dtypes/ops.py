@@ -13,8 +13,9 @@ from .base import FUNCTIONS, OPS, QTensor, as_bytes, dense, quantize_fields, rep
 from .bits import pack_dim, packed_along
 from .blocks import expand, spans, to_blocks
 from .lattice import lattice
-from .pieces import boxes, is_eager, part, piece_size
+from .pieces import ELEMENTS, boxes, part
 from .rounding import by_way_of
+from .tracing import is_eager
 from .views import implements, map_ranked, permute, refuse, resized, slice_, transpose, view
 
 aten = torch.ops.aten
@@ -189,10 +190,10 @@ def _unchanged(q: QTensor, values: Tensor) -> Tensor | None:
     places = [lattice(q, d) for d in range(q.dim())]
     unit = [p.size if p.size % p.whole else p.whole for p in places]
     grid = [n // max(u, 1) for n, u in zip(q.shape, unit)]
-    if not is_eager(values) or values.numel() <= piece_size(values):
+    if not is_eager(values) or values.numel() <= ELEMENTS[values.device.type]:
         return _same(q, values, grid)
     found = torch.empty(grid, dtype=torch.bool, device=values.device)
-    for box in boxes(q.shape, unit, piece_size(values)):
+    for box in boxes(q.shape, unit, ELEMENTS[values.device.type]):
         piece = q
         for d, (start, stop) in enumerate(box):
             piece = slice_(piece, d, start, stop) if stop - start < q.shape[d] else piece

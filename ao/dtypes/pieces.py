@@ -9,37 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
+ELEMENTS = defaultdict(lambda: 2**23, cpu=2**20)
 """The elements of a piece, by kind of device; others are taken for a GPU."""
 
 Box = Sequence[tuple[int, int]]
 """[start, stop) along each dim."""
-
-
-def is_eager(x: Tensor, or_recorded: bool = True, on_meta: bool = False) -> bool:
-    """Whether ops on `x` run at once and on memory: nothing is being traced, and `x` is neither a subclass nor on meta, nor
-    one of torch.func's.
-
-    or_recorded: also where torch.jit.trace records what runs. on_meta: whether that holds of an `x` on meta, where there is no
-    memory.
-    """
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta is not on_meta:
-        return False
-    if not or_recorded and torch._C._is_tracing():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return False
-    return torch._guards.TracingContext.try_get() is None
-
-
-def piece_size(x: Tensor) -> int:
-    """How many elements a piece of `x` may have."""
-    return ELEMENTS.get(x.device.type, ELEMENTS["cuda"])
 
 
 def boxes(shape: Sequence[int], unit: Sequence[int], size: int) -> Iterator[Box]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .onnx_mode import exponent_of, exporting, reads_no_bits
-from .pieces import is_eager
+from .tracing import is_eager
 
 FEW = 2**16
 """Numbers that take a GPU less time in float64 than a launch does."""

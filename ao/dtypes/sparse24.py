@@ -18,8 +18,8 @@ from torch import Tensor
 from .base import Elements, QTensor, Spec
 from .operand import Operand
 from .pairs import UNIT, largest, pack_codes, spread, taken, unpack_codes
-from .pieces import is_eager
 from .rounding import narrow
+from .tracing import is_eager
 
 
 class LeavesOutZeros:

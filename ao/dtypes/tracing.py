@@ -1,4 +1,4 @@
-"""Words to the compiler: which of our functions it takes for programs, and what it knows of a shape."""
+"""Words to the compiler: whether it is there, which of our functions it takes for programs, and what it knows of a shape."""
 
 from __future__ import annotations
 
@@ -38,6 +38,22 @@ def fresh(t: torch.Tensor) -> torch.Tensor:
     """What an autograd.Function returns, while a program is traced as a tensor that nothing wrote to in place: of others
     TorchDynamo of PyTorch 2.11 loses the gradient (pytorch/pytorch#180642). A compiler fuses the copy away."""
     return t.clone() if torch.compiler.is_compiling() else t
+
+
+def is_eager(x: torch.Tensor, or_recorded: bool = True, on_meta: bool = False) -> bool:
+    """Whether ops on `x` run at once and on memory: nothing is being traced, and `x` is neither a subclass nor on meta, nor
+    one of torch.func's.
+
+    or_recorded: also where torch.jit.trace records what runs. on_meta: whether that holds of an `x` on meta, where there is no
+    memory.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta is not on_meta:
+        return False
+    if not or_recorded and torch._C._is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return torch._guards.TracingContext.try_get() is None
 
 
 def known(condition: bool | torch.SymBool | torch.Tensor, otherwise: bool = False) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor, quantize_fields
 from ..dtypes.operand import Cast, Operand
-from ..dtypes.pieces import is_eager
+from ..dtypes.tracing import is_eager
 from .block_scaled import levels, numbers
 from .path import Path
 

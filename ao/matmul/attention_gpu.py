@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes.base import QTensor
-from ..dtypes.pieces import is_eager
+from ..dtypes.tracing import is_eager
 from ..dtypes.views import slice_
 from .kernels.device import has_kernels
 from .softmax_pieces import Sight, State, first_state

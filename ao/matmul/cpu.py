@@ -21,8 +21,7 @@ from torch import Tensor
 from ..dtypes.base import QTensor, dense
 from ..dtypes.bits import CHUNK, packed_dim, unpack
 from ..dtypes.operand import Operand
-from ..dtypes.pieces import is_eager
-from ..dtypes.tracing import known
+from ..dtypes.tracing import is_eager, known
 from . import cpu_decode
 from .anywhere import act_numbers, compiling, emulates, int8_operand, quantize_act, quantized_act
 from .block_scaled import levels, numbers, times

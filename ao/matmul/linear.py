@@ -63,9 +63,8 @@ from torch.autograd import forward_ad
 from ..dtypes import onnx_mode
 from ..dtypes.base import OPS, QTensor, as_bytes, has_scale_by_row
 from ..dtypes.ops import gather
-from ..dtypes.pieces import is_eager
 from ..dtypes.rounding import range_power
-from ..dtypes.tracing import fresh
+from ..dtypes.tracing import fresh, is_eager
 from . import anywhere, cpu, gpu, onnx, sparse
 from .form import key_of
 from .kernels.device import has_kernels

@@ -21,8 +21,7 @@ from ..dtypes.base import QTensor, dense
 from ..dtypes.bits import CHUNK, TRIT_BYTES, TRIT_CHUNK
 from ..dtypes.cpp import cpp_compiler
 from ..dtypes.operand import Operand
-from ..dtypes.pieces import is_eager
-from ..dtypes.tracing import known
+from ..dtypes.tracing import is_eager, known
 from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
 from .cpu_decode import AVX512
 from .form import leaves

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes.base import QTensor
-from ..dtypes.pieces import is_eager
+from ..dtypes.tracing import is_eager
 from ..dtypes.views import slice_
 
 SCORES = 2**22

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..dtypes.base import QTensor, Spec
 from ..dtypes.operand import Operand
 from ..dtypes.pairs import spread, unpack_codes
-from ..dtypes.pieces import is_eager
+from ..dtypes.tracing import is_eager
 from .anywhere import compiling, quantize_act, quantized_act, row_cast
 from .form import Form, form_of, leaves, made
 from .gpu import is_default_act

@@ -249,8 +249,12 @@ class Spec:
         return cls(**values)
 
     def __repr__(self) -> str:
-        name = Spec.named.get(self)
-        return name or f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+        return Spec.named.get(self) or _settings_of(self)
+
+
+@functools.lru_cache(maxsize=256)
+def _settings_of(spec: Spec) -> str:
+    return f"{type(spec).__name__}({', '.join(f'{k}={v!r}' for k, v in spec.settings().items())})"
 
 
 def _from_json(value: Any) -> Any:
@@ -494,25 +498,26 @@ class QTensor(torch.Tensor):
         if isinstance(spec, QTensor):
             made: Any = torch.nn.Parameter(spec, **fields)
             return made
-        first: Tensor = next(t for t in fields.values() if t is not None)  # each dtype has one that is always there
-        return torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=_strides(shape, first), dtype=dtype, device=first.device, requires_grad=False
+        name, first = next(
+            (name, t) for name, t in fields.items() if t is not None
+        )  # each dtype has one that is always there
+        # The strides that the data would have if the first field were not packed: a transposed, sliced or expanded QTensor says
+        # so, and `contiguous()` knows what to do.
+        strides = None
+        if first.dim() == len(shape) and cls.roles[name] != "opaque":
+            strides = first.stride()
+            packed = next((d for d in range(len(shape)) if first.shape[d] != shape[d]), None)
+            if packed is not None:
+                inner, full, small = strides[packed], shape[packed], first.shape[packed]
+                strides = tuple(s * full // small if s > inner else s for s in strides)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=first.device, requires_grad=False
         )
-
-    def __init__(
-        self,
-        spec: Spec | QTensor,
-        dtype: torch.dtype = torch.float32,
-        shape: torch.Size | tuple[int, ...] = (),
-        whole: bool = True,
-        **fields: Any,
-    ) -> None:
-        if isinstance(spec, QTensor):
-            return
-        self.spec = spec
-        self.whole = whole
-        for name in type(self).roles:
-            setattr(self, name, fields.get(name))
+        made.spec = spec
+        made.whole = whole
+        for name in cls.roles:
+            setattr(made, name, fields.get(name))
+        return made
 
     # What a dtype defines.
 
@@ -762,18 +767,6 @@ def _read_roles(cls: type[QTensor]) -> Iterator[tuple[str, str]]:
         for hint in (hints[name], *getattr(hints[name], "__args__", ())):
             if getattr(hint, "__metadata__", None):
                 yield name, hint.__metadata__[0]
-
-
-def _strides(shape: torch.Size | tuple[int, ...], first: Tensor) -> list[int]:
-    """The strides that the data would have if the first field were not packed: a transposed, sliced or expanded QTensor
-    says so, and `contiguous()` knows what to do."""
-    if first.dim() != len(shape):
-        return torch.empty(shape, device="meta").stride()  # type: ignore[return-value]
-    packed = next((d for d in range(len(shape)) if first.shape[d] != shape[d]), None)
-    if packed is None:
-        return list(first.stride())
-    inner, full, small = first.stride(packed), shape[packed], first.shape[packed]
-    return [s * full // small if s > inner else s for s in first.stride()]
 
 
 @functools.cache

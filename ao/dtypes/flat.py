@@ -74,14 +74,6 @@ class FlatTensor(QTensor, spec=Flat):
     spec: Flat
     own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
 
-    @staticmethod
-    def __new__(
-        cls, spec: Spec, dtype: torch.dtype, shape: torch.Size, whole: bool = True, **fields: Tensor | None
-    ) -> FlatTensor:
-        blocks = fields["blocks"]
-        assert blocks is not None
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=blocks.device, requires_grad=False)
-
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         assert isinstance(self.blocks, QTensor)
         return self.blocks.decode(dtype).reshape(self.shape)

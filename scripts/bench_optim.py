@@ -40,7 +40,7 @@ from optim_page import cells
 from torch import Tensor, nn
 
 from ao import optim
-from ao.quant.progress import progress
+from ao.quant.report import progress
 
 SHAPES = {**llama.SHAPES, "llama-20m": llama.LlamaConfig(512, 4, 8, 4, 64, 2048, 8192, tied=True)}
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from training_page import cells
 
 from ao.optim import AdamW8bit
-from ao.quant.progress import progress
+from ao.quant.report import progress
 from ao.train import (
     PRECISIONS,
     Float8LinearConfig,

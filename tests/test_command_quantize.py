@@ -20,7 +20,7 @@ from ao.integrations.folder_quantizer import quantize_folder, quantize_folder_in
 from ao.integrations.html_report import Measure  # noqa: E402
 from ao.integrations.model_folder import calibration_batches, load_model  # noqa: E402
 from ao.integrations.transformers import AoConfig  # noqa: E402
-from ao.quant.algorithms.by_name import RECIPES  # noqa: E402
+from ao.quant.config import RECIPES  # noqa: E402
 
 INT3 = ao.Intx(3, (1, 32))
 

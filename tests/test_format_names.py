@@ -13,8 +13,8 @@ from torch import nn
 
 import ao
 from ao.quant import format_syntax
-from ao.quant.algorithms.by_name import RECIPES as KNOWN
 from ao.quant.config import ENUMS, VALUES
+from ao.quant.config import RECIPES as KNOWN
 from ao.quant.format_names import ALIASES, FORMATS, RECIPES, split_recipe
 from ao.quant.qat import QATConfig
 from ao.quant.read_format import config_classes, read_format

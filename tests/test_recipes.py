@@ -41,13 +41,13 @@ from ao.quant import (
     rotate_,
 )
 from ao.quant.algorithms import clip
-from ao.quant.algorithms.by_name import parse_recipe
 from ao.quant.algorithms.factor import Factored
 from ao.quant.algorithms.gptq import Solver
 from ao.quant.algorithms.hadamard import random_hadamard
 from ao.quant.algorithms.recipe import Recipe, Rounded
 from ao.quant.calibration.observers import Hessian
 from ao.quant.calibration.statistics import Statistics
+from ao.quant.config import parse_recipe
 
 N, K = 48, 96
 PLAIN = GPTQ(act_order=False, search=False, rounds=0, match_original=False)

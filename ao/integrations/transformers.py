@@ -34,9 +34,8 @@ from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten, quantized_entries
 from ..matmul import adopt
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
-from ..quant.coverage import by_default, few
+from ..quant.choice import by_default, few, slots_of
 from ..quant.report import Report, storage_bytes
-from ..quant.slots import slots_of
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
 from . import transformers_cache as _transformers_cache  # noqa: F401  generate's quantized cache
 from .config_names import AS_STORED, AUTOQUANT, read_quant_type

@@ -12,11 +12,9 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..quant import FqnToConfig, RoundToNearest
-from ..quant.choice import choices
-from ..quant.coverage import Default, by_default, few
+from ..quant.choice import Default, Slot, by_default, choices, few
 from ..quant.job import Job, jobs_by_name
 from ..quant.report import Report
-from ..quant.slots import Slot
 
 
 def plan_for(

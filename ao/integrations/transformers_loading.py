@@ -72,7 +72,7 @@ class Quantize(ConversionOps):
 def quantize_named(job: Job, name: str, value: Tensor, report: Report) -> QTensor:
     """Quantize the parameter called `name`, one of the names of the job's, and say so in the report. Raises ValueError for NaN
     and infinite values, and for those that are beyond the format's range."""
-    check_values(name, value, job.limits)
+    check_values(name, value, job)
     q, found = job.quantize(value)
     report.rows.append(replace(job.row(value, q), name=name))
     report.notes.extend(f"{name}: {note}" for note in (found.notes if found is not None else ()))

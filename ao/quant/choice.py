@@ -1,21 +1,210 @@
-"""Which config each parameter of a model gets: by a rule, by a filter, or by default. The one place that decides it."""
+"""Which parameters of a model are quantized, by which config, and why the others are not. The one place that decides it, for
+models in place, models that load, and folders.
+
+A rule by name decides, or a filter. Where neither is given, what multiplies as a linear layer does is quantized: the weight of
+an `nn.Linear`, that of transformers' `Conv1D`, and the experts of a mixture, 3-D parameters that hold one linear layer per
+expert. A linear layer of few outputs or inputs is left out of it: a classifier, a router.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..dtypes import QTensor, Spec
 from .config import Config, ModelConfig
-from .coverage import LARGE, Default, by_default, is_experts, is_matrix, qualifies, why_no_parameter
 from .report import Report
 from .rules import FqnToConfig
-from .slots import Filter, Slot, slots_of, tied
 
-__all__ = ["Chosen", "choices"]
+__all__ = ["Chosen", "Default", "Filter", "Slot", "by_default", "check_filter", "choices", "slots_of", "tied"]
+
+Filter = Callable[[nn.Module, str], bool]
+"""(module, fully qualified name) -> whether it is taken."""
+
+
+def check_filter(who: str, filter_fn: object) -> None:
+    """Raise TypeError for what cannot be called with a module and its name."""
+    what = repr(filter_fn)
+    if callable(filter_fn):
+        try:
+            signature = inspect.signature(filter_fn)
+        except ValueError:  # some of C have none
+            return
+        try:
+            signature.bind(None, "")
+            return
+        except TypeError:
+            what = f"one of {signature}"
+    raise TypeError(
+        f"{who}: filter_fn must be a function (module, name) -> bool, got {what}; FqnToConfig({{name: config, ...}}) takes names"
+    )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter at its place: `owner.name`, known to the model as `fqn`."""
+
+    owner: nn.Module
+    name: str
+    fqn: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What is in it now."""
+        return self.owner._parameters[self.name]  # type: ignore[return-value]
+
+    @property
+    def module_fqn(self) -> str:
+        """The name of the owner."""
+        return self.fqn.rpartition(".")[0]
+
+    @property
+    def rule(self) -> str:
+        """What a rule of `FqnToConfig` calls it: a layer's weight by the layer's name."""
+        return self.module_fqn if self.name == "weight" else self.fqn
+
+
+def slots_of(model: nn.Module) -> Iterator[Slot]:
+    """Every slot of a model that is not empty."""
+    for prefix, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                yield Slot(module, name, f"{prefix}.{name}" if prefix else name)
+
+
+def tied(slots: Sequence[Slot], ties: Mapping[str, str] | None = None) -> list[list[Slot]]:
+    """The slots that hold one parameter each. ties: names of parameters that will be tied, beside those that are."""
+    key = {slot.fqn: id(slot.parameter) for slot in slots}
+    for name, other in (ties or {}).items():
+        if name in key and other in key and key[name] != key[other]:
+            old, new = key[name], key[other]
+            key = {fqn: new if k == old else k for fqn, k in key.items()}
+    groups: dict[int, list[Slot]] = {}
+    for slot in slots:
+        groups.setdefault(key[slot.fqn], []).append(slot)
+    return list(groups.values())
+
+
+Default = Callable[[Slot], str]
+"""Why a parameter is not quantized where nothing else is said; "" for one that is."""
+
+LARGE = 1000
+"""A vector of more elements than this is told of, where it is not quantized; a matrix always is."""
+
+FEW = 16
+"""Linear layers of fewer outputs or inputs stay as they are, unless they are asked for: they save nothing, and decide much."""
+
+VECTOR = "a vector, such as a norm's weight or a bias"
+
+BY_RULE = "a rule by its name (FqnToConfig) takes it"
+
+
+def is_linear(module: nn.Module, name: str) -> bool:
+    """Whether a module is an `nn.Linear`, other than attention's output projection, which PyTorch reads directly."""
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`, a linear layer whose weight has shape (K, N)."""
+    return any(
+        c.__name__ == "Conv1D" and c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__
+    )
+
+
+def is_experts(module: nn.Module, p: Tensor) -> bool:
+    """Whether a parameter holds the linear layers of the experts of a mixture, one per index of its first dim."""
+    named = hasattr(module, "_apply_gate") or type(module).__name__.endswith("Experts")
+    return named and p.dim() == 3 and min(p.shape[1:]) > 1
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Whether two dims or more have more than one index."""
+    return sum(n > 1 for n in p.shape) > 1
+
+
+def qualifies(p: Tensor) -> bool:
+    """Whether a parameter can be quantized: floating point of 16 bits or more, or quantized already, of two or more dims."""
+    return p.dim() >= 2 and p.dtype.is_floating_point and (isinstance(p, QTensor) or p.element_size() > 1)
+
+
+def few(module: nn.Module, name: str) -> str:
+    """Why a linear layer is too small to be quantized where nothing asks for it; "" for others, and for one that is the model."""
+    p = module._parameters.get("weight")
+    if p is None or p.dim() != 2 or min(p.shape) >= FEW or not name:
+        return ""
+    n, k = reversed(p.shape) if is_conv1d(module) else p.shape
+    size = f"{n} outputs, such as a classifier or a router" if n < FEW else f"{k} inputs"
+    return f"of {size}: fewer than {FEW} save nothing and decide much; filter_fn or {BY_RULE}"
+
+
+def by_default(slot: Slot, asked: bool = False) -> str:
+    """The `Default` of `quantize_`. asked: whether somebody names the layer, whose size then does not count."""
+    owner, leaf, p = slot.owner, slot.name, slot.parameter
+    plain = type(owner) is nn.Linear and leaf == "weight" and p.is_floating_point() and p.element_size() > 1
+    if plain and (asked or min(p.shape) >= FEW):
+        return ""  # as most do
+    if p.dim() < 2:
+        return VECTOR
+    kind = type(owner).__name__
+    if computed := why_computed(owner, leaf):
+        return computed
+    takes = is_experts(owner, p) or (leaf == "weight" and (is_linear(owner, "") or is_conv1d(owner)))
+    if takes and qualifies(p):
+        return "" if asked or min(p.shape) >= FEW else few(owner, slot.module_fqn)
+    if not is_matrix(p):
+        return VECTOR
+    if not qualifies(p):
+        return f"of {p.dtype}, and not floating point of 16 bits or more"
+    if isinstance(owner, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
+        return f"a projection of PyTorch's attention, which reads it directly; {BY_RULE}"
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return f"a convolution ({kind}); {BY_RULE}"
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return f"an embedding ({kind}); {BY_RULE}"
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)):
+        return f"of a recurrent layer ({kind})"
+    return f"not a linear layer ({kind}); {BY_RULE}"
+
+
+def why_computed(owner: nn.Module, leaf: str) -> str:
+    """Why a parameter is only what a layer's weight is computed from, before each call, and how to end that; "" for others."""
+    if isinstance(owner, ParametrizationList):
+        return (
+            "the layer's weight is computed by a parametrization; remove that first with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, name)"
+        )
+    base, _, end = leaf.rpartition("_")
+    if end not in ("orig", "g", "v") or base in owner._parameters or not isinstance(getattr(owner, base, None), Tensor):
+        return ""
+    if end != "orig":
+        how = "weight normalization; remove that first with torch.nn.utils.remove_weight_norm(layer, name)"
+    elif f"{base}_mask" in owner._buffers:
+        how = "pruning; end that first with torch.nn.utils.prune.remove(layer, name)"
+    else:
+        how = "spectral normalization; remove that first with torch.nn.utils.remove_spectral_norm(layer, name)"
+    return f"the layer's weight is computed by {how}"
+
+
+def why_no_parameter(module: nn.Module) -> str:
+    """Why the weight of a layer is none of its parameters, and so cannot be quantized; "" where it is one, or there is none."""
+    if "weight" in module._parameters:
+        return ""
+    computed = module._modules.get("parametrizations")
+    if isinstance(computed, nn.ModuleDict) and "weight" in computed:
+        return why_computed(computed["weight"], "original")
+    for leaf in ("weight_orig", "weight_v"):
+        if leaf in module._parameters and (why := why_computed(module, leaf)):
+            return why
+    weight = module._buffers.get("weight")
+    return IS_BUFFER if weight is not None and qualifies(weight) else ""
+
+
+IS_BUFFER = "a buffer; make it an nn.Parameter first"
 
 
 @dataclass(frozen=True)

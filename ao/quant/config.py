@@ -1,4 +1,5 @@
-"""What a config is: it says what the weight becomes and what the activation becomes, and is written to JSON and back."""
+"""What a config is: it says what the weight becomes, by which recipe, and what the activation becomes, and is written to JSON
+and back."""
 
 from __future__ import annotations
 
@@ -13,11 +14,56 @@ import torch
 from torch import nn
 
 from ..dtypes import Layout, Spec
-from .algorithms.by_name import RECIPES, parse_recipe
-from .algorithms.recipe import Recipe
+from .algorithms.awq import AWQ
+from .algorithms.bias_correction import BiasCorrection
+from .algorithms.clip import Clip
+from .algorithms.gptq import GPTQ
+from .algorithms.hqq import HQQ
+from .algorithms.pruning import Magnitude, Wanda
+from .algorithms.recipe import Recipe, RoundToNearest
+from .algorithms.smoothquant import SmoothQuant
+from .algorithms.sparsegpt import SparseGPT
 from .calibration.observers import RangeMethod
 from .granularity import Granularity, MappingType, ZeroPointDomain
 from .report import Report
+
+RECIPES: tuple[type[Recipe], ...] = (
+    *(RoundToNearest, Clip, HQQ, GPTQ, AWQ, SmoothQuant, BiasCorrection),
+    *(Magnitude, Wanda, SparseGPT),
+)
+"""The recipes that have a name."""
+
+
+def parse_recipe(algorithm: str | Recipe, who: str = "algorithm") -> Recipe:
+    """A recipe by name ("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction"), several of them joined by "+"
+    ("awq+gptq": scale the channels as AWQ does, round as GPTQ does), or a Recipe itself.
+
+    Raises ValueError for a name that is none, and for two recipes that cannot be joined; TypeError for anything else.
+    """
+    if isinstance(algorithm, Recipe):
+        return algorithm
+    if not isinstance(algorithm, str):
+        raise TypeError(f"{who} must be a name such as 'gptq' or a Recipe such as GPTQ(), got {algorithm!r}")
+    return _joined(algorithm, who)
+
+
+@functools.cache
+def _joined(algorithm: str, who: str) -> Recipe:
+    named = {cls.name: cls for cls in RECIPES}
+    parts = algorithm.lower().split("+")
+    unknown = [part for part in parts if part not in named]
+    if unknown:
+        raise ValueError(f"{who} must be among {', '.join(sorted(named))}, or several joined by '+'; got {algorithm!r}")
+    *outer, last = (named[part] for part in parts)
+    recipe = last()
+    for cls in reversed(outer):
+        if "rounding" not in cls.__dataclass_fields__:
+            raise ValueError(
+                f"{who}: {cls.name!r} decides the codes, and must come last; in {algorithm!r} it is followed by "
+                f"{type(recipe).name!r}"
+            )
+        recipe = cls(rounding=recipe)  # type: ignore[call-arg]
+    return recipe
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,9 @@ from ..matmul import layer_class, set_parameter
 from .algorithms.recipe import Recipe, Rounded, RoundToNearest, assemble
 from .calibration.observers import RangeMethod
 from .calibration.statistics import RANGES, Statistics, act_scale, statistics_of
-from .choice import Chosen, choices
+from .choice import Chosen, Default, Filter, Slot, by_default, choices, why_computed
 from .config import Config, SpecConfig
-from .coverage import Default, by_default, is_plain, why_computed
 from .report import Report, Row, storage_bytes
-from .slots import Filter, Slot
 from .trial import why_it_cannot
 
 __all__ = ["Job", "jobs_by_name", "jobs_of"]
@@ -47,11 +45,6 @@ class Job:
     @property
     def parameter(self) -> nn.Parameter:
         return self.slots[0].parameter
-
-    @property
-    def limits(self) -> Spec | None:
-        """The Spec that a weight must fit; None where the recipe makes it fit."""
-        return None if self.recipe.prunes else self.spec
 
     @property
     def owners(self) -> list[nn.Module]:
@@ -163,12 +156,14 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
                 f"algorithm={recipe.name!r} needs the inputs of a linear layer, and this is {type(other).__name__}; "
                 "use algorithm='hqq' for it, leave it out with filter_fn=ao.is_linear, or give unsupported='skip'"
             )
-        recipe.check(spec, shape)
+        if not isinstance(recipe, RoundToNearest):
+            recipe.check(spec, shape)
         blank(spec, shape)
-        for slot in (slot for slot in slots if not is_plain(slot)):
-            cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
-            if cannot:
-                raise ValueError(cannot)
+        for slot in slots:
+            if type(slot.owner) is not nn.Linear or slot.name != "weight":
+                cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
+                if cannot:
+                    raise ValueError(cannot)
     except ValueError as error:
         skips = getattr(config, "unsupported", "raise") == "skip" or (cannot and not chosen.asked)
         if skips and not isinstance(p, QTensor):
@@ -202,11 +197,12 @@ def check(job: Job) -> None:
             f"{job.fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
             "FromIntXQuantizationAwareTrainingConfig() first"
         )
-    check_values(job.fqn, job.parameter, job.limits)
+    check_values(job.fqn, job.parameter, job)
 
 
-def check_values(fqn: str, weight: Tensor, spec: Spec | None = None) -> None:
-    """Raise ValueError for NaN and infinite values, and for a weight that is too large or too small for `spec`."""
+def check_values(fqn: str, weight: Tensor, job: Job | None = None) -> None:
+    """Raise ValueError for NaN and infinite values, and for a weight that is too large or too small for the Spec of `job`, but
+    where its recipe makes it fit."""
     if weight.is_meta:
         return
     if not is_finite(weight.detach()):
@@ -216,9 +212,9 @@ def check_values(fqn: str, weight: Tensor, spec: Spec | None = None) -> None:
             f"{fqn}: the weight has numbers up to {weight.detach().abs().max().item():.3g}, which are beyond the range of "
             "float32, in which formats compute; scale them down first"
         )
-    if spec is not None:
+    if job is not None and not job.recipe.prunes:
         try:
-            spec.check_range(weight.detach())
+            job.spec.check_range(weight.detach())
         except ValueError as error:
             raise ValueError(f"{fqn}: {error}") from None
 

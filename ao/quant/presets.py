@@ -33,12 +33,11 @@ from ..dtypes import (
     Ternary,
     nf4_spec,
 )
-from .algorithms.by_name import parse_recipe
 from .algorithms.clip import Clip
 from .algorithms.recipe import Recipe, RoundToNearest
 from .calibration.observers import RangeMethod
 from .calibration.statistics import RANGES
-from .config import Config
+from .config import Config, parse_recipe
 from .granularity import (
     Granularity,
     MappingType,

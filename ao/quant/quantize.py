@@ -13,13 +13,11 @@ from ..dtypes import QTensor, Spec
 from ..matmul import set_parameter
 from .calibration.sequential import Batch, quantize_in_sequence, restored_on_error
 from .calibration.statistics import ATTRIBUTE, Statistics
+from .choice import Filter, check_filter, is_linear
 from .config import Config, ModelConfig
-from .coverage import is_linear
 from .job import Job, check, jobs_of
-from .progress import progress
 from .read_format import read_format
-from .report import Report, Row, storage_bytes
-from .slots import Filter, check_filter
+from .report import Report, Row, progress, storage_bytes
 
 __all__ = ["Filter", "dequantize_", "is_linear", "quantize_"]
 
@@ -174,7 +172,8 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
         report.notes.extend(f"{job.fqn}: {note}" for note in found.notes)
         if found.bias is not None and not _add_to_bias(job, found.bias):
             report.notes.append(f"{job.fqn}: its bias is not corrected: it would be beyond the range of {old.dtype}")
-    job.install(nn.Parameter(new, requires_grad=False))
+    new._is_param = True  # type: ignore[attr-defined]  # nn.Parameter(new) would make a view first, and nobody else holds this
+    job.install(new)  # type: ignore[arg-type]
     report.rows.append(job.row(old, new))
 
 

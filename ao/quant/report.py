@@ -1,14 +1,28 @@
-"""What `quantize_` did, as a value that prints as a table."""
+"""What long work says of itself: a progress bar while it goes on, and what `quantize_` did, as a value that prints as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..dtypes import QTensor
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], what: str) -> Iterator[T]:
+    """Iterate over `items` under a bar that says `what`; it appears after a second of work, on a terminal only."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        yield from items
+        return
+    total = len(items) if isinstance(items, Sized) else None
+    yield from tqdm(items, desc=what, total=total, disable=None, delay=1.0, leave=False)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from ..dtypes import Spec, is_finite
 from .calibration.sequential import Batch, call
+from .choice import Filter
 from .config import Config, SpecConfig
 from .job import Job, check, jobs_of
 from .presets import UIntXWeightOnlyConfig
-from .progress import progress
 from .quantize import quantize_job
-from .report import Report, storage_bytes
+from .report import Report, progress, storage_bytes
 from .rules import FqnToConfig
-from .slots import Filter
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> the loss, a scalar."""

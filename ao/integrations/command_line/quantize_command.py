@@ -248,7 +248,7 @@ def _config(args: argparse.Namespace) -> tuple[Any, bool]:
 def with_recipe(config: Any, recipe: str) -> Any:
     """The same config, or Spec, or rules, with a recipe by name. Raises ValueError for a name that is none."""
     from ao.quant import read_format
-    from ao.quant.algorithms.by_name import parse_recipe
+    from ao.quant.config import parse_recipe
 
     parse_recipe(recipe, "--recipe")
     return read_format.with_recipe(config, recipe)

@@ -47,10 +47,6 @@ class AWQ(Recipe):
         return True
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.observes | self.rounding.needs
-
-    @property
     def wants_target(self) -> bool:
         return self.rounding.wants_target
 

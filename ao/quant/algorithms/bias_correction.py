@@ -32,10 +32,6 @@ class BiasCorrection(Recipe):
     observes: ClassVar[frozenset[str]] = frozenset({"channels"})
 
     @property
-    def needs(self) -> frozenset[str]:
-        return self.observes | self.rounding.needs
-
-    @property
     def wants_target(self) -> bool:
         return True
 

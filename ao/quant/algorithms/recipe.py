@@ -6,6 +6,7 @@ ones (`round`). What it returns is stored by `encode`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -66,12 +67,13 @@ class Recipe:
     prunes: ClassVar[bool] = False
     """Whether it makes zeros, so that a format which leaves out zeros takes what it makes of any weight."""
 
-    @property
+    @functools.cached_property
     def needs(self) -> frozenset[str]:
         """What it and the recipes it is made of need to know of the layer's input."""
-        return self.observes
+        rounding = getattr(self, "rounding", None)
+        return self.observes if rounding is None else self.observes | rounding.needs
 
-    @property
+    @functools.cached_property
     def label(self) -> str:
         """Its name, with those of the recipes it is made of."""
         rounding = getattr(self, "rounding", None)

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dtypes import QTensor
-from ..progress import progress
-from ..report import Report
+from ..report import Report, progress
 from .hadamard import random_hadamard
 
 

@@ -16,9 +16,8 @@ from ...dtypes import Spec
 from ..calibration.statistics import check_finite_inputs
 from ..compiled import Compiler
 from ..config import Config
-from ..progress import progress
 from ..quantize import quantize_
-from ..report import compute_error, storage_bytes
+from ..report import compute_error, progress, storage_bytes
 from . import end_to_end, timing
 from .cache import TimingCache, product_key
 from .candidates import candidates_on

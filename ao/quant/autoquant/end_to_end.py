@@ -13,7 +13,7 @@ from torch import nn
 
 from ..benchmark import interleave, noise, seconds
 from ..compiled import unwrapped
-from ..progress import progress
+from ..report import progress
 from .recording import Call
 
 

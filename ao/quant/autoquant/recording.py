@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ...dtypes import QTensor
 from ...matmul import set_parameter
-from ..coverage import few
+from ..choice import few
 from ..quantize import Filter, is_linear
 from .timing import Product
 

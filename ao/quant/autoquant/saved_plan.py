@@ -10,9 +10,9 @@ from torch import nn
 
 from ...dtypes import QTensor
 from ..atomic_write import atomic_write
+from ..choice import few
 from ..compiled import unwrapped
 from ..config import config_from_dict, config_to_dict
-from ..coverage import few
 from ..quantize import is_linear, quantize_
 from ..report import Report
 from ..rules import FqnToConfig

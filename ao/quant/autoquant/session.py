@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ...dtypes import cache_directory
+from ..choice import Filter, check_filter
 from ..compiled import compiled_caller, compiler_of, is_compiled, unwrapped
 from ..rules import FqnToConfig
-from ..slots import Filter, check_filter
 from . import timing
 from .cache import TimingCache
 from .candidates import Candidates, candidates_on, check_candidates

@@ -19,12 +19,11 @@ import torch
 from torch import nn
 
 from ...dtypes import Spec
-from ..choice import nothing_taken
+from ..choice import Filter, nothing_taken
 from ..config import Config
 from ..job import jobs_of
 from ..read_format import read_format
 from ..report import Report
-from ..slots import Filter
 from .statistics import ATTRIBUTE, OBSERVERS, Statistics, check_finite_inputs, first_tensor
 
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...matmul import set_parameter
 from ..compiled import is_compiled, unwrapped
 from ..job import Job
-from ..progress import progress
+from ..report import progress
 from .observers import Target
 from .statistics import OBSERVERS, Statistics, check_finite_inputs, first_tensor
 

@@ -13,11 +13,11 @@ from torch import nn
 from ...dtypes import Intx, Spec
 from ..algorithms.recipe import Recipe, RoundToNearest
 from ..calibration.sequential import Batch
+from ..choice import Filter
 from ..config import VALUES, Config, ModelConfig
 from ..granularity import Granularity, MappingType, PerAxis, PerGroup, PerRow, PerToken, ZeroPointDomain
 from ..read_format import read_format
 from ..report import Report
-from ..slots import Filter
 from .convert import convert, unprepare
 from .prepare import Adapter, prepare
 

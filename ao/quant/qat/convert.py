@@ -8,11 +8,11 @@ from torch import nn
 
 from ...dtypes import Spec
 from ..algorithms.recipe import RoundToNearest
+from ..choice import Filter, Slot, tied
 from ..config import Config
 from ..job import Job, check_values, jobs_of
 from ..report import Report
 from ..rules import FqnToConfig
-from ..slots import Filter, Slot, tied
 from .layers import PLAIN, FakeQuantized
 from .prepare import linear_by_default
 

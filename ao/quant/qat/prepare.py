@@ -13,11 +13,10 @@ from ...dtypes import Spec, dense
 from ..algorithms.recipe import Rounded
 from ..calibration.sequential import Batch, quantize_in_sequence, restored_on_error
 from ..calibration.statistics import Statistics
+from ..choice import Filter, Slot, by_default
 from ..config import Config
-from ..coverage import by_default
 from ..job import Job, check, jobs_of, static_scale
 from ..report import Report
-from ..slots import Filter, Slot
 from .layers import PREPARED, FakeQuantized
 
 

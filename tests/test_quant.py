@@ -53,8 +53,8 @@ from ao.quant import (
     get_model_size_in_bytes,
     quantize_,
 )
-from ao.quant.job import jobs_by_name
 from ao.quant.qat import QATConfig
+from ao.quant.quantize import jobs_by_name
 
 UINT4 = Intx(4, (1, 128), signed=False)
 # config -> the weight's Spec, and the error in dB that a small network must stay above

@@ -40,7 +40,7 @@ from torch.jit._trace import is_tracing
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .bits import CHUNK
-from .blocks import block_grid, expand
+from .blocks import expand
 from .lattice import lattice
 from .operand import Cast, Operand
 from .pieces import ELEMENTS, Box, boxes, part
@@ -158,8 +158,39 @@ class Spec:
     # What follows.
 
     def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the qparams for data of `shape`. Raises ValueError when the blocks do not fit."""
-        return block_grid(self.block, shape, who=self)
+        """The shape of the qparams for data of `shape`: the number of blocks along each dim.
+
+        A block with fewer dims than the data belongs to the last dims, with one block per index of the dims before them, except
+        that an all -1 block is the whole tensor; a 1-D tensor takes the last entry. Raises ValueError when a dim is no multiple
+        of its block.
+        """
+        block, rank = tuple(self.block), len(shape)
+        if all(b == -1 for b in block):
+            block = (-1,) * rank
+        elif len(block) < rank:
+            block = (1,) * (rank - len(block)) + block
+        elif len(block) > rank:
+            if rank == 0 or any(b != 1 for b in block[: len(block) - rank]):
+                raise ValueError(f"{self}: block={block} has more dims than the data's shape {tuple(shape)}")
+            block = block[len(block) - rank :]
+        grid = []
+        for dim, (b, size) in enumerate(zip(block, shape)):
+            if b == -1:
+                grid.append(1)
+                continue
+            if b < 1:
+                raise ValueError(f"{self}: block={block}: a block is a positive size, or -1 for the whole dim")
+            if size % b:
+                common = math.gcd(b, size)
+                fitting = common if common > 1 else max(d for d in range(1, min(b, size) + 1) if size % d == 0)
+                fits = tuple(fitting if d == dim else b for d, b in enumerate(block))
+                use = f"block={fits}, " if fitting > 1 else ""
+                raise ValueError(
+                    f"{self}: dim {dim} of shape {tuple(shape)} is not a multiple of its block {b}; "
+                    f"use {use}-1 for the whole dim, or leave this tensor out"
+                )
+            grid.append(size // b)
+        return tuple(grid)
 
     def grid_of(self, q: QTensor) -> tuple[int, ...]:
         """The shape of the qparams of `q`. Those of a view may belong to smaller blocks than `block` says."""

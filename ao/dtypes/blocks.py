@@ -7,7 +7,6 @@ block size is read off the two shapes; nobody stores it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,45 +15,8 @@ from torch import Tensor
 from .tracing import is_eager, known
 
 
-def block_grid(block: Sequence[int], shape: Sequence[int], who: object = "block") -> tuple[int, ...]:
-    """The number of blocks along each dim: the shape of the qparams.
-
-    block: elements per block and dim, -1 for the whole dim. A block with fewer dims than the data belongs to the last
-    dims, with one block per index of the dims before them, except that an all -1 block is the whole tensor; a 1-D tensor
-    takes the last entry. Raises ValueError, which begins with `who`, when a dim is no multiple of its block.
-    """
-    block = tuple(block)
-    rank = len(shape)
-    if all(b == -1 for b in block):
-        block = (-1,) * rank
-    elif len(block) < rank:
-        block = (1,) * (rank - len(block)) + block
-    elif len(block) > rank:
-        if rank == 0 or any(b != 1 for b in block[: len(block) - rank]):
-            raise ValueError(f"{who}: block={block} has more dims than the data's shape {tuple(shape)}")
-        block = block[len(block) - rank :]
-    grid = []
-    for dim, (b, size) in enumerate(zip(block, shape)):
-        if b == -1:
-            grid.append(1)
-            continue
-        if b < 1:
-            raise ValueError(f"{who}: block={block}: a block is a positive size, or -1 for the whole dim")
-        if size % b:
-            common = math.gcd(b, size)
-            fitting = common if common > 1 else max(d for d in range(1, min(b, size) + 1) if size % d == 0)
-            fits = tuple(fitting if d == dim else b for d, b in enumerate(block))
-            use = f"block={fits}, " if fitting > 1 else ""
-            raise ValueError(
-                f"{who}: dim {dim} of shape {tuple(shape)} is not a multiple of its block {b}; "
-                f"use {use}-1 for the whole dim, or leave this tensor out"
-            )
-        grid.append(size // b)
-    return tuple(grid)
-
-
 def spans(block: Sequence[int], rank: int, dim: int) -> bool:
-    """Whether a block, as `block_grid` reads it, is as long as dim `dim` of data of `rank` dims, however long that is."""
+    """Whether a block, as `Spec.grid` reads it, is as long as dim `dim` of data of `rank` dims, however long that is."""
     entry = dim - rank + len(block)
     return all(b == -1 for b in block) or (entry >= 0 and block[entry] == -1)
 

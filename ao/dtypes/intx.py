@@ -107,18 +107,29 @@ class Intx(Spec):
     def choose_qparams(self, x: Tensor, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """scale and, if asymmetric, zero_point, of shape `grid`, by the formulas of the class."""
         dtype = getattr(torch, self.scale_dtype)
-        steps = self.qmax - self.qmin
-        if self.symmetric and self.signed and self.bits <= 2 and self.clip:
-            scale = mean_abs(x, grid) * (2 if self.bits == 1 else 1)
-        elif self.symmetric and self.clip:
-            scale = amax_abs(x, grid) * (1 / (steps / 2 if self.signed else steps))
-        else:
+        qmin, qmax = self.qmin, self.qmax
+        steps = qmax - qmin
+        if not self.symmetric:
             lo, hi = amin_amax(x, grid)
-            if not self.symmetric:
-                return self._asymmetric(lo, hi, steps, dtype)
-            scale = hi * (1 / max(self.qmax, 1))
+            if self.zero_point != "float":
+                lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+            scale = (hi - lo) * (1 / steps)
+            if self.zero_point == "joint":
+                return self._joint(scale, qmin - lo * reciprocal(scale))
+            if self.zero_point == "float":
+                return self._fraction(lo, hi, scale, dtype)
+            scale = round_to(scale, dtype)
+            zero_point = (qmin - (lo * reciprocal(scale)).round()).clamp(qmin, qmax)
+            return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
+        if not self.clip:
+            lo, hi = amin_amax(x, grid)
+            scale = hi * (1 / max(qmax, 1))
             if self.signed:
-                scale = torch.maximum(scale, lo * (1 / self.qmin))
+                scale = torch.maximum(scale, lo * (1 / qmin))
+        elif self.signed and self.bits <= 2:
+            scale = mean_abs(x, grid) * (2 if self.bits == 1 else 1)
+        else:
+            scale = amax_abs(x, grid) * (1 / (steps / 2 if self.signed else steps))
         return {"scale": round_to(scale, dtype)}
 
     def check_range(self, x: Tensor) -> None:
@@ -131,18 +142,6 @@ class Intx(Spec):
                     f"{self}: the largest scale would be {largest:.3g}, and float16 holds 1e-6 to 65504; use "
                     "scale_dtype='bfloat16' or 'float32'"
                 )
-
-    def _asymmetric(self, lo: Tensor, hi: Tensor, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        if self.zero_point != "float":
-            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        scale = (hi - lo) * (1 / steps)
-        if self.zero_point == "joint":
-            return self._joint(scale, self.qmin - lo * reciprocal(scale))
-        if self.zero_point == "float":
-            return self._fraction(lo, hi, scale, dtype)
-        scale = round_to(scale, dtype)
-        zero_point = (self.qmin - (lo * reciprocal(scale)).round()).clamp(self.qmin, self.qmax)
-        return {"scale": scale, "zero_point": zero_point.to(torch.int8 if self.signed else torch.uint8)}
 
     def _joint(self, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor]:
         """Scale (bfloat16) and zero point (float32) as they are stored in one."""
@@ -198,18 +197,14 @@ class Intx(Spec):
         else:
             # By way of int8, to which a CPU converts five times faster than to uint8.
             qdata = pack(q.to(torch.int8).view(torch.uint8), self.bits, pack_dim(q.shape, self.bits, self))
-        return {"qdata": qdata, **self._fields(scale, zero_point)}
-
-    def _fields(self, scale: Tensor, zero_point: Tensor | None = None) -> dict[str, Tensor | None]:
-        """The fields beside the codes, of qparams as they are stored."""
         if self.zero_point == "joint":
-            assert zero_point is not None
-            words = words_of(scale, self._place(zero_point))
-            return {
-                "scale": Joint(bits=self.bits).wrap({"words": words}, torch.float32, scale.shape),
-                "zero_point": None,
-            }
-        return {"scale": scale, "zero_point": zero_point}
+            return {"qdata": qdata, **self._words(scale, zero_point)}
+        return {"qdata": qdata, "scale": scale, "zero_point": zero_point}
+
+    def _words(self, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor | None]:
+        """The fields beside the codes, of qparams as `stored` gives them, where they share 16 bits."""
+        words = words_of(scale, self._place(zero_point))
+        return {"scale": Joint(bits=self.bits).wrap({"words": words}, torch.float32, scale.shape), "zero_point": None}
 
     def element(self) -> Element | None:
         """None where a mean is the scale, or rounding is at random."""
@@ -234,7 +229,7 @@ class Intx(Spec):
             return (((x + shift) * inverse).round() + offset).clamp(low, high).to(torch.int32) & 255
 
         chosen = code if self.symmetric else code_from_zero if whole else code_from_fraction
-        return Element(self.bits, reads, chosen, self._fields)
+        return Element(self.bits, reads, chosen, self._words if self.zero_point == "joint" else dict)
 
     def round(self, x: Tensor, *, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """The multiples of the scale that `x` (float32) becomes."""

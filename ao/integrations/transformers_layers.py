@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..quant import FqnToConfig, RoundToNearest
 from ..quant.choice import Default, Slot, by_default, choices, few
-from ..quant.job import Job, jobs_by_name
+from ..quant.quantize import Job, jobs_by_name
 from ..quant.report import Report
 
 

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from ..dtypes import QTensor
 from ..dtypes.checkpoint import quantized_entries, stored_names, unflatten
-from ..quant.job import Job, check_values
+from ..quant.quantize import Job, check_values
 from ..quant.report import Report
 from .foreign.checkpoint import ForeignCheckpoint
 from .joined_parameters import Joined, joined_parameters

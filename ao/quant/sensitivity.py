@@ -23,9 +23,8 @@ from ..dtypes import Spec, is_finite
 from .calibration.sequential import Batch, call
 from .choice import Filter
 from .config import Config, SpecConfig
-from .job import Job, check, jobs_of
 from .presets import UIntXWeightOnlyConfig
-from .quantize import quantize_job
+from .quantize import Job, check, jobs_of, quantize_job
 from .report import Report, progress, storage_bytes
 from .rules import FqnToConfig
 

@@ -15,8 +15,7 @@ from ..quant.algorithms.pruning import Pruner
 from ..quant.calibration.sequential import quantize_in_sequence, restored_on_error
 from ..quant.calibration.statistics import Statistics
 from ..quant.choice import choices
-from ..quant.job import Job, check_values
-from ..quant.quantize import batches_of
+from ..quant.quantize import Job, batches_of, check_values
 from ..quant.report import aligned, by_reason
 from .training import SemiSparseLinear
 

@@ -21,7 +21,7 @@ from torch import nn
 from ...dtypes import Spec
 from ..choice import Filter, nothing_taken
 from ..config import Config
-from ..job import jobs_of
+from ..quantize import jobs_of
 from ..read_format import read_format
 from ..report import Report
 from .statistics import ATTRIBUTE, OBSERVERS, Statistics, check_finite_inputs, first_tensor

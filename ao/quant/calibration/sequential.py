@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...matmul import set_parameter
 from ..compiled import is_compiled, unwrapped
-from ..job import Job
 from ..report import progress
 from .observers import Target
 from .statistics import OBSERVERS, Statistics, check_finite_inputs, first_tensor
 
+if TYPE_CHECKING:
+    from ..quantize import Job  # which imports this file
+
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """One call of the model: its only argument, its arguments, or its keyword arguments."""
 
-Finish = Callable[[Job, Statistics | None], None]
+Finish = Callable[["Job", Statistics | None], None]
 """Quantizes the parameter of a job, and installs it."""
 
 

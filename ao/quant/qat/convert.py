@@ -10,7 +10,7 @@ from ...dtypes import Spec
 from ..algorithms.recipe import RoundToNearest
 from ..choice import Filter, Slot, tied
 from ..config import Config
-from ..job import Job, check_values, jobs_of
+from ..quantize import Job, check_values, jobs_of
 from ..report import Report
 from ..rules import FqnToConfig
 from .layers import PLAIN, FakeQuantized

@@ -15,7 +15,7 @@ from ..calibration.sequential import Batch, quantize_in_sequence, restored_on_er
 from ..calibration.statistics import Statistics
 from ..choice import Filter, Slot, by_default
 from ..config import Config
-from ..job import Job, check, jobs_of, static_scale
+from ..quantize import Job, check, jobs_of, static_scale
 from ..report import Report
 from .layers import PREPARED, FakeQuantized
 

@@ -35,7 +35,7 @@ def journey(call: Callable[[], object]) -> tuple[set[tuple[str, str]], set[str]]
 
 
 @pytest.mark.parametrize(
-    ("config", "functions", "files"), [(ao.Int4WeightOnlyConfig, 88, 20), (ao.Int8WeightOnlyConfig, 81, 20)]
+    ("config", "functions", "files"), [(ao.Int4WeightOnlyConfig, 61, 12), (ao.Int8WeightOnlyConfig, 57, 11)]
 )
 def test_quantize_one_layer(config, functions, files):
     def layer() -> nn.Module:

@@ -201,8 +201,9 @@ class Intx(Spec):
             return {"qdata": qdata, **self._words(scale, zero_point)}
         return {"qdata": qdata, "scale": scale, "zero_point": zero_point}
 
-    def _words(self, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor | None]:
+    def _words(self, scale: Tensor, zero_point: Tensor | None) -> dict[str, Tensor | None]:
         """The fields beside the codes, of qparams as `stored` gives them, where they share 16 bits."""
+        assert zero_point is not None
         words = words_of(scale, self._place(zero_point))
         return {"scale": Joint(bits=self.bits).wrap({"words": words}, torch.float32, scale.shape), "zero_point": None}
 

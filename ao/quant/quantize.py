@@ -238,16 +238,19 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             )
         if isinstance(config, Spec):
             config = SpecConfig(config)
-        spec = config.weight(shape)
-        if isinstance(slots[0].owner, nn.modules.conv._ConvNd) and len(spec.block) == 2:
-            # A kernel's dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over the weight.
-            spec = replace(spec, block=(*spec.block, *([-1] * (len(shape) - 2))))  # type: ignore[call-arg]
-        act, recipe = config.act() or spec.act, config.recipe
-        linear = all(isinstance(owner, nn.Linear) for owner in owners)
-        if act is not None:
-            spec = replace(spec, act=act if _quantizes_input(owners, config) else None)
-            if spec.act is None and chosen.asked and any(by_default(slot, asked=True) for slot in slots):
-                raise ValueError(f"{type(config).__name__} quantizes activations, and only nn.Linear layers do that")
+        recipe, kernel = config.recipe, isinstance(slots[0].owner, nn.modules.conv._ConvNd)
+        try:
+            spec = _spec_of(config, shape, kernel)
+        except TypeError:  # a config that holds a list has no hash
+            spec = _spec_of.__wrapped__(config, shape, kernel)
+        linear, takes_act = all(isinstance(owner, nn.Linear) for owner in owners), spec.act is not None
+        if takes_act:
+            if not _quantizes_input(owners, config):
+                spec = replace(spec, act=None)
+                if chosen.asked and any(by_default(slot, asked=True) for slot in slots):
+                    raise ValueError(
+                        f"{type(config).__name__} quantizes activations, and only nn.Linear layers do that"
+                    )
             if config.act_range() not in (None, "minmax") and recipe.scales:
                 raise ValueError(f"algorithm={recipe.label!r} scales the activation, and needs range_method='minmax'")
         if not linear and recipe.needs:
@@ -270,7 +273,7 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             report.skipped.update(dict.fromkeys([slot.fqn for slot in slots], str(error)))
             return None
         raise ValueError(f"{slots[0].fqn}: {_in_words_of(config, str(error))}") from None
-    if act is not None and spec.act is None:
+    if takes_act and spec.act is None:
         name = layer_class(next(owner for owner in owners if not isinstance(owner, nn.Linear))).__name__
         note = (
             f"{name}: its weights alone are quantized; {type(config).__name__} quantizes activations, and only nn.Linear layers "
@@ -280,6 +283,17 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
     if linear and spec.act is not None:
         return Job(slots, spec, recipe, config.act_scale(), config.act_range())
     return Job(slots, spec, recipe)
+
+
+@functools.lru_cache(maxsize=256)
+def _spec_of(config: Config, shape: tuple[int, ...], kernel: bool) -> Spec:
+    """What a config makes of a weight of `shape`, with the Spec of its activation: one object for all layers of a shape, which
+    compiled code compares at every call. kernel: of a convolution."""
+    spec, act = config.weight(shape), config.act()
+    if kernel and len(spec.block) == 2:
+        # A kernel's dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over the weight.
+        spec = replace(spec, block=(*spec.block, *([-1] * (len(shape) - 2))))  # type: ignore[call-arg]
+    return spec if act is None else replace(spec, act=act)
 
 
 def _quantizes_input(owners: list[nn.Module], config: Config) -> bool:
@@ -346,7 +360,7 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
         report.notes.extend(f"{job.fqn}: {note}" for note in found.notes)
         if found.bias is not None and not _add_to_bias(job, found.bias):
             report.notes.append(f"{job.fqn}: its bias is not corrected: it would be beyond the range of {old.dtype}")
-    new._is_param = True  # type: ignore[attr-defined]  # nn.Parameter(new) would make a view first, and nobody else holds this
+    new._is_param = True  # as `nn.Parameter(new)` does, after it has made a view: nobody else holds this one
     job.install(new)  # type: ignore[arg-type]
     report.rows.append(job.row(old, new))
 

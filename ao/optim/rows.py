@@ -114,7 +114,10 @@ def scales(spec: Spec | None, values: Sequence[Tensor]) -> dict[str, Tensor]:
     else:
         known = {"scale": spec.scale(_largest(values))}
     if isinstance(spec, (Mapped, Float8)):
-        known["inverse"] = _inverse(known["scale"])
+        # 1 / scale, and 0 for 0: the device's own, which on a GPU is off by a bit and costs less than `rounding.reciprocal`.
+        scale = known["scale"]
+        inverse = scale.reciprocal().masked_fill(scale < torch.finfo(torch.float32).tiny, 0.0)
+        known["inverse"] = in_memory(inverse)  # else computed anew for every few elements
     return known
 
 
@@ -153,12 +156,6 @@ def _largest(planes: Sequence[Tensor]) -> Tensor:
         return functools.reduce(torch.maximum, sizes).amax(inside, keepdim=True)
     # Bits are ordered as the numbers are, with NaN above all (ao/dtypes/blocks.py).
     return functools.reduce(torch.maximum, (x.view(torch.int32) for x in sizes)).amax(inside, True).view(torch.float32)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for 0: the device's own, which on a GPU is off by a bit and costs less than `rounding.reciprocal`."""
-    inverse = scale.reciprocal().masked_fill(scale < torch.finfo(torch.float32).tiny, 0.0)
-    return in_memory(inverse)  # else computed anew for every few elements
 
 
 def in_memory(x: Tensor) -> Tensor:

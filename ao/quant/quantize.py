@@ -98,7 +98,7 @@ def quantize_(
     report = Report()
     jobs = jobs_of(model, config, filter_fn, report)
     for job in jobs:
-        check(job)
+        check_values(job.fqn, job.parameter, job)
     calibrated = any(job.needs for job in jobs)
     in_sequence = calibrated and batches is not None
     seen = [job.seen() for job in jobs] if calibrated and not in_sequence else [None] * len(jobs)
@@ -322,19 +322,14 @@ def _in_words_of(config: object, error: str) -> str:
     return f"{said}; {use}{', ' * bool(use)}give {skip}, or leave it out with filter_fn (--skip)"
 
 
-def check(job: Job) -> None:
-    """Raise ValueError for a weight that no format can hold, and for a layer that is still being trained to be quantized."""
-    if any(hasattr(slot.owner, "fake_quantized_weight") for slot in job.slots):
+def check_values(fqn: str, weight: Tensor, job: Job | None = None) -> None:
+    """Raise ValueError for a weight that no format can hold: NaN and infinite values. With a job also for one that is too large
+    or too small for its Spec, but where its recipe makes it fit, and for a layer that is still being trained to be quantized."""
+    if job is not None and any(hasattr(slot.owner, "fake_quantized_weight") for slot in job.slots):
         raise ValueError(
-            f"{job.fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
+            f"{fqn} is prepared for quantization-aware training; call quantize_(model, QATConfig(step='convert')), or "
             "FromIntXQuantizationAwareTrainingConfig() first"
         )
-    check_values(job.fqn, job.parameter, job)
-
-
-def check_values(fqn: str, weight: Tensor, job: Job | None = None) -> None:
-    """Raise ValueError for NaN and infinite values, and for a weight that is too large or too small for the Spec of `job`, but
-    where its recipe makes it fit."""
     if weight.is_meta:
         return
     if not is_finite(weight.detach()):

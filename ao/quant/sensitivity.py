@@ -24,7 +24,7 @@ from .calibration.sequential import Batch, call
 from .choice import Filter
 from .config import Config, SpecConfig
 from .presets import UIntXWeightOnlyConfig
-from .quantize import Job, check, jobs_of, quantize_job
+from .quantize import Job, check_values, jobs_of, quantize_job
 from .report import Report, progress, storage_bytes
 from .rules import FqnToConfig
 
@@ -140,7 +140,7 @@ def sensitivity(
     if not batches or not configs or not jobs[0]:
         raise ValueError("sensitivity: needs at least one batch, one candidate and one layer")
     for job in (job for each in jobs for job in each):
-        check(job)
+        check_values(job.fqn, job.parameter, job)
         if job.needs:
             raise ValueError(
                 f"sensitivity: candidates must do without calibration, and algorithm={job.recipe.label!r} needs it; "

@@ -15,7 +15,7 @@ from ..calibration.sequential import Batch, quantize_in_sequence, restored_on_er
 from ..calibration.statistics import Statistics
 from ..choice import Filter, Slot, by_default
 from ..config import Config
-from ..quantize import Job, check, jobs_of, static_scale
+from ..quantize import Job, check_values, jobs_of, static_scale
 from ..report import Report
 from .layers import PREPARED, FakeQuantized
 
@@ -54,7 +54,7 @@ def prepare(
     report = Report()
     jobs = jobs_of(model, config, filter_fn, report, default=linear_by_default)
     for job in jobs:
-        check(job)
+        check_values(job.fqn, job.parameter, job)
         _check_layers(job, adapter)
     in_sequence = batches is not None and any(job.needs for job in jobs)
     known = [] if in_sequence else [job.seen() for job in jobs]

@@ -66,6 +66,11 @@ def _joined(algorithm: str, who: str) -> Recipe:
     return recipe
 
 
+Allowed = Mapping[str, tuple[Any, ...]]
+"""What parameters of a config may be, by name: values, and types of values. An `int` is the size of a group: 1 or more, or -1 for
+the whole row."""
+
+
 @dataclass(frozen=True)
 class Config:
     """What `quantize_` does to the weight of a layer, and what that layer does to its input.
@@ -83,6 +88,7 @@ class Config:
     unsupported: Literal["raise", "skip"] = field(default="raise", kw_only=True)
 
     registry: ClassVar[dict[str, type[Config]]] = {}
+    allowed: ClassVar[Allowed] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -90,6 +96,15 @@ class Config:
 
     def __post_init__(self) -> None:
         self.recipe  # noqa: B018  which raises for a name that is none
+        for name, allowed in self.allowed.items():
+            value, is_size = getattr(self, name), int in allowed
+            fits = value in allowed or any(isinstance(a, type) and isinstance(value, a) for a in allowed)
+            if fits and is_size and value is not None:
+                fits = not isinstance(value, bool) and (value >= 1 or value == -1)
+            if not fits:
+                shown = ", ".join(a.__name__ if isinstance(a, type) else str(a) for a in allowed)
+                what = "a number such as 128, or -1 for the whole row" if is_size else f"one of {shown}"
+                raise ValueError(f"{type(self).__name__}: {name} must be {what}, got {value!r}")
 
     @functools.cached_property
     def recipe(self) -> Recipe:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from .algorithms.clip import Clip
 from .algorithms.recipe import Recipe, RoundToNearest
 from .calibration.observers import RangeMethod
 from .calibration.statistics import RANGES
-from .config import Config, parse_recipe
+from .config import Allowed, Config, parse_recipe
 from .granularity import (
     Granularity,
     MappingType,
@@ -50,22 +50,6 @@ from .granularity import (
 )
 
 FLOAT8_FORMATS: dict[torch.dtype, Literal["e4m3", "e5m2"]] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-
-def _one_of(config: Config, name: str, allowed: tuple[Any, ...]) -> None:
-    value = getattr(config, name)
-    if not (value in allowed or any(isinstance(a, type) and isinstance(value, a) for a in allowed)):
-        shown = ", ".join(a.__name__ if isinstance(a, type) else str(a) for a in allowed)
-        raise ValueError(f"{type(config).__name__}: {name} must be one of {shown}, got {value!r}")
-
-
-def _size(config: Config, name: str = "group_size") -> None:
-    """Raise ValueError for what is no size of a group. None, where it is the default or has a meaning, is for the caller."""
-    size = getattr(config, name)
-    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-        raise ValueError(
-            f"{type(config).__name__}: {name} must be a number such as 128, or -1 for the whole row, got {size!r}"
-        )
 
 
 def _int_bits(config: Config, name: str, prefix: str) -> int:
@@ -127,11 +111,7 @@ class Int8WeightOnlyConfig(Config):
     group_size: int | None = None
     granularity: Granularity = PerRow()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of(self, "granularity", (PerRow, PerTensor, PerGroup, PerAxis))
-        if self.group_size is not None:
-            _size(self)
+    allowed: ClassVar[Allowed] = {"granularity": (PerRow, PerTensor, PerGroup, PerAxis), "group_size": (None, int)}
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return Intx(8, self.granularity.block() if self.group_size is None else (1, self.group_size))
@@ -156,11 +136,14 @@ class Int4WeightOnlyConfig(Config):
     zero_point_domain: ZeroPointDomain = ZeroPointDomain.NONE
     use_hqq: bool = False
 
+    allowed: ClassVar[Allowed] = {
+        "layout": (Layout,),
+        "zero_point_domain": tuple(ZeroPointDomain),
+        "group_size": (int,),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of(self, "layout", (Layout,))
-        _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
-        _size(self)
         if self.use_hqq and self.algorithm not in ("rtn", "hqq"):
             raise ValueError(f"Int4WeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
         if (
@@ -208,10 +191,13 @@ class Int8DynamicActivationInt8WeightConfig(Config):
     act_mapping_type: MappingType = MappingType.SYMMETRIC
     granularity: Granularity | tuple[Granularity, Granularity] = PerRow()
 
+    allowed: ClassVar[Allowed] = {
+        "layout": (PlainLayout, SemiSparseLayout, BlockSparseLayout),
+        "act_mapping_type": tuple(MappingType),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of(self, "layout", (PlainLayout, SemiSparseLayout, BlockSparseLayout))
-        _one_of(self, "act_mapping_type", tuple(MappingType))
         _pair(self, self.granularity)
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
@@ -234,13 +220,12 @@ class Int8DynamicActivationInt4WeightConfig(Config):
     mapping_type: MappingType = MappingType.SYMMETRIC
     act_mapping_type: MappingType = MappingType.ASYMMETRIC
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of(self, "layout", (PlainLayout,))
-        _one_of(self, "mapping_type", tuple(MappingType))
-        _one_of(self, "act_mapping_type", tuple(MappingType))
-        if self.group_size is not None:
-            _size(self)
+    allowed: ClassVar[Allowed] = {
+        "layout": (PlainLayout,),
+        "mapping_type": tuple(MappingType),
+        "act_mapping_type": tuple(MappingType),
+        "group_size": (None, int),
+    }
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return Intx(4, (1, self.group_size or -1), **_mapping(self.mapping_type))
@@ -267,13 +252,16 @@ class IntxWeightOnlyConfig(Config):
     scale_dtype: torch.dtype | None = None
     zero_point_domain: ZeroPointDomain = ZeroPointDomain.NONE
 
+    allowed: ClassVar[Allowed] = {
+        "granularity": (Granularity,),
+        "mapping_type": tuple(MappingType),
+        "scale_dtype": (None, torch.float32, torch.bfloat16, torch.float16),
+        "zero_point_domain": tuple(ZeroPointDomain),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _int_bits(self, "weight_dtype", "int")
-        _one_of(self, "granularity", (Granularity,))
-        _one_of(self, "mapping_type", tuple(MappingType))
-        _one_of(self, "scale_dtype", (None, torch.float32, torch.bfloat16, torch.float16))
-        _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         settings, bits = _mapping(self.mapping_type), _int_bits(self, "weight_dtype", "int")
@@ -304,12 +292,11 @@ class UIntXWeightOnlyConfig(Config):
     use_hqq: bool = False
     zero_point_domain: ZeroPointDomain = ZeroPointDomain.NONE
 
+    allowed: ClassVar[Allowed] = {"group_size": (int,), "pack_dim": (-1,), "zero_point_domain": tuple(ZeroPointDomain)}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _size(self)
         _int_bits(self, "dtype", "uint")
-        _one_of(self, "pack_dim", (-1,))
-        _one_of(self, "zero_point_domain", tuple(ZeroPointDomain))
         if self.use_hqq and self.algorithm not in ("rtn", "hqq"):
             raise ValueError(f"UIntXWeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
 
@@ -338,13 +325,12 @@ class GemliteUIntXWeightOnlyConfig(Config):
     packing_bitwidth: int | None = None
     mode: Literal["weight_only", "dynamic"] = "weight_only"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of(self, "bit_width", (4, 8))
-        _one_of(self, "packing_bitwidth", (None, 8, 16, 32))
-        _one_of(self, "mode", ("weight_only", "dynamic"))
-        if self.group_size is not None:
-            _size(self)
+    allowed: ClassVar[Allowed] = {
+        "bit_width": (4, 8),
+        "packing_bitwidth": (None, 8, 16, 32),
+        "mode": ("weight_only", "dynamic"),
+        "group_size": (None, int),
+    }
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         block = (1, self.group_size or -1)
@@ -367,10 +353,7 @@ class NF4WeightOnlyConfig(Config):
     block_size: int = 64
     scaler_block_size: int = 256
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _size(self, "block_size")
-        _size(self, "scaler_block_size")
+    allowed: ClassVar[Allowed] = {"block_size": (int,), "scaler_block_size": (int,)}
 
     def weight(self, shape: tuple[int, ...]) -> Codebook:
         return nf4_spec(shape, self.block_size, self.scaler_block_size)
@@ -387,10 +370,7 @@ class Float8WeightOnlyConfig(Config):
     weight_dtype: torch.dtype = torch.float8_e4m3fn
     granularity: Granularity = PerRow()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
-        _one_of(self, "granularity", (Granularity,))
+    allowed: ClassVar[Allowed] = {"weight_dtype": tuple(FLOAT8_FORMATS), "granularity": (Granularity,)}
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return Float8(FLOAT8_FORMATS[self.weight_dtype], self.granularity.block())
@@ -410,11 +390,14 @@ class Float8DynamicActivationFloat8WeightConfig(Config):
     granularity: Granularity | tuple[Granularity, Granularity] | None = None
     layout: Layout = PlainLayout()
 
+    allowed: ClassVar[Allowed] = {
+        "layout": (PlainLayout, SemiSparseLayout),
+        "activation_dtype": tuple(FLOAT8_FORMATS),
+        "weight_dtype": tuple(FLOAT8_FORMATS),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of(self, "layout", (PlainLayout, SemiSparseLayout))
-        _one_of(self, "activation_dtype", tuple(FLOAT8_FORMATS))
-        _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
         _pair(self, self.granularity or PerTensor())
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
@@ -426,9 +409,8 @@ class Float8DynamicActivationFloat8WeightConfig(Config):
 
 
 def _static_scale(config: Config) -> None:
-    """Check `scale` and `range_method` of a static activation, and make a number of the scale."""
+    """Check `scale` of a static activation, and make a number of it."""
     name, scale = type(config).__name__, config.scale  # type: ignore[attr-defined]
-    _one_of(config, "range_method", tuple(RANGES))
     if scale is None:
         return
     if isinstance(scale, Tensor) and scale.numel() != 1:
@@ -454,12 +436,16 @@ class Float8StaticActivationFloat8WeightConfig(Config):
     granularity: Granularity = PerTensor()
     range_method: RangeMethod = "minmax"
 
+    allowed: ClassVar[Allowed] = {
+        "range_method": tuple(RANGES),
+        "activation_dtype": tuple(FLOAT8_FORMATS),
+        "weight_dtype": tuple(FLOAT8_FORMATS),
+        "granularity": (PerTensor, PerRow),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _static_scale(self)
-        _one_of(self, "activation_dtype", tuple(FLOAT8_FORMATS))
-        _one_of(self, "weight_dtype", tuple(FLOAT8_FORMATS))
-        _one_of(self, "granularity", (PerTensor, PerRow))
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return Float8(FLOAT8_FORMATS[self.weight_dtype], self.granularity.block())
@@ -488,10 +474,11 @@ class Int8StaticActivationInt8WeightConfig(Config):
     granularity: Granularity = PerRow()
     range_method: RangeMethod = "minmax"
 
+    allowed: ClassVar[Allowed] = {"range_method": tuple(RANGES), "granularity": (PerTensor, PerRow)}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _static_scale(self)
-        _one_of(self, "granularity", (PerTensor, PerRow))
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         return Intx(8, self.granularity.block())
@@ -519,10 +506,7 @@ class TernaryWeightOnlyConfig(Config):
     packing: Literal["trits", "bits"] = "trits"
     granularity: Granularity = PerTensor()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of(self, "packing", ("trits", "bits"))
-        _one_of(self, "granularity", (PerTensor, PerRow, PerGroup, PerAxis))
+    allowed: ClassVar[Allowed] = {"packing": ("trits", "bits"), "granularity": (PerTensor, PerRow, PerGroup, PerAxis)}
 
     def weight(self, shape: tuple[int, ...]) -> Ternary:
         return Ternary(self.granularity.block(), self.packing)
@@ -595,9 +579,10 @@ class MXFPWeightOnlyConfig(Config):
     block_size: int = 32
     scale_rule: Literal["floor", "ceil", "rceil", "even"] = "even"
 
+    allowed: ClassVar[Allowed] = {"block_size": (int,)}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _size(self, "block_size")
         self.weight(())
 
     def weight(self, shape: tuple[int, ...]) -> FloatX | MXInt:

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 
 import ao
 from ao.quant.kv_cache import kv_cache_config
-from ao.quant.report import storage_bytes
 
 LM_FORMATS = {
     "int4-g32": "Int4WeightOnlyConfig(group_size=32)",
@@ -135,7 +134,7 @@ def cache_rows(model: Any, ids: Tensor, names: list[str], divergence: bool) -> I
 def bits_per_weight(model: nn.Module) -> float:
     """Bits that the quantized layers take per weight."""
     weights = [m.weight for name, m in model.named_modules() if LanguageModel.is_quantized(m, name)]
-    return 8 * sum(storage_bytes(w) for w in weights) / sum(w.numel() for w in weights)
+    return 8 * sum(w.nbytes for w in weights) / sum(w.numel() for w in weights)
 
 
 def with_recipe(config: ao.Config | ao.Spec, recipe: str) -> ao.Config:

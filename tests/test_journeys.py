@@ -35,7 +35,7 @@ def journey(call: Callable[[], object]) -> tuple[set[tuple[str, str]], set[str]]
 
 
 @pytest.mark.parametrize(
-    ("config", "functions", "files"), [(ao.Int4WeightOnlyConfig, 60, 12), (ao.Int8WeightOnlyConfig, 56, 11)]
+    ("config", "functions", "files"), [(ao.Int4WeightOnlyConfig, 57, 12), (ao.Int8WeightOnlyConfig, 53, 10)]
 )
 def test_quantize_one_layer(config, functions, files):
     def layer() -> nn.Module:

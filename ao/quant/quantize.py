@@ -24,7 +24,7 @@ from .calibration.statistics import ATTRIBUTE, RANGES, Statistics, act_scale, st
 from .choice import Chosen, Default, Filter, Slot, by_default, check_filter, choices, is_linear, why_computed
 from .config import Config, ModelConfig, SpecConfig
 from .read_format import read_format
-from .report import Report, Row, progress, storage_bytes
+from .report import Report, Row, progress
 from .trial import why_it_cannot
 
 __all__ = ["Filter", "Job", "dequantize_", "is_linear", "jobs_by_name", "jobs_of", "quantize_"]
@@ -191,8 +191,8 @@ class Job:
 
     def row(self, before: Tensor, after: Tensor, algorithm: str | None = None) -> Row:
         """What the report says of it. algorithm: by default the label of its recipe."""
-        sizes = storage_bytes(before), storage_bytes(after)
-        return Row(self.fqn, tuple(before.shape), repr(self.spec), *sizes, algorithm or self.recipe.label)
+        form, label = repr(self.spec), algorithm or self.recipe.label
+        return Row(self.fqn, tuple(before.shape), form, before.nbytes, after.nbytes, label)
 
 
 def jobs_of(
@@ -418,13 +418,13 @@ def _convert_layers(
         raise ValueError(f"quantize_: {type(config).__name__} needs no calibration_data; leave it out")
     if device is not None:
         model.to(_there(device))
-    sizes = {id(module): storage_bytes(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    sizes = {id(module): module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear)}
     report = Report()
     for name in config.convert_layers(model, filter_fn):
         layer = model.get_submodule(name)
         weight: Tensor = layer.weight  # type: ignore[assignment]
         form = repr(weight.spec) if isinstance(weight, QTensor) else str(weight.dtype).removeprefix("torch.")
-        size = sizes[id(layer)], storage_bytes(weight)
+        size = sizes[id(layer)], weight.nbytes
         row = Row(f"{name}.weight" if name else "weight", tuple(weight.shape), form, *size, type(config).__name__)
         report.rows.append(row)
     report.measure(model)

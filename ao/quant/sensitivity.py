@@ -25,7 +25,7 @@ from .choice import Filter
 from .config import Config, SpecConfig
 from .presets import UIntXWeightOnlyConfig
 from .quantize import Job, check_values, jobs_of, quantize_job
-from .report import Report, progress, storage_bytes
+from .report import Report, progress
 from .rules import FqnToConfig
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -165,7 +165,7 @@ def _effect(candidate: int, job: Job, measure: Callable[[], float]) -> Effect:
     original = job.parameter
     try:
         quantize_job(job, None, None, Report())
-        return Effect(job.slots[0].rule, candidate, storage_bytes(job.parameter), measure())
+        return Effect(job.slots[0].rule, candidate, job.parameter.nbytes, measure())
     finally:
         job.install(original)
 

@@ -17,7 +17,7 @@ from ..calibration.statistics import check_finite_inputs
 from ..compiled import Compiler
 from ..config import Config
 from ..quantize import quantize_
-from ..report import compute_error, progress, storage_bytes
+from ..report import compute_error, progress
 from . import end_to_end, timing
 from .cache import TimingCache, product_key
 from .candidates import candidates_on
@@ -48,7 +48,7 @@ def measure(
     owner = {product: w for w in weights for product in w.products()}
     held = Counter[torch.device]()
     for w in weights:
-        held[w.parameter.device] += storage_bytes(w.parameter)
+        held[w.parameter.device] += w.parameter.nbytes
     timings: dict[Product, dict[str, float | str]] = {}
     for product, w in progress(list(owner.items()), "autoquant: time the layers"):
         dense = w.parameter

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..benchmark import interleave, synchronize
 from ..compiled import Compiler, Function
-from ..report import storage_bytes
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _timer(product: Product, x: Tensor, weight: Tensor, compiler: Compiler, mode
     # A call of compiled code costs some 50 us of Python, which a layer within a model does not pay. A CUDA graph has none
     # of it; elsewhere several small layers, each with an input of its own, share a call.
     together = 4 if product.device.type != "cuda" and weight.numel() < 2**22 else 1
-    copies = _copies(storage_bytes(weight), product, model_bytes)
+    copies = _copies(weight.nbytes, product, model_bytes)
     copies = together * math.ceil(copies / together)
     data = weight.detach()
     weights = [data, *(data.clone() for _ in range(copies - 1))]

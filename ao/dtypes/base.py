@@ -246,6 +246,7 @@ class Spec:
     def called(self: _S, name: str) -> _S:
         """The same, which prints as `name` from now on, and is a format by that name: `quantize_(model, name)`."""
         Spec.named[self] = name
+        _settings_of.cache_clear()  # it may be a part of others
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -529,9 +530,8 @@ class QTensor(torch.Tensor):
         if isinstance(spec, QTensor):
             made: Any = torch.nn.Parameter(spec, **fields)
             return made
-        name, first = next(
-            (name, t) for name, t in fields.items() if t is not None
-        )  # each dtype has one that is always there
+        # Each dtype has a field that is always there.
+        name, first = next((name, t) for name, t in fields.items() if t is not None)
         # The strides that the data would have if the first field were not packed: a transposed, sliced or expanded QTensor says
         # so, and `contiguous()` knows what to do.
         strides = None

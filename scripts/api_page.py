@@ -153,9 +153,9 @@ def parameter(name: str, annotation: ast.expr | None, default: ast.expr | None) 
 
 
 def parameters(module: str, node: ast.ClassDef) -> list[str] | None:
-    """The parameters of a class: those of its `__init__`, or the fields of a dataclass, or those of a base; else None."""
+    """The parameters of a class: of its `__init__` or `__new__`, the fields of a dataclass, or those of a base; else None."""
     for member in node.body:
-        if isinstance(member, ast.FunctionDef) and member.name == "__init__":
+        if isinstance(member, ast.FunctionDef) and member.name in ("__init__", "__new__"):
             return [*arguments(member.args)]
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         usual, keyword = fields(module, node)

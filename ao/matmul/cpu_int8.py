@@ -45,6 +45,11 @@ def _read(w: QTensor, dtype: torch.dtype) -> tuple[Operand, ByteAct] | None:
     return operand, ByteAct(0, w.spec.act.block == (-1, -1), cast.zero_point, cast.low, cast.high, 1 / cast.levels)
 
 
+def reads(w: QTensor, dtype: torch.dtype) -> bool:
+    """Whether integer units multiply the weight and an activation of `dtype`: both of int8, or an activation of 16 bits."""
+    return int8_operand(w) is not None or (dtype != torch.float32 and int8_weight(w) is not None)
+
+
 def accepts(x: Tensor, w: QTensor) -> bool:
     return (
         VNNI

@@ -23,7 +23,8 @@ from ..dtypes.cpp import cpp_compiler
 from ..dtypes.operand import Operand
 from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
-from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
+from . import cpu_int8
+from .anywhere import compiling, int8_operand, quantized_act, row_cast
 from .cpu_decode import AVX512
 from .form import leaves
 from .kernels.built import (
@@ -51,9 +52,6 @@ WORTH = 2**16
 """A weight of so many elements is worth compiling for: decoded by PyTorch's operators it takes a millisecond a call."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_LARGE = 2**21
-"""A weight of so many elements is worth a dozen operators eagerly, around a product in integer units."""
 
 _JOINT = "joint"
 """The kind of operand, in a graph, of integers whose scales are words that hold zero points as well."""
@@ -126,18 +124,19 @@ def accepts(x: Tensor, w: QTensor) -> bool:
     if operand is None or kind is None or w.numel() < WORTH:
         return False
     few = known(x.shape[0] <= _most(x.dtype, w.shape[1]))
-    units = VNNI and (compiling() or w.numel() >= _LARGE)
-    if units and int8_operand(w) is not None and not (few and operand.kind == "trits"):
+    if VNNI and operand.kind == "trits" and int8_operand(w) is not None and not few:
         return False  # there are units for it
-    if units and _is_int8(operand) and x.dtype != torch.float32 and not known(x.shape[0] <= 8):
+    if VNNI and operand.kind != "trits" and cpu_int8.reads(w, x.dtype) and not _before_units(x, w):
         return False
     if compiling() and x.dtype in _UNITS and not few:
         return False  # Inductor decodes as fast, and fuses what follows
     return library(kind) is not None
 
 
-def _is_int8(operand: Operand) -> bool:
-    return operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
+def _before_units(x: Tensor, w: QTensor) -> bool:
+    """Whether so few tokens of a product of int8 weights take longer in integer units, which meet two as slowly as a dozen, and
+    one without rearranging anything, if it is in bytes already."""
+    return known(x.shape[0] <= 8) and (w.spec.act is None or known(x.shape[0] > 1))
 
 
 def _most(dtype: torch.dtype, k: int) -> int:
@@ -153,20 +152,10 @@ def product(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T. x: (M, K), w: (N, K) -> (M, N) in x's dtype."""
     operand = readable(w)
     assert operand is not None
-    if w.spec.act is None:
-        return _of_rows(x if x.dtype in SCALES else x.float(), operand).to(x.dtype)
-    if is_eager(x, or_recorded=False) and (act := _act(w)) is not None:
-        rows = x if x.dtype in SCALES else x.float()
-        return _multiplied(_library(operand), rows, _described(operand, *w.shape), act, w.act_scale).to(x.dtype)
-    if int8_operand(w) is not None:
-        # Sums of integers, and then the scales.
-        quantized, unit = quantize_act(x, w), operand.scale.new_ones(1, 1, dtype=torch.float32)
-        rows = quantized.codes.float()
-        if quantized.zero_point is not None:
-            rows = rows - quantized.zero_point.float()
-        total = _of_rows(rows, operand._replace(scale=unit))
-        return (total * quantized.scale.float() * operand.scale.float().t()).to(x.dtype)
-    return _of_rows(quantized_act(x.float(), w), operand).to(x.dtype)
+    act = _act(w)
+    if w.spec.act is not None and act is None:
+        return _of_rows(quantized_act(x.float(), w), operand).to(x.dtype)
+    return _of_rows(x if x.dtype in SCALES else x.float(), operand, act, w.act_scale).to(x.dtype)
 
 
 def _act(w: QTensor) -> Act | None:
@@ -206,17 +195,18 @@ def _library(operand: Operand) -> Library:
     return compiled
 
 
-def _of_rows(x: Tensor, operand: Operand) -> Tensor:
-    """x: (M, K) float32 or bfloat16 -> (M, N) of its dtype."""
+def _of_rows(x: Tensor, operand: Operand, act: Act | None = None, act_scale: Tensor | None = None) -> Tensor:
+    """x: (M, K) of a dtype in `SCALES`, which `act` quantizes -> (M, N) of its dtype."""
     if is_eager(x, or_recorded=False):
-        return _multiplied(_library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]))
+        return _multiplied(_library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]), act, act_scale)
     numbers = operand.bits, operand.offset, operand.exponent
+    how = [] if act is None else [float(getattr(act, name)) for name, _ in Act._fields_]
     if operand.words is not None:
-        return torch.ops.ao.cpu_product(x, operand.codes, operand.words, None, _JOINT, *numbers, operand.table)
-    zero = None if operand.zero_point is None else _plain(operand.zero_point)
-    return torch.ops.ao.cpu_product(
-        x, operand.codes, _plain(operand.scale), zero, operand.kind, *numbers, operand.table
-    )
+        scale, zero, kind = operand.words, None, _JOINT
+    else:
+        scale, kind = _plain(operand.scale), operand.kind
+        zero = None if operand.zero_point is None else _plain(operand.zero_point)
+    return torch.ops.ao.cpu_product(x, operand.codes, scale, zero, kind, *numbers, operand.table, act_scale, how)
 
 
 def _operator(
@@ -229,12 +219,15 @@ def _operator(
     offset: float,
     exponent: int,
     table: Tensor | None,
+    act_scale: Tensor | None,
+    how: list[float],
 ) -> Tensor:
     if kind == _JOINT:
         operand = Operand(codes, scale, scale, "affine", bits, offset, table, exponent, words=scale)
     else:
         operand = Operand(codes, scale, zero_point, kind, bits, offset, table, exponent)
-    return _multiplied(_library(operand), x, _described(operand, codes.shape[0], x.shape[1]))
+    act = Act(int(how[0]), int(how[1]), *how[2:]) if how else None
+    return _multiplied(_library(operand), x, _described(operand, codes.shape[0], x.shape[1]), act, act_scale)
 
 
 def _shape(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
@@ -243,8 +236,8 @@ def _shape(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
 
 torch.library.define(
     "ao::cpu_product",
-    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, str kind, int bits, float offset, int exponent, Tensor? table)"
-    " -> Tensor",
+    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, str kind, int bits, float offset, int exponent, Tensor? table,"
+    " Tensor? act_scale, float[] act) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 torch.library.impl("ao::cpu_product", "CPU", _operator)

@@ -128,33 +128,90 @@ INLINE vh to_bf16(vf x) {
   return __builtin_convertvector(x != x ? nan : up, vh);
 }
 
-// Sums (n, rows) of the rows of `ao_bytes` -> y (m, n), F32 or BF16. of_rows: the scales of the weight, (n,) or, `one`, (1,).
+INLINE vi picked(vi a, vi b, vi places) {
+#if defined(__clang__)
+  vi out;
+  UNROLL for (int i = 0; i < W; i++) out[i] = places[i] < W ? a[places[i]] : b[places[i] - W];
+  return out;
+#else
+  return __builtin_shuffle(a, b, places);
+#endif
+}
+
+// The columns of W rows of W integers, `stride` apart: halves of each two rows are exchanged, then quarters, and so on.
+INLINE void columns(const int32_t* p, int64_t stride, vi* v) {
+  vi lane;
+  UNROLL for (int i = 0; i < W; i++) lane[i] = i;
+  UNROLL for (int i = 0; i < W; i++) v[i] = load<vi>(p + i * stride);
+  UNROLL for (int h = W / 2; h; h /= 2) {
+    const vi odd = -((lane & h) != 0), keep = lane + odd * (W - h), other = lane + h + odd * (W - h);
+    UNROLL for (int i = 0; i < W; i++) {
+      if (i & h) continue;
+      const vi a = v[i], b = v[i + h];
+      v[i] = picked(a, b, keep), v[i + h] = picked(a, b, other);
+    }
+  }
+}
+
+// What the sums of a product become.
+struct Scaled {
+  const Act& act;
+  const float *scale, *zero;  // of tokens
+  const float* of_rows;       // scales of the weight, (n,) or, `one`, (1,)
+  int32_t one, dtype;
+  int64_t n;
+  void* y;
+
+  // Of token t and rows from `at` on, of which there are `left`. second: the sums of the low bytes, or of the row of ones.
+  inline __attribute__((always_inline)) void put_at(int64_t t, int64_t at, int64_t left, vi first, vi second) const {
+    vf v = __builtin_convertvector(first, vf);
+    const vf w = one ? same(of_rows[0]) : numbers(of_rows, at, left, F32);
+    if (act.halves) {
+      v = (v * 256 + __builtin_convertvector(second, vf)) * w * scale[t];
+    } else {
+      if (act.zero) v -= zero[t] * __builtin_convertvector(second, vf);
+      v = v * scale[t] * w;
+    }
+    if (dtype == F32) put((float*)y + t * n + at, v, left);
+    else put((uint16_t*)y + t * n + at, to_bf16(v), left);
+  }
+};
+
+// One number of each of `left` rows.
+INLINE vi column(const int32_t* p, int64_t stride, int64_t left) {
+  vi out = {};
+  if (left == W) UNROLL for (int i = 0; i < W; i++) out[i] = p[i * stride];
+  else for (int i = 0; i < left; i++) out[i] = p[i * stride];
+  return out;
+}
+
+// Sums (n, rows) of the rows of `ao_bytes` -> y (m, n), F32 or BF16.
 extern "C" void ao_scaled(const Act* act, const int32_t* sums, int64_t n, int64_t m, int64_t rows, const float* scale,
                           const float* zero, const float* of_rows, int32_t one, void* y, int32_t dtype, int32_t threads) {
+  const Scaled scaled = {*act, scale, zero, of_rows, one, dtype, n, y};
+  const bool halves = act->halves;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t start = 0; start < n; start += 2 * W) {
-    for (int64_t t = 0; t < m; t++) {
-      for (int64_t at = start; at < n && at < start + 2 * W; at += W) {  // a line of the cache
-        const int64_t left = n - at < W ? n - at : W;
-        const int32_t* from = sums + at * rows;
-        vi first = {}, second = {};
-        if (left == W) UNROLL for (int i = 0; i < W; i++) first[i] = from[i * rows + t];
-        else for (int i = 0; i < left; i++) first[i] = from[i * rows + t];
-        if (act->halves || act->zero) {
-          const int64_t other = act->halves ? m + t : m;
-          for (int i = 0; i < left; i++) second[i] = from[i * rows + other];
-        }
-        vf v = __builtin_convertvector(first, vf);
-        const vf w = one ? same(of_rows[0]) : numbers(of_rows, at, left, F32);
-        if (act->halves) {
-          v = (v * 256 + __builtin_convertvector(second, vf)) * w * scale[t];
+  for (int64_t start = 0; start < n; start += 2 * W) {  // a line of the cache
+    vi ones[2] = {};
+    if (act->zero) for (int h = 0; h < 2; h++) {
+      const int64_t at = start + h * W, left = n - at < W ? n - at : W;
+      if (left > 0) ones[h] = column(sums + at * rows + m, rows, left);
+    }
+    for (int64_t t = 0; t < m;) {
+      const int64_t tokens = t + W <= m && start + 2 * W <= n ? W : 1;
+      for (int64_t at = start, h = 0; h < 2 && at < n; at += W, h++) {
+        const int32_t* p = sums + at * rows + t;
+        if (tokens == W) {
+          vi first[W], second[W] = {};
+          columns(p, rows, first);
+          if (halves) columns(p + m, rows, second);
+          for (int i = 0; i < W; i++) scaled.put_at(t + i, at, W, first[i], halves ? second[i] : ones[h]);
         } else {
-          if (act->zero) v -= zero[t] * __builtin_convertvector(second, vf);
-          v = v * scale[t] * w;
+          const int64_t left = n - at < W ? n - at : W;
+          scaled.put_at(t, at, left, column(p, rows, left), halves ? column(p + m, rows, left) : ones[h]);
         }
-        if (dtype == F32) put((float*)y + t * n + at, v, left);
-        else put((uint16_t*)y + t * n + at, to_bf16(v), left);
       }
+      t += tokens;
     }
   }
 }

@@ -199,21 +199,32 @@ def _of_rows(x: Tensor, operand: Operand, act: Act | None = None, act_scale: Ten
     """x: (M, K) of a dtype in `SCALES`, which `act` quantizes -> (M, N) of its dtype."""
     if is_eager(x, or_recorded=False):
         return _multiplied(_library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]), act, act_scale)
-    numbers = operand.bits, operand.offset, operand.exponent
     how = [] if act is None else [float(getattr(act, name)) for name, _ in Act._fields_]
+    zero: list[Tensor] = []
     if operand.words is not None:
-        scale, zero, kind = operand.words, None, _JOINT
+        scale, kind = [operand.words], _JOINT
     else:
-        scale, kind = _plain(operand.scale), operand.kind
-        zero = None if operand.zero_point is None else _plain(operand.zero_point)
+        kind = operand.kind
+        scale = [operand.powers] if operand.powers is not None else _parts(operand.scale, kind != "fixed")
+        zero = [] if operand.zero_point is None else _parts(operand.zero_point)
+    numbers = operand.bits, operand.offset, operand.exponent
     return torch.ops.ao.cpu_product(x, operand.codes, scale, zero, kind, *numbers, operand.table, act_scale, how)
+
+
+def _parts(t: Tensor, nested: bool = True) -> list[Tensor]:
+    """Scales or zero points as the operator gets them: numbers, or, if they are quantized themselves, bytes, their scale and
+    perhaps their zero point."""
+    inner = _inner(t) if nested else None
+    if inner is None or inner.bits < 8 or inner.offset:
+        return [_plain(t)]
+    return [inner.codes, *(_plain(u) for u in (inner.scale, inner.zero_point) if u is not None)]
 
 
 def _operator(
     x: Tensor,
     codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    scale: list[Tensor],
+    zero_point: list[Tensor],
     kind: Any,
     bits: int,
     offset: float,
@@ -222,10 +233,13 @@ def _operator(
     act_scale: Tensor | None,
     how: list[float],
 ) -> Tensor:
+    first: Any = scale[0] if len(scale) == 1 else Operand(*scale)
+    zero: Any = None if not zero_point else zero_point[0] if len(zero_point) == 1 else Operand(*zero_point)
     if kind == _JOINT:
-        operand = Operand(codes, scale, scale, "affine", bits, offset, table, exponent, words=scale)
+        operand = Operand(codes, first, first, "affine", bits, offset, table, exponent, words=first)
     else:
-        operand = Operand(codes, scale, zero_point, kind, bits, offset, table, exponent)
+        powers = first if len(scale) == 1 and first.dtype == torch.uint8 else None
+        operand = Operand(codes, first, zero, kind, bits, offset, table, exponent, powers)
     act = Act(int(how[0]), int(how[1]), *how[2:]) if how else None
     return _multiplied(_library(operand), x, _described(operand, codes.shape[0], x.shape[1]), act, act_scale)
 
@@ -236,7 +250,7 @@ def _shape(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
 
 torch.library.define(
     "ao::cpu_product",
-    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, str kind, int bits, float offset, int exponent, Tensor? table,"
+    "(Tensor x, Tensor codes, Tensor[] scale, Tensor[] zero_point, str kind, int bits, float offset, int exponent, Tensor? table,"
     " Tensor? act_scale, float[] act) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
@@ -315,7 +329,7 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
     weight = Weight(
         *(None if t is None else t.data_ptr() for t in (codes, table)),
         *(level for level, _ in levels),
-        *(n, k, codes.stride(0), scale.shape[1]),
+        *(n, k, codes.stride(0), _groups(scale)),
         operand.offset,
         zero is not None or operand.offset != 0,
         operand.kind == "shifted",
@@ -335,12 +349,12 @@ def _numbers(t: Tensor, kind: int, unit: Tensor | None = None) -> Level:
     return Level(t.data_ptr(), unit.data_ptr(), None, t.shape[0], 1, 1, kind, 0, SCALES[unit.dtype])
 
 
-def _level(t: Tensor, unit: Tensor | None = None) -> tuple[Level, tuple[Tensor, ...]]:
+def _level(t: Tensor | Operand, unit: Tensor | None = None) -> tuple[Level, tuple[Tensor, ...]]:
     """Scales or zero points as the compiled functions read them, and what must live as long: numbers, or codes with an affine map
     of their own, where that is all that leads to numbers."""
-    inner = t.spec.operand(t) if isinstance(t, QTensor) and t.dtype == torch.float32 and t.pre_scale is None else None
-    if inner is None or unit is not None or not _fits(inner, t.shape):
-        t = _plain(t)
+    inner = _inner(t) if unit is None else None
+    if inner is None:
+        t = _plain(t)  # type: ignore[arg-type]
         return _numbers(t, SCALES[t.dtype], unit), (t,)
     codes, scale = inner.codes.contiguous(), _plain(inner.scale)
     zero = None if inner.zero_point is None else _plain(inner.zero_point)
@@ -348,12 +362,25 @@ def _level(t: Tensor, unit: Tensor | None = None) -> tuple[Level, tuple[Tensor, 
         codes.data_ptr(),
         scale.data_ptr(),
         None if zero is None else zero.data_ptr(),
-        *(t.shape[0], *scale.shape),
+        *(codes.shape[0], *scale.shape),
         *(SCALES[codes.dtype], inner.bits if inner.bits < 8 else 0),
         *(SCALES[scale.dtype], 0 if zero is None else SCALES[zero.dtype]),
         inner.offset,
     )
     return level, (codes, scale) if zero is None else (codes, scale, zero)
+
+
+def _inner(t: Tensor | Operand) -> Operand | None:
+    """How scales or zero points are quantized themselves, where the compiled functions read that."""
+    if isinstance(t, Operand):
+        return t
+    inner = t.spec.operand(t) if isinstance(t, QTensor) and t.dtype == torch.float32 and t.pre_scale is None else None
+    return inner if inner is not None and _fits(inner, t.shape) else None
+
+
+def _groups(scale: Tensor | Operand) -> int:
+    """Of a row."""
+    return scale.codes.shape[1] * 8 // scale.bits if isinstance(scale, Operand) else scale.shape[1]
 
 
 def _fits(a: Operand, shape: torch.Size) -> bool:

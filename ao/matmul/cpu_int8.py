@@ -1,8 +1,8 @@
 """Products of int8 weights on the integer units of a CPU: PyTorch's product of integers, and C++ for what is before and after.
 
-That C++ (kernels/cpu_integers.py) is compiled once for all shapes, so that a graph holds one call per layer. What the compiler
-makes of the expressions instead (`int_mm` and `split` in cpu.py) gives the same bits, and takes it a third of the time for a model
-in bfloat16 again. They are left where there is no C++ compiler and in exported programs.
+That C++ (kernels/cpu_integers.py) is compiled once for all shapes, and a graph holds one operator per layer. The expressions
+(`int_mm` and `split` in cpu.py) give the same bits, and a compiler that makes kernels of them needs half as long again for a
+model as in bfloat16. They are for exported programs, and where there is no C++ compiler.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ..dtypes.pieces import is_eager
 from ..dtypes.tracing import known
 from .anywhere import compiling, int8_operand, int8_weight, row_cast
 from .kernels.cpu_integers import ByteAct, integers
-from .kernels.device import VNNI
 from .path import Product
 
 WORTH = 2**16
@@ -51,9 +50,9 @@ def reads(w: QTensor, dtype: torch.dtype) -> bool:
 
 
 def accepts(x: Tensor, w: QTensor) -> bool:
+    """Whether `product` multiplies these."""
     return (
-        VNNI
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and known(x.numel() > 0, True)
         and w.numel() >= WORTH
         and w.shape[1] > 1  # `_int_mm` of one column is wrong (PyTorch 2.13)
@@ -72,8 +71,8 @@ def product(x: Tensor, w: QTensor) -> Tensor:
     scale = dense(operand.scale)
     if is_eager(x, or_recorded=False):
         return _multiplied(x, operand.codes, scale, w.act_scale, act)
-    fields = (getattr(act, name) for name, _ in ByteAct._fields_)
-    return torch.ops.ao.cpu_int8_product(x, operand.codes, scale, w.act_scale, *fields)
+    numbers = [float(getattr(act, field[0])) for field in ByteAct._fields_]
+    return torch.ops.ao.cpu_int8_product(x, operand.codes, scale, w.act_scale, numbers)
 
 
 def launch(x: Tensor, w: QTensor) -> Product:
@@ -110,19 +109,8 @@ def _multiplied(x: Tensor, codes: Tensor, scale: Tensor, act_scale: Tensor | Non
     return y.to(x.dtype)
 
 
-def _operator(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    act_scale: Tensor | None,
-    halves: int,
-    whole: int,
-    zero: int,
-    low: float,
-    high: float,
-    factor: float,
-) -> Tensor:
-    return _multiplied(x, codes, scale, act_scale, ByteAct(halves, whole, zero, low, high, factor))
+def _operator(x: Tensor, codes: Tensor, scale: Tensor, act_scale: Tensor | None, numbers: list[float]) -> Tensor:
+    return _multiplied(x, codes, scale, act_scale, ByteAct(*map(int, numbers[:3]), *numbers[3:]))
 
 
 def _shape(x: Tensor, codes: Tensor, *others: object) -> Tensor:
@@ -131,8 +119,7 @@ def _shape(x: Tensor, codes: Tensor, *others: object) -> Tensor:
 
 torch.library.define(
     "ao::cpu_int8_product",
-    "(Tensor x, Tensor codes, Tensor scale, Tensor? act_scale, int halves, int whole, int zero, float low, float high, float factor)"
-    " -> Tensor",
+    "(Tensor x, Tensor codes, Tensor scale, Tensor? act_scale, float[] act) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 torch.library.impl("ao::cpu_int8_product", "CPU", _operator)

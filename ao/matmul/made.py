@@ -134,8 +134,8 @@ def accepts(x: Tensor, w: QTensor) -> bool:
 
 
 def _before_units(x: Tensor, w: QTensor) -> bool:
-    """Whether so few tokens of a product of int8 weights take longer in integer units, which meet two as slowly as a dozen, and
-    one without rearranging anything, if it is in bytes already."""
+    """Whether there are so few tokens that the compiled loops are faster than integer units, where both multiply: these take as
+    long for two tokens as for eight. One token that is quantized is as fast there."""
     return known(x.shape[0] <= 8) and (w.spec.act is None or known(x.shape[0] > 1))
 
 
@@ -198,8 +198,10 @@ def _library(operand: Operand) -> Library:
 def _of_rows(x: Tensor, operand: Operand, act: Act | None = None, act_scale: Tensor | None = None) -> Tensor:
     """x: (M, K) of a dtype in `SCALES`, which `act` quantizes -> (M, N) of its dtype."""
     if is_eager(x, or_recorded=False):
-        return _multiplied(_library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]), act, act_scale)
-    how = [] if act is None else [float(getattr(act, name)) for name, _ in Act._fields_]
+        return _multiplied(
+            _library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]), act, act_scale
+        )
+    how = [] if act is None else [float(getattr(act, field[0])) for field in Act._fields_]
     zero: list[Tensor] = []
     if operand.words is not None:
         scale, kind = [operand.words], _JOINT
@@ -220,6 +222,13 @@ def _parts(t: Tensor, nested: bool = True) -> list[Tensor]:
     return [inner.codes, *(_plain(u) for u in (inner.scale, inner.zero_point) if u is not None)]
 
 
+def _whole(parts: list[Tensor]) -> Any:
+    """What `_parts` took apart, a Tensor or an Operand; None of none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return Operand(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
+
+
 def _operator(
     x: Tensor,
     codes: Tensor,
@@ -233,8 +242,7 @@ def _operator(
     act_scale: Tensor | None,
     how: list[float],
 ) -> Tensor:
-    first: Any = scale[0] if len(scale) == 1 else Operand(*scale)
-    zero: Any = None if not zero_point else zero_point[0] if len(zero_point) == 1 else Operand(*zero_point)
+    first, zero = _whole(scale), _whole(zero_point)
     if kind == _JOINT:
         operand = Operand(codes, first, first, "affine", bits, offset, table, exponent, words=first)
     else:

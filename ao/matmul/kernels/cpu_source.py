@@ -496,8 +496,8 @@ template <int R, int T> INLINE void tile(const float* w, const float* x, int64_t
 
 // R rows from n on, M tokens. scratch: M * R vectors and R * STEP floats.
 template <int R>
-NOT_INLINE void tiles(const Weight& w, const Table& table, int64_t n, Row& row, const float* x, int64_t m, float* scratch, float* y,
-                  int64_t stride) {
+NOT_INLINE void tiles(const Weight& w, const Table& table, int64_t n, Row& row, const float* x, int64_t m, float* scratch,
+                      float* y, int64_t stride) {
   vf* sums = (vf*)scratch;
   float* decoded = scratch + m * R * W;
   memset(scratch, 0, m * R * sizeof(vf));

@@ -8,6 +8,7 @@ model as in bfloat16. They are for exported programs, and where there is no C++ 
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ WORTH = 2**16
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """As cpu_integers.py numbers them."""
+
+_FLOAT = ctypes.c_float
 
 _HALVES = ByteAct(1)
 
@@ -86,31 +89,52 @@ def launch(x: Tensor, w: QTensor) -> Product:
 
 
 def _multiplied(x: Tensor, codes: Tensor, scale: Tensor, act_scale: Tensor | None, act: ByteAct) -> Tensor:
-    """The product, now. x: (M, K), codes: (N, K) -> (M, N)."""
+    """The product, now. x: (M, K), codes: (N, K) -> (M, N).
+
+    Few calls of PyTorch: after a weight has come from memory, each one takes what the product of a token in cache does.
+    """
     compiled = integers()
     assert compiled is not None
     (m, k), n, threads = x.shape, codes.shape[0], torch.get_num_threads()
     rows = 2 * m if act.halves else m + act.zero
-    given = (x if x.dtype in _DTYPES else x.float()).contiguous()
+    given = x if x.dtype in _DTYPES else x.float()
+    given = given if given.is_contiguous() else given.contiguous()
+    scale = scale if scale.dtype == torch.float32 else scale.float()
+    scale = scale if scale.is_contiguous() else scale.contiguous()
+    fixed = None if act_scale is None else act_scale.float()
     dtype, how = _DTYPES[given.dtype], ctypes.byref(act)
     q = given.new_empty(rows, k, dtype=torch.int8)
-    of_tokens = given.new_empty(2, m, dtype=torch.float32)  # scales, zero points
-    where = of_tokens.data_ptr(), of_tokens[1].data_ptr()
-    fixed = None if act_scale is None else act_scale.float()
+    scales = (_FLOAT * (2 * m))()  # of tokens, and their zero points
+    zeros = ctypes.byref(scales, 4 * m)
     compiled.bytes(
-        how, given.data_ptr(), dtype, m, k, None if fixed is None else fixed.data_ptr(), q.data_ptr(), *where, threads
+        how,
+        given.data_ptr(),
+        dtype,
+        m,
+        k,
+        None if fixed is None else fixed.data_ptr(),
+        q.data_ptr(),
+        scales,
+        zeros,
+        threads,
     )
     # The weight on the left, as the library rearranges its right operand in every call.
     sums = torch._int_mm(codes, q.t() if rows > 1 else q.view(-1, 1))  # (N, rows)
-    y, of_rows = given.new_empty(m, n), scale.float().contiguous()
+    y = given.new_empty(m, n)
+    one = scale.shape[0] == 1
     compiled.scaled(
-        how, sums.data_ptr(), n, m, rows, *where, of_rows.data_ptr(), of_rows.numel() == 1, y.data_ptr(), dtype, threads
+        how, sums.data_ptr(), n, m, rows, scales, zeros, scale.data_ptr(), one, y.data_ptr(), dtype, threads
     )
-    return y.to(x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _operator(x: Tensor, codes: Tensor, scale: Tensor, act_scale: Tensor | None, numbers: list[float]) -> Tensor:
-    return _multiplied(x, codes, scale, act_scale, ByteAct(*map(int, numbers[:3]), *numbers[3:]))
+    return _multiplied(x, codes, scale, act_scale, _act_of(tuple(numbers)))
+
+
+@functools.cache
+def _act_of(numbers: tuple[float, ...]) -> ByteAct:
+    return ByteAct(*map(int, numbers[:3]), *numbers[3:])
 
 
 def _shape(x: Tensor, codes: Tensor, *others: object) -> Tensor:

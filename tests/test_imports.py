@@ -56,6 +56,7 @@ KERNELS = {
     "template",
     "joint_words",
     "made",
+    "cpu_int8",
     "transposable",
     "two_of_four",
     "kept_blocks",

@@ -87,6 +87,13 @@ def int8_operand(w: QTensor) -> Operand | None:
     return operand if fits and act is not None and act.dtype == torch.int8 else None
 
 
+def int8_weight(w: QTensor) -> Operand | None:
+    """The weight, where it is int8 with one scale per row or for all, and its Spec leaves activations as they are."""
+    operand = w.spec.operand(w) if w.spec.act is None else None
+    fits = operand is not None and operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
+    return operand if fits else None
+
+
 def float8_operand(w: QTensor) -> Operand | None:
     """The weight, where both it and the activation are float8 and the scales can be applied to the sum over K."""
     operand, act = w.spec.operand(w), row_cast(w)

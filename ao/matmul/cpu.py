@@ -23,7 +23,7 @@ from ..dtypes.bits import CHUNK, packed_dim, unpack
 from ..dtypes.operand import Operand
 from ..dtypes.tracing import is_eager, known
 from . import cpu_decode
-from .anywhere import act_numbers, compiling, emulates, int8_operand, quantize_act, quantized_act
+from .anywhere import act_numbers, compiling, emulates, int8_operand, int8_weight, quantize_act, quantized_act
 from .block_scaled import levels, numbers, times
 from .kernels.device import FLOATS, VNNI
 from .path import Path, Product
@@ -170,15 +170,8 @@ def _dot(x: Tensor, packed: Tensor, size: int, dtype: torch.dtype, scale: Tensor
     return (products * scale.unsqueeze(1).unsqueeze(-1)).sum((2, 3, 4)).sum(-1)
 
 
-def _int8_by_row(w: QTensor) -> Operand | None:
-    """The operand of a weight of int8 with one scale per row or for all, whose Spec leaves activations as they are."""
-    operand = w.spec.operand(w) if w.spec.act is None else None
-    fits = operand is not None and operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
-    return operand if fits else None
-
-
 def int8pack_accepts(x: Tensor, w: QTensor) -> bool:
-    operand = _int8_by_row(w)
+    operand = int8_weight(w)
     return (
         operand is not None
         and not (cpu_decode.AVX512 and compiling())
@@ -345,11 +338,33 @@ def made_launch(x: Tensor, w: QTensor) -> Product:
     return made.launch(x, w)
 
 
+def int8_accepts(x: Tensor, w: QTensor) -> bool:
+    if not VNNI:
+        return False
+    from . import cpu_int8
+
+    return cpu_int8.accepts(x, w)
+
+
+def int8(x: Tensor, w: QTensor) -> Tensor:
+    """The product in integer units, of an activation in bytes, by C++ around PyTorch's (cpu_int8.py)."""
+    from . import cpu_int8
+
+    return cpu_int8.product(x, w)
+
+
+def int8_launch(x: Tensor, w: QTensor) -> Product:
+    """`int8` for eager mode."""
+    from . import cpu_int8
+
+    return cpu_int8.launch(x, w)
+
+
 def split_accepts(x: Tensor, w: QTensor) -> bool:
     return (
         VNNI
         and x.dtype in (torch.bfloat16, torch.float16)  # 16 bits are not enough for float32
-        and _int8_by_row(w) is not None
+        and int8_weight(w) is not None
         and known(x.numel() > 0, True)
     )
 
@@ -527,6 +542,7 @@ def _without_offset(t: Tensor) -> Tensor:
 PATHS = (
     Path(made_accepts, made, launch=made_launch, operator=True),
     Path(words_accepts, words, few=True),
+    Path(int8_accepts, int8, launch=int8_launch, operator=True),
     Path(int_mm_accepts, int_mm),
     Path(sums_accepts, sums, few=True),
     Path(int8pack_accepts, int8pack, launch=int8pack_launch, few=True),

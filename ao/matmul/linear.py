@@ -12,6 +12,8 @@ A product takes the first path in `PATHS` of its device that accepts it:
         made        eager, and in graphs where no unit multiplies bfloat16: C++ that decodes in registers, compiled when it is
                     first needed (made.py); 8 tokens where there are units, any number elsewhere
         words       a few tokens, compiled: codes read as words, sums lane by lane; nothing dense is stored
+        int8        int8 weight on the integer units: PyTorch's product, and C++ that makes bytes of the activation and numbers
+                    of the sums (cpu_int8.py)
         int_mm      int8 activation x int8 weight on the integer units, int32 accumulation, scales applied to the sum
         sums        what `words` computes, with AVX-512
         int8pack    up to three tokens, int8 weight: ATen's own product

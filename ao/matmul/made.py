@@ -22,7 +22,8 @@ from ..dtypes.bits import CHUNK, TRIT_BYTES, TRIT_CHUNK
 from ..dtypes.cpp import cpp_compiler
 from ..dtypes.operand import Operand
 from ..dtypes.tracing import is_eager, known
-from .anywhere import compiling, int8_operand, quantize_act, quantized_act, row_cast
+from . import cpu_int8
+from .anywhere import compiling, int8_operand, quantized_act, row_cast
 from .cpu_decode import AVX512
 from .form import leaves
 from .kernels.built import (
@@ -50,9 +51,6 @@ WORTH = 2**16
 """A weight of so many elements is worth compiling for: decoded by PyTorch's operators it takes a millisecond a call."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_LARGE = 2**21
-"""A weight of so many elements is worth a dozen operators eagerly, around a product in integer units."""
 
 _JOINT = "joint"
 """The kind of operand, in a graph, of integers whose scales are words that hold zero points as well."""
@@ -125,18 +123,19 @@ def accepts(x: Tensor, w: QTensor) -> bool:
     if operand is None or kind is None or w.numel() < WORTH:
         return False
     few = known(x.shape[0] <= _most(x.dtype, w.shape[1]))
-    units = VNNI and (compiling() or w.numel() >= _LARGE)
-    if units and int8_operand(w) is not None and not (few and operand.kind == "trits"):
+    if VNNI and operand.kind == "trits" and int8_operand(w) is not None and not few:
         return False  # there are units for it
-    if units and _is_int8(operand) and x.dtype != torch.float32 and not known(x.shape[0] <= 8):
+    if VNNI and operand.kind != "trits" and cpu_int8.reads(w, x.dtype) and not _before_units(x, w):
         return False
     if compiling() and x.dtype in _UNITS and not few:
         return False  # Inductor decodes as fast, and fuses what follows
     return library(kind) is not None
 
 
-def _is_int8(operand: Operand) -> bool:
-    return operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
+def _before_units(x: Tensor, w: QTensor) -> bool:
+    """Whether there are so few tokens that the compiled loops are faster than integer units, where both multiply: these take as
+    long for two tokens as for eight. One token that is quantized is as fast there."""
+    return known(x.shape[0] <= 8) and (w.spec.act is None or known(x.shape[0] > 1))
 
 
 def _most(dtype: torch.dtype, k: int) -> int:
@@ -152,20 +151,10 @@ def product(x: Tensor, w: QTensor) -> Tensor:
     """x @ decode(w).T. x: (M, K), w: (N, K) -> (M, N) in x's dtype."""
     operand = readable(w)
     assert operand is not None
-    if w.spec.act is None:
-        return _of_rows(x if x.dtype in SCALES else x.float(), operand).to(x.dtype)
-    if is_eager(x, or_recorded=False) and (act := _act(w)) is not None:
-        rows = x if x.dtype in SCALES else x.float()
-        return _multiplied(_library(operand), rows, _described(operand, *w.shape), act, w.act_scale).to(x.dtype)
-    if int8_operand(w) is not None:
-        # Sums of integers, and then the scales.
-        quantized, unit = quantize_act(x, w), operand.scale.new_ones(1, 1, dtype=torch.float32)
-        rows = quantized.codes.float()
-        if quantized.zero_point is not None:
-            rows = rows - quantized.zero_point.float()
-        total = _of_rows(rows, operand._replace(scale=unit))
-        return (total * quantized.scale.float() * operand.scale.float().t()).to(x.dtype)
-    return _of_rows(quantized_act(x.float(), w), operand).to(x.dtype)
+    act = _act(w)
+    if w.spec.act is not None and act is None:
+        return _of_rows(quantized_act(x.float(), w), operand).to(x.dtype)
+    return _of_rows(x if x.dtype in SCALES else x.float(), operand, act, w.act_scale).to(x.dtype)
 
 
 def _act(w: QTensor) -> Act | None:
@@ -205,35 +194,61 @@ def _library(operand: Operand) -> Library:
     return compiled
 
 
-def _of_rows(x: Tensor, operand: Operand) -> Tensor:
-    """x: (M, K) float32 or bfloat16 -> (M, N) of its dtype."""
+def _of_rows(x: Tensor, operand: Operand, act: Act | None = None, act_scale: Tensor | None = None) -> Tensor:
+    """x: (M, K) of a dtype in `SCALES`, which `act` quantizes -> (M, N) of its dtype."""
     if is_eager(x, or_recorded=False):
-        return _multiplied(_library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]))
-    numbers = operand.bits, operand.offset, operand.exponent
+        return _multiplied(
+            _library(operand), x, _described(operand, operand.codes.shape[0], x.shape[1]), act, act_scale
+        )
+    how = [] if act is None else [float(getattr(act, field[0])) for field in Act._fields_]
+    zero: list[Tensor] = []
     if operand.words is not None:
-        return torch.ops.ao.cpu_product(x, operand.codes, operand.words, None, _JOINT, *numbers, operand.table)
-    zero = None if operand.zero_point is None else _plain(operand.zero_point)
-    return torch.ops.ao.cpu_product(
-        x, operand.codes, _plain(operand.scale), zero, operand.kind, *numbers, operand.table
-    )
+        scale, kind = [operand.words], _JOINT
+    else:
+        kind = operand.kind
+        scale = [operand.powers] if operand.powers is not None else _parts(operand.scale, kind != "fixed")
+        zero = [] if operand.zero_point is None else _parts(operand.zero_point)
+    numbers = operand.bits, operand.offset, operand.exponent
+    return torch.ops.ao.cpu_product(x, operand.codes, scale, zero, kind, *numbers, operand.table, act_scale, how)
+
+
+def _parts(t: Tensor, nested: bool = True) -> list[Tensor]:
+    """Scales or zero points as the operator gets them: numbers, or, if they are quantized themselves, bytes, their scale and
+    perhaps their zero point."""
+    inner = _inner(t) if nested else None
+    if inner is None or inner.bits < 8 or inner.offset:
+        return [_plain(t)]
+    return [inner.codes, *(_plain(u) for u in (inner.scale, inner.zero_point) if u is not None)]
+
+
+def _whole(parts: list[Tensor]) -> Any:
+    """What `_parts` took apart, a Tensor or an Operand; None of none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return Operand(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
 
 
 def _operator(
     x: Tensor,
     codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    scale: list[Tensor],
+    zero_point: list[Tensor],
     kind: Any,
     bits: int,
     offset: float,
     exponent: int,
     table: Tensor | None,
+    act_scale: Tensor | None,
+    how: list[float],
 ) -> Tensor:
+    first, zero = _whole(scale), _whole(zero_point)
     if kind == _JOINT:
-        operand = Operand(codes, scale, scale, "affine", bits, offset, table, exponent, words=scale)
+        operand = Operand(codes, first, first, "affine", bits, offset, table, exponent, words=first)
     else:
-        operand = Operand(codes, scale, zero_point, kind, bits, offset, table, exponent)
-    return _multiplied(_library(operand), x, _described(operand, codes.shape[0], x.shape[1]))
+        powers = first if len(scale) == 1 and first.dtype == torch.uint8 else None
+        operand = Operand(codes, first, zero, kind, bits, offset, table, exponent, powers)
+    act = Act(int(how[0]), int(how[1]), *how[2:]) if how else None
+    return _multiplied(_library(operand), x, _described(operand, codes.shape[0], x.shape[1]), act, act_scale)
 
 
 def _shape(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
@@ -242,8 +257,8 @@ def _shape(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
 
 torch.library.define(
     "ao::cpu_product",
-    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, str kind, int bits, float offset, int exponent, Tensor? table)"
-    " -> Tensor",
+    "(Tensor x, Tensor codes, Tensor[] scale, Tensor[] zero_point, str kind, int bits, float offset, int exponent, Tensor? table,"
+    " Tensor? act_scale, float[] act) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 torch.library.impl("ao::cpu_product", "CPU", _operator)
@@ -321,7 +336,7 @@ def _described(operand: Operand, n: int, k: int, of: QTensor | None = None) -> _
     weight = Weight(
         *(None if t is None else t.data_ptr() for t in (codes, table)),
         *(level for level, _ in levels),
-        *(n, k, codes.stride(0), scale.shape[1]),
+        *(n, k, codes.stride(0), _groups(scale)),
         operand.offset,
         zero is not None or operand.offset != 0,
         operand.kind == "shifted",
@@ -341,12 +356,12 @@ def _numbers(t: Tensor, kind: int, unit: Tensor | None = None) -> Level:
     return Level(t.data_ptr(), unit.data_ptr(), None, t.shape[0], 1, 1, kind, 0, SCALES[unit.dtype])
 
 
-def _level(t: Tensor, unit: Tensor | None = None) -> tuple[Level, tuple[Tensor, ...]]:
+def _level(t: Tensor | Operand, unit: Tensor | None = None) -> tuple[Level, tuple[Tensor, ...]]:
     """Scales or zero points as the compiled functions read them, and what must live as long: numbers, or codes with an affine map
     of their own, where that is all that leads to numbers."""
-    inner = t.spec.operand(t) if isinstance(t, QTensor) and t.dtype == torch.float32 and t.pre_scale is None else None
-    if inner is None or unit is not None or not _fits(inner, t.shape):
-        t = _plain(t)
+    inner = _inner(t) if unit is None else None
+    if inner is None:
+        t = _plain(t)  # type: ignore[arg-type]
         return _numbers(t, SCALES[t.dtype], unit), (t,)
     codes, scale = inner.codes.contiguous(), _plain(inner.scale)
     zero = None if inner.zero_point is None else _plain(inner.zero_point)
@@ -354,12 +369,25 @@ def _level(t: Tensor, unit: Tensor | None = None) -> tuple[Level, tuple[Tensor, 
         codes.data_ptr(),
         scale.data_ptr(),
         None if zero is None else zero.data_ptr(),
-        *(t.shape[0], *scale.shape),
+        *(codes.shape[0], *scale.shape),
         *(SCALES[codes.dtype], inner.bits if inner.bits < 8 else 0),
         *(SCALES[scale.dtype], 0 if zero is None else SCALES[zero.dtype]),
         inner.offset,
     )
     return level, (codes, scale) if zero is None else (codes, scale, zero)
+
+
+def _inner(t: Tensor | Operand) -> Operand | None:
+    """How scales or zero points are quantized themselves, where the compiled functions read that."""
+    if isinstance(t, Operand):
+        return t
+    inner = t.spec.operand(t) if isinstance(t, QTensor) and t.dtype == torch.float32 and t.pre_scale is None else None
+    return inner if inner is not None and _fits(inner, t.shape) else None
+
+
+def _groups(scale: Tensor | Operand) -> int:
+    """Of a row."""
+    return scale.codes.shape[1] * 8 // scale.bits if isinstance(scale, Operand) else scale.shape[1]
 
 
 def _fits(a: Operand, shape: torch.Size) -> bool:

@@ -18,9 +18,6 @@ FIXED_POINT = r"""
 #define HAS_FIXED 0
 #endif
 
-// What is inlined everywhere takes the compiler twice as long, and is not faster.
-#define NOT_INLINE static __attribute__((noinline))
-
 #define LARGEST 32767
 #define MOST_BLOCK 128
 #define SHORTS (PER_CHUNK / 2)  // vectors of a chunk

@@ -31,6 +31,9 @@ _READING = r"""
 
 #define PER_CHUNK (32 / W)
 
+// What is inlined everywhere takes the compiler twice as long, and is not faster.
+#define NOT_INLINE static __attribute__((noinline))
+
 typedef uint8_t bytes __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
@@ -229,13 +232,13 @@ INLINE float e4m3(uint8_t c) {
   return load<float>(&w) * 0x1p120f;
 }
 // Sign, exponent and mantissa to their places in a float, and 2**112 for the difference of the biases.
-static float f16(uint16_t h) {
+NOT_INLINE float f16(uint16_t h) {
   uint32_t w = (uint32_t)(h & 0x7FFF) << 13, sign = (uint32_t)(h & 0x8000) << 16;
   float value = load<float>(&w) * 0x1p112f;
   w = load<uint32_t>(&value) | ((h & 0x7C00) == 0x7C00 ? 0x7F800000u : 0u) | sign;
   return load<float>(&w);
 }
-static void to_floats(const void* p, int64_t start, int64_t n, int dtype, float* out) {
+NOT_INLINE void to_floats(const void* p, int64_t start, int64_t n, int dtype, float* out) {
   switch (dtype) {
     case F32: memcpy(out, (const float*)p + start, n * sizeof(float)); break;
     case BF16: for (int64_t i = 0; i < n; i++) out[i] = bf16(((const uint16_t*)p)[start + i]); break;
@@ -268,7 +271,7 @@ READING = CPP_LANES + _READING
 
 _LOOPS = r"""
 // `n` codes of `bits` bits from `p`, a row of chunks of 32 of which the last may be shorter, as floats.
-static void unpack(const uint8_t* p, int64_t n, int bits, float* out) {
+NOT_INLINE void unpack(const uint8_t* p, int64_t n, int bits, float* out) {
   for (int64_t start = 0; start < n; start += 32) {
     const int64_t chunk = n - start < 32 ? n - start : 32;
     uint8_t codes[32] = {};
@@ -336,7 +339,7 @@ struct Row {
 // One scale for a row, which is applied to the sum: that of integers is then exact up to 2**24.
 INLINE bool by_row(const Weight& w) { return w.groups == 1 && !w.shifted; }
 
-static void read_level(const Level& l, int64_t groups, int64_t n, float* out) {
+NOT_INLINE void read_level(const Level& l, int64_t groups, int64_t n, float* out) {
   const int64_t row = l.rows > 1 ? n : 0;
   if (l.bits) unpack((const uint8_t*)l.values + row * groups * l.bits / 8, groups, l.bits, out);
   else to_floats(l.values, row * groups, groups, l.dtype, out);
@@ -420,7 +423,7 @@ INLINE float row_shift(const Weight& w, const Row& row, const float* sums) {
 
 // One row, T tokens. sums: of each group of the tokens.
 template <int T>
-INLINE void few(const Weight& w, const Table& table, int64_t n, const Row& row, const float* x, const float* sums, float* y) {
+NOT_INLINE void few(const Weight& w, const Table& table, int64_t n, const Row& row, const float* x, const float* sums, float* y) {
   const uint8_t* p = w.codes + n * w.row_bytes;
   const int64_t k = w.k, each = k / 32 / w.groups;
   vf first[T] = {}, second[T] = {};
@@ -446,7 +449,7 @@ INLINE void few(const Weight& w, const Table& table, int64_t n, const Row& row, 
 
 // Elements [start, stop) of a row, in full, as vectors hold them or in their order.
 template <bool ORDERED>
-INLINE void dense(const Weight& w, const Table& table, int64_t n, const Row& row, int64_t start, int64_t stop, float* out) {
+NOT_INLINE void dense(const Weight& w, const Table& table, int64_t n, const Row& row, int64_t start, int64_t stop, float* out) {
   const int64_t group = w.k / w.groups, next = group < 32;
   const uint8_t* p = w.codes + n * w.row_bytes + start / 8 * BITS;
   int64_t g = start / group, end = (g + 1 + next) * group;
@@ -493,8 +496,8 @@ template <int R, int T> INLINE void tile(const float* w, const float* x, int64_t
 
 // R rows from n on, M tokens. scratch: M * R vectors and R * STEP floats.
 template <int R>
-INLINE void tiles(const Weight& w, const Table& table, int64_t n, Row& row, const float* x, int64_t m, float* scratch, float* y,
-                  int64_t stride) {
+NOT_INLINE void tiles(const Weight& w, const Table& table, int64_t n, Row& row, const float* x, int64_t m, float* scratch,
+                      float* y, int64_t stride) {
   vf* sums = (vf*)scratch;
   float* decoded = scratch + m * R * W;
   memset(scratch, 0, m * R * sizeof(vf));

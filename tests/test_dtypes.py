@@ -157,7 +157,9 @@ def test_chains_of_ops(data):
             q, d = q.clone(), d.clone()
         elif op == "view" and q.is_contiguous():
             q, d = q.unsqueeze(0).view(n, k), d.unsqueeze(0).view(n, k)
-        elif op == "gather" and getattr(q.spec, "bits", 8) == 8:
+        elif (
+            op == "gather" and getattr(q.spec, "bits", 8) == 8 and lattice(q, 0).chunk == 1
+        ):  # rows, not packed columns
             rows = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=64)))
             q, d = q.index_select(0, rows), d.index_select(0, rows)
             break

@@ -392,3 +392,16 @@ def test_moved_while_an_output_is_alive(case):
     out = model(x)
     model.half()
     assert {p.dtype for p in model.parameters()} == {torch.float16} and out.requires_grad
+
+
+@pytest.mark.parametrize("spec", [Intx(8, (-1, -1)), Intx(8, (-1, -1), act=Intx(8, (-1, -1)))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_column_that_is_transposed(spec, dtype):
+    """A weight of one row whose stride is 1, and a token like that, which `torch._int_mm` reads wrongly."""
+    q = spec.quantize(weight((96, 1))).t()  # (1, 96)
+    wide = spec.quantize(weight((64, 96)))
+    column = weight((96, 1), 1).to(dtype)
+    for w, x in ((q, weight((5, 96), 2).to(dtype)), (q, column.t()), (wide, column.t())):
+        given = x if spec.act is None else spec.act.fake_quantize(x)
+        for product in (F.linear, torch.compile(F.linear)):
+            assert compute_error(given.double() @ w.dequantize().double().t(), product(x, w).double()) > 40

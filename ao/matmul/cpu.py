@@ -392,6 +392,8 @@ def _integer_product(x: Tensor, q: Tensor) -> Tensor:
     """q @ x.T in int32. x: (M, K) int8, q: (N, K) int8 -> (N, M)."""
     if q.shape[1] == 1:
         return q.to(torch.int32) * x.t().to(torch.int32)  # `_int_mm` of one column is wrong (PyTorch 2.13)
+    if known(q.shape[0] == 1):  # so is one of a row with another stride than K, and a compiler picks any
+        return (q.to(torch.int32) * x.to(torch.int32)).sum(-1, dtype=torch.int32).unsqueeze(0)
     # A single column whose stride the compiler sets to 0, which it may, comes out wrong.
     return torch._int_mm(q, _stored(x.t()) if known(x.shape[0] == 1) else x.t())
 

@@ -57,7 +57,7 @@ def accepts(x: Tensor, w: QTensor) -> bool:
         x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and known(x.numel() > 0, True)
         and w.numel() >= WORTH
-        and w.shape[1] > 1  # `_int_mm` of one column is wrong (PyTorch 2.13)
+        and min(w.shape) > 1  # `_int_mm` of one column or row is wrong (PyTorch 2.13)
         and cpp_compiler() is not None
         and (compiling() or is_eager(x, or_recorded=False))
         and _read(w, x.dtype) is not None

@@ -32,5 +32,11 @@ def integer_product(x: Tensor, q: Tensor) -> Tensor:
     x: (M, K) int8, q: (N, K) int8 -> (M, N).
     """
     if takes(x.device, q.shape[0], q.shape[1]) and known(x.shape[0] > 0, True):
-        return torch._int_mm(enough_rows(x), q.t())[: x.shape[0]]
+        return torch._int_mm(of_one_row(enough_rows(x)), q.t())[: x.shape[0]]
     return x.float() @ q.float().t()
+
+
+def of_one_row(q: Tensor) -> Tensor:
+    """`q`, (N, K), as the left operand of `torch._int_mm`, which on a CPU reads a single row wrongly unless its stride is K
+    (PyTorch 2.13): that of a column which was transposed is 1."""
+    return q.flatten().view(1, -1) if known(q.shape[0] == 1) and q.stride(0) != q.shape[1] else q

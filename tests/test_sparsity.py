@@ -295,3 +295,13 @@ def test_supermask_learns_which_blocks_to_keep():
     for wrong in ({"sparsity_level": 1.0}, {"blocksize": 7}):
         with pytest.raises(ValueError, match="SupermaskLinear"):
             SupermaskLinear.from_linear(linear, **wrong)
+
+
+def test_a_mask_along_both_dims_hides_no_nan():
+    from ao.matmul.sparse import transposable_mask
+
+    w = torch.randn(8, 12)
+    w[1, 5], w[6, 2], w[6, 3] = torch.nan, torch.inf, -torch.inf
+    mask = transposable_mask(w)
+    assert mask[1, 5] and mask[6, 2] and mask[6, 3]
+    assert (mask.view(2, 4, 3, 4).sum(3) == 2).all() and (mask.view(2, 4, 3, 4).sum(1) == 2).all()

@@ -7,6 +7,8 @@ those groups and their codes can be cut at the same places.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,16 @@ from .onnx_mode import shifted_right
 
 UNIT = 64
 """The elements of a chunk of packed codes."""
+
+TWO_OF_FOUR = tuple(itertools.combinations(range(4), 2))
+"""Which two of four are kept, in the order of their numbers."""
+
+_ROWS = [
+    sum(1 << 3 * column for column in pair) for pair in TWO_OF_FOUR
+]  # how many a row keeps of each column, 3 bits for each
+
+TRANSPOSABLE = tuple(m for m in itertools.product(range(6), repeat=4) if sum(map(_ROWS.__getitem__, m)) == 0o2222)
+"""The 90 masks of 4 x 4 with two in each row and each column, each as the places of its rows in `TWO_OF_FOUR`."""
 
 
 def largest(x: Tensor) -> Tensor:

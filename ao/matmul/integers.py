@@ -11,8 +11,11 @@ from .kernels.device import VNNI
 
 
 def enough_rows(x: Tensor) -> Tensor:
-    """`x` (M, K), and on a GPU rows of zeros after it, as `torch._int_mm` takes more than 16 rows there."""
+    """`x` (M, K) as `torch._int_mm` takes it: on a GPU with rows of zeros after it, since there it wants more than 16. On a CPU a
+    single row gets the stride K, since with that of a transposed column, 1, it is read wrongly (PyTorch 2.13)."""
     m = x.shape[0]
+    if x.device.type != "cuda" and known(m == 1) and x.stride(0) != x.shape[1]:
+        return x.flatten().view(1, -1)
     if x.device.type != "cuda" or known(m > 16):
         return x
     return F.pad(x, (0, 0, 0, 32 - m if known(m <= 16) else 17))
@@ -32,11 +35,5 @@ def integer_product(x: Tensor, q: Tensor) -> Tensor:
     x: (M, K) int8, q: (N, K) int8 -> (M, N).
     """
     if takes(x.device, q.shape[0], q.shape[1]) and known(x.shape[0] > 0, True):
-        return torch._int_mm(of_one_row(enough_rows(x)), q.t())[: x.shape[0]]
+        return torch._int_mm(enough_rows(x), q.t())[: x.shape[0]]
     return x.float() @ q.float().t()
-
-
-def of_one_row(q: Tensor) -> Tensor:
-    """`q`, (N, K), as the left operand of `torch._int_mm`, which on a CPU reads a single row wrongly unless its stride is K
-    (PyTorch 2.13): that of a column which was transposed is 1."""
-    return q.flatten().view(1, -1) if known(q.shape[0] == 1) and q.stride(0) != q.shape[1] else q

@@ -17,7 +17,6 @@ In a graph all of that is one operator: the choice is made when it runs.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..dtypes.base import QTensor, Spec
 from ..dtypes.operand import Operand
-from ..dtypes.pairs import spread, unpack_codes
+from ..dtypes.pairs import TRANSPOSABLE, TWO_OF_FOUR, spread, unpack_codes
 from ..dtypes.tracing import is_eager
 from .anywhere import compiling, quantize_act, quantized_act, row_cast
 from .form import Form, form_of, leaves, made
@@ -432,17 +431,16 @@ def _run(compressed: Tensor, rows: Tensor, dtype: torch.dtype | None, algorithm:
 # Weights that are pruned at every step of training.
 
 
-_ROWS = [tuple(float(i in pair) for i in range(4)) for pair in itertools.combinations(range(4), 2)]
-_PATTERNS = [sum(s, ()) for s in itertools.product(_ROWS, repeat=4) if all(sum(column) == 2 for column in zip(*s))]
-"""The 90 masks of 4 x 4 with two in each row and each column."""
-
-
 def transposable_mask(w: Tensor) -> Tensor:
-    """The mask of two of four along both dims that keeps the largest sum of magnitudes of each 4 x 4: (N, K) bool."""
-    (n, k), patterns = w.shape, torch.tensor(_PATTERNS, device=w.device)  # (90, 16)
-    tiles = w.detach().float().abs().view(n // 4, 4, k // 4, 4).transpose(1, 2).reshape(-1, 16)  # (tiles, 16)
-    best = (tiles @ patterns.t()).argmax(1)
-    mask = patterns[best].bool().view(n // 4, k // 4, 4, 4)
+    """The mask of two of four along both dims that keeps the largest sum of magnitudes of each 4 x 4: (N, K) bool. NaN counts as
+    the largest."""
+    (n, k), highest = w.shape, torch.finfo(torch.float32).max / 16  # so that sums are finite
+    rows = torch.tensor([[i in pair for i in range(4)] for pair in TWO_OF_FOUR], device=w.device)
+    patterns = rows[torch.tensor(TRANSPOSABLE, device=w.device)].flatten(1)  # (90, 16)
+    size = w.detach().float().abs().nan_to_num(highest, highest).clamp(max=highest)
+    tiles = size.view(n // 4, 4, k // 4, 4).transpose(1, 2).reshape(-1, 16)  # (tiles, 16)
+    best = (tiles @ patterns.float().t()).argmax(1)
+    mask = patterns[best].view(n // 4, k // 4, 4, 4)
     return mask.transpose(1, 2).reshape(n, k)
 
 

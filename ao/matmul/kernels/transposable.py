@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -10,21 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...dtypes.pairs import TRANSPOSABLE, TWO_OF_FOUR
 from .launch import cdiv, launch
 
-PAIRS = tuple(itertools.combinations(range(4), 2))
-"""Which two of four are kept, in the order of their numbers."""
-
-PATTERNS = tuple(
-    rows
-    for rows in itertools.product(range(6), repeat=4)
-    if all(sum(column in PAIRS[row] for row in rows) == 2 for column in range(4))
-)
-"""The 90 masks of 4 x 4 with two in each row and each column, each as the number of its pair per row."""
-
-_PATTERNS = tl.constexpr(PATTERNS)
+_PATTERNS = tl.constexpr(TRANSPOSABLE)
 _KEPT = tl.constexpr(
-    tuple(sum(1 << 4 * row + column for row in range(4) for column in PAIRS[rows[row]]) for rows in PATTERNS)
+    tuple(sum(1 << 4 * row + column for row in range(4) for column in TWO_OF_FOUR[rows[row]]) for rows in TRANSPOSABLE)
 )
 
 

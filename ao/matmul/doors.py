@@ -11,6 +11,7 @@ product is known to have goes the second way, so that PyTorch itself answers.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -257,15 +258,28 @@ _READING: list[Door] = [
     torch.Tensor.smm,
     torch.hspmm,
     torch.convolution,
-    torch.lstm,
-    torch.gru,
-    torch.rnn_tanh,
-    torch.rnn_relu,
     torch.lstm_cell,
     torch.gru_cell,
     torch.rnn_tanh_cell,
     torch.rnn_relu_cell,
 ]
+
+_RECURRENT: list[Door] = [torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu]
+"""Those that read all steps and layers, by cuDNN on a GPU."""
+
+
+def _recurrent(function: Door) -> Door:
+    """`reading`, without cuDNN's advice to keep weights in one piece of memory: they are decoded at every call."""
+    door = reading(function)
+
+    def quietly(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return door(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single", category=UserWarning)
+            return door(*args, **kwargs)
+
+    return quietly
 
 
 def _fill() -> None:
@@ -282,6 +296,8 @@ def _fill() -> None:
         FUNCTIONS[function] = _inner(function)
     for function in _READING:
         FUNCTIONS[function] = reading(function)
+    for function in _RECURRENT:
+        FUNCTIONS[function] = _recurrent(function)
     FUNCTIONS[torch.Tensor.addbmm_] = _in_place(torch.Tensor.addbmm_, FUNCTIONS[torch.Tensor.addbmm])
 
 

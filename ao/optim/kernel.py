@@ -219,6 +219,7 @@ def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
         step = functools.partial(_step_eagerly, plan)
         cpu = args[0].device.type == "cpu"
         graph = make_fx(step, decomposition_table={} if cpu else _ON_GPU, tracing_mode="symbolic")(*fakes)
+    graph.shape_env = None  # which the compiler's cache on disk would take for a part of the program, and not read
     options: dict[str, Any] = {"size_asserts": False}  # the rows are ours
     if cpu:
         options["cpp.enable_floating_point_contract_flag"] = "fast"  # products and sums in one instruction

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import ao.optim
 from ao.dtypes import DynamicTree, Flat, FlatTensor, Float8, PositiveSteps, QTensor
@@ -800,6 +801,7 @@ def test_stochastic_rounding_is_reproducible():
 def test_compiled_equals_eager_in_few_graphs(cls, inductor):
     """Ten sizes, a scheduler, a float and a tensor lr, changed betas: two graphs, and the result of eager code."""
     kernel._compiled.clear()
+    not_kept = counters["inductor"]["fxgraph_cache_bypass"]
     compiled, plain = (
         [nn.Parameter(torch.randn(16 * n, 256, generator=torch.Generator().manual_seed(n))) for n in range(1, 11)]
         + [nn.Parameter(torch.zeros(n)) for n in (3, 100)]
@@ -822,6 +824,7 @@ def test_compiled_equals_eager_in_few_graphs(cls, inductor):
     again.param_groups[0]["params"][0].grad = torch.randn(80, 512)
     again.step()
     assert len(kernel._compiled) == 2
+    assert counters["inductor"]["fxgraph_cache_bypass"] == not_kept  # graphs go to the compiler's cache on disk
 
 
 def test_a_graph_is_compiled_once_however_many_pieces_wait_for_it(monkeypatch, inductor):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import zip_longest
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,9 @@ from torch import Tensor, nn
 
 import ao
 from ao import compute_error
-from ao.dtypes import Float8, Intx
+from ao.dtypes import MXFP4, NF4, NVFP4, Float8, Intx, QTensor
 from ao.matmul.kernels import joined
+from ao.matmul.kernels.reading import fields_of, reading_of
 
 
 class Block(nn.Module):
@@ -31,40 +35,68 @@ class Block(nn.Module):
         return x + self.layers["down"](F.silu(self.layers["gate"](h)) * self.layers["up"](h))
 
 
+_FEW = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor? outer_scale, Tensor? outer_zero_point"
+SCHEMAS = {
+    "gemv": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act",
+    "few": f"Tensor x, {_FEW}, str reading",
+    "gemv_joined": "Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act",
+    "few_joined": f"Tensor x, {_FEW.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading",
+}
+
+
 @pytest.fixture
 def on_a_cpu():
-    """The operators of a GPU, on a CPU: how many weights each call had."""
+    """The operators of a GPU, on a CPU: how many weights each call had. `few` finds a weight by its codes, among `WEIGHTS`."""
     calls = []
 
-    def one(x, qdata, scale, zero_point, offset, act):
+    def gemv(x, qdata, scale, zero_point, offset, act):
         zero = 0 if zero_point is None else zero_point.float()
         return (x.float() @ ((qdata.float() - zero - offset) * scale.float()).t()).to(x.dtype)
 
-    def several(x, qdata, scale, zero_point, offset, act):
-        calls.append(len(qdata))
-        zeros = zero_point or [None] * len(qdata)
-        return torch.cat([one(x, q, s, z, offset, act) for q, s, z in zip(qdata, scale, zeros)], 1)
+    def few(x, codes, *_):
+        return x @ WEIGHTS[codes.data_ptr()].dequantize().t()
 
-    def alone(*args):
+    def alone(product, *args):
         calls.append(1)
-        return one(*args)
+        return product(*args)
+
+    def several(product, x, *args):
+        lists = [arg for arg in args if isinstance(arg, list)]
+        calls.append(len(lists[0]))
+        return torch.cat([product(x, *fields, *args[len(lists) :]) for fields in zip_longest(*lists)], 1)
+
+    def shape(x, codes, *_):
+        return x.new_empty(len(x), sum(map(len, codes)) if isinstance(codes, list) else len(codes))
 
     with torch.library._scoped_library("ao", "FRAGMENT") as library:
-        if not hasattr(torch.ops.ao, "gemv"):  # without Triton
-            library.define(
-                "gemv(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act) -> Tensor"
-            )
-            library.define(
-                "gemv_joined(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act) -> Tensor"
-            )
-            torch.library.register_fake("ao::gemv", lambda x, q, *_: x.new_empty(1, q.shape[0]), lib=library)
-            torch.library.register_fake(
-                "ao::gemv_joined", lambda x, q, *_: x.new_empty(1, sum(w.shape[0] for w in q)), lib=library
-            )
-        library.impl("gemv", alone, "CPU")
-        library.impl("gemv_joined", several, "CPU")
+        for name, schema in SCHEMAS.items():
+            if not hasattr(torch.ops.ao, name):  # without Triton
+                library.define(f"{name}({schema}) -> Tensor")
+                torch.library.register_fake(f"ao::{name}", shape, lib=library)
+            product = gemv if name.startswith("gemv") else few
+            library.impl(name, partial(several if name.endswith("joined") else alone, product), "CPU")
         yield calls
-    joined._registered = False  # without Triton the operator is gone
+    joined._registered = False  # without Triton the operators are gone
+    WEIGHTS.clear()
+
+
+WEIGHTS: dict[int, QTensor] = {}
+
+
+class Few(nn.Module):
+    """`ao::few` of a weight."""
+
+    def __init__(self, w: QTensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(w, requires_grad=False)
+        WEIGHTS[fields_of(w)[0].data_ptr()] = w
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = reading_of(self.weight)
+        assert found is not None
+        reading, fields = found
+        out = torch.ops.ao.few(x.reshape(-1, x.shape[-1]).contiguous(), *fields, reading.text)
+        return out.reshape(*x.shape[:-1], -1)
 
 
 @pytest.mark.parametrize("zero_points", [False, True])
@@ -125,6 +157,69 @@ def test_what_is_not_alike_stays_alone(on_a_cpu):
     assert all(compute_error(e, g) > 60 for e, g in zip(expected, got))
 
 
+@pytest.mark.parametrize(
+    "spec", [NF4, Intx(3, (1, 64)), NVFP4, Intx(2, (1, 32), signed=False, zero_point="joint")], ids=str
+)
+def test_the_compiler_joins_any_format(on_a_cpu, spec):
+    import torch._inductor.graph
+
+    joined.join_in_compiled_graphs()
+    block = Block(64, 128).requires_grad_(False)
+    block.layers = nn.ModuleDict({name: Few(spec.quantize(layer.weight)) for name, layer in block.layers.items()})
+    x = weight((1, 1, 64))
+    expected = block(block(x))
+    on_a_cpu.clear()
+    torch.compiler.reset()
+    got = torch.compile(lambda x: block(block(x)))(x)
+    assert on_a_cpu == [3, 1, 2, 1] * 2
+    assert compute_error(expected, got) > 60
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dynamic", "specs"),
+    [
+        (1, False, [NF4, Intx(3, (1, 64)), Intx(3, (1, 32))]),
+        (1, False, [Intx(8), Intx(8)]),  # which has no kernel for one token by this operator
+        (2, False, [NF4, NF4]),
+        (2, True, [NF4, NF4]),
+    ],
+    ids=str,
+)
+def test_of_any_format_what_is_not_alike_stays_alone(on_a_cpu, tokens, dynamic, specs):
+    import torch._inductor.graph
+
+    joined.join_in_compiled_graphs()
+    layers = nn.ModuleList(Few(spec.quantize(weight((16, 64), i))) for i, spec in enumerate(specs))
+    x = weight((tokens, 64))
+    expected = [layer(x) for layer in layers]
+    on_a_cpu.clear()
+    torch.compiler.reset()
+    got = torch.compile(lambda x: [layer(x) for layer in layers], dynamic=dynamic)(x)
+    assert on_a_cpu == [1] * len(specs)
+    assert all(compute_error(e, g) > 60 for e, g in zip(expected, got))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "spec",
+    [NF4, Intx(3, (1, 64)), Intx(2, (1, 32), signed=False, zero_point="joint"), Intx(5, (1, 32)), MXFP4, NVFP4],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_any_format_on_a_gpu(spec, dtype):
+    from ao.matmul.kernels import operators
+
+    for k, sizes in ((4096, (4096, 1024, 1024)), (1024, (24, 264)), (14336, (64, 8, 16)), (256, (8, 8, 8))):
+        x = weight((1, k), 0, dtype).cuda()
+        read = [reading_of(spec.quantize(weight((n, k), 1 + i, dtype)).cuda()) for i, n in enumerate(sizes)]
+        assert all(found is not None and found[0].for_one_token for found in read)
+        expected = torch.cat([operators.few(x, *fields, reading.text) for reading, fields in read], 1)
+        fields = [[t for t in each if t is not None] for each in zip(*(fields for _, fields in read))]
+        got = operators.few_joined(x, *fields, read[0][0].text)
+        assert torch.equal(expected, got), (k, sizes)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
@@ -153,9 +248,16 @@ def test_on_a_gpu(spec, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("config", [ao.Int4WeightOnlyConfig(group_size=128), ao.Int8WeightOnlyConfig()], ids=str)
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (ao.Int4WeightOnlyConfig(group_size=128), "gemv"), (ao.Int8WeightOnlyConfig(), "gemv"), (NF4, "few"), (MXFP4, "few"),
+        (NVFP4, "few"), (Intx(3, (1, 64)), "few"), (Intx(4, (1, 32), signed=False, zero_point="joint"), "gemv"),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_block_on_a_gpu(config, mode):
+def test_a_block_on_a_gpu(config, name, mode):
     from torch._inductor.utils import run_and_get_code
 
     block = Block(1024, 2048).to("cuda", torch.bfloat16).requires_grad_(False)
@@ -164,7 +266,7 @@ def test_a_block_on_a_gpu(config, mode):
     expected = block(x)
     compiled = torch.compile(block, mode=mode)
     got, code = run_and_get_code(compiled, x)
-    assert sum(text.count("ao.gemv_joined.default(") for text in code) == 2
+    assert sum(text.count(f"ao.{name}_joined.default(") for text in code) == 2
     assert compute_error(expected.float(), got.float()) > 40
     for _ in range(3):
         assert compute_error(expected.float(), compiled(x).float()) > 40

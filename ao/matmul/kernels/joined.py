@@ -14,8 +14,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from .reading import reading_from
+
 AT_ONCE = 3
 """Weights of one launch, at most."""
+
+_FIELDS = {"gemv": 3, "few": 6}
+"""The operators of which `ao::gemv_joined` and `ao::few_joined` are several, and how many fields of the weight come after x."""
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 
@@ -26,17 +31,18 @@ _registered = False
 
 
 def join_in_compiled_graphs() -> None:
-    """Tell Inductor, where it is loaded, how `ao::gemv` is lowered: an operator of ours, so that no other code sees it."""
+    """Tell Inductor, where it is loaded, how our operators of one token are lowered: no other code sees them."""
     global _registered
     if _registered or "torch._inductor.graph" not in sys.modules:
         return
     from torch._inductor.lowering import register_lowering
 
-    register_lowering(torch.ops.ao.gemv.default, type_promotion_kind=None)(_lower)
+    for name in _FIELDS:
+        register_lowering(getattr(torch.ops.ao, name).default, type_promotion_kind=None)(_lower)
     _registered = True
 
 
-def _lower(x: Any, qdata: Any, scale: Any, zero_point: Any, offset: int, act: bool) -> Any:
+def _lower(x: Any, *weight: Any) -> Any:
     """The product, as the compiler knows it."""
     from torch._inductor.ir import ExternKernel
     from torch._inductor.lowering import fallback_handler, lowerings
@@ -48,14 +54,17 @@ def _lower(x: Any, qdata: Any, scale: Any, zero_point: Any, offset: int, act: bo
     if node in found:
         return found.pop(node)
     x = ExternKernel.require_contiguous(ExternKernel.realize_input(x))
-    nodes = products_of_one_token(node, lambda other: other in graph.env)
+    nodes = products_of_one_token(node, graph.env)
     if len(nodes) == 1:
-        call = fallback_handler(torch.ops.ao.gemv.default, add_to_fallback_set=False)
-        return call(x, qdata, scale, zero_point, offset, act)
-    args: list[Any] = [n.args for n in nodes]
-    fields = [[graph.env[arg[i]] for arg in args if arg[i] is not None] for i in (1, 2, 3)]
-    call = fallback_handler(torch.ops.ao.gemv_joined.default, add_to_fallback_set=False)
-    out, start = call(x, *fields, offset, act), 0
+        return fallback_handler(node.target, add_to_fallback_set=False)(x, *weight)
+
+    def value(arg: Any) -> Any:
+        """Of a field, which may be a view that is not lowered yet."""
+        return graph.env[arg] if arg in graph.env else lowerings[arg.target](value(arg.args[0]), *arg.args[1:])
+
+    fields = [[value(arg) for arg in each if arg is not None] for each in zip(*map(_fields, nodes))]
+    call = fallback_handler(getattr(torch.ops.ao, f"{_name(node)}_joined").default, add_to_fallback_set=False)
+    out, start = call(x, *fields, *weight[len(fields) :]), 0
     narrow = lowerings[torch.ops.aten.slice.Tensor]
     for other in nodes:
         end = start + _rows(other)
@@ -65,16 +74,25 @@ def _lower(x: Any, qdata: Any, scale: Any, zero_point: Any, offset: int, act: bo
 
 
 def products_of_one_token(node: torch.fx.Node, there: Any) -> list[torch.fx.Node]:
-    """This product and those of the same token after it that one launch can do. there: whether a node is computed already."""
-    if any(not there(arg) for arg in node.args[1:4] if isinstance(arg, torch.fx.Node)) or _rows(node) % 8:
-        return [node]
+    """This product and those of the same token after it that one launch can do. there: the nodes that are computed already."""
     form, nodes = _form(node), []
-    for other in _users(_token(node.args[0])):
-        fields = [arg for arg in other.args[1:4] if isinstance(arg, torch.fx.Node)]
-        if _form(other) == form and _rows(other) % 8 == 0 and all(map(there, fields)) and not there(other):
+    if form is None or not _is_ready(node, there):
+        return [node]
+    for other in _users(_token(node.args[0]), node.target):
+        if _form(other) == form and _is_ready(other, there) and other not in there:
             nodes.append(other)
     first = nodes.index(node)
     return nodes[first : first + AT_ONCE]
+
+
+def _is_ready(node: torch.fx.Node, there: Any) -> bool:
+    """Whether the fields of a product are there, or what they are views of."""
+    for field in _fields(node):
+        while field is not None and field not in there:
+            if field.target != torch.ops.aten.view.dtype:
+                return False
+            field = field.args[0]
+    return True
 
 
 def _token(node: Any) -> torch.fx.Node:
@@ -84,23 +102,39 @@ def _token(node: Any) -> torch.fx.Node:
     return node
 
 
-def _users(token: torch.fx.Node) -> list[torch.fx.Node]:
-    """The products of a token, through its views, in the order of the graph."""
+def _users(token: torch.fx.Node, product: Any) -> list[torch.fx.Node]:
+    """The products of a token by an operator, through its views, in the order of the graph."""
     found = []
     for user in token.users:
         if user.target in _VIEWS:
-            found += _users(user)
-        elif user.target == torch.ops.ao.gemv.default and user.args[0] is token:
+            found += _users(user, product)
+        elif user.target == product and user.args[0] is token:
             found.append(user)
     return sorted(found, key=operator.attrgetter("_sort_key"))
+
+
+def _name(node: torch.fx.Node) -> str:
+    return node.target.overloadpacket.__name__  # type: ignore[union-attr]
+
+
+def _fields(node: torch.fx.Node) -> tuple[Any, ...]:
+    return node.args[1 : 1 + _FIELDS[_name(node)]]
 
 
 def _rows(node: torch.fx.Node) -> int:
     return int(node.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
 
 
-def _form(node: torch.fx.Node) -> list[Any]:
-    """What the products of one launch have in common."""
-    shown = [arg.meta["val"] if isinstance(arg, torch.fx.Node) else None for arg in node.args[:4]]
-    each = [None if t is None else (t.dtype, t.shape[1:], t.device) for t in shown]
-    return [*each, *node.args[4:]]
+def _form(node: torch.fx.Node) -> list[Any] | None:
+    """What the products of one launch have in common; None for one that stays alone."""
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    fields = [arg if arg is None else arg.meta["val"] for arg in _fields(node)]
+    tokens, rest = x.shape[0], list(node.args[1 + len(fields) :])
+    if not isinstance(tokens, int) or tokens != 1 or _rows(node) % 8:  # a symbol is any number of tokens but one
+        return None
+    if _name(node) == "few":
+        reading = reading_from(str(rest[0]))
+        if not reading.for_one_token:
+            return None
+        rest = [reading._replace(n=0)]
+    return [*(None if t is None else (t.dtype, t.shape[1:], t.device) for t in (x, *fields)), *rest]

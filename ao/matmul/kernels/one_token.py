@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -259,12 +261,14 @@ def _taken_off(zero, total, BITS: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.c
 
 
 @triton.jit
-def gemv_codes_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, K: tl.constexpr, BITS: tl.constexpr,
-    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
-    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
+def _gemv_codes(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, first, programs, K: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
+    J: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum over groups of (sum over the group of x * number[n] - zero[n] * sum of x) * scale[n].
+    """out[n] = sum over groups of (sum over the group of x * number[n] - zero[n] * sum of x) * scale[n], by program `first` of
+    `programs`.
 
     As `gemv_int_kernel` of ampere.py, for units of 32 codes that are BITS words. x is 16-bit fixed point with a step of
     max|x| / 32512 of the unit, in two bytes, which stay in registers; codes become bytes, four at a time, and the sum over half
@@ -273,9 +277,6 @@ def gemv_codes_kernel(
     """
     U: tl.constexpr = K // 32
     MIXED: tl.constexpr = KIND != _AFFINE and not (NG > 1 and K // NG % 32 != 0)
-    first = tl.program_id(0)
-    x_ptr += tl.program_id(1) * K  # the tokens after the first
-    out_ptr += tl.program_id(1) * N
     unit = tl.arange(0, J)
     after = first * 4
     ahead0 = _ahead(
@@ -321,10 +322,10 @@ def gemv_codes_kernel(
             _table_word(level, 0), _table_word(level, 1), _table_word(level, 2), _table_word(level, 3),
         )  # fmt: skip
 
-    for tile in tl.range(first, tl.cdiv(N, 4), tl.num_programs(0)):
+    for tile in tl.range(first, tl.cdiv(N, 4), programs):
         r = tile * 4
         w0, w1, w2, w3 = ahead0, ahead1, ahead2, ahead3
-        after = r + tl.num_programs(0) * 4
+        after = r + programs * 4
         ahead0 = _ahead(
             q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
         )  # fmt: skip
@@ -359,23 +360,69 @@ def gemv_codes_kernel(
         tl.store(out_ptr + at_row, out.to(out_ptr.dtype.element_ty), mask=at_row < N)
 
 
+@triton.jit
+def gemv_codes_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
+):  # fmt: skip
+    """`_gemv_codes` of one weight, for each token."""
+    token = tl.program_id(1)
+    _gemv_codes(
+        x_ptr + token * K, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr + token * N, N,
+        tl.program_id(0), tl.num_programs(0), K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J,
+    )  # fmt: skip
+
+
+@triton.jit
+def _of_three(program, first, second, a, b, c):
+    """The value for the part of the grid that a program is in: the second of three begins at `first`, the third at `second`."""
+    return tl.where(program < first, a, tl.where(program < second, b, c))
+
+
+@triton.jit(do_not_specialize=["n0", "n1", "n2", "p0", "p1", "p2"])
+def gemv_codes_joined_kernel(
+    x_ptr, out_ptr, q0, scale0, zero0, table0, outer0, outer_zero0, n0, p0, q1, scale1, zero1, table1, outer1, outer_zero1,
+    n1, p1, q2, scale2, zero2, table2, outer2, outer_zero2, n2, p2, K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr,
+    NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
+):  # fmt: skip
+    """`_gemv_codes` of two or three weights one below the other, of n rows and with p programs each; of two, p2 is 0."""
+    i = tl.program_id(0)
+    first, second = p0, p0 + p1
+    _gemv_codes(
+        x_ptr, _of_three(i, first, second, q0, q1, q2), _of_three(i, first, second, scale0, scale1, scale2),
+        _of_three(i, first, second, zero0, zero1, zero2), _of_three(i, first, second, table0, table1, table2),
+        _of_three(i, first, second, outer0, outer1, outer2),
+        _of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
+        out_ptr + _of_three(i, first, second, 0, n0, n0 + n1), _of_three(i, first, second, n0, n1, n2),
+        i - _of_three(i, first, second, 0, first, second), _of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
+        SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J,
+    )  # fmt: skip
+
+
 def _gemv_constants(
-    reading: Reading, device: torch.device, warps_at_once: int = 20, tokens: int = 1
-) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the tile of `gemv_codes_kernel`, for so many warps on a multiprocessor at a time; where several `tokens` run
-    side by side, each on its part of the GPU, the grid of one."""
-    units = max(32, power_of_two(reading.k // 32))
+    k: int, rows: Sequence[int], device: torch.device, warps_at_once: int = 20, tokens: int = 1
+) -> tuple[list[int], dict[str, Any]]:
+    """The programs of each weight (rows, k) of a launch and the tile of `_gemv_codes`, for so many warps on a multiprocessor at a
+    time; where several `tokens` run side by side, each on its part of the GPU, the programs of one."""
+    units = max(32, power_of_two(k // 32))
     warps = min(16, max(1, units // 32))
-    tiles = cdiv(reading.n, 4)
-    rounds = cdiv(tiles, max(1, multiprocessors(device) * max(1, warps_at_once // warps) // tokens))
-    return (cdiv(tiles, rounds),), {"J": units, "num_warps": warps}
+    tiles = [cdiv(n, 4) for n in rows]
+    at_once = max(1, multiprocessors(device) * max(1, warps_at_once // warps) // tokens)
+    rounds = cdiv(sum(tiles), at_once)
+    while sum(cdiv(t, rounds) for t in tiles) > max(
+        at_once, len(tiles)
+    ):  # each weight has a last program that is done sooner
+        rounds += 1
+    return [cdiv(t, rounds) for t in tiles], {"J": units, "num_warps": warps}
 
 
 def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
     """One token, for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once."""
     device, n = fields[0].device, reading.n
-    grid, tile = _gemv_constants(reading, device)
-    start = Launch(gemv_codes_kernel, grid, **reading.constants(fields[2] is not None), **tile)
+    programs, tile = _gemv_constants(reading.k, [n], device)
+    start = Launch(gemv_codes_kernel, tuple(programs), **reading.constants(fields[2] is not None), **tile)
 
     def run(x: Tensor, fields: Fields) -> Tensor:
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
@@ -391,8 +438,32 @@ def gemv_each(x: Tensor, reading: Reading, fields: Fields, warps_at_once: int = 
     warps_at_once: on a multiprocessor, for how many there are programs."""
     m, n = x.shape[0], reading.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    (programs,), tile = _gemv_constants(reading, x.device, warps_at_once)
+    (programs,), tile = _gemv_constants(reading.k, [n], x.device, warps_at_once)
     launch(
         gemv_codes_kernel, (programs, m), x, *given(fields), out, n, **reading.constants(fields[2] is not None), **tile
     )  # fmt: skip
     return out
+
+
+def gemv_joined(x: Tensor, reading: Reading, weights: Sequence[Fields]) -> Tensor:
+    """One token and two or three weights in one launch, whose readings are the same but for n: x (1, K) -> (1, N) for the sum of
+    their rows."""
+    rows = tuple(fields[0].shape[0] for fields in weights)
+    dtypes = x.dtype, *(None if t is None else t.dtype for t in weights[0])
+    start, programs = _joined_launch(reading, rows, dtypes, x.device)
+    out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
+    parts = [(*given(fields), n, p) for fields, n, p in zip(weights, rows, programs)]
+    if len(parts) == 2:
+        parts.append((*given(weights[1]), 0, 0))
+    start(x.device.index, x, out, *itertools.chain(*parts))
+    return out
+
+
+@functools.cache
+def _joined_launch(
+    reading: Reading, rows: tuple[int, ...], dtypes: tuple[torch.dtype | None, ...], device: torch.device
+) -> tuple[Launch, list[int]]:
+    """dtypes: of x and the fields. A `Launch` is for one of each."""
+    programs, tile = _gemv_constants(reading.k, rows, device)
+    constants = reading.constants(dtypes[3] is not None) | tile
+    return Launch(gemv_codes_joined_kernel, (sum(programs),), **constants), programs

@@ -7,7 +7,8 @@ of Triton that the compiler sees would be parsed three times for every layer, wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,15 +33,19 @@ def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[.
     return define
 
 
-def _one_token(x: Tensor, qdata: Tensor, *_: Any) -> Tensor:
+def _to_be_joined(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     joined.join_in_compiled_graphs()  # Inductor is about to see the operator
-    return x.new_empty(1, qdata.shape[0])
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _joined(x: Tensor, codes: Sequence[Tensor], *_: Any) -> Tensor:
+    return x.new_empty(1, sum(q.shape[0] for q in codes))
 
 
 @_operator(
     "gemv",
     "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act) -> Tensor",
-    _one_token,
+    _to_be_joined,
 )
 def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool) -> Tensor:
     """One token: `ampere.gemv`."""
@@ -50,7 +55,7 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
 @_operator(
     "gemv_joined",
     "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act) -> Tensor",
-    lambda x, qdata, *_: x.new_empty(1, sum(q.shape[0] for q in qdata)),
+    _joined,
 )
 def gemv_joined(x: Tensor, *weights: Any) -> Tensor:
     """One token and several weights: `ampere.gemv_joined`."""
@@ -142,11 +147,22 @@ _FIELDS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor
 @_operator(
     "few",
     f"(Tensor x, {_FIELDS}, str reading) -> Tensor",
-    lambda x, codes, *_: x.new_empty(x.shape[0], codes.shape[0]),
+    _to_be_joined,
 )
 def few(x: Tensor, *fields: Any) -> Tensor:
     """x @ decode(w).T -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py. x: (M, K) of 16 bits."""
     return few_at_once(x, fields[:6], reading_from(fields[6]))
+
+
+@_operator(
+    "few_joined",
+    f"(Tensor x, {_FIELDS.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading) -> Tensor",
+    _joined,
+)
+def few_joined(x: Tensor, *fields: Any) -> Tensor:
+    """One token and several weights: `one_token.gemv_joined`. Fields: of each weight, or none. reading: of the first."""
+    weights = list(itertools.zip_longest(*fields[:6]))
+    return one_token.gemv_joined(x, reading_from(fields[6]), weights)
 
 
 def few_at_once(x: Tensor, fields: Fields, reading: Reading) -> Tensor:

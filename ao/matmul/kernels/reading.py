@@ -110,7 +110,7 @@ def reading_of(w: QTensor) -> tuple[Reading, Fields] | None:
         exponent = {torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}.get(a.codes.dtype, 0)
         if not exponent:
             return None
-    outer = tuple(int(size) for size in nested[1].shape) if nested[0] == "affine" else (1, 1)
+    outer = tuple(int(size) for size in nested[1].shape) if nested[0] == "affine" else (rows, 1)
     if groups % outer[1] or rows % outer[0]:
         return None
     if not a.codes.is_contiguous() or (a.bits == 8 and a.codes.storage_offset() % 4):  # codes are read as words

@@ -14,8 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .reading import reading_from
-
 AT_ONCE = 3
 """Weights of one launch, at most."""
 
@@ -133,6 +131,8 @@ def _form(node: torch.fx.Node) -> list[Any] | None:
     if not isinstance(tokens, int) or tokens != 1 or _rows(node) % 8:  # a symbol is any number of tokens but one
         return None
     if _name(node) == "few":
+        from .reading import reading_from
+
         reading = reading_from(str(rest[0]))
         if not reading.for_one_token:
             return None

@@ -40,6 +40,7 @@ HOSTS = {"accelerate", "diffusers", "gguf", "onnx_ir", "peft", "safetensors", "t
 # What needs Triton or a C++ compiler, or is there for those, and is imported inside the functions that launch them.
 KERNELS = {
     "adam_kernel",
+    "column_order",
     "cpp_codes",
     "cpu_step",
     "launch",

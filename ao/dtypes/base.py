@@ -141,9 +141,9 @@ class Spec:
         """
         return None
 
-    def rearranged(self, x: Tensor, q: Any) -> tuple[Tensor, QTensor] | None:
-        """Another activation and another weight that have the same product as `x` (..., K) and `q` (N, K), or None: for a weight
-        that is stored in another order."""
+    def rearranged(self, q: Any) -> tuple[QTensor, Tensor] | None:
+        """A weight (N, K) as it is stored, where its columns are in another order, and that order, (K,) int32, of its columns:
+        x @ q.T = x[..., order] @ stored.T. None of any other weight."""
         return None
 
     def unfolded(self, q: Any) -> Tensor | None:

@@ -50,9 +50,9 @@ class Permuted(Spec):
         order = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
         return {"qdata": self.inner.wrap(fields, torch.float32, x.shape), "order": order}
 
-    def rearranged(self, x: Tensor, q: Any) -> tuple[Tensor, QTensor] | None:
-        """The columns of the activation in the stored order, and the weight as it is stored."""
-        return (x.index_select(-1, q.order), q.qdata) if self.act is None and q.order.dim() == 1 else None
+    def rearranged(self, q: Any) -> tuple[QTensor, Tensor] | None:
+        """The weight as it is stored, and the order; None where its rows are in another order."""
+        return (q.qdata, q.order) if self.act is None and q.order.dim() == 1 else None
 
 
 class PermutedTensor(QTensor, spec=Permuted):

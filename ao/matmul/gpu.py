@@ -126,17 +126,67 @@ def gemv_launch(x: Tensor, w: QTensor) -> Product:
     return of_codes
 
 
-def _launched(w: QTensor, run: Callable[..., Tensor]) -> Product:
-    """`run` of x and the codes, scale and zero point of a weight like `w`, on its device."""
+OrderedProduct = Callable[[Tensor, QTensor, Tensor], Tensor]
+"""Of x (..., K), a weight as it is stored and the order of its columns, (K,) int32 -> x[..., order] @ w.T (..., N)."""
+
+LONGEST = 32768
+"""Columns that a kernel puts in another order at once."""
+
+GATHERED = 64
+"""Tokens up to which a compiler's own gather, in the kernel that makes the activation, is the faster: it reads each number from
+the cache by itself, and saves a launch."""
+
+
+def has_gather(x: Tensor) -> bool:
+    """Whether a kernel takes the columns of `x` in another order."""
+    return has_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= LONGEST
+
+
+def in_order(x: Tensor, order: Tensor) -> Tensor:
+    """x[..., order] in a graph that is traced. order: (K,) int32."""
+    tokens = x.numel() // order.shape[0]
+    few = isinstance(tokens, int) and tokens <= GATHERED
+    if few or not compiling() or torch.compiler.is_exporting() or not has_gather(x):
+        return x.index_select(-1, order)
+    from .kernels import operators
+
+    return operators.gathered(x.contiguous(), order)
+
+
+def ordered_launch(x: Tensor, product: Product) -> OrderedProduct:
+    """`product` of x[..., order] in eager mode."""
+    if not has_gather(x):
+        return lambda x, w, order: product(x.index_select(-1, order), w)
+    from .kernels import column_order
+
+    gathered = on_its_device(column_order.gathered)
+    return lambda x, w, order: product(gathered(x.contiguous(), order), w)
+
+
+def gemv_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
+    """`gemv_launch` of x[..., order], gathered in the kernel; None where it is not for that."""
+    operand = w.spec.operand(w)
+    if operand is None or operand.kind == "float" or w.spec.act is not None or w.pre_scale is not None:
+        return None
+    if not (gemv_accepts(x, w) and has_gather(x)):
+        return None
+    from .kernels import ampere
+
+    n, k = w.shape
+    return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(operand), False, ordered=True))
+
+
+def _launched(w: QTensor, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`run` of x, the codes, scale and zero point of a weight like `w`, and an order that is given, on its device."""
     operand = w.spec.operand  # of the same Spec: the choice is one of the form
 
-    def launched(x: Tensor, w: QTensor) -> Tensor:
+    def launched(x: Tensor, w: QTensor, *order: Tensor) -> Tensor:
         codes, scale, zero_point, *_ = operand(w)  # type: ignore[misc]
-        return run(x.contiguous(), codes, scale, zero_point)
+        return run(x.contiguous(), codes, scale, zero_point, *order)
 
-    def launched_words(x: Tensor, w: QTensor) -> Tensor:
+    def launched_words(x: Tensor, w: QTensor, *order: Tensor) -> Tensor:
         codes, scale, zero_point, _ = _weight(operand(w))
-        return run(x.contiguous(), codes, scale, zero_point)
+        return run(x.contiguous(), codes, scale, zero_point, *order)
 
     form = operand(w)
     return on_its_device(launched if form is None or form.words is None else launched_words)

@@ -106,8 +106,9 @@ def _product(x: Tensor, w: QTensor) -> Tensor:
         return _with_multiplier(_product, x, w)
     if 0 in w.shape:
         return F.linear(x, w.decode(x.dtype))
-    if (other := w.spec.rearranged(x, w)) is not None:
-        return _product(*other)
+    if (other := w.spec.rearranged(w)) is not None:
+        stored, order = other
+        return _product(gpu.in_order(x, order), stored)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     run = _path(rows, w).run
     out = _in_range(run, rows, w) if _chooses_scale(x, w) else run(rows, w)
@@ -175,9 +176,10 @@ def _choose(x: Tensor, w: QTensor) -> Product:
         wide = x if w.pre_scale.shape[0] == 1 else _wide(x)
         plain = _choose(wide, _without_multiplier(w))
         return lambda x, w: _with_multiplier(plain, x, w)
-    if (other := w.spec.rearranged(x, w)) is not None:
-        inner = _choose(*other)
-        return lambda x, w: inner(*w.spec.rearranged(x, w))  # type: ignore[misc]
+    if (other := w.spec.rearranged(w)) is not None:
+        stored = other[0]
+        ordered = gpu.gemv_ordered_launch(x, stored) or gpu.ordered_launch(x, _choose(x, stored))
+        return lambda x, w: ordered(x, *w.spec.rearranged(w))  # type: ignore[misc]
     path = _path(x, w)
     if path.launch is not None and not _chooses_scale(x, w):
         return path.launch(x, w)

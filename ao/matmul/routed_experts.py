@@ -55,7 +55,7 @@ def _routed(x: Tensor, w: QTensor, where: Tensor, ends: bool) -> Tensor | None:
     from .kernels import operators, routed  # Triton is there only with a GPU build of PyTorch
     from .kernels.reading import fields_of, reading_of
 
-    if not _lie_apart(w) or w.spec.rearranged(x, first := w[0]) is not None:
+    if not _lie_apart(w) or w.spec.rearranged(first := w[0]) is not None:
         return None
     read = reading_of(first)  # type: ignore[arg-type]
     if read is None or not routed.takes(read[0]):

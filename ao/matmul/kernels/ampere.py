@@ -181,10 +181,22 @@ def _place(
 
 
 @triton.jit
+def _of_token(x_ptr, order_ptr, k, there, K: tl.constexpr, WIDTH: tl.constexpr, ORDERED: tl.constexpr):
+    """x[k] of one token, or x[order[k]], by way of shared memory: (J, 4, 4) float32. WIDTH: a power of two, K or more."""
+    if ORDERED:
+        whole = tl.arange(0, WIDTH)
+        row = tl.load(x_ptr + whole, mask=whole < K, other=0.0)
+        place = tl.reshape(tl.load(order_ptr + k, mask=there, other=0), (k.numel,))
+        return tl.where(there, tl.reshape(tl.gather(row, place, 0), k.shape).to(tl.float32), 0.0)
+    else:
+        return tl.load(x_ptr + k, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _gemv_int(
-    x_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K: tl.constexpr, G: tl.constexpr,
-    BITS: tl.constexpr, SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr,
-    J: tl.constexpr, AHEAD: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr,
+    x_ptr, order_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K: tl.constexpr,
+    G: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BN: tl.constexpr, J: tl.constexpr, AHEAD: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * (q[n] - zero[n]) * scale[n]), for the rows of up to three weights
     one below the other.
@@ -193,7 +205,8 @@ def _gemv_int(
     this one. A row is J units (or fewer, J being a power of two) of 16 bytes of codes, read as words, and a thread has the
     same units of every row: its part of x stays in registers, as 16-bit fixed point with a step of max|x| / 32512 of the
     unit, in two bytes. So the sum of a unit is exact in integers: two 4-way byte products for 4 codes.
-    AHEAD: load the scales of the next tile ahead as well. ACT: x is first quantized as `Intx(8)` does.
+    AHEAD: load the scales of the next tile ahead as well. ACT: x is first quantized as `Intx(8)` does. ORDERED: x[order] is what
+    is multiplied.
     """
     N = n0 if WEIGHTS == 1 else n0 + n1 + n2
     E: tl.constexpr = 128 // BITS  # elements of a unit
@@ -211,9 +224,9 @@ def _gemv_int(
         scales, zeros = _scales_of_rows(scale_ptr, zero_ptr, row, unit, U, NG, ZERO)
     k = (unit * E)[:, None, None] + (tl.arange(0, 4) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     there = (unit < U)[:, None, None]
-    x = tl.load(x_ptr + k, mask=there, other=0.0).to(tl.float32)
+    x = _of_token(x_ptr, order_ptr, k, there, K, J * E, ORDERED)
     if BITS == 4:
-        y = tl.load(x_ptr + k + 16, mask=there, other=0.0).to(tl.float32)
+        y = _of_token(x_ptr, order_ptr, k + 16, there, K, J * E, ORDERED)
         top = _largest(_larger(tl.abs(x), tl.abs(y)))
         f = tl.where(top > 0, 32512.0 / top, 0.0)
         i = _fixed_point(x, f)
@@ -295,8 +308,21 @@ def gemv_int_kernel(
 ):  # fmt: skip
     """`_gemv_int` of one weight."""
     _gemv_int(
-        x_ptr, out_ptr, q_ptr, scale_ptr, zero_ptr, N, q_ptr, scale_ptr, zero_ptr, 0, q_ptr, scale_ptr, zero_ptr, 0, K, G, BITS,
-        SIGNED, ROW, ZERO, OFFSET, BN, J, AHEAD, ACT, 1,
+        x_ptr, x_ptr, out_ptr, q_ptr, scale_ptr, zero_ptr, N, q_ptr, scale_ptr, zero_ptr, 0, q_ptr, scale_ptr, zero_ptr, 0, K, G,
+        BITS, SIGNED, ROW, ZERO, OFFSET, BN, J, AHEAD, ACT, 1, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def gemv_int_ordered_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, order_ptr, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, J: tl.constexpr,
+    AHEAD: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """`_gemv_int` of one weight whose columns are stored in another order."""
+    _gemv_int(
+        x_ptr, order_ptr, out_ptr, q_ptr, scale_ptr, zero_ptr, N, q_ptr, scale_ptr, zero_ptr, 0, q_ptr, scale_ptr, zero_ptr, 0,
+        K, G, BITS, SIGNED, ROW, ZERO, OFFSET, BN, J, AHEAD, ACT, 1, True,
     )  # fmt: skip
 
 
@@ -308,8 +334,8 @@ def gemv_int_joined_kernel(
 ):  # fmt: skip
     """`_gemv_int` of two or three weights; of two, n2 is 0."""
     _gemv_int(
-        x_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K, G, BITS, SIGNED, ROW, ZERO,
-        OFFSET, BN, J, AHEAD, ACT, 3,
+        x_ptr, x_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K, G, BITS, SIGNED, ROW,
+        ZERO, OFFSET, BN, J, AHEAD, ACT, 3, False,
     )  # fmt: skip
 
 
@@ -585,22 +611,26 @@ def _gemv_joined_launch(
     return Launch(gemv_int_joined_kernel, grid, views=dict.fromkeys((2, 6, 10), torch.int32), **constants)
 
 
-Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+Product = Callable[..., Tensor]
 """Of x (..., K) and the qdata, scale and zero_point of weights of one form -> (..., N)."""
 
 
 def gemv_launch(
-    dtype: torch.dtype, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool
-) -> Product:
-    """`gemv` for x of `dtype` and weights of the form of these: what it decides is decided once."""
+    dtype: torch.dtype, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool,
+    ordered: bool = False,
+) -> Product:  # fmt: skip
+    """`gemv` for x of `dtype` and weights of the form of these: what it decides is decided once.
+
+    ordered: of x[..., order] with integers, the order, (K,) int32, being one more argument of the function.
+    """
     dtypes = dtype, qdata.dtype, scale.dtype, None if zero_point is None else zero_point.dtype
-    return _gemv_launch(dtypes, n, k, qdata.shape[1], scale.shape[1], offset, act, qdata.device)
+    return _gemv_launch(dtypes, n, k, qdata.shape[1], scale.shape[1], offset, act, qdata.device, ordered)
 
 
 @functools.cache
 def _gemv_launch(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None], n: int, k: int, width: int, groups: int,
-    offset: int, act: bool, device: torch.device,
+    offset: int, act: bool, device: torch.device, ordered: bool,
 ) -> Product:  # fmt: skip
     """dtypes: of x, codes, scales and zero points. A `Launch` is for one of each."""
     index = device.index
@@ -616,11 +646,11 @@ def _gemv_launch(
 
         return run_float
 
-    start = Launch(kernel, grid, views={1: torch.int32}, **constants)
+    start = Launch(gemv_int_ordered_kernel if ordered else kernel, grid, views={1: torch.int32}, **constants)
 
-    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, *order: Tensor) -> Tensor:
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
-        start(index, x, qdata, scale, scale if zero_point is None else zero_point, out, n)
+        start(index, x, qdata, scale, scale if zero_point is None else zero_point, out, *order, n)
         return out
 
     return run

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, few_tokens, hopper, joined, one_token, routed, template
+from . import ampere, column_order, few_tokens, hopper, joined, one_token, routed, template
 from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
 
@@ -60,6 +60,12 @@ def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, off
 def gemv_joined(x: Tensor, *weights: Any) -> Tensor:
     """One token and several weights: `ampere.gemv_joined`."""
     return ampere.gemv_joined(x, *weights)
+
+
+@_operator("gathered", "(Tensor x, Tensor order) -> Tensor", lambda x, order: torch.empty_like(x))
+def gathered(x: Tensor, order: Tensor) -> Tensor:
+    """x[..., order]: `column_order.gathered`."""
+    return column_order.gathered(x, order)
 
 
 @_operator(

@@ -60,6 +60,7 @@ KERNELS = {
     "transposable",
     "two_of_four",
     "kept_blocks",
+    "trits",
 }
 # Where the public names of ao are.
 ROOMS = {

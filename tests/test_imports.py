@@ -61,6 +61,7 @@ KERNELS = {
     "two_of_four",
     "kept_blocks",
     "trits",
+    "trits_ptx",
 }
 # Where the public names of ao are.
 ROOMS = {

@@ -54,6 +54,11 @@ class Reading(NamedTuple):
         return self.groups == 1
 
     @property
+    def by_template(self) -> bool:
+        """Whether template.py, and what is made of it, reads the codes."""
+        return self.kind in KINDS
+
+    @property
     def for_one_token(self) -> bool:
         """Whether the kernel for one token, of one_token.py or trits.py, is for such a weight."""
         if self.k > 65536:

@@ -1,12 +1,8 @@
 """Triton kernels for a weight of trits, five numbers -1, 0 and 1 in a byte (`pack_trits`), with a scale per row, block or matrix.
 
-Byte p of a row is ceil(v * 256 / 243), with v its five digits of base 3, and has elements e, e + 13, ..., e + 52 from
-e = p + 51 * (p // 13) on; of the last byte of 13 the fifth is not there. The integer part of byte * 3**(i + 1) / 256 is V[i], the
-number that the first i + 1 digits make: four of them come of two products and one `prmt`, as the bytes of a word.
-
-One token meets V as it is: digit i is V[i] - 3 V[i - 1], so that the sum of x[i] times digits is that of y[i] V[i], where
-y[i] = x[i] - 3 x[i + 1]. A first kernel makes y of x, as two bytes each, in the order in which the threads of the second read the
-weight.
+Byte p of a row has elements e, e + 13, ..., e + 52 from e = p + 51 * (p // 13) on; of the last byte of 13 the fifth is not there.
+How bytes become numbers is in trits_ptx.py. A product takes two kernels: the first puts x in the order in which the threads of
+the second read the weight.
 """
 
 from __future__ import annotations
@@ -27,6 +23,7 @@ from .few_tokens import _fetched, _four_words, _two_words, _word
 from .hopper import _magnitude
 from .launch import Launch, cdiv, launch, power_of_two
 from .reading import Fields, Reading
+from .trits_ptx import digits, pairs, times_word
 
 SLOTS = 12
 """Words of 32 bits that a word of four bytes of the weight meets: 5 of high bytes and 5 of low ones of y, where its sum begins,
@@ -137,25 +134,7 @@ def meet_kernel(
     tl.store(at + (2 * LANES * 4 + 3), step.to(tl.int32, bitcast=True), mask=there)
 
 
-def _word_asm(act: bool) -> str:
-    """A word of the weight times what it meets, added to a sum, of floats or of integers.
-
-    Operands: the word, 5 words of high and 5 of low bytes, where the sum of the word begins, its step, and the sum.
-    """
-    lines = ["{ .reg .b32 e, o, f, g, v, a, b; .reg .f32 r; mov.b32 a, 0; mov.b32 b, $12;"]
-    lines.append("prmt.b32 e, $1, 0, 0x4240; prmt.b32 o, $1, 0, 0x4341;")
-    for i in range(5):
-        lines.append(f"mul.lo.u32 f, e, {3 ** (i + 1)}; mul.lo.u32 g, o, {3 ** (i + 1)}; prmt.b32 v, f, g, 0x7351;")
-        lines.append(f"dp4a.u32.s32 a, v, ${2 + i}, a; dp4a.u32.s32 b, v, ${7 + i}, b;")
-    lines.append("shl.b32 a, a, 8; add.s32 a, a, b;")
-    if act:
-        lines.append("add.s32 $0, a, $14; }")
-    else:
-        lines.append("mov.b32 r, a; add.f32 r, r, 0fCB400000; fma.rn.f32 $0, r, $13, $14; }")
-    return " ".join(lines)
-
-
-_NUMBERS_ASM, _CODES_ASM = tl.constexpr(_word_asm(False)), tl.constexpr(_word_asm(True))
+_NUMBERS_ASM, _CODES_ASM = tl.constexpr(times_word(False)), tl.constexpr(times_word(True))
 _NUMBERS_OPERANDS = tl.constexpr("=f" + ",r" * 12 + ",f,f")
 _CODES_OPERANDS = tl.constexpr("=r" + ",r" * 14)
 
@@ -277,35 +256,12 @@ def arrange_kernel(
     tl.store(out_ptr + m * (T * 20 * WORDS) + place, x.to(out_ptr.dtype.element_ty), mask=place < T * 20 * WORDS)
 
 
-_DIGITS_ASM = tl.constexpr(
-    "{ .reg .b32 e, o, f, g, u, v; prmt.b32 e, $5, 0, 0x4240; prmt.b32 o, $5, 0, 0x4341; mov.b32 u, 0;"
-    + " ".join(
-        f"mul.lo.u32 f, e, {3 ** (i + 1)}; mul.lo.u32 g, o, {3 ** (i + 1)}; prmt.b32 v, f, g, 0x7351;"
-        f"mad.lo.u32 ${i}, u, -3, v; mov.b32 u, v;"
-        for i in range(5)
-    )
-    + "}"
-)
-"""The digits of four bytes, of each place as bytes of a word: V[i] - 3 V[i - 1] carries nowhere."""
-
-
-def _pairs_asm(one: str) -> str:
-    """Four digits as two pairs of numbers -1, 0 and 1: the digit in the last bits of a mantissa, less that number and 1."""
-    high, less, multiply = (
-        ("0x43434343", "0xC301C301", "0x3f803f80") if one == "bf16" else ("0x64646464", "0xE401E401", "0x3C003C00")
-    )
-    return (
-        f"{{ .reg .b32 a, b, l, o; mov.b32 l, {less}; mov.b32 o, {multiply};"
-        f"prmt.b32 a, $4, {high}, 0x4140; prmt.b32 b, $4, {high}, 0x4342;"
-        f"fma.rn.{one}x2 a, a, o, l; fma.rn.{one}x2 b, b, o, l; mov.b32 {{$0, $1}}, a; mov.b32 {{$2, $3}}, b; }}"
-    )
-
-
-_BF16_ASM, _F16_ASM = tl.constexpr(_pairs_asm("bf16")), tl.constexpr(_pairs_asm("f16"))
+_DIGITS_ASM = tl.constexpr(digits())
+_BF16_ASM, _F16_ASM = tl.constexpr(pairs("bf16")), tl.constexpr(pairs("f16"))
 
 
 @triton.jit
-def _digits(word):
+def _digits_of(word):
     """Words of four bytes -> words of their digits, of each place."""
     return tl.inline_asm_elementwise(
         _DIGITS_ASM, "=&r,=&r,=&r,=&r,=&r,r", [word],
@@ -415,9 +371,9 @@ def few_trits_kernel(
     for t in tl.range(t0, t1, num_stages=STAGES):
         words = ahead
         ahead = _read_ahead(q_ptr, row, t + 1, K, WORDS, WIDE)
-        d0, d1 = _digits(words[0]), _digits(words[1])
+        d0, d1 = _digits_of(words[0]), _digits_of(words[1])
         if WORDS == 16:
-            d2, d3 = _digits(words[2]), _digits(words[3])
+            d2, d3 = _digits_of(words[2]), _digits_of(words[3])
         if NG > 1:
             word = t * WORDS + tl.arange(0, 4)[None, :] * (WORDS // 4)
             s0 = _scales_of(scale_ptr, row, word, K, RG, NG, like)

@@ -1,7 +1,8 @@
 """Time the ways to run the Triton kernels whose constants are chosen by hand, and print which of them is the fastest.
 
-    few        a few tokens and a weight in any format (few_tokens.py, and one_token.py for one), against bfloat16: tiles and the
-               number of parts of K, for every format, shape and number of tokens; `_tile` and `_gemv_constants` choose those
+    few        a few tokens and a weight in any format (few_tokens.py, and one_token.py for one, or trits.py), against bfloat16:
+               tiles and the number of parts of K, for every format, shape and number of tokens; `_tile` and `_gemv_constants`
+               choose those
     attention  one token and a quantized cache (decode_attention.py), against the fastest of PyTorch's kernels over bfloat16:
                warps, programs, registers and loads; `TILE_OF_KIND` chooses those
 
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import ao
-from ao.dtypes import FP6, MXFP4, MXFP8, NF4, NVFP4, Intx
+from ao.dtypes import FP6, MXFP4, MXFP8, NF4, NVFP4, Intx, Ternary
 from ao.matmul.kernels.launch import cdiv
 from ao.matmul.kernels.reading import Reading, fields_of, reading_of
 
@@ -49,6 +50,7 @@ SPECS: dict[str, Any] = {
     "nvfp4": NVFP4,
     "fp6": FP6,
     "mxfp8": MXFP8,
+    "ternary": Ternary(),
 }
 """What differs in its decoding. The kernels take more formats; those of the same width are alike."""
 
@@ -99,6 +101,9 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
     """How m tokens may meet a weight, by name, each a function of x and the fields. splits: in all numbers of parts of K."""
     from ao.matmul.kernels import few_tokens, one_token
 
+    if reading.kind == "trits":
+        yield from ways_of_trits(reading, m, splits)
+        return
     if m <= 2 and reading.for_one_token:
         for warps in (20,):
             yield f"gemv {warps}", lambda x, fields, warps=warps: one_token.gemv_each(x, reading, fields, warps)
@@ -115,6 +120,31 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
             yield f"{name} /{split}", lambda x, fields, tile=tile: few_tokens.few_in_tiles(x, reading, fields, tile)
 
 
+def ways_of_trits(reading: Reading, m: int, splits: bool) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """`ways` of those that trits.py has."""
+    from ao.matmul.kernels import trits
+
+    def by_tile(tile: trits.Tile) -> Callable[..., Tensor]:
+        return lambda x, fields: trits.few(x, reading, fields, x.dtype, tile=tile)
+
+    def by_words(most: int) -> Callable[..., Tensor]:
+        return lambda x, fields: trits.gemv(x, reading, fields, x.dtype, most=most)
+
+    if m == 1 and reading.for_one_token:
+        for most in (13, 10, 7, 4):
+            yield f"gemv {most}", by_words(most)
+    tokens = max(16, min(64, 1 << (m - 1).bit_length()))
+    for rows, warps, stages, words in (
+        (64, 4, 3, 16), (64, 4, 2, 16), (64, 4, 4, 8), (64, 4, 3, 8), (128, 4, 3, 16), (128, 8, 3, 16), (128, 8, 3, 8)
+    ):  # fmt: skip
+        programs = cdiv(reading.n, rows) * cdiv(m, tokens)
+        most = max(1, cdiv(reading.k * 13 // 64, 4 * words) // 2)
+        parts = sorted({max(1, min(8, most, round(full / programs))) for full in (264, 528, 1056)} | {1})
+        for split in parts if splits else (1, 2):
+            tile = trits.Tile(tokens, rows, warps, split, stages, words)
+            yield f"trits {tokens}x{rows} {warps}w {stages}s {words} /{split}", by_tile(tile)
+
+
 def compile_few(name: str, k: int, m: int) -> list[str]:
     """Run every way of m tokens once, on a weight of few rows, of one token its own: what fails, by name and reason."""
     failed = []
@@ -124,8 +154,8 @@ def compile_few(name: str, k: int, m: int) -> list[str]:
         return [f"{name}, K = {k}: no reading"]
     x = torch.randn(m, k, device="cuda").bfloat16()
     for way, run in ways(read[0], m, splits=False):
-        if m == 1 and way != "gemv 20":
-            continue  # the same kernel, or that of 8 tokens
+        if m == 1 and not way.startswith("gemv"):
+            continue  # that of 8 tokens
         try:
             run(x, read[1])
             torch.cuda.synchronize()

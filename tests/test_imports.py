@@ -61,6 +61,8 @@ KERNELS = {
     "transposable",
     "two_of_four",
     "kept_blocks",
+    "trits",
+    "trits_ptx",
 }
 # Where the public names of ao are.
 ROOMS = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import weight
 
 from ao import compute_error
-from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, MXINT8, NF4, NVFP4, Codebook, Float8, FloatX, Intx
+from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, MXINT8, NF4, NVFP4, Codebook, Float8, FloatX, Intx, Ternary
 from ao.matmul import path_name
 
 pytestmark = [
@@ -41,8 +41,11 @@ ONE_TOKEN = [
     NVFP4,
     FloatX(2, 1, (1, 16), "e4m3"),
     FloatX(3, 0, (1, 32), "bfloat16"),
+    Ternary(),
+    Ternary((1, -1), scale_dtype="bfloat16"),
+    Ternary((8, -1), scale_dtype="float16"),
 ]
-"""Formats that the kernel for one token takes, but for those of ampere.py."""
+"""Formats that the kernels for one token take, but for those of ampere.py."""
 
 OTHERS = [
     FP6,
@@ -57,8 +60,10 @@ OTHERS = [
     Codebook((-1.0, -0.2, 0.1, 1.0), (1, 32)),
     Intx(8, (1, 96), zero_point="float", symmetric=False),
     Codebook(tuple(float((i - 16) ** 3) for i in range(32)), (1, 32)),
+    Ternary((1, 64)),
+    Ternary((16, 192), scale_dtype="bfloat16"),
 ]
-"""Formats that it does not take."""
+"""Formats that they do not take."""
 
 
 def shape(seed):
@@ -83,7 +88,8 @@ def case(spec, n, k, m, dtype=torch.bfloat16):
 @pytest.mark.parametrize("spec", ONE_TOKEN, ids=str)
 def test_one_token(spec):
     for dtype in (torch.bfloat16, torch.float16):
-        x, q = case(spec, *shape(dtype == torch.float16), 1, dtype)
+        n, k = shape(dtype == torch.float16)
+        x, q = case(spec, n, k - k % 256 if isinstance(spec, Ternary) else k, 1, dtype)
         assert path_name(x, q) == "gemv_codes"
         assert worst(x, q, F.linear(x, q)) > 46
 
@@ -171,7 +177,7 @@ def test_rows_that_end_in_half_a_chunk():
         assert worst(x, q, F.linear(x, q)) > 42
 
 
-@pytest.mark.parametrize("spec", [Intx(3, (1, 64)), NF4, MXFP4, NVFP4, FP6, Intx(8, (1, 16))], ids=str)
+@pytest.mark.parametrize("spec", [Intx(3, (1, 64)), NF4, MXFP4, NVFP4, FP6, Intx(8, (1, 16)), Ternary()], ids=str)
 def test_compiled(spec):
     compiled = torch.compile(F.linear, fullgraph=True, dynamic=False)
     for m in (1, 5):
@@ -179,7 +185,7 @@ def test_compiled(spec):
         assert worst(x, q, compiled(x, q)) > 42
 
 
-@pytest.mark.parametrize("spec", [Intx(3, (1, 64)), NF4, MXFP4, NVFP4], ids=str)
+@pytest.mark.parametrize("spec", [Intx(3, (1, 64)), NF4, MXFP4, NVFP4, Ternary()], ids=str)
 def test_zeros_and_nan(spec):
     x, q = case(spec, 64, 512, 1)
     assert torch.equal(F.linear(torch.zeros_like(x), q), torch.zeros(1, 64, dtype=x.dtype, device="cuda"))

@@ -9,7 +9,7 @@ from cases import weight
 from torch._inductor.utils import run_and_get_code
 
 from ao import compute_error
-from ao.dtypes import Float8, Intx, QTensor, reciprocal
+from ao.dtypes import Float8, Intx, QTensor, Ternary, reciprocal
 from ao.matmul import cast_whole, codes_both, path_name
 
 pytestmark = [
@@ -96,7 +96,16 @@ DYNAMIC = [
     Intx(8, (-1, -1), act=Intx(8, (-1, -1))),
     Float8(act=Float8()),
     Float8(block=(-1, -1), act=Float8(block=(-1, -1))),
+    Ternary(act=Intx(8, narrow=True)),
+    Ternary((1, -1), act=Intx(8, (-1, -1))),
 ]
+
+
+def dynamic_path(m, q):
+    """What multiplies by a weight of `DYNAMIC`."""
+    if isinstance(q.spec, Ternary):
+        return "trits" if m <= 64 else "scaled_product"
+    return "gemv" if m == 1 and q.scale.shape[0] == q.shape[0] else "scaled_product"
 
 
 @pytest.mark.parametrize("spec", DYNAMIC, ids=str)
@@ -111,7 +120,7 @@ def test_quantized_activations(spec, dtype):
             x = activation(m, k, dtype)
             if spec.act.block == (-1, -1):
                 x = weight((m, k), 1).to(dtype).cuda()  # no row so small that it becomes zero
-            assert path_name(x, q) == ("gemv" if m == 1 and q.scale.shape[0] == n else "scaled_product")
+            assert path_name(x, q) == dynamic_path(m, q)
             rounded = spec.act.quantize(x).dequantize()
             for out in (F.linear(x, q), linear(x, q)):
                 assert sqnr(rounded.float(), q, out) > 40

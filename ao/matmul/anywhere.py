@@ -78,13 +78,18 @@ def row_cast(w: QTensor) -> Cast | None:
     return act.cast() if act is not None and act.block in ((1, -1), (-1, -1)) else None
 
 
-def int8_operand(w: QTensor) -> Operand | None:
-    """The weight, where both it and the activation are int8 and the scales can be applied to the sum over K."""
+def is_int8(w: QTensor) -> bool:
+    """Whether the codes of weight and activation are int8, or trits, and the scales can be applied to the sum over K."""
     operand, act = w.spec.operand(w), row_cast(w)
-    if operand is not None and operand.kind == "trits" and act is not None:
-        operand = operand.in_bytes()
-    fits = operand is not None and operand.plain and operand.codes.dtype == torch.int8 and operand.by_row
-    return operand if fits and act is not None and act.dtype == torch.int8 else None
+    if operand is None or act is None or act.dtype != torch.int8:
+        return False
+    return (operand.kind == "trits" or (operand.plain and operand.codes.dtype == torch.int8)) and operand.by_row
+
+
+def int8_operand(w: QTensor) -> Operand | None:
+    """The weight that `is_int8`, in bytes."""
+    operand = w.spec.operand(w) if is_int8(w) else None
+    return None if operand is None else operand.in_bytes()
 
 
 def int8_weight(w: QTensor) -> Operand | None:

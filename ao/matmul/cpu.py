@@ -23,7 +23,7 @@ from ..dtypes.bits import CHUNK, packed_dim, unpack
 from ..dtypes.operand import Operand
 from ..dtypes.tracing import is_eager, known
 from . import cpu_decode
-from .anywhere import act_numbers, compiling, emulates, int8_operand, int8_weight, quantize_act, quantized_act
+from .anywhere import act_numbers, compiling, emulates, int8_operand, int8_weight, is_int8, quantize_act, quantized_act
 from .block_scaled import levels, numbers, times
 from .kernels.device import FLOATS, VNNI
 from .path import Path, Product
@@ -399,7 +399,7 @@ def _integer_product(x: Tensor, q: Tensor) -> Tensor:
 
 
 def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
-    return int8_operand(w) is not None and known(x.numel() > 0, True)
+    return is_int8(w) and known(x.numel() > 0, True)
 
 
 @shared

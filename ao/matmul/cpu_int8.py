@@ -17,7 +17,7 @@ from ..dtypes.base import QTensor, dense
 from ..dtypes.cpp import cpp_compiler
 from ..dtypes.operand import Operand
 from ..dtypes.tracing import is_eager, known
-from .anywhere import compiling, int8_operand, int8_weight, row_cast
+from .anywhere import compiling, int8_operand, int8_weight, is_int8, row_cast
 from .kernels.cpu_integers import ByteAct, integers
 from .path import Product
 
@@ -48,7 +48,7 @@ def _read(w: QTensor, dtype: torch.dtype) -> tuple[Operand, ByteAct] | None:
 
 def reads(w: QTensor, dtype: torch.dtype) -> bool:
     """Whether integer units multiply the weight and an activation of `dtype`: both of int8, or an activation of 16 bits."""
-    return int8_operand(w) is not None or (dtype != torch.float32 and int8_weight(w) is not None)
+    return is_int8(w) or (dtype != torch.float32 and int8_weight(w) is not None)
 
 
 def accepts(x: Tensor, w: QTensor) -> bool:

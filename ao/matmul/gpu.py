@@ -19,6 +19,7 @@ from .anywhere import (
     emulates,
     float8_operand,
     int8_operand,
+    is_int8,
     quantize_act,
     quantized_act,
     row_cast,
@@ -272,15 +273,16 @@ def gemv_codes_accepts(x: Tensor, w: QTensor) -> bool:
 
 
 def gemv_codes(x: Tensor, w: QTensor) -> Tensor:
-    """As `gemv`, for integers of 1 to 7 bits, tables of 16 numbers and floats of 4 bits, with scales of any kind."""
+    """As `gemv`, for integers of 1 to 7 bits, tables of 16 numbers, floats of 4 bits, with scales of any kind, and for trits."""
     return few(x, w)
 
 
 def gemv_codes_launch(x: Tensor, w: QTensor) -> Product:
     """`gemv_codes` for eager mode."""
-    from .kernels import one_token
+    from .kernels import one_token, trits
 
-    return _read_anew(w, one_token.gemv_launch(*_reading(w)))
+    read = _reading(w)
+    return _read_anew(w, (trits if read[0].kind == "trits" else one_token).gemv_launch(*read))
 
 
 def _read_anew(w: QTensor, run: Callable[[Tensor, Any], Tensor]) -> Product:
@@ -310,7 +312,7 @@ def few(x: Tensor, w: QTensor) -> Tensor:
 
 
 def few_launch(x: Tensor, w: QTensor) -> Product:
-    """`few` for eager mode: up to 16 tokens in one launch, as in `fused_launch`."""
+    """`few` for eager mode: up to 16 tokens in one launch, as in `fused_launch`; of trits in the two that they take."""
     from .kernels import few_tokens, operators
 
     reading, fields = _reading(w)
@@ -319,7 +321,7 @@ def few_launch(x: Tensor, w: QTensor) -> Product:
     def at_once(x: Tensor, fields: Any) -> Tensor:
         return operators.few_at_once(x, fields, reading)
 
-    if m > 16 or w.numel() > LARGE:
+    if m > 16 or w.numel() > LARGE or reading.kind == "trits":
         return _read_anew(w, at_once)
     soon = few_tokens.few_launch(m, x.dtype, reading, fields)
     return _read_anew(w, lambda x, fields: at_once(x, fields) if records() else soon(x, fields))
@@ -376,13 +378,78 @@ def decoded(w: QTensor, dtype: torch.dtype) -> Tensor:
     return operators.decoded_codes(*read[1], read[0].text, dtype)
 
 
+def trits_accepts(x: Tensor, w: QTensor) -> bool:
+    act = row_cast(w)
+    few = known(x.shape[0] > 0) and known(x.shape[0] <= FEW_BY_TRITS)
+    if act is None or act.zero_point or not few or not is_int8(w):
+        return False
+    read = _read(w) if x.dtype in (torch.bfloat16, torch.float16, torch.float32) else None
+    return read is not None and read[0].kind == "trits" and read[0].k <= 65536
+
+
+FEW_BY_TRITS = 64
+"""The largest number of tokens whose codes meet trits that are decoded on their way to the tensor cores."""
+
+
+def trits(x: Tensor, w: QTensor) -> Tensor:
+    """`int_mm`, to the bit, of a weight with five numbers in a byte, which is read as it is: sums of codes are exact in float32.
+
+    An activation that is quantized dynamically, per row, becomes codes in the kernel before.
+    """
+    from .kernels import operators
+
+    reading, (codes, scale, *_) = _reading(w)
+    dtype, cast, act, rows = x.dtype, row_cast(w), [0.0], None
+    assert cast is not None
+    if _is_cast_in_kernel(x, w):
+        act = [float(cast.levels or 0)]
+    else:
+        quantized = quantize_act(x, w)
+        x, rows = quantized.codes, quantized.scale.float().expand(x.shape[0], 1).contiguous()
+    return operators.codes_by_trits(
+        x.contiguous(), rows, codes, scale, reading.text, [*act, float(cast.low), float(cast.high)], dtype
+    )
+
+
+def _is_cast_in_kernel(x: Tensor, w: QTensor) -> bool:
+    """Whether the kernel before makes codes of an activation: per row, or whole, which is the same for one token."""
+    cast, act = row_cast(w), w.spec.act
+    if cast is None or act is None or cast.levels is None or not cast.nearest or w.act_scale is not None:
+        return False
+    return x.dtype.itemsize == 2 and (act.block == (1, -1) or known(x.shape[0] == 1))
+
+
+def trits_launch(x: Tensor, w: QTensor) -> Product:
+    """`trits` for eager mode."""
+    read, cast = _reading(w), row_cast(w)
+    if not (known(x.shape[0] == 1) and read[0].for_one_token and _is_cast_in_kernel(x, w)):
+        return lambda x, w: trits(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[0])
+    from .kernels import trits as kernels
+    from .kernels.reading import fields_of
+
+    assert cast is not None and cast.levels is not None
+    run = kernels.gemv_launch(*read, kernels.Act(cast.levels, cast.low, cast.high))
+    return on_its_device(lambda x, w: run(x.contiguous(), fields_of(w)))
+
+
+def _int8_operand(w: QTensor) -> Operand | None:
+    """`int8_operand`, which one kernel makes of trits."""
+    operand = w.spec.operand(w) if is_int8(w) else None
+    if operand is None or operand.kind != "trits" or (read := _read(w)) is None:
+        return int8_operand(w)
+    from .kernels import operators
+
+    codes = operators.decoded_codes(*read[1], read[0].text, torch.int8)
+    return operand._replace(codes=codes, kind="affine", bits=8)
+
+
 def int_mm_accepts(x: Tensor, w: QTensor) -> bool:
-    return int8_operand(w) is not None and takes(w.device, w.shape[0], w.shape[1]) and known(x.numel() > 0, True)
+    return is_int8(w) and takes(w.device, w.shape[0], w.shape[1]) and known(x.numel() > 0, True)
 
 
 def int_mm(x: Tensor, w: QTensor) -> Tensor:
     """((q_x - z) @ q_w.T) * scale_x * scale_w, with the sum over K in int32."""
-    operand, act = int8_operand(w), quantize_act(x, w)
+    operand, act = _int8_operand(w), quantize_act(x, w)
     assert operand is not None
     tokens, q = x.shape[0], act.codes
     if act.zero_point is not None:
@@ -450,7 +517,7 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     """
     from .kernels import operators
 
-    operand, act = int8_operand(w) or float8_operand(w), w.spec.act
+    operand, act = _int8_operand(w) or float8_operand(w), w.spec.act
     assert operand is not None and act is not None
     columns = operand.scale.float().expand(w.shape[0], 1).contiguous()
     traced = compiling() and isinstance(x.shape[0], int)
@@ -515,6 +582,7 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
 
 
 PATHS = (
+    Path(trits_accepts, trits, launch=trits_launch, operator=True),
     Path(gemv_accepts, gemv, launch=gemv_launch, operator=True),
     Path(fused_accepts, fused, launch=fused_launch, operator=True),
     Path(gemv_codes_accepts, gemv_codes, launch=gemv_codes_launch, operator=True),

@@ -24,10 +24,11 @@ A product takes the first path in `PATHS` of its device that accepts it:
         emulated    small floats in blocks x the same: their numbers in float32, and what multiplies all of them after the sum
         pieces      decode the weight, a large one in row pieces, then a floating-point product
     on a GPU of NVIDIA or AMD
+        trits       up to 64 tokens, int8 activation x numbers -1, 0 and 1, five in a byte: kernels that read them as they are
         gemv        one token, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
         fused       2 to 64 tokens (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way to the tensor
                     cores, or feed them 8 bits
-        gemv_codes  one token, other integers of 1 to 7 bits, tables and floats of 4 bits: the kernel template
+        gemv_codes  one token, other integers of 1 to 7 bits, tables and floats of 4 bits: the kernel template; trits
         sums        one token, compiled: sums over each group, then over the groups; nothing dense is stored
         scaled_product  8-bit activation x 8-bit weight: int_mm or scaled_mm with the scales in the same kernel
         int_mm      as on a CPU

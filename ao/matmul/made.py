@@ -23,7 +23,7 @@ from ..dtypes.cpp import cpp_compiler
 from ..dtypes.operand import Operand
 from ..dtypes.tracing import is_eager, known
 from . import cpu_int8
-from .anywhere import compiling, int8_operand, quantized_act, row_cast
+from .anywhere import compiling, is_int8, quantized_act, row_cast
 from .cpu_decode import AVX512
 from .form import leaves
 from .kernels.built import (
@@ -123,7 +123,7 @@ def accepts(x: Tensor, w: QTensor) -> bool:
     if operand is None or kind is None or w.numel() < WORTH:
         return False
     few = known(x.shape[0] <= _most(x.dtype, w.shape[1]))
-    if VNNI and operand.kind == "trits" and int8_operand(w) is not None and not few:
+    if VNNI and operand.kind == "trits" and is_int8(w) and not few:
         return False  # there are units for it
     if VNNI and operand.kind != "trits" and cpu_int8.reads(w, x.dtype) and not _before_units(x, w):
         return False

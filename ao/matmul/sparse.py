@@ -246,6 +246,8 @@ def _reading(w: QTensor) -> tuple[Any, Any] | None:
         return None
     if isinstance(part, QTensor):
         read = reading_of(part)
+        if read is not None and not read[0].by_template:
+            return None
     else:
         (n, k), plain = part.shape, part.dtype.itemsize == 2 and part.is_contiguous()
         read = (Reading(n, k, 16, "affine", 0, False, 0.0, 1, 1), (part, part, *[None] * 4)) if plain else None

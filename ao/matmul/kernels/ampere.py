@@ -503,13 +503,13 @@ def fused_kernel(
             acc0 = _dots(acc0, xt, mask0, wl, wh, BITS)
             if MB == 2:
                 acc1 = _dots(acc1, xt + BM * K, mask1, wl, wh, BITS)
+    if ACT:  # before the scales of the weight, as in `int_mm`
+        acc0 *= tl.load(row_ptr + rm, mask=rm < M, other=0.0)[:, None]
+        acc1 *= tl.load(row_ptr + rm + BM, mask=rm + BM < M, other=0.0)[:, None]
     if ROW:
         scale = tl.load(scale_ptr + row).to(tl.float32)[None, :]
         acc0 *= scale
         acc1 *= scale
-    if ACT:
-        acc0 *= tl.load(row_ptr + rm, mask=rm < M, other=0.0)[:, None]
-        acc1 *= tl.load(row_ptr + rm + BM, mask=rm + BM < M, other=0.0)[:, None]
     out = out_ptr + (tl.program_id(2) * M + rm[:, None]) * N + rn[None, :]
     tl.store(out, acc0.to(out_ptr.dtype.element_ty), mask=mask0 & (rn < N)[None, :])
     if MB == 2:

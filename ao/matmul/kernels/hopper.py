@@ -171,7 +171,7 @@ def parts_kernel(
     rn = n0 + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
     scale = tl.load(scale_ptr + rn).to(tl.float32)
-    y = y * scale[:, None] * tl.load(step_ptr + rm, mask=rm < M, other=0.0)[None, :]
+    y = y * tl.load(step_ptr + rm, mask=rm < M, other=0.0)[None, :] * scale[:, None]  # in the order of `int_mm`
     out = out_ptr + (tl.program_id(1) * M + rm[None, :]) * N + rn[:, None]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :])
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, column_order, few_tokens, hopper, joined, one_token, routed, template
+from . import ampere, column_order, few_tokens, hopper, joined, one_token, routed, template, trits
 from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
 
@@ -156,7 +156,8 @@ _FIELDS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor
     _to_be_joined,
 )
 def few(x: Tensor, *fields: Any) -> Tensor:
-    """x @ decode(w).T -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py. x: (M, K) of 16 bits."""
+    """x @ decode(w).T -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py, or of trits.py. x: (M, K) of 16
+    bits."""
     return few_at_once(x, fields[:6], reading_from(fields[6]))
 
 
@@ -174,12 +175,14 @@ def few_joined(x: Tensor, *fields: Any) -> Tensor:
 def few_at_once(x: Tensor, fields: Fields, reading: Reading) -> Tensor:
     """`few` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    if rows.shape[0] == 1 and reading.for_one_token:
+    if rows.shape[0] > FEW:
+        out = F.linear(rows, _decoded(reading, fields, x.dtype))
+    elif reading.kind == "trits":
+        out = trits.product(rows, reading, fields, x.dtype)
+    elif rows.shape[0] == 1 and reading.for_one_token:
         out = one_token.gemv_each(rows, reading, fields)
-    elif rows.shape[0] <= FEW:
-        out = few_tokens.few(rows, reading, fields)
     else:
-        out = F.linear(rows, template.decoded(reading, fields, x.dtype))
+        out = few_tokens.few(rows, reading, fields)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], reading.n)
 
 
@@ -189,8 +192,28 @@ def few_at_once(x: Tensor, fields: Fields, reading: Reading) -> Tensor:
     lambda codes, *rest: codes.new_empty(reading_from(rest[-2])[:2], dtype=rest[-1]),
 )
 def decoded_codes(*fields: Any) -> Tensor:
-    """The weight (N, K) as `dtype`, a 16-bit one, by the kernel of template.py."""
-    return template.decoded(reading_from(fields[6]), fields[:6], fields[7])
+    """The weight (N, K) as `dtype`, a 16-bit one, by the kernel of template.py or trits.py; as int8 its trits."""
+    return _decoded(reading_from(fields[6]), fields[:6], fields[7])
+
+
+def _decoded(reading: Reading, fields: Fields, dtype: torch.dtype) -> Tensor:
+    return (trits if reading.kind == "trits" else template).decoded(reading, fields, dtype)
+
+
+@_operator(
+    "codes_by_trits",
+    "(Tensor x, Tensor? rows, Tensor codes, Tensor scale, str reading, float[] act, ScalarType dtype) -> Tensor",
+    lambda x, rows, codes, scale, reading, act, dtype: x.new_empty(x.shape[0], codes.shape[0], dtype=dtype),
+)
+def codes_by_trits(
+    x: Tensor, rows: Tensor | None, codes: Tensor, scale: Tensor, reading: str, act: Sequence[float], dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """(q_x @ trits.T) * rows * scale.T with an exact sum, of `FEW` tokens or fewer -> (M, N).
+
+    x: (M, K), its codes of int8 with rows (M, 1), or numbers of 16 bits that become codes as `trits.Act` says.
+    """
+    fields = (codes, scale, None, None, None, None)
+    return trits.product(x, reading_from(reading), fields, dtype, trits.Act(*act), rows)
 
 
 @_operator(

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ...dtypes.base import QTensor
+from ...dtypes.bits import TRIT_BYTES, TRIT_CHUNK
 from ...dtypes.operand import Operand, stored_scale
 
 KINDS = ("affine", "table", "minifloat", "float", "fixed")
-"""Kinds of operands, by the numbers that the kernels have for them. A float is a minifloat with NaN."""
+"""Kinds of operands, by the numbers that the kernels have for them. A float is a minifloat with NaN. Trits, which are no whole
+number of bits, have kernels of their own (trits.py)."""
 
 NESTED = ("none", "e4m3", "scaled", "power", "affine")
 """How scales are stored, likewise."""
@@ -21,7 +23,7 @@ NESTED = ("none", "e4m3", "scaled", "power", "affine")
 class Reading(NamedTuple):
     """The constants by which the kernels read a weight (n, k).
 
-    kind: of its operand.
+    kind: of its operand, one of `KINDS` or "trits".
     exponent, signed, offset: of its operand.
     rows: how many share a scale. groups: scales of a row, each for `group` elements.
     nested: how scales are stored: "none" as numbers, "e4m3" as float8, "scaled" as float8 that share one scale, "power" as
@@ -52,10 +54,17 @@ class Reading(NamedTuple):
         return self.groups == 1
 
     @property
+    def by_template(self) -> bool:
+        """Whether template.py, and what is made of it, reads the codes."""
+        return self.kind in KINDS
+
+    @property
     def for_one_token(self) -> bool:
-        """Whether the kernel of one_token.py is for such a weight."""
+        """Whether the kernel for one token, of one_token.py or trits.py, is for such a weight."""
         if self.k > 65536:
             return False
+        if self.kind == "trits":
+            return self.by_row and self.k % 256 == 0  # rows are whole words
         if self.kind == "affine":
             return self.bits < 8
         # e2m1 and e3m0 are multiples of their smallest number that a byte holds.
@@ -93,15 +102,19 @@ def reading_from(text: str) -> Reading:
 def reading_of(w: QTensor) -> tuple[Reading, Fields] | None:
     """How the kernels read a weight (N, K), and its fields; None where they cannot."""
     a = w.spec.operand(w) if w.dim() == 2 else None
-    if a is None or a.kind not in KINDS or w.numel() >= 2**31:
+    if a is None or (a.kind not in KINDS and a.kind != "trits") or w.numel() >= 2**31:
         return None
     n, k = (int(size) for size in w.shape)  # int: a graph may have any number of tokens, but one shape of the weight
     scale, nested = _scale_fields(a)
-    if scale is None or tuple(a.codes.shape) != (n, k * a.bits // 8) or k * a.bits % 8:
+    trits = a.kind == "trits"
+    width, rest = divmod(k * TRIT_BYTES, TRIT_CHUNK) if trits else divmod(k * a.bits, 8)
+    if scale is None or tuple(a.codes.shape) != (n, width) or rest:
         return None
     rows, groups = (int(size) for size in a.scale.shape)
     group = k // groups
-    if n % rows or k % groups or k % 32 or (groups > 1 and group % 16):
+    if n % rows or k % groups or k % 32 or (groups > 1 and group % (TRIT_CHUNK if trits else 16)):
+        return None
+    if trits and nested[0] != "none":
         return None
     if a.zero_point is not None and tuple(a.zero_point.shape) != (rows, groups):
         return None
@@ -113,7 +126,8 @@ def reading_of(w: QTensor) -> tuple[Reading, Fields] | None:
     outer = tuple(int(size) for size in nested[1].shape) if nested[0] == "affine" else (rows, 1)
     if groups % outer[1] or rows % outer[0]:
         return None
-    if not a.codes.is_contiguous() or (a.bits == 8 and a.codes.storage_offset() % 4):  # codes are read as words
+    words = a.bits == 8 or (trits and width % 4 == 0)  # that could begin anywhere
+    if not a.codes.is_contiguous() or (words and a.codes.storage_offset() % 4):
         return None
     fields = fields_of(w)
     if not all(t is None or t.is_contiguous() for t in fields):
@@ -131,7 +145,8 @@ def fields_of(w: QTensor) -> Fields:
     scale, (_, outer_scale, outer_zero_point) = _scale_fields(a)
     assert scale is not None
     zero_point = a.zero_point if a.words is None else a.words.view(torch.int16)
-    return a.codes.view(torch.int32), scale, zero_point, a.table, outer_scale, outer_zero_point
+    codes = a.codes if a.kind == "trits" else a.codes.view(torch.int32)
+    return codes, scale, zero_point, a.table, outer_scale, outer_zero_point
 
 
 def _scale_fields(a: Operand) -> tuple[Tensor | None, tuple[Any, ...]]:

@@ -101,7 +101,7 @@ MOST = 2**14
 
 def takes(reading: Reading) -> bool:
     """Whether there is a kernel for experts that are read so."""
-    return _is_plain(reading) or reading.for_one_token
+    return _is_plain(reading) or (reading.for_one_token and reading.by_template)
 
 
 def _is_plain(reading: Reading) -> bool:

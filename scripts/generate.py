@@ -347,7 +347,7 @@ def regional(model: Llama, name: str, compiler: dict[str, Any], whole_prompt: bo
     """
     block = torch.compile(measure.own_code(call_block, name), fullgraph=True, **compiler)
 
-    def forward(each: Block, x: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(each: Any, x: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
         run = block if whole_prompt or x.shape[1] == 1 else call_block
         return run(each, x, *more)
 

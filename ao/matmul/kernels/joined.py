@@ -134,7 +134,7 @@ def _form(node: torch.fx.Node) -> list[Any] | None:
         from .reading import reading_from
 
         reading = reading_from(str(rest[0]))
-        if not reading.for_one_token:
+        if not (reading.by_template and reading.for_one_token):
             return None
         rest = [reading._replace(n=0)]
     return [*(None if t is None else (t.dtype, t.shape[1:], t.device) for t in (x, *fields)), *rest]

@@ -21,7 +21,7 @@ QUERIES = 16
 
 def code_kind(a: Operand | None, width: int) -> str | None:
     """How the kernels read codes of (..., width) with one scale per position; None where they do not."""
-    if a is None or a.codes.dim() != 4 or type(a.scale) is not Tensor or a.scale.shape != (*a.codes.shape[:3], 1):
+    if a is None or a.codes.dim() != 4 or isinstance(a.scale, QTensor) or a.scale.shape != (*a.codes.shape[:3], 1):
         return None
     per_byte = {8: 1, 4: 2}.get(a.bits, 0)
     row = width // max(per_byte, 1)
@@ -35,8 +35,9 @@ def code_kind(a: Operand | None, width: int) -> str | None:
     if a.bits == 8:
         return "int8" if a.codes.dtype == torch.int8 and a.zero_point is None else None
     zero = a.zero_point
-    fits = type(zero) is Tensor and zero.shape == a.scale.shape and zero.stride() == a.scale.stride()
-    return "uint4" if fits else None
+    if zero is None or isinstance(zero, QTensor):
+        return None
+    return "uint4" if zero.shape == a.scale.shape and zero.stride() == a.scale.stride() else None
 
 
 def kinds_of(q: Tensor, k: QTensor, v: QTensor, mask: Tensor | None) -> tuple[str, str] | None:

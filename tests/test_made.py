@@ -35,7 +35,7 @@ def product(x, q):
     return F.linear(x, q)
 
 
-@pytest.mark.parametrize(
+SPECS = pytest.mark.parametrize(
     "spec",
     [
         Intx(8),
@@ -67,6 +67,9 @@ def product(x, q):
     ],
     ids=str,
 )
+
+
+@SPECS
 def test_values(spec):
     """A few tokens, tiles of them, and pieces for PyTorch's product: what float64 gives."""
     q = spec.quantize(weight((N, K)))
@@ -74,12 +77,42 @@ def test_values(spec):
     for tokens in (1, 2, 3, 4, 5, 9, 130):
         x = weight((tokens, K), 1)
         assert compute_error(x.double() @ dense.t(), product(x, q).double()) > 110, tokens
-    for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 11), (torch.float16, 3)):
+    for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 8), (torch.float16, 3)):
         x = weight((tokens, K), 1, dtype)
         y, exact = product(x, q), x.double() @ dense.t()
         assert y.dtype == dtype
         rounding = torch.finfo(dtype).eps / 2
         torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=1e-4 * float(exact.abs().max()))
+
+
+@SPECS
+def test_rows_in_bfloat16(spec):
+    """What is decoded for units of bfloat16 is what is decoded in float32, rounded, to the bit."""
+    w = weight((12, K))
+    w[1], w[2], w[3, 5], w[4] = 0, w[2] * 1e-39, 1e5, w[4] * 1e30
+    q = spec.quantize(w)
+    operand = made.readable(q)
+    compiled, described = made._library(operand), made._described(operand, *q.shape)
+    wide, half = torch.empty(q.shape), torch.empty(q.shape, dtype=torch.bfloat16)
+    for out in (wide, half):
+        compiled.rows(described.weight, 0, 12, out.data_ptr(), built.DTYPES[out.dtype], 2)
+    torch.testing.assert_close(half, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_units_of_bfloat16(bits, monkeypatch):
+    """A weight is decoded for them from few tokens on in 4 bits, and from many on in 8, in a graph too."""
+    monkeypatch.setattr(made, "FLOATS", {torch.float32, torch.bfloat16})
+    monkeypatch.setattr(made, "_UNITS", {torch.bfloat16})
+    monkeypatch.setattr(made, "VNNI", True)
+    monkeypatch.setattr(made, "AVX512", True)
+    q = Intx(bits).quantize(weight((N, K), dtype=torch.bfloat16))
+    for tokens in (9, 512):
+        x = weight((tokens, K), 1, torch.bfloat16)
+        assert made.accepts(x, q) == (bits == 4 or tokens == 512 or not made.cpu_int8.reads(q, x.dtype))
+        if made.accepts(x, q):
+            expected = F.linear(x.float(), q.decode(torch.bfloat16).float())
+            assert compute_error(expected, made.product(x, q).float()) > 50
 
 
 @pytest.mark.parametrize(

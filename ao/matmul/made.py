@@ -64,7 +64,12 @@ _UNITS = FLOATS & {torch.bfloat16, torch.float16}
 """The dtypes in which the CPU multiplies faster than in float32."""
 
 _PIECE = 2**20
-"""How many elements are decoded at once for a product of PyTorch's: what stays in cache until it is read."""
+"""How many elements are decoded at once for a product of PyTorch's: what stays in cache until it is read. Half as many for one in
+units, which puts them in another order first, beside them."""
+
+_MANY = 512
+"""From so many tokens on a weight of integers of 8 bits is decoded for units of bfloat16, of which it takes one product: in bytes
+it takes two, and their sums are written out."""
 
 
 def readable(w: QTensor) -> Operand | None:
@@ -125,11 +130,17 @@ def accepts(x: Tensor, w: QTensor) -> bool:
     few = known(x.shape[0] <= _most(x.dtype, w.shape[1]))
     if VNNI and operand.kind == "trits" and is_int8(w) and not few:
         return False  # there are units for it
-    if VNNI and operand.kind != "trits" and cpu_int8.reads(w, x.dtype) and not _before_units(x, w):
+    in_bytes = VNNI and operand.kind != "trits" and cpu_int8.reads(w, x.dtype)
+    if in_bytes and not (_before_units(x, w) or _after_units(x, w)):
         return False
-    if compiling() and x.dtype in _UNITS and not few:
+    if compiling() and x.dtype in _UNITS and not few and not _decodes_fast(x.dtype):
         return False  # Inductor decodes as fast, and fuses what follows
     return library(kind) is not None
+
+
+def _decodes_fast(dtype: torch.dtype) -> bool:
+    """Whether the compiled functions decode to a dtype that has units in less time than it takes to read a weight of it."""
+    return AVX512 and dtype in _UNITS and dtype in DTYPES
 
 
 def _before_units(x: Tensor, w: QTensor) -> bool:
@@ -138,13 +149,18 @@ def _before_units(x: Tensor, w: QTensor) -> bool:
     return known(x.shape[0] <= 8) and (w.spec.act is None or known(x.shape[0] > 1))
 
 
+def _after_units(x: Tensor, w: QTensor) -> bool:
+    """Whether there are so many tokens that one product of bfloat16 in units takes less time than two of bytes."""
+    return w.spec.act is None and _decodes_fast(x.dtype) and known(x.shape[0] >= _MANY)
+
+
 def _most(dtype: torch.dtype, k: int) -> int:
     """Up to how many tokens the compiled loops multiply themselves. From some number on it is faster to decode the weight once
     for a product of PyTorch's: soon where rows are short, as each takes a sum over its lanes per token, and where there are
     units."""
     if dtype == torch.float32 and not AVX512:
         return 128
-    return min(16 if dtype in _UNITS else 32, k // 64)
+    return min(8 if _decodes_fast(dtype) else 16 if dtype in _UNITS else 32, k // 64)
 
 
 def product(x: Tensor, w: QTensor) -> Tensor:
@@ -295,7 +311,7 @@ def _multiplied(
         return y.to(dtype)
     x = x.to(x.dtype if x.dtype in FLOATS and x.dtype in DTYPES else torch.float32)
     y = x.new_empty(m, n)
-    step = min(n, max(_PIECE // k, 16))
+    step = min(n, max(_PIECE // (2 if _decodes_fast(x.dtype) else 1) // k, 16))
     piece = x.new_empty(step, k)
     for start in range(0, n, step):
         stop = min(start + step, n)

@@ -478,6 +478,57 @@ NOT_INLINE void dense(const Weight& w, const Table& table, int64_t n, const Row&
   }
 }
 
+#if defined(__AVX512BW__)
+// `to_bf16` of 16 numbers.
+INLINE __m256i to_bf16s(vf v) {
+  __m512i w = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
+  __m512i up = _mm512_add_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(0x7FFF)), odd);
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(up, nan, w, _mm512_set1_epi32(0x400000)), 16));
+}
+
+INLINE __m512i join_halves(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+
+// 32 codes from `first` on as the numbers of a group with this scale and shift, of which there may be fewer.
+INLINE __m512i numbers_from(int32_t first, const Table& table, float scale, float shift) {
+  __m256i half[2] = {};
+  UNROLL for (int h = 0; h < 2; h++) {
+    vi codes = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (first + 16 * h);
+    if (h == 0 || BITS > 4) half[h] = to_bf16s(value(codes, table.values) * same(scale) + same(shift));
+  }
+  return join_halves(half[0], half[1]);
+}
+
+// Row n as bfloat16: what `dense` gives, rounded. Of few bits all numbers of a group are made at once, and then looked up.
+NOT_INLINE void dense_bf16(const Weight& w, const Table& table, int64_t n, const Row& row, uint16_t* out) {
+  const int64_t group = w.k / w.groups;
+  const uint8_t* p = w.codes + n * w.row_bytes;
+  for (int64_t g = 0; g < w.groups; g += 1 + (group < 32)) {
+    const float shift = w.shifted ? row.shift[g] : 0;
+    const int64_t chunks = group < 32 ? 1 : group / 32;
+    if (BITS <= 6 && group >= 32) {
+      const __m512i low = numbers_from(0, table, row.scale[g], shift);
+      const __m512i high = BITS == 6 ? numbers_from(32, table, row.scale[g], shift) : low;
+      for (int64_t i = 0; i < chunks; i++, p += 4 * BITS, out += 32) {
+        __builtin_prefetch(p + AHEAD);
+        __m512i codes = _mm512_cvtepu8_epi16((__m256i)codes_of(p));
+        _mm512_storeu_si512(out, BITS == 6 ? _mm512_permutex2var_epi16(low, codes, high) : _mm512_permutexvar_epi16(codes, low));
+      }
+      continue;
+    }
+    const int64_t second = g + (group < 32);
+    const vf s[2] = {same(row.scale[g]), same(row.scale[second])};
+    const vf z[2] = {same(shift), same(w.shifted ? row.shift[second] : 0)};
+    for (int64_t i = 0; i < chunks; i++, p += 4 * BITS, out += 32) {
+      vf d[2];
+      __builtin_prefetch(p + AHEAD);
+      decode(p, table, d);
+      _mm512_storeu_si512(out, join_halves(to_bf16s(d[0] * s[0] + z[0]), to_bf16s(d[1] * s[1] + z[1])));
+    }
+  }
+}
+#endif
+
 #define STEP 1024
 
 template <int R, int T> INLINE void tile(const float* w, const float* x, int64_t k, int64_t len, vf* sums) {
@@ -692,6 +743,10 @@ extern "C" void ao_rows(const Weight* weight, int64_t start, int64_t stop, void*
         dense<true>(w, table, n, scratch.row, 0, w.k, (float*)out + at);
         continue;
       }
+#if defined(__AVX512BW__)
+      dense_bf16(w, table, n, scratch.row, (uint16_t*)out + at);
+      continue;
+#endif
       for (int64_t from = 0; from < w.k; from += STEP) {
         int64_t to = from + STEP < w.k ? from + STEP : w.k;
         dense<true>(w, table, n, scratch.row, from, to, rest);

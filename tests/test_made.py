@@ -99,6 +99,25 @@ def test_rows_in_bfloat16(spec):
     torch.testing.assert_close(half, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.skipif(not made.AVX512, reason="what feeds the tiles are vectors of AVX-512")
+@pytest.mark.parametrize("spec", [Intx(4, (1, 32)), Intx(8), NF4, Ternary()], ids=str)
+def test_tiles(spec, monkeypatch):
+    """What tiles are given and what they give, with instructions that are written out: any number of rows and of tokens."""
+    name = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(cpp, "INSTRUCTIONS", {name: (*cpp.INSTRUCTIONS[name], "-DEMULATED_TILES")})
+    monkeypatch.setattr(built, "TILES", False)
+    built.library.cache_clear()
+    for n in (N, 144):
+        q = spec.quantize(weight((n, K), dtype=torch.bfloat16))
+        compiled, described = made._library(made.readable(q)), made._described(made.readable(q), n, K)
+        for tokens, threads in ((1, 1), (16, 2), (33, 1), (50, 2)):
+            x = weight((tokens, K), 1, torch.bfloat16)
+            y = torch.full((tokens, n), torch.nan, dtype=torch.bfloat16)
+            compiled.tiles(described.weight, x.data_ptr(), tokens, y.data_ptr(), threads)
+            assert compute_error(x.double() @ q.decode(torch.bfloat16).double().t(), y.double()) > 50
+    built.library.cache_clear()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_units_of_bfloat16(bits, monkeypatch):
     """A weight is decoded for them from few tokens on in 4 bits, and from many on in 8, in a graph too."""
@@ -106,6 +125,8 @@ def test_units_of_bfloat16(bits, monkeypatch):
     monkeypatch.setattr(made, "_UNITS", {torch.bfloat16})
     monkeypatch.setattr(made, "VNNI", True)
     monkeypatch.setattr(made, "AVX512", True)
+    monkeypatch.setattr(made, "TILES", False)
+    monkeypatch.setattr(made, "_MANY", 512)
     q = Intx(bits).quantize(weight((N, K), dtype=torch.bfloat16))
     for tokens in (9, 512):
         x = weight((tokens, K), 1, torch.bfloat16)

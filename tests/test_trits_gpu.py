@@ -132,7 +132,7 @@ def test_the_decoder():
         _, q = case(n, k, 1, (1, 64))
         assert torch.equal(trits.decoded(*read(q), torch.int8), q.spec.codes(q.qdata, q.shape))
         for dtype in (torch.bfloat16, torch.float16):
-            assert torch.equal(trits.decoded(*read(q), dtype), q.dequantize().to(dtype))
+            assert torch.equal(trits.decoded(*read(q), dtype), q.decode(dtype))
 
 
 def test_codes_that_begin_anywhere():

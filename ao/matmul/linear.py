@@ -173,6 +173,8 @@ def _choose(x: Tensor, w: QTensor) -> Product:
     """x: (M, K), w: (N, K) -> a function of x (..., K) and any weight of this form."""
     if w.dim() == 1 or 0 in w.shape:
         return lambda x, w: F.linear(x, decoded(w, x.dtype))
+    if x.shape[0] == 0:
+        return lambda x, w: x.new_empty(*x.shape[:-1], w.shape[0])
     if w.pre_scale is not None:
         wide = x if w.pre_scale.shape[0] == 1 else _wide(x)
         plain = _choose(wide, _without_multiplier(w))

@@ -44,7 +44,7 @@ from .kernels.built import (
     Weight,
     library,
 )
-from .kernels.device import FLOATS, VNNI
+from .kernels.device import FLOATS, TILES, VNNI
 from .path import Product
 
 WORTH = 2**16
@@ -67,7 +67,7 @@ _PIECE = 2**20
 """How many elements are decoded at once for a product of PyTorch's: what stays in cache until it is read. Half as many for one in
 units, which puts them in another order first, beside them."""
 
-_MANY = 512
+_MANY = 128 if TILES else 512
 """From so many tokens on a weight of integers of 8 bits is decoded for units of bfloat16, of which it takes one product: in bytes
 it takes two, and their sums are written out."""
 
@@ -160,6 +160,8 @@ def _most(dtype: torch.dtype, k: int) -> int:
     units."""
     if dtype == torch.float32 and not AVX512:
         return 128
+    if TILES and dtype == torch.bfloat16:
+        return 4
     return min(8 if _decodes_fast(dtype) else 16 if dtype in _UNITS else 32, k // 64)
 
 
@@ -311,6 +313,9 @@ def _multiplied(
         return y.to(dtype)
     x = x.to(x.dtype if x.dtype in FLOATS and x.dtype in DTYPES else torch.float32)
     y = x.new_empty(m, n)
+    if x.dtype == torch.bfloat16 and compiled.tiles is not None:
+        compiled.tiles(weight, x.data_ptr(), m, y.data_ptr(), threads)
+        return y
     step = min(n, max(_PIECE // (2 if _decodes_fast(x.dtype) else 1) // k, 16))
     piece = x.new_empty(step, k)
     for start in range(0, n, step):

@@ -10,7 +10,7 @@ import torch
 
 from ...dtypes.cpp import cpp_instructions, cpp_library
 from .cpu_source import SOURCE
-from .device import VNNI
+from .device import TILES, VNNI
 
 CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloat": 5}
 """What codes are, as cpu_source.py numbers them."""
@@ -70,11 +70,13 @@ class Act(ctypes.Structure):
 
 class Library(NamedTuple):
     """product(weight, x, x_dtype, token_scale, y, dtype, tokens, points, threads),
-    rows(weight, start, stop, out, dtype, threads), quantize(act, x, dtype, tokens, k, given_scale, out, scale)."""
+    rows(weight, start, stop, out, dtype, threads), quantize(act, x, dtype, tokens, k, given_scale, out, scale), and where there
+    are units for it tiles(weight, x, tokens, y, threads)."""
 
     product: Any
     rows: Any
     quantize: Any
+    tiles: Any
 
 
 @functools.cache
@@ -84,6 +86,7 @@ def library(kind: Kind) -> Library | None:
         "ao_product": [ctypes.POINTER(Weight), _POINTER, _INT, _POINTER, _POINTER, _INT, _LONG, _INT, _INT],
         "ao_rows": [ctypes.POINTER(Weight), _LONG, _LONG, _POINTER, _INT, _INT],
         "ao_quantize": [ctypes.POINTER(Act), _POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+        "ao_tiles": [ctypes.POINTER(Weight), _POINTER, _LONG, _POINTER, _INT],
     }
     found = functions(kind, SOURCE, arguments)
     return None if found is None else Library(*found)
@@ -91,17 +94,20 @@ def library(kind: Kind) -> Library | None:
 
 def functions(kind: Kind, source: str, arguments: dict[str, list[Any]]) -> list[Any] | None:
     """The functions of `source` by their names and the types of their arguments, compiled for `kind` if no process has done so;
-    None where that fails."""
+    None where that fails, and in place of one that is not for this CPU."""
     bias = f"0x1p{128 - 2 ** (kind.exponent - 1)}f" if kind.exponent else "1.0f"
     macros = {"KIND": CODES[kind.codes], "BITS": kind.bits, "EXPONENT": kind.exponent, "BIAS": bias}
     flags = cpp_instructions()
     if VNNI and "-mavx512f" in flags:
         flags = *flags, "-mavx512vnni"
+    if "-mavx512f" in flags and TILES and torch.cpu._init_amx():  # for which the operating system is asked
+        flags = *flags, "-mamx-tile", "-mamx-bf16"
     flags = *flags, "-ffp-contract=fast", *(f"-D{name}={value}" for name, value in macros.items())
     loaded = cpp_library(source, flags)
     if loaded is None:
         return None
-    found = [getattr(loaded, name) for name in arguments]
+    found = [getattr(loaded, name, None) for name in arguments]
     for function, types in zip(found, arguments.values()):
-        function.argtypes, function.restype = types, None
+        if function is not None:
+            function.argtypes, function.restype = types, None
     return found

@@ -33,6 +33,10 @@ def _floats() -> set[torch.dtype]:
 FLOATS = _floats()
 """The floating-point products that the CPU does in hardware."""
 
+
+TILES = torch.cpu._is_amx_tile_supported() and torch.bfloat16 in FLOATS
+"""Whether the CPU multiplies tiles of bfloat16 (AMX)."""
+
 _TRITON = find_spec("triton") is not None
 
 _F = TypeVar("_F", bound=Callable[..., Any])

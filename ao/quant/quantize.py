@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -126,10 +126,11 @@ def quantize_(
 
 
 @dataclass(frozen=True)
-class Job:
-    """One parameter to quantize, with every slot that holds it.
+class Job(Slot):
+    """One parameter to quantize, at the first slot that holds it.
 
-    act_scale: the scale of a static activation that is known. act_range: how to find it otherwise; None for no such scale.
+    slots: all that do. act_scale: the scale of a static activation that is known. act_range: how to find it otherwise; None for
+    no such scale.
     """
 
     slots: list[Slot]
@@ -137,14 +138,6 @@ class Job:
     recipe: Recipe
     act_scale: float | None = None
     act_range: RangeMethod | None = None
-
-    @property
-    def fqn(self) -> str:
-        return self.slots[0].fqn
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.slots[0].parameter
 
     @property
     def owners(self) -> list[nn.Module]:
@@ -280,9 +273,10 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             "do that"
         )
         report.notes += [note] if note not in report.notes else []
+    act: dict[str, Any] = {}
     if linear and spec.act is not None:
-        return Job(slots, spec, recipe, config.act_scale(), config.act_range())
-    return Job(slots, spec, recipe)
+        act = {"act_scale": config.act_scale(), "act_range": config.act_range()}
+    return Job(**vars(slots[0]), slots=slots, spec=spec, recipe=recipe, **act)
 
 
 @functools.lru_cache(maxsize=256)

@@ -82,7 +82,7 @@ def _jobs(model: nn.Module, filter_fn: Filter | None) -> Iterator[tuple[Job, lis
         )
     for slots in tied([Slot(layer, "weight", fqn) for fqn, layer in layers.items()]):
         held = [layers[slot.fqn] for slot in slots]
-        yield Job(slots, held[0].spec, RoundToNearest()), held
+        yield Job(**vars(slots[0]), slots=slots, spec=held[0].spec, recipe=RoundToNearest()), held
 
 
 def _compare(model: nn.Module, config: Config | Spec, jobs: list[tuple[Job, list[FakeQuantized]]]) -> None:

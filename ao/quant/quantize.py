@@ -96,6 +96,7 @@ def quantize_(
     if isinstance(config, Conversion) and not isinstance(config, (Config, Spec)):
         return _convert_layers(model, config, filter_fn, device, batches)
     report = Report()
+    report.measure(model)
     jobs = jobs_of(model, config, filter_fn, report)
     for job in jobs:
         check_values(job.fqn, job.parameter, job)
@@ -121,7 +122,6 @@ def quantize_(
         module.__dict__.pop(ATTRIBUTE, None)
     if target is not None:
         model.to(target)
-    report.measure(model)
     return report
 
 
@@ -181,11 +181,6 @@ class Job(Slot):
         """Put `parameter` in every slot."""
         for slot in self.slots:
             set_parameter(slot.owner, slot.name, parameter)
-
-    def row(self, before: Tensor, after: Tensor, algorithm: str | None = None) -> Row:
-        """What the report says of it. algorithm: by default the label of its recipe."""
-        form, label = repr(self.spec), algorithm or self.recipe.label
-        return Row(self.fqn, tuple(before.shape), form, before.nbytes, after.nbytes, label)
 
 
 def jobs_of(
@@ -351,7 +346,7 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
             report.notes.append(f"{job.fqn}: its bias is not corrected: it would be beyond the range of {old.dtype}")
     new._is_param = True  # as `nn.Parameter(new)` does, after it has made a view: nobody else holds this one
     job.install(new)  # type: ignore[arg-type]
-    report.rows.append(job.row(old, new))
+    report.add(job.fqn, job.spec, old, new, job.recipe.label)
 
 
 def _add_to_bias(job: Job, bias: Tensor) -> bool:

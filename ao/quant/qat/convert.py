@@ -46,7 +46,7 @@ def convert(model: nn.Module, config: Config | Spec | None, filter_fn: Filter | 
         for layer in layers:
             _plain(layer)
         job.install(new)
-        report.rows.append(job.row(old, new, "qat"))
+        report.add(job.fqn, job.spec, old, new, "qat")
     return report
 
 

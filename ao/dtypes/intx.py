@@ -210,8 +210,9 @@ class Intx(Spec):
         return {"scale": Joint(bits=self.bits).wrap({"words": words}, torch.float32, scale.shape), "zero_point": None}
 
     def element(self) -> Element | None:
-        """None where a mean is the scale, or rounding is at random."""
-        if self.rounding != "nearest" or (self.symmetric and self.signed and self.bits <= 2 and self.clip):
+        """None where a mean is the scale, codes are signs, or rounding is at random."""
+        by_mean = self.symmetric and self.signed and self.bits <= 2 and self.clip
+        if by_mean or self.is_binary or self.rounding != "nearest":
             return None
         offset = 2 ** (self.bits - 1) if self.signed and self.bits < 8 else 0
         low, high = self.qmin + offset, self.qmax + offset

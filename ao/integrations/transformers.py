@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten, quantized_entries
-from ..matmul import adopt
+from ..matmul import set_parameter
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.choice import by_default, few, slots_of
 from ..quant.report import Report, storage_bytes
@@ -255,8 +255,8 @@ class AoHfQuantizer(HfQuantizer):
         # Conversions turn the model's names and tensors back into those of its first checkpoint, which the fields of
         # quantized tensors cannot follow: it is saved under its own names.
         model._weight_conversions = []
-        for module in model.modules():
-            adopt(module)
+        for slot in slots_of(model):
+            set_parameter(slot.owner, slot.name, slot.parameter)
         for name in self.plan:
             if not isinstance(model.get_parameter_or_buffer(name), QTensor):
                 self.report.skipped[name] = "the checkpoint does not have it"

@@ -256,13 +256,9 @@ def layer_class(module: nn.Module) -> type[nn.Module]:
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Put `parameter` in its place in `module`, and give the module the class that goes with it."""
+    """Put `parameter` in its place in `module`, and give the module the class that its parameters need: that of one with
+    quantized ones, or its own again."""
     module._parameters[name] = parameter
-    adopt(module)
-
-
-def adopt(module: nn.Module) -> None:
-    """Give a module the class that its parameters need: that of one with quantized ones, or its own again."""
     module.__dict__.get("in_graph", {}).clear()  # what it keeps of parameters that may be others now
     names = tuple(name for name, p in module._parameters.items() if isinstance(p, QTensor))
     wanted = _class_of(type(module), names) if names else layer_class(module)  # type: ignore[arg-type]

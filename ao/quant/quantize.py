@@ -249,7 +249,6 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             )
         if not isinstance(recipe, RoundToNearest):
             recipe.check(spec, shape)
-        blank(spec, shape)
         for slot in slots:
             if type(slot.owner) is not nn.Linear or slot.name != "weight":
                 cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
@@ -277,11 +276,12 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
 @functools.lru_cache(maxsize=256)
 def _spec_of(config: Config, shape: tuple[int, ...], kernel: bool) -> Spec:
     """What a config makes of a weight of `shape`, with the Spec of its activation: one object for all layers of a shape, which
-    compiled code compares at every call. kernel: of a convolution."""
+    compiled code compares at every call. kernel: of a convolution. Raises ValueError for a shape that the format does not take."""
     spec, act = config.weight(shape), config.act()
     if kernel and len(spec.block) == 2:
         # A kernel's dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over the weight.
         spec = replace(spec, block=(*spec.block, *([-1] * (len(shape) - 2))))  # type: ignore[call-arg]
+    blank(spec, shape)
     return spec if act is None else replace(spec, act=act)
 
 

@@ -276,7 +276,7 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
 @functools.lru_cache(maxsize=256)
 def _spec_of(config: Config, shape: tuple[int, ...], kernel: bool) -> Spec:
     """What a config makes of a weight of `shape`, with the Spec of its activation: one object for all layers of a shape, which
-    compiled code compares at every call. kernel: of a convolution. Raises ValueError for a shape that the format does not take."""
+    compiled code compares at every call. Raises ValueError for a shape that it does not take. kernel: of a convolution."""
     spec, act = config.weight(shape), config.act()
     if kernel and len(spec.block) == 2:
         # A kernel's dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over the weight.

@@ -139,6 +139,7 @@ def test_a_compiler_is_asked_after_much_data_and_never_waited_for(monkeypatch):
     ("spec", "shape"),
     [
         (Intx(2, (1, 32), symmetric=True), (N, K)),  # scaled by a mean
+        (Intx(1, (1, 32), symmetric=True, clip=False), (N, K)),  # codes are signs
         (Intx(8, rounding="stochastic"), (N, K)),
         (NVFP4, (N, K)),
         (Float8("e5m2"), (N, K)),

@@ -35,7 +35,14 @@ def journey(call: Callable[[], object]) -> tuple[set[tuple[str, str]], set[str]]
 
 
 @pytest.mark.parametrize(
-    ("config", "functions", "files"), [(ao.Int4WeightOnlyConfig, 57, 12), (ao.Int8WeightOnlyConfig, 53, 10)]
+    ("config", "functions", "files"),
+    [
+        (ao.Int4WeightOnlyConfig, 47, 12),
+        (ao.Int8WeightOnlyConfig, 44, 10),
+        (ao.Float8WeightOnlyConfig, 42, 11),
+        (ao.Int8DynamicActivationInt8WeightConfig, 49, 11),
+        (ao.NF4WeightOnlyConfig, 67, 13),
+    ],
 )
 def test_quantize_one_layer(config, functions, files):
     def layer() -> nn.Module:

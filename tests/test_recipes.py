@@ -525,7 +525,9 @@ def test_names():
     assert parse_recipe("awq+gptq") == AWQ(GPTQ()) and parse_recipe("bias_correction+smoothquant") == BiasCorrection(
         SmoothQuant()
     )
-    assert parse_recipe(GPTQ(damping=0.1)) == GPTQ(damping=0.1)
+    assert Int8WeightOnlyConfig(algorithm=GPTQ(damping=0.1)).recipe == GPTQ(damping=0.1)
+    with pytest.raises(TypeError, match="Int8WeightOnlyConfig: algorithm must be a name such as 'gptq' or a Recipe"):
+        Int8WeightOnlyConfig(algorithm=["awq"])
     with pytest.raises(
         ValueError, match="algorithm must be among awq, bias_correction, clip, gptq, hqq, magnitude, rtn, smoothquant"
     ):

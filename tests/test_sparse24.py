@@ -63,6 +63,7 @@ def test_what_is_done_to_it_is_done_to_its_numbers(values):
     q.mul_(2)
     assert compute_error(2 * plain, q.dequantize()) > 20
     turned = q.t()
+    assert turned[:0, :16].dequantize().shape == (0, 16) and turned[:64, :0].dequantize().shape == (64, 0)
     turned.copy_(pruned(seed=1).t())
     assert torch.equal(q, q.spec.quantize(pruned(seed=1)))
 

@@ -589,9 +589,9 @@ class QTensor(torch.Tensor):
     @property
     def nbytes_packed(self) -> int:
         """Bytes of storage, every field counted."""
-        return sum(
-            t.nbytes_packed if isinstance(t, QTensor) else t.numel() * t.element_size() for t in self.fields().values()
-        )
+        return sum(t.nbytes for t in self.fields().values())
+
+    nbytes = nbytes_packed
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Spec, torch.dtype, bool]]:
         # Compiled code asks at every call whether this is what it was made for: the answer is kept.

@@ -70,10 +70,32 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
         raise ValueError(f"cannot pack {size} elements of {bits} bits: the size must be a multiple of 8")
     codes = codes.movedim(dim, -1)
     whole = size - size % CHUNK
-    parts = [_pack_chunks(codes[..., :whole], bits, CHUNK)] if whole else []
-    if whole < size or not parts:
-        parts.append(_pack_chunks(codes[..., whole:], bits, max(size - whole, 8)))
-    packed = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if 0 < whole < size:
+        parts = [pack(codes[..., :whole], bits), pack(codes[..., whole:], bits)]
+        return torch.cat(parts, -1).movedim(-1, dim).contiguous()
+    chunk = CHUNK if whole else max(size, 8)
+    lead, chunks = codes.shape[:-1], size // chunk
+    if chunk == CHUNK and is_eager(codes):
+        # Four codes in an int32, for shifts and masks that never leave a byte: eager ops then run over a quarter of the items.
+        # The compiler, which has vectors of its own and cannot look through such a view, gets the codes as they are.
+        fits = codes.stride(-1) == 1 and not any(s % 4 for s in (*codes.stride()[:-1], codes.storage_offset()))
+        codes = codes.view(torch.int32) if fits else codes
+    lanes = codes.element_size()
+    ones = sum(1 << 8 * lane for lane in range(lanes))
+    sections = []
+    offset = 0
+    for section in _SECTIONS[bits]:
+        width = chunk * section // 8
+        word = codes if section == bits else (codes >> offset) & (2**section - 1) * ones
+        planes = 8 // section
+        word = word.reshape(*lead, chunks, planes, width // lanes)
+        while planes > 1:  # half of the planes go above the other half
+            planes //= 2
+            word = word[..., :planes, :] | (word[..., planes:, :] << (planes * section))
+        sections.append(word.squeeze(-2))  # (..., chunks, width / lanes)
+        offset += section
+    packed = sections[0] if len(sections) == 1 else torch.cat(sections, -1)
+    packed = packed.reshape(*lead, size * bits // 8 // lanes).view(torch.uint8)
     return packed.movedim(-1, dim).contiguous()
 
 
@@ -97,32 +119,6 @@ def unpack(packed: Tensor, bits: int, dim: int = -1, shape: Sequence[int] | None
         parts.append(_unpack_chunks(packed[..., cut:], bits, size - whole))
     codes = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).movedim(-1, dim)
     return codes if shape is None else codes.reshape(shape)
-
-
-def _pack_chunks(codes: Tensor, bits: int, chunk: int) -> Tensor:
-    lead = codes.shape[:-1]
-    chunks = codes.shape[-1] // chunk
-    if chunk == CHUNK and is_eager(codes):
-        # Four codes in an int32, for shifts and masks that never leave a byte: eager ops then run over a quarter of the items.
-        # The compiler, which has vectors of its own and cannot look through such a view, gets the codes as they are.
-        fits = codes.stride(-1) == 1 and not any(s % 4 for s in (*codes.stride()[:-1], codes.storage_offset()))
-        codes = codes.view(torch.int32) if fits else codes
-    lanes = codes.element_size()
-    ones = sum(1 << 8 * lane for lane in range(lanes))
-    sections = []
-    offset = 0
-    for section in _SECTIONS[bits]:
-        width = chunk * section // 8
-        word = codes if section == bits else (codes >> offset) & (2**section - 1) * ones
-        planes = 8 // section
-        word = word.reshape(*lead, chunks, planes, width // lanes)
-        while planes > 1:  # half of the planes go above the other half
-            planes //= 2
-            word = word[..., :planes, :] | (word[..., planes:, :] << (planes * section))
-        sections.append(word.squeeze(-2))  # (..., chunks, width / lanes)
-        offset += section
-    packed = sections[0] if len(sections) == 1 else torch.cat(sections, -1)
-    return packed.reshape(*lead, chunks * chunk * bits // 8 // lanes).view(torch.uint8)
 
 
 def _unpack_chunks(packed: Tensor, bits: int, chunk: int, shape: Sequence[int] | None = None) -> Tensor:

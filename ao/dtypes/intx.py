@@ -195,6 +195,8 @@ class Intx(Spec):
         if self.bits == 8:
             qdata = q.to(torch.int8 if self.signed else torch.uint8)
         else:
+            if self.signed:
+                q.add_(2 ** (self.bits - 1))
             # By way of int8, to which a CPU converts five times faster than to uint8.
             qdata = pack(q.to(torch.int8).view(torch.uint8), self.bits, pack_dim(q.shape, self.bits, self))
         if self.zero_point == "joint":
@@ -208,10 +210,12 @@ class Intx(Spec):
         return {"scale": Joint(bits=self.bits).wrap({"words": words}, torch.float32, scale.shape), "zero_point": None}
 
     def element(self) -> Element | None:
-        """None where a mean is the scale, or rounding is at random."""
-        if self.rounding != "nearest" or (self.symmetric and self.signed and self.bits <= 2 and self.clip):
+        """None where a mean is the scale, codes are signs, or rounding is at random."""
+        by_mean = self.symmetric and self.signed and self.bits <= 2 and self.clip
+        if by_mean or self.is_binary or self.rounding != "nearest":
             return None
-        offset, low, high = self._offset, self.qmin + self._offset, self.qmax + self._offset
+        offset = 2 ** (self.bits - 1) if self.signed and self.bits < 8 else 0
+        low, high = self.qmin + offset, self.qmax + offset
         whole = self.zero_point == "int"
 
         def reads(scale: Tensor, zero_point: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -237,10 +241,7 @@ class Intx(Spec):
         if isinstance(scale, JointTensor):
             zero_point = scale.zero_point.decode() + self.qmin
             scale = dense(scale)
-        q = self._codes(x, scale, zero_point)
-        if self._offset:
-            q = q.sub_(self._offset)
-        return self._values(q, scale, zero_point).reshape(x.shape)
+        return self._values(self._codes(x, scale, zero_point), scale, zero_point).reshape(x.shape)
 
     def operand(self, q: Any) -> Operand:
         """Codes with an affine map."""
@@ -263,16 +264,10 @@ class Intx(Spec):
         dtype = torch.int8 if self.signed else torch.uint8
         return Cast(dtype, self.qmin, self.qmax, not self.symmetric, levels, self.rounding == "nearest")
 
-    @property
-    def _offset(self) -> int:
-        """Added to codes that are stored, so that those of fewer than 8 bits are never negative."""
-        return 2 ** (self.bits - 1) if self.signed and self.bits < 8 else 0
-
     def _codes(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, inverse: Tensor | None = None) -> Tensor:
-        """The codes as they are stored, in float32 and in blocks."""
+        """The codes, in float32 and in blocks."""
         blocks = to_blocks(x, scale.shape)
         steps = in_blocks(reciprocal(scale) if inverse is None else inverse)
-        offset = self._offset
         # In place: no fresh memory.
         if self.is_binary:
             q = blocks.clone().lt_(0).neg_()
@@ -284,10 +279,8 @@ class Intx(Spec):
                 q = (blocks + in_blocks(product(zero_point, scale))).mul_(steps)
             q = q.round_() if self.rounding == "nearest" else stochastic_round(q.clamp_(-255, 255), blocks)
         if zero_point is not None and not zero_point.is_floating_point():
-            q.add_(in_blocks(zero_point.float() + offset))
-        elif offset:
-            q.add_(offset)
-        return q.clamp_(self.qmin + offset, self.qmax + offset)
+            q.add_(in_blocks(zero_point.float()))
+        return q.clamp_(self.qmin, self.qmax)
 
     def _values(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """(q - zero_point) * scale, of codes in float32 and in blocks."""

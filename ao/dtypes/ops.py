@@ -366,7 +366,6 @@ def untyped_storage(q: QTensor) -> torch.UntypedStorage:
         return torch.Tensor.untyped_storage(shown)
 
 
-_nbytes: Any = torch.Tensor.nbytes
 _itemsize: Any = torch.Tensor.itemsize
 
 FUNCTIONS.update(
@@ -379,7 +378,6 @@ FUNCTIONS.update(
         torch.Tensor.element_size: element_size,
         torch.Tensor.untyped_storage: untyped_storage,
         _itemsize.__get__: element_size,
-        _nbytes.__get__: lambda q: q.nbytes_packed,
     }
 )
 

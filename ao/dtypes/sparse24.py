@@ -210,9 +210,9 @@ class Sparse24Tensor(QTensor, spec=Sparse24):
 
     @property
     def dim_of_groups(self) -> int:
-        """The dim along which two of four are stored: the last one, unless the tensor was turned."""
+        """The dim along which two of four are stored: the last one, unless the tensor was turned; an empty one of nothing."""
         differ = [d for d in range(self.dim()) if self.places.shape[d] != self.shape[d]]
-        return differ[-1] if differ else self.dim() - 1
+        return (differ or [d for d in range(self.dim()) if not self.shape[d]])[-1]
 
     def codes(self) -> Tensor:
         """Which two of each four, first + 4 * second, with the sparse dim last: (..., K / 4) uint8."""

@@ -73,7 +73,6 @@ def quantize_folder(
             t, done = read, read.nbytes
             report.model_bytes += done
             if names[name] in plan:
-                report.quantized_bytes += done
                 q = quantize_named(plan[names[name]], names[name], t.to(device), report).map(lambda f: f.to("cpu"))
                 if watch is not None:
                     watch(names[name], t, q)

@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..dtypes import QTensor, Spec, blank
 from ..dtypes.checkpoint import flatten, quantized_entries
-from ..matmul import adopt
+from ..matmul import set_parameter
 from ..quant import Config, FqnToConfig, autoquant, config_to_dict, dequantize_, is_linear
 from ..quant.choice import by_default, few, slots_of
 from ..quant.report import Report, storage_bytes
@@ -255,8 +255,9 @@ class AoHfQuantizer(HfQuantizer):
         # Conversions turn the model's names and tensors back into those of its first checkpoint, which the fields of
         # quantized tensors cannot follow: it is saved under its own names.
         model._weight_conversions = []
-        for module in model.modules():
-            adopt(module)
+        for slots in slots_of(model):
+            for slot in slots:
+                set_parameter(slot.owner, slot.name, slot.parameter)
         for name in self.plan:
             if not isinstance(model.get_parameter_or_buffer(name), QTensor):
                 self.report.skipped[name] = "the checkpoint does not have it"
@@ -438,7 +439,7 @@ def rules_of(model: nn.Module) -> FqnToConfig:
     parameters = model.named_parameters(remove_duplicate=False)
     found = {name: p.spec for name, p in parameters if isinstance(p, QTensor)}
     table: dict[str, Any] = dict(found)
-    layers = [slot.fqn for slot in slots_of(model) if not by_default(slot)]
+    layers = [slot.fqn for slots in slots_of(model) for slot in slots if not by_default(slot)]
     if layers:
         # The most common format is the default; what differs from it is named.
         table["_default"] = default = Counter(found.get(name) for name in layers).most_common(1)[0][0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def quantize_named(job: Job, name: str, value: Tensor, report: Report) -> QTenso
     and infinite values, and for those that are beyond the format's range."""
     check_values(name, value, job)
     q, found = job.quantize(value)
-    report.rows.append(replace(job.row(value, q), name=name))
+    report.add(name, job.spec, value, q, job.recipe.label)
     report.notes.extend(f"{name}: {note}" for note in (found.notes if found is not None else ()))
     return q
 

@@ -7,7 +7,7 @@ from . import doors as _doors  # noqa: F401  gives F.linear and its kin their me
 from .block_scaled import swizzle, unswizzle
 from .graph_fields import tensor_of
 from .kernels.device import has_float8
-from .layers import QuantizedLayer, adopt, layer_class, set_parameter
+from .layers import QuantizedLayer, layer_class, set_parameter
 from .linear import path_name
 from .product import cast_whole, codes_both, codes_of, codes_of_transposed, is_square, scaled_product
 from .sparse import both_pruned, pruned_both, semi_sparse_product, transposable_mask
@@ -34,7 +34,6 @@ __all__ = [
     "Exact",
     "QuantizedLayer",
     "Sight",
-    "adopt",
     "attend",
     "attend_fields",
     "both_pruned",

@@ -229,7 +229,11 @@ def _remade(cls: type[nn.Module], names: tuple[str, ...] = ("weight",)) -> nn.Mo
 
 @functools.cache
 def _class_of(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class for a module of class `cls` whose parameters `names` are quantized."""
+    """The class for a module of class `cls`, its own or one that was made here, whose parameters `names` are quantized."""
+    if "own_class" in vars(cls):
+        return _class_of(vars(cls)["own_class"], names)
+    if issubclass(cls, _QuantizedModule):
+        return cls  # derived from one of these, by FSDP2 or parametrizations, or one itself
     own: dict[str, Any] = {
         "__module__": cls.__module__, "__qualname__": cls.__qualname__, "own_class": cls, "quantized_names": names
     }  # fmt: skip
@@ -252,25 +256,15 @@ def layer_class(module: nn.Module) -> type[nn.Module]:
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Put `parameter` in its place in `module`, and give the module the class that goes with it."""
+    """Put `parameter` in its place in `module`, and give the module the class that its parameters need: that of one with
+    quantized ones, or its own again."""
     module._parameters[name] = parameter
-    adopt(module)
-
-
-def adopt(module: nn.Module) -> None:
-    """Give a module the class that its parameters need: that of one with quantized ones, or its own again."""
     module.__dict__.get("in_graph", {}).clear()  # what it keeps of parameters that may be others now
-    own = layer_class(module)
     names = tuple(name for name, p in module._parameters.items() if isinstance(p, QTensor))
-    if not names:
-        wanted = own
-    elif isinstance(module, _QuantizedModule) and own is type(module):
-        return  # of a class that was derived from one of these, by FSDP2 or parametrizations, or that is one
-    else:
-        wanted = _class_of(own, names)  # type: ignore[arg-type]
+    wanted = _class_of(type(module), names) if names else layer_class(module)  # type: ignore[arg-type]
     if wanted is not type(module):
         module.__class__ = wanted
-    if names and wanted is own:
+    if names and not isinstance(module, _QuantizedModule):
         module.__dict__["extra_repr"] = functools.partial(_described, module)
     elif getattr(module.__dict__.get("extra_repr"), "func", None) is _described:
         del module.__dict__["extra_repr"]

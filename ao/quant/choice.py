@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .config import Config, ModelConfig
 from .report import Report
 from .rules import FqnToConfig
 
-__all__ = ["Chosen", "Default", "Filter", "Slot", "by_default", "check_filter", "choices", "slots_of", "tied"]
+__all__ = ["Chosen", "Default", "Filter", "Slot", "by_default", "check_filter", "choices", "slots_of"]
 
 Filter = Callable[[nn.Module, str], bool]
 """(module, fully qualified name) -> whether it is taken."""
@@ -69,24 +69,20 @@ class Slot:
         return self.module_fqn if self.name == "weight" else self.fqn
 
 
-def slots_of(model: nn.Module) -> Iterator[Slot]:
-    """Every slot of a model that is not empty."""
+def slots_of(model: nn.Module, ties: Mapping[str, str] | None = None) -> list[list[Slot]]:
+    """Every slot of a model that is not empty; together those that hold one parameter.
+
+    ties: names of parameters that will be tied, beside those that are.
+    """
+    groups: dict[int, list[Slot]] = {}
     for prefix, module in model.named_modules():
         for name, p in module._parameters.items():
             if p is not None:
-                yield Slot(module, name, f"{prefix}.{name}" if prefix else name)
-
-
-def tied(slots: Sequence[Slot], ties: Mapping[str, str] | None = None) -> list[list[Slot]]:
-    """The slots that hold one parameter each. ties: names of parameters that will be tied, beside those that are."""
-    key = {slot.fqn: id(slot.parameter) for slot in slots}
-    for name, other in (ties or {}).items():
-        if name in key and other in key and key[name] != key[other]:
-            old, new = key[name], key[other]
-            key = {fqn: new if k == old else k for fqn, k in key.items()}
-    groups: dict[int, list[Slot]] = {}
-    for slot in slots:
-        groups.setdefault(key[slot.fqn], []).append(slot)
+                groups.setdefault(id(p), []).append(Slot(module, name, f"{prefix}.{name}" if prefix else name))
+    for pair in (ties or {}).items():
+        held = [key for key, group in groups.items() if any(slot.fqn in pair for slot in group)]
+        if len(held) == 2:
+            groups[held[0]] += groups.pop(held[1])
     return list(groups.values())
 
 
@@ -251,7 +247,8 @@ def choices(
             + ("; call it first" if isinstance(config, type) else "")
             + ("; FqnToConfig(rules) takes a dict of name -> config" if isinstance(config, dict) else "")
         )
-    slots = list(slots_of(model))
+    groups = slots_of(model, ties)
+    slots = [slot for group in groups for slot in group]
     if isinstance(config, FqnToConfig):
         if filter_fn is not None:
             raise ValueError("quantize_: filter_fn must be None with FqnToConfig, whose rules choose the layers")
@@ -265,7 +262,7 @@ def choices(
         weight = module._buffers.get("weight")
         if weight is not None and not isinstance(weight, QTensor) and (why := why_no_parameter(module)):
             report.skipped[_weight_of(name)] = why
-    found = [_of_one_parameter([(slot, verdicts[slot.fqn]) for slot in group], report) for group in tied(slots, ties)]
+    found = [_of_one_parameter([(slot, verdicts[slot.fqn]) for slot in group], report) for group in groups]
     return [chosen for chosen in found if chosen is not None]
 
 

@@ -34,21 +34,13 @@ RECIPES: tuple[type[Recipe], ...] = (
 """The recipes that have a name."""
 
 
-def parse_recipe(algorithm: str | Recipe, who: str = "algorithm") -> Recipe:
-    """A recipe by name ("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction"), several of them joined by "+"
-    ("awq+gptq": scale the channels as AWQ does, round as GPTQ does), or a Recipe itself.
-
-    Raises ValueError for a name that is none, and for two recipes that cannot be joined; TypeError for anything else.
-    """
-    if isinstance(algorithm, Recipe):
-        return algorithm
-    if not isinstance(algorithm, str):
-        raise TypeError(f"{who} must be a name such as 'gptq' or a Recipe such as GPTQ(), got {algorithm!r}")
-    return _joined(algorithm, who)
-
-
 @functools.cache
-def _joined(algorithm: str, who: str) -> Recipe:
+def parse_recipe(algorithm: str, who: str = "algorithm") -> Recipe:
+    """A recipe by name ("rtn", "clip", "hqq", "gptq", "awq", "smoothquant", "bias_correction"), or several of them joined by "+"
+    ("awq+gptq": scale the channels as AWQ does, round as GPTQ does).
+
+    Raises ValueError for a name that is none, and for two recipes that cannot be joined.
+    """
     named = {cls.name: cls for cls in RECIPES}
     parts = algorithm.lower().split("+")
     unknown = [part for part in parts if part not in named]
@@ -108,8 +100,13 @@ class Config:
 
     @functools.cached_property
     def recipe(self) -> Recipe:
-        """The recipe that `algorithm` names. Raises ValueError for a name that is none."""
-        return parse_recipe(self.algorithm, f"{type(self).__name__}: algorithm")
+        """The recipe that `algorithm` names, or is. Raises ValueError for a name that is none, TypeError for anything else."""
+        who, algorithm = f"{type(self).__name__}: algorithm", self.algorithm
+        if isinstance(algorithm, str):
+            return parse_recipe(algorithm, who)
+        if not isinstance(algorithm, Recipe):
+            raise TypeError(f"{who} must be a name such as 'gptq' or a Recipe such as GPTQ(), got {algorithm!r}")
+        return algorithm
 
     def with_recipe(self, algorithm: str | Recipe) -> Config:
         """The same config with another algorithm. Raises ValueError for a name that is none."""

@@ -5,7 +5,6 @@ Whatever a preset does not offer, a bare Spec does: `quantize_(model, Intx(bits=
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -34,10 +33,10 @@ from ..dtypes import (
     nf4_spec,
 )
 from .algorithms.clip import Clip
-from .algorithms.recipe import Recipe, RoundToNearest
+from .algorithms.recipe import RoundToNearest
 from .calibration.observers import RangeMethod
 from .calibration.statistics import RANGES
-from .config import Allowed, Config, parse_recipe
+from .config import Allowed, Config
 from .granularity import (
     Granularity,
     MappingType,
@@ -80,6 +79,14 @@ def _zero_point(config: Config, domain: ZeroPointDomain, bits: int) -> dict[str,
     if (usual and isinstance(config.recipe, (RoundToNearest, Clip))) or domain is ZeroPointDomain.INT:
         return {"zero_point": "int"}
     return {"zero_point": "float", "scale_dtype": "float32" if domain is ZeroPointDomain.FLOAT else "bfloat16"}
+
+
+def _say_hqq(config: Config) -> None:
+    """`use_hqq=True` is algorithm="hqq". Raises ValueError where another one is given beside it."""
+    if config.algorithm not in ("rtn", "hqq"):
+        name = type(config).__name__
+        raise ValueError(f"{name}: give use_hqq=True or algorithm={config.algorithm!r}, not both")
+    object.__setattr__(config, "algorithm", "hqq")
 
 
 def _pair(config: Config, granularity: Any) -> tuple[Granularity, Granularity]:
@@ -143,9 +150,9 @@ class Int4WeightOnlyConfig(Config):
     }
 
     def __post_init__(self) -> None:
+        if self.use_hqq:
+            _say_hqq(self)
         super().__post_init__()
-        if self.use_hqq and self.algorithm not in ("rtn", "hqq"):
-            raise ValueError(f"Int4WeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
         if (
             isinstance(self.layout, (TensorCoreTiledLayout, Int4CPULayout))
             and self.zero_point_domain is ZeroPointDomain.INT
@@ -172,10 +179,6 @@ class Int4WeightOnlyConfig(Config):
         if isinstance(self.layout, MarlinSparseLayout):
             return Sparse24(Intx(4, block, symmetric=True, scale_dtype="bfloat16"))
         return Intx(4, block, signed=False, symmetric=False, **_zero_point(self, self.zero_point_domain, 4))
-
-    @functools.cached_property
-    def recipe(self) -> Recipe:
-        return parse_recipe("hqq" if self.use_hqq else self.algorithm, f"{type(self).__name__}: algorithm")
 
 
 @dataclass(frozen=True)
@@ -295,19 +298,15 @@ class UIntXWeightOnlyConfig(Config):
     allowed: ClassVar[Allowed] = {"group_size": (int,), "pack_dim": (-1,), "zero_point_domain": tuple(ZeroPointDomain)}
 
     def __post_init__(self) -> None:
+        if self.use_hqq:
+            _say_hqq(self)
         super().__post_init__()
         _int_bits(self, "dtype", "uint")
-        if self.use_hqq and self.algorithm not in ("rtn", "hqq"):
-            raise ValueError(f"UIntXWeightOnlyConfig: give use_hqq=True or algorithm={self.algorithm!r}, not both")
 
     def weight(self, shape: tuple[int, ...]) -> Spec:
         bits = _int_bits(self, "dtype", "uint")
         zero_point = _zero_point(self, self.zero_point_domain, bits)
         return Intx(bits, (1, self.group_size), signed=False, symmetric=False, **zero_point)
-
-    @functools.cached_property
-    def recipe(self) -> Recipe:
-        return parse_recipe("hqq" if self.use_hqq else self.algorithm, f"{type(self).__name__}: algorithm")
 
 
 @dataclass(frozen=True)

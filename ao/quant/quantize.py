@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ def quantize_(
     if isinstance(config, Conversion) and not isinstance(config, (Config, Spec)):
         return _convert_layers(model, config, filter_fn, device, batches)
     report = Report()
+    report.measure(model)
     jobs = jobs_of(model, config, filter_fn, report)
     for job in jobs:
         check_values(job.fqn, job.parameter, job)
@@ -121,15 +122,15 @@ def quantize_(
         module.__dict__.pop(ATTRIBUTE, None)
     if target is not None:
         model.to(target)
-    report.measure(model)
     return report
 
 
 @dataclass(frozen=True)
-class Job:
-    """One parameter to quantize, with every slot that holds it.
+class Job(Slot):
+    """One parameter to quantize, at the first slot that holds it.
 
-    act_scale: the scale of a static activation that is known. act_range: how to find it otherwise; None for no such scale.
+    slots: all that do. act_scale: the scale of a static activation that is known. act_range: how to find it otherwise; None for
+    no such scale.
     """
 
     slots: list[Slot]
@@ -137,14 +138,6 @@ class Job:
     recipe: Recipe
     act_scale: float | None = None
     act_range: RangeMethod | None = None
-
-    @property
-    def fqn(self) -> str:
-        return self.slots[0].fqn
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.slots[0].parameter
 
     @property
     def owners(self) -> list[nn.Module]:
@@ -188,11 +181,6 @@ class Job:
         """Put `parameter` in every slot."""
         for slot in self.slots:
             set_parameter(slot.owner, slot.name, parameter)
-
-    def row(self, before: Tensor, after: Tensor, algorithm: str | None = None) -> Row:
-        """What the report says of it. algorithm: by default the label of its recipe."""
-        form, label = repr(self.spec), algorithm or self.recipe.label
-        return Row(self.fqn, tuple(before.shape), form, before.nbytes, after.nbytes, label)
 
 
 def jobs_of(
@@ -261,7 +249,6 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             )
         if not isinstance(recipe, RoundToNearest):
             recipe.check(spec, shape)
-        blank(spec, shape)
         for slot in slots:
             if type(slot.owner) is not nn.Linear or slot.name != "weight":
                 cannot = why_computed(slot.owner, slot.name) or why_it_cannot(slot.owner, slot.name, p, spec)
@@ -280,19 +267,21 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             "do that"
         )
         report.notes += [note] if note not in report.notes else []
+    act: dict[str, Any] = {}
     if linear and spec.act is not None:
-        return Job(slots, spec, recipe, config.act_scale(), config.act_range())
-    return Job(slots, spec, recipe)
+        act = {"act_scale": config.act_scale(), "act_range": config.act_range()}
+    return Job(**vars(slots[0]), slots=slots, spec=spec, recipe=recipe, **act)
 
 
 @functools.lru_cache(maxsize=256)
 def _spec_of(config: Config, shape: tuple[int, ...], kernel: bool) -> Spec:
     """What a config makes of a weight of `shape`, with the Spec of its activation: one object for all layers of a shape, which
-    compiled code compares at every call. kernel: of a convolution."""
+    compiled code compares at every call. Raises ValueError for a shape that it does not take. kernel: of a convolution."""
     spec, act = config.weight(shape), config.act()
     if kernel and len(spec.block) == 2:
         # A kernel's dims belong to one block: (1, -1) over (out, in) is (1, -1, -1, -1) over the weight.
         spec = replace(spec, block=(*spec.block, *([-1] * (len(shape) - 2))))  # type: ignore[call-arg]
+    blank(spec, shape)
     return spec if act is None else replace(spec, act=act)
 
 
@@ -357,7 +346,7 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
             report.notes.append(f"{job.fqn}: its bias is not corrected: it would be beyond the range of {old.dtype}")
     new._is_param = True  # as `nn.Parameter(new)` does, after it has made a view: nobody else holds this one
     job.install(new)  # type: ignore[arg-type]
-    report.rows.append(job.row(old, new))
+    report.add(job.fqn, job.spec, old, new, job.recipe.label)
 
 
 def _add_to_bias(job: Job, bias: Tensor) -> bool:

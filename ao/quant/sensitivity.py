@@ -156,7 +156,7 @@ def sensitivity(
     finally:
         for module in training:
             module.training = True
-    weights = {job.slots[0].rule: job.parameter.numel() for job in jobs[0]}
+    weights = {job.rule: job.parameter.numel() for job in jobs[0]}
     return Sensitivity(configs, weights, effects)
 
 
@@ -165,7 +165,7 @@ def _effect(candidate: int, job: Job, measure: Callable[[], float]) -> Effect:
     original = job.parameter
     try:
         quantize_job(job, None, None, Report())
-        return Effect(job.slots[0].rule, candidate, job.parameter.nbytes, measure())
+        return Effect(job.rule, candidate, job.parameter.nbytes, measure())
     finally:
         job.install(original)
 

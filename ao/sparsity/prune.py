@@ -85,7 +85,7 @@ def prune_(
     passed_over = Report()
     jobs: list[Job] = []
     for each in choices(model, Sparse24(), filter_fn, passed_over):
-        job = Job(each.slots, Sparse24(), pruner)
+        job = Job(**vars(each.slots[0]), slots=each.slots, spec=Sparse24(), recipe=pruner)
         _check(job, pruner)
         jobs.append(job)
     batches = None if calibration_data is None else batches_of(calibration_data)

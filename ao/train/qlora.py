@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ao.dtypes import NF4, QTensor, Spec
-from ao.matmul import QuantizedLayer, adopt, layer_class
+from ao.matmul import QuantizedLayer, layer_class, set_parameter
 
 from .placement import is_dtensor
 
@@ -140,5 +140,5 @@ def merge_qlora(module: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Mo
         for name in ("lora_A", "lora_B", "alpha", "dropout"):
             delattr(layer, name)
         layer.__class__ = nn.Linear  # type: ignore[assignment]
-        adopt(layer)
+        set_parameter(layer, "weight", layer.weight)
     return module

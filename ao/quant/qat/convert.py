@@ -8,7 +8,7 @@ from torch import nn
 
 from ...dtypes import Spec
 from ..algorithms.recipe import RoundToNearest
-from ..choice import Filter, Slot, tied
+from ..choice import Filter, slots_of
 from ..config import Config
 from ..quantize import Job, check_values, jobs_of
 from ..report import Report
@@ -46,7 +46,7 @@ def convert(model: nn.Module, config: Config | Spec | None, filter_fn: Filter | 
         for layer in layers:
             _plain(layer)
         job.install(new)
-        report.rows.append(job.row(old, new, "qat"))
+        report.add(job.fqn, job.spec, old, new, "qat")
     return report
 
 
@@ -80,9 +80,10 @@ def _jobs(model: nn.Module, filter_fn: Filter | None) -> Iterator[tuple[Job, lis
             + (" among those that filter_fn chooses" if filter_fn is not None else "")
             + "; call quantize_(model, QATConfig(config, step='prepare')) before training"
         )
-    for slots in tied([Slot(layer, "weight", fqn) for fqn, layer in layers.items()]):
-        held = [layers[slot.fqn] for slot in slots]
-        yield Job(slots, held[0].spec, RoundToNearest()), held
+    for group in slots_of(model):
+        if slots := [slot for slot in group if slot.fqn in layers]:
+            held = [layers[slot.fqn] for slot in slots]
+            yield Job(**vars(slots[0]), slots=slots, spec=held[0].spec, recipe=RoundToNearest()), held
 
 
 def _compare(model: nn.Module, config: Config | Spec, jobs: list[tuple[Job, list[FakeQuantized]]]) -> None:

@@ -84,7 +84,7 @@ def prepare(
     for job in jobs:
         job.install(originals[job.fqn])
         _set_up(job, starts[job.fqn], adapter)
-        report.rows.append(job.row(job.parameter, job.parameter, "qat"))
+        report.add(job.fqn, job.spec, job.parameter, job.parameter, "qat")
     return report
 
 

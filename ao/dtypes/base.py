@@ -589,7 +589,10 @@ class QTensor(torch.Tensor):
     @property
     def nbytes_packed(self) -> int:
         """Bytes of storage, every field counted."""
-        return sum(t.nbytes for t in self.fields().values())
+        # Not `Tensor.nbytes`, which a traced tensor of any size does not have.
+        return sum(
+            t.nbytes_packed if isinstance(t, QTensor) else t.numel() * t.element_size() for t in self.fields().values()
+        )
 
     nbytes = nbytes_packed
 

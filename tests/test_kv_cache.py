@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 
 import ao
-from ao.matmul import Sight, attend
+from ao.matmul import Sight, attend, attention_cpu
 from ao.matmul.softmax_pieces import finish, plain
 from ao.quant.kv_cache import KV_CACHES, KVCache, KVCacheConfig, kv_cache_config
 
@@ -99,6 +101,23 @@ def test_compiled_attention_is_the_plain_one(name, group, tokens, dim, dtype):
             near = max(1e-4, torch.finfo(dtype).eps)
             assert torch.allclose(out.double(), finish(state, torch.float64), atol=near, rtol=near)
             assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_graph_reads_the_codes(name):
+    """One token that is written and attends, compiled: by the operator that reads codes, and as in eager mode."""
+    q, k, v = (t[..., :1, :] for t in states(1))
+    caches = [cache_of(name) for _ in range(2)]
+    for cache in caches:
+        cache.update(*states(40, 1)[1:])
+
+    def step(cache, q, k, v):
+        cache.update(k, v, check=False)
+        return cache.attend(q)
+
+    got, (code,) = run_and_get_code(torch.compile(functools.partial(step, caches[0]), fullgraph=True), q, k, v)
+    assert attention_cpu.can(D, ({"int8": "int8", "int4": "uint4"}[name],) * 2) == ("kv_decode" in code)
+    torch.testing.assert_close(got, step(caches[1], q, k, v))
 
 
 def test_scaled_dot_product_attention():

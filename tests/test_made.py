@@ -89,7 +89,7 @@ def test_values(spec):
 def test_rows_in_bfloat16(spec):
     """What is decoded for units of bfloat16 is what is decoded in float32, rounded, to the bit."""
     w = weight((12, K))
-    w[1], w[2], w[3, 5], w[4] = 0, w[2] * 1e-39, 1e5, w[4] * 1e30
+    w[1], w[2], w[3, 5], w[4] = 0, w[2] * 1e-30, 1e5, w[4] * 1e30
     q = spec.quantize(w)
     operand = made.readable(q)
     compiled, described = made._library(operand), made._described(operand, *q.shape)

@@ -512,16 +512,15 @@ def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
 def scaled_product(x: Tensor, w: QTensor) -> Tensor:
     """(q_x @ q_w.T) * scale_x * scale_w, of int8 or float8, by the product that is fastest at this number of tokens.
 
-    A graph of a known number of tokens quantizes the activation where it is made, once for all products that it meets. Else, on
-    Hopper, the same operator does: of an unknown number, Inductor's reduction over long rows is ten times slower.
+    On Hopper the activation is quantized in the same operator: when the number of tokens is unknown at compile time,
+    Inductor's reduction over long rows is ten times slower, and of a known number it computes what comes before it twice.
     """
     from .kernels import operators
 
     operand, act = _int8_operand(w) or float8_operand(w), w.spec.act
     assert operand is not None and act is not None
     columns = operand.scale.float().expand(w.shape[0], 1).contiguous()
-    traced = compiling() and isinstance(x.shape[0], int)
-    if not traced and is_default_act(w, operand) and w.shape[1] <= 65536 and is_hopper(x.device):
+    if is_default_act(w, operand) and w.shape[1] <= 65536 and is_hopper(x.device):
         return operators.dynamic_product(x.contiguous(), operand.codes, columns, act.block == (-1, -1))
     q = quantize_act(x, w)
     rows = q.scale.float().expand(x.shape[0], 1).contiguous()

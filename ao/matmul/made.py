@@ -146,7 +146,7 @@ def _decodes_fast(dtype: torch.dtype) -> bool:
 def _before_units(x: Tensor, w: QTensor) -> bool:
     """Whether there are so few tokens that the compiled loops are faster than integer units, where both multiply: these take as
     long for two tokens as for eight. One token that is quantized is as fast there."""
-    return known(x.shape[0] <= 8) and (w.spec.act is None or known(x.shape[0] > 1))
+    return known(x.shape[0] <= (4 if TILES else 8)) and (w.spec.act is None or known(x.shape[0] > 1))
 
 
 def _after_units(x: Tensor, w: QTensor) -> bool:

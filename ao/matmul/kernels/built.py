@@ -101,7 +101,7 @@ def functions(kind: Kind, source: str, arguments: dict[str, list[Any]]) -> list[
     if VNNI and "-mavx512f" in flags:
         flags = *flags, "-mavx512vnni"
     if "-mavx512f" in flags and TILES and torch.cpu._init_amx():  # for which the operating system is asked
-        flags = *flags, "-mamx-tile", "-mamx-bf16"
+        flags = *flags, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"
     flags = *flags, "-ffp-contract=fast", *(f"-D{name}={value}" for name, value in macros.items())
     loaded = cpp_library(source, flags)
     if loaded is None:

@@ -479,8 +479,11 @@ NOT_INLINE void dense(const Weight& w, const Table& table, int64_t n, const Row&
 }
 
 #if defined(__AVX512BW__)
-// `to_bf16` of 16 numbers.
+// `to_bf16` of 16 numbers. Units make 0 of what is below the normal numbers, as those that multiply do.
 INLINE __m256i to_bf16s(vf v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh((__m512)v);
+#endif
   __m512i w = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
   __m512i up = _mm512_add_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(0x7FFF)), odd);
   __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);

@@ -1,5 +1,5 @@
 """Make the tables of docs/long-context.md from docs/measured/kv-lm.json (eval_lm.py --kv-cache ... --divergence),
-kv-texts-*.json (same_texts.py), and kv-cuda.json and kv-cpu.json (bench_kv_cache.py).
+kv-texts-*.json (same_texts.py), kv-cuda.json and kv-cpu.json (bench_kv_cache.py), and long-context-h200.json (generate.py).
 
     .venv/bin/python scripts/long_context.py          rewrite them
     .venv/bin/python scripts/long_context.py --check  exit with an error if that would change anything
@@ -73,7 +73,22 @@ def speed(folder: Path = MEASURED, device: str = "cuda") -> str:
     return f"{markdown(head, rows)}\n\n{data['device']}, torch {data['torch']}: `{data['command']}`."
 
 
+def whole(folder: Path = MEASURED) -> str:
+    """A model that reads a long prompt and goes on, with each cache."""
+    runs = json.loads((folder / "long-context-h200.json").read_text())["runs"]
+    rows = []
+    for run in runs:
+        r = run["rows"][0]
+        cells = [f"{r[name] / 1e9:.2f}" for name in ("model_bytes", "cache_bytes", "peak_bytes")]
+        rates = [f"{r['decode_tokens_per_s']:.1f}", f"{r['prefill_tokens_per_s']:,.0f}"]
+        rows.append([f"`{run['settings']['kv_cache']}`", *cells, *rates])
+    head = ["cache", "weights, GB", "cache, GB", "peak, GB", "new tokens/s", "tokens of the prompt/s"]
+    last = runs[-1]
+    what = f"{last['settings']['prompt_length']:,} tokens of prompt, {last['settings']['new_tokens']} new"
+    return f"{markdown(head, rows)}\n\n{what}; {last['device']}, torch {last['torch']}: `{last['command']}`."
+
+
 if __name__ == "__main__":
-    tables = {"accuracy": accuracy, "texts": texts, "memory": memory, "speed": speed}
+    tables = {"accuracy": accuracy, "texts": texts, "memory": memory, "speed": speed, "whole": whole}
     tables["speed-cpu"] = partial(speed, device="cpu")
     fill(PAGE, tables, "--check" in sys.argv[1:])

@@ -134,7 +134,8 @@ def _about(mode: str, data: dict[str, Any]) -> list[str]:
 
 
 PAGE_TABLES: dict[str, tuple[str, str, str]] = {
-    "step-cuda": ("step", "optim-cuda.json", "scripts/bench_optim.py step --peers"),
+    "step-cuda": ("step", "optim-step-h200.json", "scripts/bench_optim.py step"),
+    "step-peers-cuda": ("step", "optim-cuda.json", "scripts/bench_optim.py step --peers"),
     "step-cpu": ("step", "optim-cpu.json", "scripts/bench_optim.py step --threads 1"),
     "tiny-cuda": ("tiny", "optim-cuda.json", "scripts/bench_optim.py tiny"),
     "tiny-cpu": ("tiny", "optim-cpu.json", "scripts/bench_optim.py tiny --threads 1"),

@@ -133,24 +133,16 @@ def ways_of_trits(reading: Reading, m: int, splits: bool) -> Iterator[tuple[str,
     if m == 1 and reading.for_one_token:
         for most in (13, 10, 7, 4):
             yield f"gemv {most}", by_words(most)
-    tokens = max(8, min(64, 1 << (m - 1).bit_length()))
-    cuts = [(False, tokens, 64, 4, 3, 16), (False, tokens, 64, 4, 3, 8), (False, tokens, 128, 4, 3, 16)]
-    if m > 8:
-        cuts = [
-            cuts[0],
-            *((True, tokens, 64, 4, stages, words) for stages, words in ((3, 16), (2, 16), (3, 8), (4, 8))),
-        ]
-        cuts += [(True, tokens, 128, 4, 3, 16), (True, tokens, 128, 8, 3, 16), (True, tokens, 128, 8, 3, 8)]
-    else:
-        cuts += [(False, tokens, 64, 2, 3, 16), (False, tokens, 64, 2, 3, 8), (True, 16, 64, 4, 3, 16)]
-    for hopper, wide, rows, warps, stages, words in cuts:
-        programs = cdiv(reading.n, rows) * cdiv(m, wide)
-        longest = max(1, cdiv(reading.k * 13 // 64, 4 * words) // 2)
-        parts = sorted({max(1, min(8, longest, round(full / programs))) for full in (264, 528, 1056)} | {1})
+    tokens = max(16, min(64, 1 << (m - 1).bit_length()))
+    for rows, warps, stages, words in (
+        (64, 4, 3, 16), (64, 4, 2, 16), (64, 4, 4, 8), (64, 4, 3, 8), (128, 4, 3, 16), (128, 8, 3, 16), (128, 8, 3, 8)
+    ):  # fmt: skip
+        programs = cdiv(reading.n, rows) * cdiv(m, tokens)
+        most = max(1, cdiv(reading.k * 13 // 64, 4 * words) // 2)
+        parts = sorted({max(1, min(8, most, round(full / programs))) for full in (264, 528, 1056)} | {1})
         for split in parts if splits else (1, 2):
-            tile = trits.Tile(hopper, wide, rows, warps, split, stages, words)
-            name = f"{'wgmma' if hopper else 'mma'} {wide}x{rows} {warps}w {stages}s {words} /{split}"
-            yield name, by_tile(tile)
+            tile = trits.Tile(tokens, rows, warps, split, stages, words)
+            yield f"trits {tokens}x{rows} {warps}w {stages}s {words} /{split}", by_tile(tile)
 
 
 def compile_few(name: str, k: int, m: int) -> list[str]:

@@ -98,15 +98,12 @@ def test_other_scales_of_the_activation():
 
 
 TILES = {
-    "a part of K": (False, 8, 64, 4, 1),
-    "parts of K": (False, 8, 64, 4, 3),
-    "two warps": (False, 16, 64, 2, 1),
-    "short steps": (False, 32, 64, 4, 2, 4, 8),
-    "hopper": (True, 16, 64, 4, 1),
-    "hopper, parts of K": (True, 32, 64, 4, 3),
-    "hopper, tall": (True, 16, 128, 4, 1),
-    "hopper, more warps": (True, 32, 128, 8, 2),
-    "hopper, short steps": (True, 64, 64, 4, 1, 3, 8),
+    "a part of K": (16, 64, 4, 1),
+    "parts of K": (16, 64, 4, 3),
+    "many tokens": (64, 64, 4, 1, 3, 8),
+    "tall": (32, 128, 8, 2),
+    "tall, few warps": (16, 128, 4, 1),
+    "short steps": (32, 64, 4, 2, 4, 8),
 }
 
 

@@ -226,13 +226,13 @@ def gemv_trits_kernel(
 @triton.jit
 def arrange_kernel(
     x_ptr, out_ptr, row_ptr, K: tl.constexpr, ACT: tl.constexpr, LEVELS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, HOPPER: tl.constexpr, WORDS: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    HIGH: tl.constexpr, WORDS: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A token of x (M, K) as `few_trits_kernel` meets it: out (M, steps, 5, 4 WORDS), of 16 bits. ACT, LOW, HIGH: as of
     `meet_kernel`; codes are numbers in out, and with 1 their scale goes to row (M,).
 
-    A step has WORDS words of a row, of which each of four threads reads WORDS / 4 neighbours. Place k of a digit is a byte of
-    word k // 16 of a thread: byte k % 4 of thread k // 4 % 4, or as the tensor cores of Hopper spread places over threads.
+    A step has WORDS words of a row, of which each of four threads reads WORDS / 4 neighbours. Place k of a digit is byte
+    k // 8 % 2 * 2 + k % 2 of word k // 16 of thread k // 2 % 4.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -242,11 +242,8 @@ def arrange_kernel(
     place = tl.program_id(1) * B + tl.arange(0, B)
     k = place % (4 * WORDS)
     i = place // (4 * WORDS) % 5
-    word = place // (20 * WORDS) * WORDS + k // 16
-    if HOPPER:
-        p = (word + k // 2 % 4 * (WORDS // 4)) * 4 + k // 8 % 2 * 2 + k % 2
-    else:
-        p = (word + k // 4 % 4 * (WORDS // 4)) * 4 + k % 4
+    word = place // (20 * WORDS) * WORDS + k // 2 % 4 * (WORDS // 4) + k // 16
+    p = word * 4 + k // 8 % 2 * 2 + k % 2
     chunk = p // 13
     there = (p < K // 64 * 13) & ((p - chunk * 13 < 12) | (i < 4))
     x = tl.load(x_ptr + p + chunk * 51 + i * 13, mask=there, other=0)
@@ -348,8 +345,8 @@ def _group_of(p, K: tl.constexpr, NG: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def few_trits_kernel(
     x_ptr, row_ptr, q_ptr, scale_ptr, out_ptr, M, N, K: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, ACT: tl.constexpr,
-    HOPPER: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, EARLY: tl.constexpr,
+    WORDS: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * trits[n] * scale[n]. x, row: of `arrange_kernel`.
 
@@ -393,13 +390,9 @@ def few_trits_kernel(
                 if NG > 1:
                     w2, w3 = w2 * s2, w3 * s3
                 w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BN, 4, 2, 2, 2, 2)
-                w = tl.reshape(w, (BN, 4, 2, 2, 4))
+                w = tl.permute(tl.reshape(w, (BN, 4, 2, 2, 4)), (0, 4, 2, 1, 3))
             else:
-                w = tl.join(w0, w1)
-            if HOPPER:
-                w = tl.permute(w, (0, 4, 2, 1, 3))  # (BN, WORDS / 4, 2, 4, 2)
-            else:
-                w = tl.permute(w, (0, 4, 1, 2, 3))  # (BN, WORDS / 4, 4, 2, 2)
+                w = tl.permute(tl.join(w0, w1), (0, 4, 2, 1, 3))  # (BN, WORDS / 4, 2, 4, 2)
             x = tl.load(x_at + (t * (20 * WORDS) + i * 4 * WORDS), mask=here, other=0.0)
             acc = tl.dot(tl.reshape(w, (BN, 4 * WORDS)), x, acc)
     if SPLIT == 1:
@@ -563,11 +556,10 @@ def gemv_launch(reading: Reading, fields: Fields, act: Act | None = None) -> Cal
 class Tile(NamedTuple):
     """How a product of a few tokens is cut.
 
-    hopper: by its tensor cores, which take 16 tokens or more and 4 warps. tokens, rows: of a tile. warps: of a program.
-    split: in how many parts K is. stages: steps of which x is in shared memory at a time. words: of a step, 8 or 16.
+    tokens, rows: of a tile. warps: of a program. split: in how many parts K is. stages: steps of which x is in shared memory at a
+    time. words: of a step, 8 or 16.
     """
 
-    hopper: bool
     tokens: int
     rows: int
     warps: int
@@ -578,12 +570,12 @@ class Tile(NamedTuple):
 
 @functools.cache
 def _tile(reading: Reading, m: int, device: torch.device) -> Tile:
-    tokens = max(8, min(64, power_of_two(m)))
+    tokens = max(16, min(64, power_of_two(m)))  # with 8 the tensor cores of Hopper are not taken
     words = 16 if tokens <= 32 else 8
     tiles = cdiv(reading.n, 64) * cdiv(m, tokens)
     steps = cdiv(reading.k // 64 * 13, 4 * words)
     split = max(1, min(8, round(4 * multiprocessors(device) / tiles), steps // 2))
-    return Tile(is_hopper(device) and tokens > 8, tokens, 64, 4, split, 3, words)
+    return Tile(tokens, 64, 4, split, 3, words)
 
 
 def few(
@@ -599,8 +591,13 @@ def few(
     arranged = torch.empty(m, width, dtype=like, device=x.device)
     if rows is None:
         rows = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    order: dict[str, Any] = {"HOPPER": tile.hopper, "WORDS": tile.words}
-    constants = {**_act_constants(reading, act), **order, "B": 1024, "BK": _whole(reading, act), "EARLY": early}
+    constants = {
+        **_act_constants(reading, act),
+        "WORDS": tile.words,
+        "B": 1024,
+        "BK": _whole(reading, act),
+        "EARLY": early,
+    }
     launch(arrange_kernel, (m, cdiv(width, 1024)), x, arranged, rows, **constants)
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     parts = out if tile.split == 1 else torch.empty(tile.split, m, n, dtype=torch.float32, device=x.device)
@@ -608,7 +605,7 @@ def few(
     each = tile.words // 4
     launch(
         few_trits_kernel, (cdiv(n, tile.rows), cdiv(m, tile.tokens), tile.split), arranged, rows, fields[0], fields[1], parts,
-        m, n, num_warps=tile.warps, early=early, K=k, **scaling, **order,
+        m, n, num_warps=tile.warps, early=early, K=k, **scaling, WORDS=tile.words,
         WIDE=fields[0].data_ptr() % (4 * each) == 0, BM=tile.tokens, BN=tile.rows, STAGES=tile.stages, SPLIT=tile.split,
         EARLY=early,
     )  # fmt: skip

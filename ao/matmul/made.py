@@ -67,6 +67,9 @@ _PIECE = 2**20
 """How many elements are decoded at once for a product of PyTorch's: what stays in cache until it is read. Half as many for one in
 units, which puts them in another order first, beside them."""
 
+_TOKENS = 4096
+"""Tokens of a call of the units that multiply tiles, for which it copies them in another order."""
+
 _MANY = 128 if TILES else 512
 """From so many tokens on a weight of integers of 8 bits is decoded for units of bfloat16, of which it takes one product: in bytes
 it takes two, and their sums are written out."""
@@ -314,7 +317,8 @@ def _multiplied(
     x = x.to(x.dtype if x.dtype in FLOATS and x.dtype in DTYPES else torch.float32)
     y = x.new_empty(m, n)
     if x.dtype == torch.bfloat16 and compiled.tiles is not None:
-        compiled.tiles(weight, x.data_ptr(), m, y.data_ptr(), threads)
+        for some, out in zip(x.split(_TOKENS), y.split(_TOKENS)):
+            compiled.tiles(weight, some.data_ptr(), some.shape[0], out.data_ptr(), threads)
         return y
     step = min(n, max(_PIECE // (2 if _decodes_fast(x.dtype) else 1) // k, 16))
     piece = x.new_empty(step, k)

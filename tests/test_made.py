@@ -77,7 +77,7 @@ def test_values(spec):
     for tokens in (1, 2, 3, 4, 5, 9, 130):
         x = weight((tokens, K), 1)
         assert compute_error(x.double() @ dense.t(), product(x, q).double()) > 110, tokens
-    for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 8), (torch.float16, 3)):
+    for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 4), (torch.float16, 3)):
         x = weight((tokens, K), 1, dtype)
         y, exact = product(x, q), x.double() @ dense.t()
         assert y.dtype == dtype
@@ -260,7 +260,7 @@ def test_fixed_point_of_any_range(spec):
     x[4] *= 1e33
     x[5] *= torch.logspace(-20, 3, K)
     exact = x.double() @ q.dequantize().double().t()
-    for rows in (slice(0, 6), *(slice(t, t + 1) for t in range(6))):
+    for rows in (slice(0, 3), slice(3, 6), *(slice(t, t + 1) for t in range(6))):
         for row, expected in zip(product(x[rows], q), exact[rows]):
             largest = expected.abs().max()
             assert compute_error(expected / largest, row.double() / largest) > 50

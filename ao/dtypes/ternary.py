@@ -1,7 +1,7 @@
 """`Ternary`: -1, 0 and 1 times the mean magnitude of a block, as BitNet b1.58 trains them (arXiv:2402.17764).
 
-Five numbers fit in a byte, 1.625 bits per element in chunks of 64, plus the scale; or each has two bits of its own, which read
-faster. The values of both are those of `Intx(bits=2, symmetric=True, narrow=True)`, bit for bit.
+Five numbers fit in a byte, 1.625 bits per element in chunks of 64, plus the scale; or each has two bits of its own. The values of
+both are those of `Intx(bits=2, symmetric=True, narrow=True)`, bit for bit.
 """
 
 from __future__ import annotations

@@ -498,7 +498,7 @@ class TernaryWeightOnlyConfig(Config):
 
     A model that was not trained for it loses nearly all: take one that `ao.train.bitnet_training` or QAT trained.
 
-    packing: "trits", five numbers in a byte, for in_features in multiples of 64, or "bits", two bits each, which read faster.
+    packing: "trits", five numbers in a byte, for in_features in multiples of 64, or "bits", two bits each, for any.
     granularity: PerTensor(), PerRow() or PerGroup(g).
     """
 

@@ -12,8 +12,8 @@ compiler finds none, to widen bytes and to look up a small table. There are thre
   of three rows and four tokens, whose sums stay in registers.
 - that of cpu_fixed_point.py, in integers, where the activation's dtype has few bits or it is one or two tokens.
 
-`rows` decodes rows into memory, for a product of PyTorch's, and cpu_tiles.py into tiles, where a CPU multiplies these. `READING` is
-what attention (cpu_attention.py) begins with as well.
+`rows` decodes rows into memory, for a product of PyTorch's, and cpu_tiles.py into tiles, where a CPU multiplies these. `READING`
+is what attention (cpu_attention.py) begins with as well.
 """
 
 from ...dtypes.cpp import CPP_LANES

@@ -155,7 +155,7 @@ def test_sparse_units_are_chosen_by_the_slower_of_gpu_and_host(monkeypatch, dens
     """Milliseconds of the GPU and of the host. In a CUDA graph those of the host do not count."""
     q, x = Sparse24(Intx(8), prune=True).quantize(weight((64, 96))), weight((300, 96))
     operand, recorded, clock = q.spec.operand(q), [False], iter([dense, units])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recorded[0])
+    monkeypatch.setattr(sparse, "_is_recorded", lambda _: recorded[0])
     monkeypatch.setattr(sparse, "_compressed_product", lambda *_: x)
     monkeypatch.setattr(sparse, "_took", lambda call: call() is not None and next(clock))
     monkeypatch.setattr(sparse, "_WINS", {})
@@ -166,3 +166,15 @@ def test_sparse_units_are_chosen_by_the_slower_of_gpu_and_host(monkeypatch, dens
     assert found == [expected[1]] * 2
     recorded[0] = True
     assert sparse._units_win(x, q, operand) == expected[0]
+
+
+def test_no_other_form_is_made_while_a_graph_is_recorded(monkeypatch):
+    """Nothing is computed then, so what was kept would hold nothing."""
+    q = Sparse24(prune=True).quantize(weight((64, 96)))
+    recorded = [True]
+    monkeypatch.setattr(sparse, "_is_recorded", lambda _: recorded[0])
+    assert sparse._unfolded(q) is None
+    recorded[0] = False
+    assert torch.equal(sparse._unfolded(q), q.dequantize())
+    recorded[0] = True
+    assert torch.equal(sparse._unfolded(q), q.dequantize())

@@ -67,7 +67,8 @@ class _Kept:
 
 
 def _beside(w: QTensor, name: str, make: Any) -> Tensor | None:
-    """`make()` once for a weight as it is now; None for a weight that does not tell when it changes, or beyond the budget."""
+    """`make()` once for a weight as it is now; None for a weight that does not tell when it changes, beyond the budget, and while a
+    CUDA graph is recorded: nothing is computed then, and the graph would make the form anew at each replay."""
     tensors = list(leaves(w))
     if any(t.is_inference() for t in tensors):
         return None
@@ -78,11 +79,16 @@ def _beside(w: QTensor, name: str, make: Any) -> Tensor | None:
     kept = forms.get(name)
     if kept is None or kept.of != of:
         forms.pop(name, None)
-        if _Kept.total >= KEPT_BYTES:
+        if _Kept.total >= KEPT_BYTES or _is_recorded(tensors[0].device):
             return None
         with torch.no_grad():
             kept = forms[name] = _Kept(of, make())
     return kept.form
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether what runs on the device goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def operand_of(w: QTensor, kind: str) -> Operand | None:
@@ -316,7 +322,7 @@ def _units_win(x: Tensor, w: QTensor, operand: Operand) -> bool:
     two of tokens, by the clock of the GPU for what is recorded, and else by whichever of GPU and host is slower. The host takes
     longer to call cuSPARSELt than many a product does."""
     key = x.device, w.spec, w.shape, x.dtype, (x.shape[0] - 1).bit_length()
-    recorded = torch.cuda.is_current_stream_capturing()
+    recorded = _is_recorded(x.device)
     found = _WINS.get(key)
     if found is None:
         if recorded:
@@ -388,7 +394,7 @@ def _algorithm(compressed: Tensor, rows: Tensor, dtype: torch.dtype | None) -> i
     key = compressed.device, compressed.shape, compressed.dtype, rows.shape[1], size, dtype
     found = _ALGORITHMS.get(key)
     if found is None:
-        if torch.cuda.is_current_stream_capturing():
+        if _is_recorded(rows.device):
             return 0
         found = _ALGORITHMS[key] = _fastest(compressed, rows, dtype)
     return found

@@ -67,8 +67,8 @@ class _Kept:
 
 
 def _beside(w: QTensor, name: str, make: Any) -> Tensor | None:
-    """`make()` once for a weight as it is now; None for a weight that does not tell when it changes, beyond the budget, and while a
-    CUDA graph is recorded: nothing is computed then, and the graph would make the form anew at each replay."""
+    """`make()` once for a weight as it is now; None for a weight that does not tell when it changes, beyond the budget, and while
+    a CUDA graph is recorded: nothing is computed then, and the graph would make the form anew at each replay."""
     tensors = list(leaves(w))
     if any(t.is_inference() for t in tensors):
         return None

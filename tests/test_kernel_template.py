@@ -41,13 +41,6 @@ ONE_TOKEN = [
     NVFP4,
     FloatX(2, 1, (1, 16), "e4m3"),
     FloatX(3, 0, (1, 32), "bfloat16"),
-    Ternary(),
-    Ternary((1, -1), scale_dtype="bfloat16"),
-    Ternary((8, -1), scale_dtype="float16"),
-]
-"""Formats that the kernels for one token take, but for those of ampere.py."""
-
-OTHERS = [
     FP6,
     MXFP6,
     MXFP8,
@@ -57,9 +50,16 @@ OTHERS = [
     Float8("e5m2", (16, 32)),
     Intx(8, (1, 16)),
     Intx(8, (16, 16), signed=False),
-    Codebook((-1.0, -0.2, 0.1, 1.0), (1, 32)),
     Intx(8, (1, 96), zero_point="float", symmetric=False),
     Codebook(tuple(float((i - 16) ** 3) for i in range(32)), (1, 32)),
+    Ternary(),
+    Ternary((1, -1), scale_dtype="bfloat16"),
+    Ternary((8, -1), scale_dtype="float16"),
+]
+"""Formats that the kernels for one token take, but for those of ampere.py."""
+
+OTHERS = [
+    Codebook((-1.0, -0.2, 0.1, 1.0), (1, 32)),
     Ternary((1, 64)),
     Ternary((16, 192), scale_dtype="bfloat16"),
 ]

@@ -65,10 +65,14 @@ class Reading(NamedTuple):
             return False
         if self.kind == "trits":
             return self.by_row and self.k % 256 == 0  # rows are whole words
-        if self.kind == "affine":
-            return self.bits < 8
-        # e2m1 and e3m0 are multiples of their smallest number that a byte holds.
-        return self.bits == 4 and (self.kind == "table" or (self.kind == "minifloat" and self.exponent in (2, 3)))
+        return self.kind == "affine" or self.bits >= 4
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the kernel for one token looks codes up in a table."""
+        if self.kind == "minifloat":  # e2m1 and e3m0 are multiples of their smallest number that a byte holds
+            return self.bits != 4 or self.exponent == 1
+        return self.kind in ("table", "float")
 
     @property
     def text(self) -> str:

@@ -153,7 +153,7 @@ def _form(
 ) -> tuple[Any, int, dict[str, Any]]:
     """The kernel for so many rows, the programs of each, and the constants."""
     if not plain:
-        (programs,), tile = _gemv_constants(reading.k, [reading.n], device, tokens=rows)
+        (programs,), tile = _gemv_constants(reading.k, [reading.n], device, tokens=rows, looks_up=reading.looks_up)
         return routed_codes_kernel, programs, reading.constants(zero) | tile
     codes = torch.float8_e4m3fn if reading.kind == "float" else torch.int8 if reading.signed else torch.uint8
     width, offset = reading.k * reading.bits // 8, int(reading.offset)

@@ -507,6 +507,9 @@ INLINE __m512i join_bf16s(vf a, vf b) {
   return join_halves(to_bf16s(a), to_bf16s(b));
 }
 
+// a * b + c, rounded once: `dense` has it so from the compiler, which does not see it where only some weights have a shift.
+INLINE vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
 // 32 codes from `first` on as the numbers of a group with this scale and shift, of which there may be fewer.
 INLINE __m512i numbers_from(int32_t first, const Table& table, float scale, float shift) {
   __m256i half[2] = {};
@@ -517,23 +520,33 @@ INLINE __m512i numbers_from(int32_t first, const Table& table, float scale, floa
   return join_halves(half[0], half[1]);
 }
 
-// Elements [start, stop) of row n as bfloat16: what `dense` gives, rounded. Of few bits all numbers of a group are made at once, and
-// then looked up. apart: from one chunk of 32 to the next. ahead: bytes from what is read to what is asked for.
-NOT_INLINE void dense_bf16(const Weight& w, const Table& table, int64_t n, const Row& row, int64_t start, int64_t stop, uint16_t* out,
+// Elements [start, stop) of a row, whole chunks, the first of which is in group `first` of `group` elements.
+struct Run {
+  int64_t start, stop, group, first;
+  Run(const Weight& w, int64_t start, int64_t stop) : start(start), stop(stop), group(w.k / w.groups), first(start / group) {}
+};
+
+// A run of row n as bfloat16: what `dense` gives, rounded. Of few bits all numbers of a group are made at once, and then looked up.
+// apart: from one chunk of 32 to the next. ahead: bytes from what is read to what is asked for.
+NOT_INLINE void dense_bf16(const Weight& w, const Table& table, int64_t n, const Row& row, const Run& run, uint16_t* out,
                            int64_t apart, int64_t ahead) {
-  const int64_t group = w.k / w.groups;
+  const int64_t group = run.group, stop = run.stop;
+  int64_t start = run.start, g = run.first;
   const uint8_t* p = w.codes + n * w.row_bytes + start / 8 * BITS;
   if (group < 32) {
-    for (int64_t g = start / group; start < stop; start += 32, g += 2, p += 4 * BITS, out += apart) {
+    for (; start < stop; start += 32, g += 2, p += 4 * BITS, out += apart) {
       vf d[2];
       __builtin_prefetch(p + ahead, 0, 2);
       decode(p, table, d);
-      UNROLL for (int i = 0; i < 2; i++) d[i] = d[i] * same(row.scale[g + i]) + same(w.shifted ? row.shift[g + i] : 0);
+      UNROLL for (int h = 0; h < 2; h++) {
+        const vf scale = same(row.scale[g + h]);
+        d[h] = w.shifted ? fused(d[h], scale, same(row.shift[g + h])) : d[h] * scale;
+      }
       _mm512_storeu_si512(out, join_bf16s(d[0], d[1]));
     }
     return;
   }
-  for (int64_t g = start / group; start < stop; g++) {
+  for (; start < stop; g++) {
     const float scale = row.scale[g], shift = w.shifted ? row.shift[g] : 0;
     const int64_t end = (g + 1) * group, chunks = ((end < stop ? end : stop) - start) / 32;
     start = end;
@@ -557,7 +570,7 @@ NOT_INLINE void dense_bf16(const Weight& w, const Table& table, int64_t n, const
         decode(p, table, d, both);
       } else {
         decode(p, table, d);
-        UNROLL for (int h = 0; h < 2; h++) d[h] = w.shifted ? d[h] * s + z : d[h] * s;
+        UNROLL for (int h = 0; h < 2; h++) d[h] = w.shifted ? fused(d[h], s, z) : d[h] * s;
       }
       _mm512_storeu_si512(out, join_bf16s(d[0], d[1]));
     }
@@ -780,7 +793,7 @@ extern "C" void ao_rows(const Weight* weight, int64_t start, int64_t stop, void*
         continue;
       }
 #if defined(__AVX512BW__)
-      dense_bf16(w, table, n, scratch.row, 0, w.k, (uint16_t*)out + at, 32, AHEAD);
+      dense_bf16(w, table, n, scratch.row, Run(w, 0, w.k), (uint16_t*)out + at, 32, AHEAD);
       continue;
 #endif
       for (int64_t from = 0; from < w.k; from += STEP) {

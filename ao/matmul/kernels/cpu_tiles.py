@@ -66,22 +66,25 @@ static void read_rows(const Weight& w, int64_t first, int64_t count, float* out)
   }
 }
 
-#define RUN 256  // elements of a row that are decoded before the next row is
+#if !defined(RUN)
+#define RUN 512  // elements of a row that are decoded before the next row is
+#endif
 
 // Elements [start, stop) of rows [first, first + count), as tiles of 16 rows, one after the other along K. Sixteen rows fill a tile
 // together, while it is in the first-level cache. ahead: rows from what is read to what is asked for.
-static void decode_panel(Scratch& scratch, const Table& table, const float* of_rows, int64_t first, int64_t count, int64_t start,
+static void decode_panel(Scratch& scratch, const Table& table, float* of_rows, int64_t first, int64_t count, int64_t start,
                          int64_t stop, int64_t ahead, uint16_t* out) {
   const Weight& w = scratch.weight;
   for (int64_t r = 0; r < count; r += 16, out += 16 * (stop - start))
-    for (int64_t at = start; at < stop; at += RUN)
+    for (int64_t at = start; at < stop; at += RUN) {
+      const Run run(w, at, least(at + RUN, stop));
       for (int64_t i = r; i < least(r + 16, count); i++) {
-        const int64_t end = least(at + RUN, stop);
-        const float* scale = of_rows + 2 * i * w.groups;
-        const Row row = {(float*)scale, (float*)scale + w.groups, -1};
-        scratch.meet(first + i, at, end);
-        dense_bf16(w, table, first + i, row, at, end, out + 16 * (at - start) + i % 16 * 32, 512, ahead * w.row_bytes);
+        float* scale = of_rows + 2 * i * w.groups;
+        scratch.meet(first + i, run.start, run.stop);
+        dense_bf16(w, table, first + i, {scale, scale + w.groups, -1}, run, out + 16 * (at - start) + i % 16 * 32, 512,
+                   ahead * w.row_bytes);
       }
+    }
 }
 
 #if !defined(TILE_HEIGHT)

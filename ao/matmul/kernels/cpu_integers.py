@@ -13,8 +13,12 @@ import functools
 from typing import Any, NamedTuple
 
 from ...dtypes.cpp import CPP_TYPES, cpp_instructions, cpp_library
+from .cpu_byte_tiles import BYTE_TILES
+from .device import tile_instructions
 
 _SOURCE = r"""
+#define NOT_INLINE static __attribute__((noinline))
+#include <stdlib.h>
 typedef uint16_t vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef int8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
 
@@ -136,11 +140,10 @@ INLINE vi picked(vi a, vi b, vi places) {
 #endif
 }
 
-// The columns of W rows of W integers, `stride` apart: halves of each two rows are exchanged, then quarters, and so on.
-INLINE void columns(const int32_t* p, int64_t stride, vi* v) {
+// W rows of W integers become their columns: halves of each two rows are exchanged, then quarters, and so on.
+INLINE void turn(vi* v) {
   vi lane;
   UNROLL for (int i = 0; i < W; i++) lane[i] = i;
-  UNROLL for (int i = 0; i < W; i++) v[i] = load<vi>(p + i * stride);
   UNROLL for (int h = W / 2; h; h /= 2) {
     const vi odd = -((lane & h) != 0), keep = lane + odd * (W - h), other = lane + h + odd * (W - h);
     UNROLL for (int i = 0; i < W; i++) {
@@ -149,6 +152,12 @@ INLINE void columns(const int32_t* p, int64_t stride, vi* v) {
       v[i] = picked(a, b, keep), v[i + h] = picked(a, b, other);
     }
   }
+}
+
+// The columns of W rows of W integers, `stride` apart.
+INLINE void columns_of(const int32_t* p, vi* v, int64_t stride = W) {
+  UNROLL for (int i = 0; i < W; i++) v[i] = load<vi>(p + i * stride);
+  turn(v);
 }
 
 // What the sums of a product become.
@@ -201,8 +210,8 @@ extern "C" void ao_scaled(const Act* act, const int32_t* sums, int64_t n, int64_
         const int32_t* p = sums + at * rows + t;
         if (tokens == W) {
           vi first[W], second[W] = {};
-          columns(p, rows, first);
-          if (halves) columns(p + m, rows, second);
+          columns_of(p, first, rows);
+          if (halves) columns_of(p + m, second, rows);
           for (int i = 0; i < W; i++) scaled.put_at(t + i, at, W, first[i], halves ? second[i] : ones[h]);
         } else {
           const int64_t left = n - at < W ? n - at : W;
@@ -230,20 +239,27 @@ class ByteAct(ctypes.Structure):
 
 class Integers(NamedTuple):
     """bytes(act, x, dtype, m, k, given_scale, out, scale, zero, threads),
-    scaled(act, sums, n, m, rows, scale, zero, of_rows, one, y, dtype, threads)."""
+    scaled(act, sums, n, m, rows, scale, zero, of_rows, one, y, dtype, threads), and where there are units for it
+    tiles(act, x, dtype, m, k, given_scale, codes, stride, n, of_rows, one, y, threads)."""
 
     bytes: Any
     scaled: Any
+    tiles: Any
 
 
 @functools.cache
 def integers() -> Integers | None:
     """The compiled functions, compiled now if no process has done so; None where that fails."""
-    loaded = cpp_library(CPP_TYPES + _SOURCE, (*cpp_instructions(), "-ffp-contract=off", "-fwrapv", "-fno-math-errno"))
+    flags = cpp_instructions()
+    flags = *flags, *tile_instructions(flags), "-ffp-contract=off", "-fwrapv", "-fno-math-errno"
+    loaded = cpp_library(CPP_TYPES + _SOURCE + BYTE_TILES, flags)
     if loaded is None:
         return None
     act, p, long, i = ctypes.POINTER(ByteAct), _POINTER, _LONG, _INT
     loaded.ao_bytes.argtypes = [act, p, i, long, long, p, p, p, p, i]
     loaded.ao_scaled.argtypes = [act, p, long, long, long, p, p, p, i, p, i, i]
     loaded.ao_bytes.restype = loaded.ao_scaled.restype = None
-    return Integers(loaded.ao_bytes, loaded.ao_scaled)
+    tiles = getattr(loaded, "ao_byte_tiles", None)
+    if tiles is not None:
+        tiles.argtypes, tiles.restype = [act, p, i, long, long, p, p, long, long, p, i, p, i], None
+    return Integers(loaded.ao_bytes, loaded.ao_scaled, tiles)

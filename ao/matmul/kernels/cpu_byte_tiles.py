@@ -14,33 +14,31 @@ BYTE_TILES = (
     TILE_UNITS
     + r"""
 #if HAS_TILES && W == 16
-// What units multiply with, of the rows that `ao_bytes` made: columns of tiles, 16 in each.
+// The columns of tiles: tokens after one of ones, or none; of halves a tile of high bytes and one of low bytes for each 16.
 struct Columns {
-  const int8_t* q;  // (rows, k)
-  int64_t m, k, zero, halves;
-  int64_t tiles() const { return halves ? 2 * ((m + 15) / 16) : (m + zero + 15) / 16; }
-  // The row of q that is column c of a tile, or null where there is none.
-  const int8_t* at(int64_t tile, int64_t c) const {
-    if (halves) {
-      const int64_t t = tile / 2 * 16 + c;
-      return t < m ? q + (tile % 2 * m + t) * k : 0;
+  const Bytes& bytes;
+  int64_t zero, tiles, depth;
+  float *scale, *zeros;
+
+  // Sixteen columns, as bytes and then as tiles along K, words of four bytes beside each other; `depth` elements, and those of the
+  // next tile. made: memory for 16 rows, of halves 32.
+  void pack(int64_t tile, int8_t* made, int8_t* packed) const {
+    const int64_t k = bytes.k, first = bytes.act.halves ? tile / 2 * 16 : 16 * tile - zero;
+    for (int64_t c = 0; c < 16; c++) {
+      const int64_t t = first + c;
+      if (t < 0 || t >= bytes.m) memset(made + c * k, t < 0, k), memset(made + (c + 16) * k, 0, bytes.act.halves ? k : 0);
+      else bytes.token(t, made + c * k, made + (c + 16) * k, scale + t, zeros + t);
     }
-    const int64_t t = 16 * tile + c - zero;
-    return t < 0 ? q + m * k : t < m ? q + t * k : 0;
+    for (int64_t half = 0; half < 1 + bytes.act.halves; half++)
+      for (int64_t at = 0; at < k; at += 64) {
+        const int64_t start = at / depth * depth;
+        vi v[16];
+        UNROLL for (int c = 0; c < 16; c++) v[c] = load<vi>(made + (16 * half + c) * k + at);
+        turn(v);
+        memcpy(packed + 16 * (start * tiles + (tile + half) * least(depth, k - start) + at - start), v, 1024);
+      }
   }
 };
-
-// Elements [start, stop) of a tile's columns, words of four bytes beside each other.
-NOT_INLINE void pack_columns(const Columns& columns, int64_t tile, int64_t start, int64_t stop, int8_t* out) {
-  const int8_t* from[16];
-  for (int c = 0; c < 16; c++) from[c] = columns.at(tile, c);
-  for (; start < stop; start += 64, out += 1024) {
-    vi v[16];
-    UNROLL for (int c = 0; c < 16; c++) v[c] = from[c] ? load<vi>(from[c] + start) : vi{};
-    turn(v);
-    memcpy(out, v, 1024);
-  }
-}
 
 // Bytes [start, stop) of rows as tiles of 16 rows, one after the other along K.
 NOT_INLINE void copy_panel(const int8_t* rows, int64_t stride, int64_t count, int64_t start, int64_t stop, int8_t* out) {
@@ -55,15 +53,17 @@ NOT_INLINE void copy_panel(const int8_t* rows, int64_t stride, int64_t count, in
 }
 
 // Sums of 16 rows and a tile of columns; of halves, of two tiles. ones: the sums of the rows, which the first column gives.
-NOT_INLINE void store_scaled(const Scaled& scaled, const Columns& columns, int64_t tile, int64_t at, const int32_t* sums, vi& ones) {
-  const int64_t left = scaled.n - at;
+NOT_INLINE void store_scaled(const Scaled& scaled, int64_t m, int64_t tile, int64_t at, const int32_t* sums, vi& ones) {
+  const int64_t left = least(scaled.n - at, 16);
+  const bool halves = scaled.act.halves, zero = scaled.act.zero;
   vi first[16], second[16];
   columns_of(sums, first);
-  if (columns.halves) columns_of(sums + 256, second);
-  if (columns.zero && tile == 0) ones = first[0];
-  const int64_t token = columns.halves ? tile / 2 * 16 : 16 * tile - columns.zero;
-  for (int64_t c = 0; c < 16 && token + c < columns.m; c++)
-    if (token + c >= 0) scaled.put_at(token + c, at, left < 16 ? left : 16, first[c], columns.halves ? second[c] : ones);
+  if (halves) columns_of(sums + 256, second);
+  if (zero && tile == 0) ones = first[0];
+  const int64_t token = halves ? tile / 2 * 16 : 16 * tile - zero;
+  const vf w = scaled.weight(at, left);
+  for (int64_t c = token < 0; c < 16 && token + c < m; c++)
+    scaled.put_at(token + c, at, left, w, first[c], halves ? second[c] : ones);
 }
 
 #if !defined(BYTE_HEIGHT)
@@ -94,27 +94,23 @@ template <int T> NOT_INLINE void bytes_times(const Tiles& w, const Tiles& x, int
 extern "C" void ao_byte_tiles(const Act* act, const void* x, int32_t dtype, int64_t m, int64_t k, const float* given,
                               const int8_t* codes, int64_t stride, int64_t n, const float* of_rows, int32_t one, void* y,
                               int32_t threads) {
-  const int64_t made = act->halves ? 2 * m : m + act->zero;
-  int8_t* q = (int8_t*)aligned_alloc(64, (made * k + 63) / 64 * 64);
-  float* scales = (float*)aligned_alloc(64, (2 * m * 4 + 63) / 64 * 64);
-  ao_bytes(act, x, dtype, m, k, given, q, scales, scales + m, threads);
-  const Columns columns = {q, m, k, act->halves ? 0 : act->zero, act->halves};
-  const Scaled scaled = {*act, scales, scales + m, of_rows, one, dtype, n, y};
-  const int64_t tiles = columns.tiles(), pairs = (tiles + 1) / 2;
+  const bool halves = act->halves;
+  const int64_t zero = halves ? 0 : act->zero, tiles = halves ? 2 * ((m + 15) / 16) : (m + zero + 15) / 16, pairs = (tiles + 1) / 2;
   const bool few = pairs == 1, copied = pairs >= BYTE_COPY_FROM;
   int64_t height = few ? 32 : tiles < 16 ? BYTE_HEIGHT / 2 : BYTE_HEIGHT;
   while (height > 32 && n < 3 * height * threads) height /= 2;
-  const int64_t depth = few && !copied ? k : BYTE_DEPTH, step = few ? depth : BYTE_STEP, blocks = (k + depth - 1) / depth;
+  const int64_t depth = few && !copied ? k : BYTE_DEPTH, step = few ? depth : BYTE_STEP;
   int8_t* packed = (int8_t*)aligned_alloc(64, tiles * 16 * k);  // (blocks, tiles, 16 x depth)
-  const int64_t piece = 512, pieces = (k + piece - 1) / piece;
+  float* scales = (float*)aligned_alloc(64, (2 * m * 4 + 63) / 64 * 64);
+  const Bytes bytes(*act, x, dtype, m, k, given);
+  const Columns columns = {bytes, zero, tiles, depth, scales, scales + m};
+  const Scaled scaled = {*act, scales, scales + m, of_rows, one, dtype, n, y};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t t = 0; t < tiles; t++)
-      for (int64_t p = 0; p < pieces; p++) {
-        const int64_t at = p * piece, start = at / depth * depth, wide = least(depth, k - start);
-        pack_columns(columns, t, at, least(at + piece, k), packed + 16 * (start * tiles + t * wide + at - start));
-      }
+    int8_t* made = (int8_t*)aligned_alloc(64, (1 + halves) * 16 * k);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tiles; t += 1 + halves) columns.pack(t, made, packed);
+    free(made);
     int8_t* panel = (int8_t*)aligned_alloc(64, copied ? height * depth : 32 * depth);
     int32_t* sums = (int32_t*)aligned_alloc(64, pairs * height * 128);  // (pairs, height / 32, 2, 2, 16, 16)
     TILES_BEGIN();
@@ -142,9 +138,9 @@ extern "C" void ao_byte_tiles(const Act* act, const void* x, int32_t dtype, int6
             }
       }
       vi ones[BYTE_HEIGHT / 16] = {};
-      for (int64_t t = 0; t < tiles; t += 1 + columns.halves)
+      for (int64_t t = 0; t < tiles; t += 1 + halves)
         for (int64_t r = 0; r < count; r += 16)
-          store_scaled(scaled, columns, t, from + r, sums + (t / 2 * height + r / 32 * 32) * 32 + r / 16 % 2 * 512 + t % 2 * 256,
+          store_scaled(scaled, m, t, from + r, sums + (t / 2 * height + r / 32 * 32) * 32 + r / 16 % 2 * 512 + t % 2 * 256,
                        ones[r / 16]);
     }
     TILES_END();
@@ -153,7 +149,6 @@ extern "C" void ao_byte_tiles(const Act* act, const void* x, int32_t dtype, int6
   }
   free(packed);
   free(scales);
-  free(q);
 }
 #endif
 """

@@ -27,6 +27,9 @@ WORTH = 2**16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """As cpu_integers.py numbers them."""
 
+_TILE = 64
+"""Bytes of a row of a tile, for units that multiply these."""
+
 _FLOAT = ctypes.c_float
 
 _HALVES = ByteAct(1)
@@ -102,6 +105,12 @@ def _multiplied(x: Tensor, codes: Tensor, scale: Tensor, act_scale: Tensor | Non
     scale = scale if scale.is_contiguous() else scale.contiguous()
     fixed = None if act_scale is None else act_scale.float()
     dtype, how = _DTYPES[given.dtype], ctypes.byref(act)
+    where, one = None if fixed is None else fixed.data_ptr(), scale.shape[0] == 1
+    if compiled.tiles is not None and k % _TILE == 0 and codes.stride(1) == 1:
+        y = given.new_empty(m, n)
+        of_weight = codes.data_ptr(), codes.stride(0), n, scale.data_ptr(), one
+        compiled.tiles(how, given.data_ptr(), dtype, m, k, where, *of_weight, y.data_ptr(), threads)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
     q = given.new_empty(rows, k, dtype=torch.int8)
     scales = (_FLOAT * (2 * m))()  # of tokens, and their zero points
     zeros = ctypes.byref(scales, 4 * m)
@@ -111,7 +120,7 @@ def _multiplied(x: Tensor, codes: Tensor, scale: Tensor, act_scale: Tensor | Non
         dtype,
         m,
         k,
-        None if fixed is None else fixed.data_ptr(),
+        where,
         q.data_ptr(),
         scales,
         zeros,
@@ -120,7 +129,6 @@ def _multiplied(x: Tensor, codes: Tensor, scale: Tensor, act_scale: Tensor | Non
     # The weight on the left, as the library rearranges its right operand in every call.
     sums = torch._int_mm(codes, q.t() if rows > 1 else q.view(-1, 1))  # (N, rows)
     y = given.new_empty(m, n)
-    one = scale.shape[0] == 1
     compiled.scaled(
         how, sums.data_ptr(), n, m, rows, scales, zeros, scale.data_ptr(), one, y.data_ptr(), dtype, threads
     )

@@ -10,7 +10,7 @@ import torch
 
 from ...dtypes.cpp import cpp_instructions, cpp_library
 from .cpu_source import SOURCE
-from .device import TILES, VNNI
+from .device import VNNI, tile_instructions
 
 CODES = {"unsigned": 0, "signed": 1, "e4m3": 2, "e5m2": 3, "table": 4, "minifloat": 5}
 """What codes are, as cpu_source.py numbers them."""
@@ -100,9 +100,7 @@ def functions(kind: Kind, source: str, arguments: dict[str, list[Any]]) -> list[
     flags = cpp_instructions()
     if VNNI and "-mavx512f" in flags:
         flags = *flags, "-mavx512vnni"
-    if "-mavx512f" in flags and TILES and torch.cpu._init_amx():  # for which the operating system is asked
-        flags = *flags, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"
-    flags = *flags, "-ffp-contract=fast", *(f"-D{name}={value}" for name, value in macros.items())
+    flags = *flags, *tile_instructions(flags), "-ffp-contract=fast", *(f"-D{name}={value}" for name, value in macros.items())
     loaded = cpp_library(source, flags)
     if loaded is None:
         return None

@@ -13,8 +13,13 @@ import functools
 from typing import Any, NamedTuple
 
 from ...dtypes.cpp import CPP_TYPES, cpp_instructions, cpp_library
+from .cpu_byte_tiles import BYTE_TILES
+from .device import tile_instructions
 
 _SOURCE = r"""
+#define INLINE_METHOD inline __attribute__((always_inline))
+#define NOT_INLINE static __attribute__((noinline))
+#include <stdlib.h>
 typedef uint16_t vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef int8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
 
@@ -69,54 +74,68 @@ struct Act {
   float low, high, factor;  // scale = range * factor
 };
 
-// x (m, k), F32 or BF16 -> scale (m,), zero (m,) where there is one, and out (rows, k): a row for each token; then, of halves,
-// the low bytes, or, with zero points, a row of ones. given: the scale, or null.
-extern "C" void ao_bytes(const Act* act, const void* x, int32_t dtype, int64_t m, int64_t k, const float* given, int8_t* out,
-                         float* scale, float* zero, int32_t threads) {
-  const bool whole = !act->halves && act->whole;
-  Range all = {0, 0, 0};
-  if (whole && !given) {
+// How x (m, k), F32 or BF16, becomes bytes. given: the scale, or null.
+struct Bytes {
+  const Act& act;
+  const void* x;
+  int64_t m, k;
+  const float* given;
+  int32_t dtype;
+  Range all;  // where there is one scale for all tokens
+
+  Bytes(const Act& act, const void* x, int32_t dtype, int64_t m, int64_t k, const float* given)
+      : act(act), x(x), m(m), k(k), given(given), dtype(dtype), all{0, 0, 0} {
+    if (act.halves || !act.whole || given) return;
     for (int64_t t = 0; t < m; t++) {
       const Range one = range_of(x, t * k, k, dtype);
       all.most = one.most > all.most ? one.most : all.most;
       all.low = one.low < all.low ? one.low : all.low, all.high = one.high > all.high ? one.high : all.high;
     }
   }
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t t = 0; t < m; t++) {
-    int8_t* row = out + t * k;
+
+  // Token t: its bytes, or the high and the low ones, its scale and, where there is one, its zero point.
+  void token(int64_t t, int8_t* row, int8_t* lower, float* scale, float* zero) const {
     Range range = all;
-    if (!whole && !given) range = range_of(x, t * k, k, dtype);
+    if (act.halves || (!act.whole && !given)) range = range_of(x, t * k, k, dtype);
     const float most = load<float>(&range.most);
-    if (act->halves) {
+    if (act.halves) {
       const float step = most / 32512, inverse = 1 / step;
       for (int64_t i = 0; i < k; i += W) {
         const vi q = __builtin_convertvector(rounded(numbers(x, t * k + i, k - i, dtype) * inverse), vi);
         const vi low = ((q + 128) & 255) - 128;
         put(row + i, bytes_of((q - low) >> 8), k - i);
-        put(row + m * k + i, bytes_of(low), k - i);
+        put(lower + i, bytes_of(low), k - i);
       }
-      scale[t] = step;
-      continue;
+      *scale = step;
+      return;
     }
     float s, z = 0;
     if (given) s = given[0];
-    else s = (act->zero && range.most <= 0x7F800000 ? range.high - range.low : most) * act->factor;
+    else s = (act.zero && range.most <= 0x7F800000 ? range.high - range.low : most) * act.factor;
     const float inverse = (s < 0 ? -s : s) < 0x1p-126f ? 0 : 1 / s;
-    if (act->zero) {
-      z = act->low - __builtin_rintf(range.low * inverse);
-      z = z < act->low ? act->low : z > act->high ? act->high : z;
-      zero[t] = z;
+    if (act.zero) {
+      z = act.low - __builtin_rintf(range.low * inverse);
+      z = z < act.low ? act.low : z > act.high ? act.high : z;
+      *zero = z;
     }
-    const vf low = same(act->low - z), high = same(act->high - z);
+    const vf low = same(act.low - z), high = same(act.high - z);
     for (int64_t i = 0; i < k; i += W) {
       vf v = numbers(x, t * k + i, k - i, dtype) * inverse;
       v = v < low ? low : v;
       v = v > high ? high : v;
       put(row + i, bytes_of(__builtin_convertvector(rounded(v) + z, vi)), k - i);
     }
-    scale[t] = s;
+    *scale = s;
   }
+};
+
+// x -> scale (m,), zero (m,) where there is one, and out (rows, k): a row for each token; then, of halves, the low bytes, or, with
+// zero points, a row of ones.
+extern "C" void ao_bytes(const Act* act, const void* x, int32_t dtype, int64_t m, int64_t k, const float* given, int8_t* out,
+                         float* scale, float* zero, int32_t threads) {
+  const Bytes bytes(*act, x, dtype, m, k, given);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t t = 0; t < m; t++) bytes.token(t, out + t * k, out + (m + t) * k, scale + t, zero + t);
   if (act->zero && !act->halves) memset(out + m * k, 1, k);
 }
 
@@ -136,11 +155,10 @@ INLINE vi picked(vi a, vi b, vi places) {
 #endif
 }
 
-// The columns of W rows of W integers, `stride` apart: halves of each two rows are exchanged, then quarters, and so on.
-INLINE void columns(const int32_t* p, int64_t stride, vi* v) {
+// W rows of W integers become their columns: halves of each two rows are exchanged, then quarters, and so on.
+INLINE void turn(vi* v) {
   vi lane;
   UNROLL for (int i = 0; i < W; i++) lane[i] = i;
-  UNROLL for (int i = 0; i < W; i++) v[i] = load<vi>(p + i * stride);
   UNROLL for (int h = W / 2; h; h /= 2) {
     const vi odd = -((lane & h) != 0), keep = lane + odd * (W - h), other = lane + h + odd * (W - h);
     UNROLL for (int i = 0; i < W; i++) {
@@ -149,6 +167,12 @@ INLINE void columns(const int32_t* p, int64_t stride, vi* v) {
       v[i] = picked(a, b, keep), v[i + h] = picked(a, b, other);
     }
   }
+}
+
+// The columns of W rows of W integers, `stride` apart.
+INLINE void columns_of(const int32_t* p, vi* v, int64_t stride = W) {
+  UNROLL for (int i = 0; i < W; i++) v[i] = load<vi>(p + i * stride);
+  turn(v);
 }
 
 // What the sums of a product become.
@@ -160,10 +184,12 @@ struct Scaled {
   int64_t n;
   void* y;
 
-  // Of token t and rows from `at` on, of which there are `left`. second: the sums of the low bytes, or of the row of ones.
-  inline __attribute__((always_inline)) void put_at(int64_t t, int64_t at, int64_t left, vi first, vi second) const {
+  INLINE_METHOD vf weight(int64_t at, int64_t left) const { return one ? same(of_rows[0]) : numbers(of_rows, at, left, F32); }
+
+  // Of token t and rows from `at` on, of which there are `left`, whose scales are w. second: the sums of the low bytes, or of the
+  // row of ones.
+  INLINE_METHOD void put_at(int64_t t, int64_t at, int64_t left, vf w, vi first, vi second) const {
     vf v = __builtin_convertvector(first, vf);
-    const vf w = one ? same(of_rows[0]) : numbers(of_rows, at, left, F32);
     if (act.halves) {
       v = (v * 256 + __builtin_convertvector(second, vf)) * w * scale[t];
     } else {
@@ -201,12 +227,13 @@ extern "C" void ao_scaled(const Act* act, const int32_t* sums, int64_t n, int64_
         const int32_t* p = sums + at * rows + t;
         if (tokens == W) {
           vi first[W], second[W] = {};
-          columns(p, rows, first);
-          if (halves) columns(p + m, rows, second);
-          for (int i = 0; i < W; i++) scaled.put_at(t + i, at, W, first[i], halves ? second[i] : ones[h]);
+          columns_of(p, first, rows);
+          if (halves) columns_of(p + m, second, rows);
+          const vf w = scaled.weight(at, W);
+          for (int i = 0; i < W; i++) scaled.put_at(t + i, at, W, w, first[i], halves ? second[i] : ones[h]);
         } else {
           const int64_t left = n - at < W ? n - at : W;
-          scaled.put_at(t, at, left, column(p, rows, left), halves ? column(p + m, rows, left) : ones[h]);
+          scaled.put_at(t, at, left, scaled.weight(at, left), column(p, rows, left), halves ? column(p + m, rows, left) : ones[h]);
         }
       }
       t += tokens;
@@ -230,20 +257,27 @@ class ByteAct(ctypes.Structure):
 
 class Integers(NamedTuple):
     """bytes(act, x, dtype, m, k, given_scale, out, scale, zero, threads),
-    scaled(act, sums, n, m, rows, scale, zero, of_rows, one, y, dtype, threads)."""
+    scaled(act, sums, n, m, rows, scale, zero, of_rows, one, y, dtype, threads), and where there are units for it
+    tiles(act, x, dtype, m, k, given_scale, codes, stride, n, of_rows, one, y, threads)."""
 
     bytes: Any
     scaled: Any
+    tiles: Any
 
 
 @functools.cache
 def integers() -> Integers | None:
     """The compiled functions, compiled now if no process has done so; None where that fails."""
-    loaded = cpp_library(CPP_TYPES + _SOURCE, (*cpp_instructions(), "-ffp-contract=off", "-fwrapv", "-fno-math-errno"))
+    flags = cpp_instructions()
+    flags = *flags, *tile_instructions(flags), "-ffp-contract=off", "-fwrapv", "-fno-math-errno"
+    loaded = cpp_library(CPP_TYPES + _SOURCE + BYTE_TILES, flags)
     if loaded is None:
         return None
     act, p, long, i = ctypes.POINTER(ByteAct), _POINTER, _LONG, _INT
     loaded.ao_bytes.argtypes = [act, p, i, long, long, p, p, p, p, i]
     loaded.ao_scaled.argtypes = [act, p, long, long, long, p, p, p, i, p, i, i]
     loaded.ao_bytes.restype = loaded.ao_scaled.restype = None
-    return Integers(loaded.ao_bytes, loaded.ao_scaled)
+    tiles = getattr(loaded, "ao_byte_tiles", None)
+    if tiles is not None:
+        tiles.argtypes, tiles.restype = [act, p, i, long, long, p, p, long, long, p, i, p, i], None
+    return Integers(loaded.ao_bytes, loaded.ao_scaled, tiles)

@@ -109,13 +109,16 @@ INLINE void arrange(float* x) {
   }
 }
 
-// Of integers what they stand for before zero point and scale.
-INLINE vf value(vi q, const float* table) {
+// What small floats are multiplied with, as the exponent of a float32 has another bias.
+#define UNIT (KIND == E4M3 ? 0x1p120f : KIND == E5M2 ? 0x1p112f : 1.0f)
+
+// Of integers what they stand for before zero point and scale. unit: `UNIT`, or that times a scale.
+INLINE vf value(vi q, const float* table, vf unit) {
   if (KIND == UNSIGNED || KIND == SIGNED) return __builtin_convertvector(q, vf);
   if (KIND == E4M3 || KIND == E5M2) {
-    // Sign, exponent and mantissa to their places in a float32, whose exponent has more bits and another bias.
+    // Sign, exponent and mantissa to their places in a float32, whose exponent has more bits.
     const int shift = KIND == E4M3 ? 20 : 21;
-    return (vf)((q << shift) & (int32_t)(0x80000000u | (0x7Fu << shift))) * (KIND == E4M3 ? 0x1p120f : 0x1p112f);
+    return (vf)((q << shift) & (int32_t)(0x80000000u | (0x7Fu << shift))) * unit;
   }
   if (KIND == MINIFLOAT) {
     // The bits of the magnitude to their places, then a power of two for the difference of the biases.
@@ -135,13 +138,13 @@ INLINE vf value(vi q, const float* table) {
 }
 
 // The numbers of a chunk before zero point and scale.
-INLINE void decode(const uint8_t* p, const Table& table, vf* out) {
+INLINE void decode(const uint8_t* p, const Table& table, vf* out, vf unit = same(UNIT)) {
   bytes c = codes_of(p);
   const bool is_signed = KIND == SIGNED || KIND == E4M3 || KIND == E5M2;
 #if defined(__AVX512F__)
   UNROLL for (int h = 0; h < 2; h++) {
     __m128i half = _mm256_extracti128_si256((__m256i)c, h);
-    out[h] = value((vi)(is_signed ? _mm512_cvtepi8_epi32(half) : _mm512_cvtepu8_epi32(half)), table.values);
+    out[h] = value((vi)(is_signed ? _mm512_cvtepi8_epi32(half) : _mm512_cvtepu8_epi32(half)), table.values, unit);
   }
 #elif W == 8 && defined(__AVX2__)
   __m256i q = (__m256i)c, zero = _mm256_setzero_si256();
@@ -168,9 +171,9 @@ INLINE void decode(const uint8_t* p, const Table& table, vf* out) {
     }
     __m256i pair[2] = {_mm256_unpacklo_epi16(zero, words), _mm256_unpackhi_epi16(zero, words)};
     UNROLL for (int i = 0; i < 2; i++) {
-      if (KIND == E4M3 || KIND == E5M2) out[2 * h + i] = (vf)pair[i] * (KIND == E4M3 ? 0x1p120f : 0x1p112f);
-      else if (is_signed) out[2 * h + i] = value((vi)_mm256_srai_epi32(pair[i], 24), table.values);
-      else out[2 * h + i] = value((vi)_mm256_srli_epi32(pair[i], 24), table.values);
+      if (KIND == E4M3 || KIND == E5M2) out[2 * h + i] = (vf)pair[i] * unit;
+      else if (is_signed) out[2 * h + i] = value((vi)_mm256_srai_epi32(pair[i], 24), table.values, unit);
+      else out[2 * h + i] = value((vi)_mm256_srli_epi32(pair[i], 24), table.values, unit);
     }
   }
 #else
@@ -180,7 +183,7 @@ INLINE void decode(const uint8_t* p, const Table& table, vf* out) {
       uint8_t code = c[W == 16 ? 16 * i + j : 4 * i + j % 4 + 16 * (j / 4)];
       q[j] = is_signed ? (int32_t)(int8_t)code : (int32_t)code;
     }
-    out[i] = value(q, table.values);
+    out[i] = value(q, table.values, unit);
   }
 #endif
 }
@@ -386,8 +389,11 @@ struct Scratch {
     if (bytes) weight.codes = bytes, weight.row_bytes = 0;
   }
   ~Scratch() { free(buffer), free(bytes); }
-  // To be called before row n is read.
-  void meet(int64_t n) { if (bytes) unpack_trits(given.codes + n * given.row_bytes, given.k, (int8_t*)bytes); }
+  // To be called before row n is read, or elements [start, stop) of it.
+  void meet(int64_t n, int64_t start, int64_t stop) {
+    if (bytes) unpack_trits(given.codes + n * given.row_bytes + start / 64 * 13, stop - start, (int8_t*)bytes + start);
+  }
+  void meet(int64_t n) { meet(n, 0, given.k); }
   float* rest(const Weight& w) { return buffer + (2 * w.groups + 15) / 16 * 16; }
 };
 
@@ -494,42 +500,79 @@ INLINE __m256i to_bf16s(vf v) {
 
 INLINE __m512i join_halves(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
 
+INLINE __m512i join_bf16s(vf a, vf b) {
+#if defined(__AVX512BF16__)
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#endif
+  return join_halves(to_bf16s(a), to_bf16s(b));
+}
+
+// a * b + c, rounded once: `dense` has it so from the compiler, which does not see it where only some weights have a shift.
+INLINE vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
 // 32 codes from `first` on as the numbers of a group with this scale and shift, of which there may be fewer.
 INLINE __m512i numbers_from(int32_t first, const Table& table, float scale, float shift) {
   __m256i half[2] = {};
   UNROLL for (int h = 0; h < 2; h++) {
     vi codes = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (first + 16 * h);
-    if (h == 0 || BITS > 4) half[h] = to_bf16s(value(codes, table.values) * same(scale) + same(shift));
+    if (h == 0 || BITS > 4) half[h] = to_bf16s(value(codes, table.values, same(UNIT)) * same(scale) + same(shift));
   }
   return join_halves(half[0], half[1]);
 }
 
-// Row n as bfloat16: what `dense` gives, rounded. Of few bits all numbers of a group are made at once, and then looked up.
-// apart: from one chunk of 32 to the next.
-NOT_INLINE void dense_bf16(const Weight& w, const Table& table, int64_t n, const Row& row, uint16_t* out, int64_t apart) {
-  const int64_t group = w.k / w.groups;
-  const uint8_t* p = w.codes + n * w.row_bytes;
-  for (int64_t g = 0; g < w.groups; g += 1 + (group < 32)) {
-    const float shift = w.shifted ? row.shift[g] : 0;
-    const int64_t chunks = group < 32 ? 1 : group / 32;
-    if (BITS <= 6 && group >= 32) {
-      const __m512i low = numbers_from(0, table, row.scale[g], shift);
-      const __m512i high = BITS == 6 ? numbers_from(32, table, row.scale[g], shift) : low;
+// Elements [start, stop) of a row, whole chunks, the first of which is in group `first` of `group` elements.
+struct Run {
+  int64_t start, stop, group, first;
+  Run(const Weight& w, int64_t start, int64_t stop) : start(start), stop(stop), group(w.k / w.groups), first(start / group) {}
+};
+
+// A run of row n as bfloat16: what `dense` gives, rounded. Of few bits all numbers of a group are made at once, and then looked up.
+// apart: from one chunk of 32 to the next. ahead: bytes from what is read to what is asked for.
+NOT_INLINE void dense_bf16(const Weight& w, const Table& table, int64_t n, const Row& row, const Run& run, uint16_t* out,
+                           int64_t apart, int64_t ahead) {
+  const int64_t group = run.group, stop = run.stop;
+  int64_t start = run.start, g = run.first;
+  const uint8_t* p = w.codes + n * w.row_bytes + start / 8 * BITS;
+  if (group < 32) {
+    for (; start < stop; start += 32, g += 2, p += 4 * BITS, out += apart) {
+      vf d[2];
+      __builtin_prefetch(p + ahead, 0, 2);
+      decode(p, table, d);
+      UNROLL for (int h = 0; h < 2; h++) {
+        const vf scale = same(row.scale[g + h]);
+        d[h] = w.shifted ? fused(d[h], scale, same(row.shift[g + h])) : d[h] * scale;
+      }
+      _mm512_storeu_si512(out, join_bf16s(d[0], d[1]));
+    }
+    return;
+  }
+  for (; start < stop; g++) {
+    const float scale = row.scale[g], shift = w.shifted ? row.shift[g] : 0;
+    const int64_t end = (g + 1) * group, chunks = ((end < stop ? end : stop) - start) / 32;
+    start = end;
+    if (BITS <= 6) {
+      const __m512i low = numbers_from(0, table, scale, shift);
+      const __m512i high = BITS == 6 ? numbers_from(32, table, scale, shift) : low;
       for (int64_t i = 0; i < chunks; i++, p += 4 * BITS, out += apart) {
-        __builtin_prefetch(p + AHEAD);
+        __builtin_prefetch(p + ahead, 0, 2);
         __m512i codes = _mm512_cvtepu8_epi16((__m256i)codes_of(p));
         _mm512_storeu_si512(out, BITS == 6 ? _mm512_permutex2var_epi16(low, codes, high) : _mm512_permutexvar_epi16(codes, low));
       }
       continue;
     }
-    const int64_t second = g + (group < 32);
-    const vf s[2] = {same(row.scale[g]), same(row.scale[second])};
-    const vf z[2] = {same(shift), same(w.shifted ? row.shift[second] : 0)};
+    // The power of two that small floats are multiplied with goes with the scale, where both are a float.
+    const vf s = same(scale), z = same(shift), unit = same(UNIT), both = s * unit;
+    const bool folded = UNIT != 1 && !w.shifted && both[0] - both[0] == 0;
     for (int64_t i = 0; i < chunks; i++, p += 4 * BITS, out += apart) {
       vf d[2];
-      __builtin_prefetch(p + AHEAD);
-      decode(p, table, d);
-      _mm512_storeu_si512(out, join_halves(to_bf16s(d[0] * s[0] + z[0]), to_bf16s(d[1] * s[1] + z[1])));
+      __builtin_prefetch(p + ahead, 0, 2);
+      if (folded) {
+        decode(p, table, d, both);
+      } else {
+        decode(p, table, d);
+        UNROLL for (int h = 0; h < 2; h++) d[h] = w.shifted ? fused(d[h], s, z) : d[h] * s;
+      }
+      _mm512_storeu_si512(out, join_bf16s(d[0], d[1]));
     }
   }
 }
@@ -750,7 +793,7 @@ extern "C" void ao_rows(const Weight* weight, int64_t start, int64_t stop, void*
         continue;
       }
 #if defined(__AVX512BW__)
-      dense_bf16(w, table, n, scratch.row, (uint16_t*)out + at, 32);
+      dense_bf16(w, table, n, scratch.row, Run(w, 0, w.k), (uint16_t*)out + at, 32, AHEAD);
       continue;
 #endif
       for (int64_t from = 0; from < w.k; from += STEP) {

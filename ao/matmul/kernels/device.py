@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -35,7 +35,16 @@ FLOATS = _floats()
 
 
 TILES = torch.cpu._is_amx_tile_supported() and torch.bfloat16 in FLOATS
-"""Whether the CPU multiplies tiles of bfloat16 (AMX)."""
+"""Whether the CPU multiplies tiles of bfloat16 and of int8 (AMX)."""
+
+
+def tile_instructions(flags: Sequence[str]) -> tuple[str, ...]:
+    """The compiler flags for tiles, beside `flags` for the rest of the CPU; none where there are no tiles, or where the operating
+    system, which is asked for them, does not give them."""
+    if "-mavx512f" not in flags or not TILES or not torch.cpu._init_amx():
+        return ()
+    return "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"
+
 
 _TRITON = find_spec("triton") is not None
 

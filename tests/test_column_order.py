@@ -38,6 +38,51 @@ def test_a_layer_in_a_graph(tokens):
     assert compute_error(expected, torch.compile(layer, fullgraph=True)(x)) > 60
 
 
+class Layers(nn.Module):
+    """Layers of one input."""
+
+    def __init__(self, *weights: QTensor) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta") for w in weights)
+        for layer, w in zip(self.layers, weights):
+            set_parameter(layer, "weight", nn.Parameter(w, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.rms_norm(x, x.shape[-1:])
+        return torch.cat([layer(h) for layer in self.layers], -1)
+
+
+def with_order_of(other: QTensor, n: int) -> QTensor:
+    """Another weight, with an order that has the same numbers in memory of its own."""
+    w = permuted(other.spec.inner, n, other.shape[1], other.dtype, other.device)
+    w.order.copy_(other.order)
+    return w
+
+
+def test_one_order_is_one_tensor_in_a_graph():
+    """Layers of one input are quantized in one order: the input is put in order once, until a layer gets another order."""
+    counts = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        counts.append(sum(t.dtype == torch.int32 and t.dim() == 1 for t in inputs))
+        return graph.forward
+
+    torch.compiler.reset()
+    first = permuted(GPTQ, 64, 256, torch.float32)
+    model = Layers(first, with_order_of(first, 32), with_order_of(first, 16), permuted(GPTQ, 8, 256, torch.float32))
+    x = weight((1, 256), 1)
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    assert counts == [2]
+    with torch.no_grad():
+        model.layers[1].weight.copy_(permuted(GPTQ, 32, 256, torch.float32))
+    assert torch.equal(compiled(x), model(x))
+    assert counts == [2, 3]
+    model.load_state_dict(Layers(*(permuted(GPTQ, n, 256, torch.float32) for n in (64, 32, 16, 8))).state_dict())
+    assert torch.equal(compiled(x), model(x))
+    assert counts == [2, 3, 4]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -77,20 +122,38 @@ def test_products_on_a_gpu(spec, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
-    ("tokens", "dynamic", "by_kernel"), [(1, False, 0), (64, False, 0), (65, False, 1), (5, True, 1)]
+    ("tokens", "k", "dynamic", "by_kernel"),
+    [(1, 4096, False, 0), (1, 14336, False, 0), (64, 4096, False, 0), (65, 4096, False, 1), (5, 4096, True, 1)],
 )
-def test_a_graph_on_a_gpu(tokens, dynamic, by_kernel):
-    """Few tokens are put in order where they are made, by the compiler."""
+def test_a_graph_on_a_gpu(tokens, k, dynamic, by_kernel):
+    """One token is put in order in the kernel of the product, or as few are, where they are made, by the compiler; more of them by
+    a kernel."""
     from torch._inductor.utils import run_and_get_code
 
-    layer = nn.Linear(4096, 512, bias=False)
-    w = permuted(GPTQ, 512, 4096, device="cuda")
+    layer = nn.Linear(k, 512, bias=False)
+    w = permuted(GPTQ, 512, k, device="cuda")
     set_parameter(layer, "weight", nn.Parameter(w, requires_grad=False))
-    x = weight((tokens, 4096), 1, torch.bfloat16).cuda()
+    x = weight((tokens, k), 1, torch.bfloat16).cuda()
 
     def block(x: Tensor) -> Tensor:
         return layer(F.rms_norm(x, x.shape[-1:]))
 
+    torch.compiler.reset()
     got, code = run_and_get_code(torch.compile(block, fullgraph=True, dynamic=dynamic), x)
     assert sum(text.count("ao.gathered.default(") for text in code) == by_kernel
     assert compute_error(block(x).float(), got.float()) > 35
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layers_of_one_input_on_a_gpu():
+    """One launch for all of one order, of one token."""
+    from torch._inductor.utils import run_and_get_code
+
+    first = permuted(GPTQ, 512, 4096, device="cuda")
+    model = Layers(first, with_order_of(first, 64), with_order_of(first, 64))
+    x = weight((1, 4096), 1, torch.bfloat16).cuda()
+    torch.compiler.reset()
+    got, code = run_and_get_code(torch.compile(model, fullgraph=True), x)
+    assert [sum(text.count(f"ao.{name}.default(") for text in code) for name in ("gemv_joined", "gemv")] == [1, 0]
+    assert compute_error(model(x).float(), got.float()) > 35

@@ -138,6 +138,11 @@ GATHERED = 64
 the cache by itself, and saves a launch."""
 
 
+ONE_PROGRAM = 8192
+"""Columns up to which a compiler computes a norm of one token in one program, which takes longer for numbers from all over a row
+than all programs of the product do. Beyond, it cuts the sum in parts, and what comes after it is a kernel of many programs."""
+
+
 def has_gather(x: Tensor) -> bool:
     """Whether a kernel takes the columns of `x` in another order."""
     return has_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= LONGEST
@@ -164,17 +169,31 @@ def ordered_launch(x: Tensor, product: Product) -> OrderedProduct:
     return lambda x, w, order: product(gathered(x.contiguous(), order), w)
 
 
-def gemv_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
-    """`gemv_launch` of x[..., order], gathered in the kernel; None where it is not for that."""
+def gemv_ordered_accepts(x: Tensor, w: QTensor) -> bool:
+    """Whether `gemv` of x[:, order], x (1, K), takes the numbers of x in order itself."""
     operand = w.spec.operand(w)
     if operand is None or operand.kind == "float" or w.spec.act is not None or w.pre_scale is not None:
-        return None
-    if not (gemv_accepts(x, w) and has_gather(x)):
+        return False
+    return gemv_accepts(x, w) and has_gather(x)
+
+
+def gemv_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
+    """`gemv_launch` of x[..., order], gathered in the kernel; None where it is not for that."""
+    if not gemv_ordered_accepts(x, w):
         return None
     from .kernels import ampere
 
     n, k = w.shape
-    return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(operand), False, ordered=True))
+    return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(w.spec.operand(w)), False, ordered=True))
+
+
+def gemv_ordered(x: Tensor, w: QTensor, order: Tensor) -> Tensor | None:
+    """`gemv` of x[:, order] in a graph that is traced, gathered in the kernel; None where it is not for that, or not faster."""
+    if not compiling() or torch.compiler.is_exporting() or x.shape[-1] > ONE_PROGRAM or not gemv_ordered_accepts(x, w):
+        return None
+    from .kernels import operators
+
+    return operators.gemv(x.contiguous(), *_weight(w.spec.operand(w)), False, order)
 
 
 def _launched(w: QTensor, run: Callable[..., Tensor]) -> Callable[..., Tensor]:

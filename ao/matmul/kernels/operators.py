@@ -44,17 +44,17 @@ def _joined(x: Tensor, codes: Sequence[Tensor], *_: Any) -> Tensor:
 
 @_operator(
     "gemv",
-    "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act) -> Tensor",
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act, Tensor? order=None) -> Tensor",
     _to_be_joined,
 )
-def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool) -> Tensor:
+def gemv(x: Tensor, *weight: Any) -> Tensor:
     """One token: `ampere.gemv`."""
-    return ampere.gemv(x, qdata, scale, zero_point, offset, act)
+    return ampere.gemv(x, *weight)
 
 
 @_operator(
     "gemv_joined",
-    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act) -> Tensor",
+    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act, Tensor? order=None) -> Tensor",
     _joined,
 )
 def gemv_joined(x: Tensor, *weights: Any) -> Tensor:

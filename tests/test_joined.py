@@ -136,7 +136,8 @@ def test_columns_in_one_order_are_joined(on_a_cpu):
     import torch._inductor.graph
 
     joined.join_in_compiled_graphs()
-    codes, scale = torch.randint(-8, 8, (5, 24, 64), dtype=torch.int8), torch.rand(5, 24, 1)
+    codes = [torch.randint(-8, 8, (24, 64), dtype=torch.int8) for _ in range(5)]
+    scale = [torch.rand(24, 1) for _ in codes]
     one, other = torch.randperm(64).int(), torch.randperm(64).int()
 
     def products(x: Tensor) -> list[Tensor]:

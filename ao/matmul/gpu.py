@@ -143,6 +143,10 @@ ONE_PROGRAM = 8192
 than all programs of the product do. Beyond, it cuts the sum in parts, and what comes after it is a kernel of many programs."""
 
 
+ARRANGED = 8
+"""Tokens beyond which x is arranged before a product of few tokens on Hopper, in order at once."""
+
+
 def has_gather(x: Tensor) -> bool:
     """Whether a kernel takes the columns of `x` in another order."""
     return has_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= LONGEST
@@ -165,8 +169,8 @@ def ordered_launch(x: Tensor, product: Product) -> OrderedProduct:
         return lambda x, w, order: product(x.index_select(-1, order), w)
     from .kernels import column_order
 
-    gathered = on_its_device(column_order.gathered)
-    return lambda x, w, order: product(gathered(x.contiguous(), order), w)
+    gathered = column_order.gather_launch(x.dtype, x.shape[0], x.shape[1], x.device)
+    return on_its_device(lambda x, w, order: product(gathered(x.contiguous(), order), w))
 
 
 def gemv_ordered_accepts(x: Tensor, w: QTensor) -> bool:
@@ -187,13 +191,22 @@ def gemv_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
     return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(w.spec.operand(w)), False, ordered=True))
 
 
-def gemv_ordered(x: Tensor, w: QTensor, order: Tensor) -> Tensor | None:
-    """`gemv` of x[:, order] in a graph that is traced, gathered in the kernel; None where it is not for that, or not faster."""
-    if not compiling() or torch.compiler.is_exporting() or x.shape[-1] > ONE_PROGRAM or not gemv_ordered_accepts(x, w):
+def ordered(x: Tensor, w: QTensor, order: Tensor) -> Tensor | None:
+    """x[:, order] @ w.T in a graph that is traced, x (M, K), by a product that takes the numbers of x in order itself; None where
+    none does, or the compiler's own gather is the faster."""
+    if not compiling() or torch.compiler.is_exporting() or not has_gather(x):
         return None
     from .kernels import operators
 
-    return operators.gemv(x.contiguous(), *_weight(w.spec.operand(w)), False, order)
+    if x.shape[-1] <= ONE_PROGRAM and gemv_ordered_accepts(x, w):
+        return operators.gemv(x.contiguous(), *_weight(w.spec.operand(w)), False, order)
+    arranged = known(ARRANGED < x.shape[0]) and known(x.shape[0] <= GATHERED) and is_hopper(x.device)
+    if not arranged or w.spec.act is not None or w.pre_scale is not None or (read := _read(w)) is None:
+        return None
+    reading, fields = read
+    if reading.kind == "trits" or reading.bits == 8:
+        return None
+    return operators.few_ordered(x.contiguous(), order, *fields, reading.text)
 
 
 def _launched(w: QTensor, run: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -109,7 +109,7 @@ def _product(x: Tensor, w: QTensor) -> Tensor:
         return F.linear(x, w.decode(x.dtype))
     if (other := w.spec.rearranged(w)) is not None:
         stored, order = other
-        out = gpu.gemv_ordered(x.reshape(-1, x.shape[-1]), stored, order)
+        out = gpu.ordered(x.reshape(-1, x.shape[-1]), stored, order)
         return _product(gpu.in_order(x, order), stored) if out is None else out.reshape(*x.shape[:-1], w.shape[0])
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     run = _path(rows, w).run

@@ -162,6 +162,16 @@ def few(x: Tensor, *fields: Any) -> Tensor:
 
 
 @_operator(
+    "few_ordered",
+    f"(Tensor x, Tensor order, {_FIELDS}, str reading) -> Tensor",
+    lambda x, order, codes, *_: x.new_empty(x.shape[0], codes.shape[0]),
+)
+def few_ordered(x: Tensor, order: Tensor, *fields: Any) -> Tensor:
+    """x[:, order] @ decode(w).T -> (M, N) by `few_tokens.few`. x: (M, K) of 16 bits, M up to `FEW`."""
+    return few_tokens.few(x, reading_from(fields[6]), fields[:6], order)
+
+
+@_operator(
     "few_joined",
     f"(Tensor x, {_FIELDS.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading) -> Tensor",
     _joined,

@@ -126,8 +126,7 @@ def test_products_on_a_gpu(spec, dtype):
     [(1, 4096, False, 0), (1, 14336, False, 0), (64, 4096, False, 0), (65, 4096, False, 1), (5, 4096, True, 1)],
 )
 def test_a_graph_on_a_gpu(tokens, k, dynamic, by_kernel):
-    """One token is put in order in the kernel of the product, or as few are, where they are made, by the compiler; more of them by
-    a kernel."""
+    """Few tokens are put in order in the kernels of the product or, where they are made, by the compiler; more of them before."""
     from torch._inductor.utils import run_and_get_code
 
     layer = nn.Linear(k, 512, bias=False)

@@ -191,6 +191,24 @@ def gemv_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
     return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(w.spec.operand(w)), False, ordered=True))
 
 
+def fused_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
+    """`fused_launch` of x[..., order] for a few tokens, in one launch; None where it is not for that."""
+    if w.spec.act is not None or w.pre_scale is not None or not (fused_accepts(x, w) and has_gather(x)):
+        return None
+    from .kernels import ampere
+
+    (m, k), n = x.shape, w.shape[0]
+    run = ampere.fused_ordered_launch(m, n, k, *_weight(w.spec.operand(w)))
+    if run is None:
+        return None
+    soon, at_once, records = (
+        _launched(w, run),
+        ordered_launch(x, fused_launch(x, w)),
+        torch._C._cuda_isCurrentStreamCapturing,
+    )
+    return lambda x, w, order: at_once(x, w, order) if records() else soon(x, w, order)
+
+
 def ordered(x: Tensor, w: QTensor, order: Tensor) -> Tensor | None:
     """x[:, order] @ w.T in a graph that is traced, x (M, K), by a product that takes the numbers of x in order itself; None where
     none does, or the compiler's own gather is the faster."""
@@ -200,7 +218,7 @@ def ordered(x: Tensor, w: QTensor, order: Tensor) -> Tensor | None:
 
     if x.shape[-1] <= ONE_PROGRAM and gemv_ordered_accepts(x, w):
         return operators.gemv(x.contiguous(), *_weight(w.spec.operand(w)), False, order)
-    arranged = known(ARRANGED < x.shape[0]) and known(x.shape[0] <= GATHERED) and is_hopper(x.device)
+    arranged = known(x.shape[0] > ARRANGED) and known(x.shape[0] <= GATHERED) and is_hopper(x.device)
     if not arranged or w.spec.act is not None or w.pre_scale is not None or (read := _read(w)) is None:
         return None
     reading, fields = read

@@ -11,8 +11,8 @@ fields where Dynamo finds plain tensors in plain dicts:
 The parameter stays what counts. A guard on the module puts the dict of another parameter there, and the parameter itself its new
 fields when it is given other data.
 
-Fields that are `alike` in several weights, such as the order of the columns of all layers with one input, are one tensor in a graph,
-a copy that nobody writes to: so the compiler puts that input in order once, and multiplies it with all of these weights at once.
+Fields that are `alike` in several weights, such as the order of the columns of all layers with one input, are one tensor in a
+graph, a copy that nobody writes to: so that input is put in order once, and multiplied with all of these weights at once.
 """
 
 from __future__ import annotations

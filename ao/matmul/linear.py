@@ -182,7 +182,8 @@ def _choose(x: Tensor, w: QTensor) -> Product:
         return lambda x, w: _with_multiplier(plain, x, w)
     if (other := w.spec.rearranged(w)) is not None:
         stored = other[0]
-        ordered = gpu.gemv_ordered_launch(x, stored) or gpu.ordered_launch(x, _choose(x, stored))
+        at_once = gpu.gemv_ordered_launch(x, stored) or gpu.fused_ordered_launch(x, stored)
+        ordered = at_once or gpu.ordered_launch(x, _choose(x, stored))
         return lambda x, w: ordered(x, *w.spec.rearranged(w))  # type: ignore[misc]
     path = _path(x, w)
     if path.launch is not None and not _chooses_scale(x, w):

@@ -528,6 +528,33 @@ def fused_kernel(
         tl.store(out + BM * N, acc1.to(out_ptr.dtype.element_ty), mask=mask1 & (rn < N)[None, :])
 
 
+@triton.jit(do_not_specialize=["M"])
+def fused_ordered_kernel(
+    x_ptr, order_ptr, own_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    E4M3: tl.constexpr, ACT: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BM: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`fused_kernel` of x[:, order], bfloat16, for as many tokens as one program has. Each puts them in order for itself, as
+    `gather_kernel` does, in memory of its own, (M, K) at own_ptr. WIDTH: a power of two, K or more."""
+    own_ptr += tl.program_id(0) * (M * K)
+    k = tl.arange(0, WIDTH)
+    there = k < K
+    order = tl.load(order_ptr + k, mask=there, other=0)
+    for m in tl.range(0, M, 2):
+        second = there & (m + 1 < M)
+        row = tl.load(x_ptr + m * K + k, mask=there, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        below = tl.load(x_ptr + (m + 1) * K + k, mask=second, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        both = tl.gather((row & 0xFFFF) | (below << 16), order, 0)
+        tl.store(own_ptr + m * K + k, both.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=there)
+        tl.store(own_ptr + (m + 1) * K + k, (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=second)
+    tl.debug_barrier()  # what other threads of the program have stored is read next
+    fused_kernel(
+        own_ptr, scale_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K, G, BITS, E4M3, ACT, ROW, ZERO, OFFSET, BM, MB, BN, U,
+        SPLIT, STAGES,
+    )  # fmt: skip
+
+
 @triton.jit
 def sum_kernel(parts_ptr, out_ptr, size, SPLIT: tl.constexpr, B: tl.constexpr, EARLY: tl.constexpr):
     """out = sum of the SPLIT float32 parts, in order. EARLY: launched before the parts are there, so wait for them."""
@@ -741,6 +768,41 @@ def fused_launch(
         return out
 
     return run
+
+
+def fused_ordered_launch(
+    m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
+) -> Product | None:  # fmt: skip
+    """`fused_launch` of x[..., order] for m tokens, the order, (K,) int32, being one more argument; None where a second launch
+    takes less than what every program has to do first."""
+    device, index = qdata.device, qdata.device.index
+    grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1], parts=1)
+    size = grid[0] * m * k
+    if m > 16 or k > 4096 or size > 2**23:
+        return None
+    e4m3 = qdata.dtype == torch.float8_e4m3fn
+    constants = _in_order(constants, E4M3=e4m3, ACT=False, ZERO=zero_point is not None, OFFSET=offset)
+    width = max(256, power_of_two(k))
+    start = Launch(fused_ordered_kernel, grid, views={3: torch.uint8} if e4m3 else {}, **constants, WIDTH=width)
+
+    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, order: Tensor) -> Tensor:
+        out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
+        own = _own_memory(size, device, torch._C._cuda_getCurrentRawStream(index))
+        start(index, x, order, own, qdata, scale, scale if zero_point is None else zero_point, out, x.numel() // k, n)
+        return out
+
+    return run
+
+
+_OWN: dict[tuple[torch.device, int], Tensor] = {}
+"""By stream, whose kernels run one after the other: what the programs of one of them write for themselves, up to 16 MB."""
+
+
+def _own_memory(size: int, device: torch.device, stream: int) -> Tensor:
+    own = _OWN.get((device, stream))
+    if own is None or own.numel() < size:
+        own = _OWN[device, stream] = torch.empty(size, dtype=torch.bfloat16, device=device)
+    return own
 
 
 # Many tokens: the weight goes to memory as plain numbers.

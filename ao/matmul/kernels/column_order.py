@@ -18,8 +18,8 @@ from .launch import Launch, cdiv, power_of_two
 def gather_kernel(x_ptr, order_ptr, out_ptr, M, K: tl.constexpr, B: tl.constexpr, PAIRS: tl.constexpr):
     """out[m, k] = x[m, order[k]] of 16 bits, row after row, or two rows after two, as words of a number of each.
 
-    A row goes through shared memory, which takes a quarter of the time that the cache takes for numbers from all over a row; a word
-    takes as long as half of one.
+    A row goes through shared memory, which takes a quarter of the time that the cache takes for numbers from all over a row, and
+    no longer for a word than for a number.
     """
     ROWS: tl.constexpr = 2 if PAIRS else 1
     k = tl.arange(0, B)

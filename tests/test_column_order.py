@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ao import compute_error
 from ao.dtypes import NF4, Intx, QTensor
 from ao.dtypes.permuted import Permuted
+from ao.matmul.kernels.device import is_hopper
 from ao.matmul.layers import set_parameter
 
 GPTQ = Intx(4, (1, 128), signed=False, symmetric=False, scale_dtype="float16")
@@ -122,8 +123,53 @@ def test_products_on_a_gpu(spec, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
+    "spec", [GPTQ, Intx(4, (1, 32), signed=False, zero_point="joint"), Intx(3, (1, 64)), NF4], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_few_tokens_on_a_gpu(spec, dtype):
+    """What arranges x puts it in order: to the bit the product of what is in order."""
+    from ao.matmul.kernels import operators
+    from ao.matmul.kernels.reading import reading_of
+
+    for n, k in ((72, 1056 if spec is NF4 else 1024), (264, 14336)):
+        reading, fields = reading_of(spec.quantize(weight((n, k), 0, dtype)).cuda())
+        order = torch.randperm(k).int().cuda()
+        for m in (2, 9, 33, 64):
+            x = weight((m, k), 1, dtype).cuda()
+            got = operators.few_ordered(x, order, *fields, reading.text)
+            assert torch.equal(got, operators.few(x[:, order], *fields, reading.text)), (n, k, m)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_few_tokens_while_a_graph_records():
+    """Not by memory that belongs to the stream."""
+    w = permuted(GPTQ, 512, 4096, device="cuda")
+    x, other = weight((2, 2, 4096), 1, torch.bfloat16).cuda()
+    expected = in_order(other, w)
+    F.linear(x, w)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = F.linear(x, w)
+    x.copy_(other)
+    F.linear(weight((2, 4096), 2, torch.bfloat16).cuda(), w)
+    graph.replay()
+    assert compute_error(expected.float(), out.float()) > 35
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
     ("tokens", "k", "dynamic", "by_kernel"),
-    [(1, 4096, False, 0), (1, 14336, False, 0), (64, 4096, False, 0), (65, 4096, False, 1), (5, 4096, True, 1)],
+    [
+        (1, 4096, False, 0),
+        (1, 14336, False, 0),
+        (2, 4096, False, 0),
+        (16, 4096, False, 0),
+        (64, 4096, False, 0),
+        (65, 4096, False, 1),
+        (5, 4096, True, 1),
+    ],
 )
 def test_a_graph_on_a_gpu(tokens, k, dynamic, by_kernel):
     """Few tokens are put in order in the kernels of the product or, where they are made, by the compiler; more of them before."""
@@ -140,6 +186,8 @@ def test_a_graph_on_a_gpu(tokens, k, dynamic, by_kernel):
     torch.compiler.reset()
     got, code = run_and_get_code(torch.compile(block, fullgraph=True, dynamic=dynamic), x)
     assert sum(text.count("ao.gathered.default(") for text in code) == by_kernel
+    in_product = tokens in (16, 64) and is_hopper(x.device)
+    assert sum(text.count("ao.few_ordered.default(") for text in code) == in_product
     assert compute_error(block(x).float(), got.float()) > 35
 
 

@@ -193,11 +193,11 @@ def gemv_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
 
 def fused_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
     """`fused_launch` of x[..., order] for a few tokens, in one launch; None where it is not for that."""
-    if w.spec.act is not None or w.pre_scale is not None or not (fused_accepts(x, w) and has_gather(x)):
-        return None
+    (m, k), n = x.shape, w.shape[0]
+    if n * k > LARGE or w.pre_scale is not None or not (fused_accepts(x, w) and has_gather(x)):
+        return None  # as in `fused_launch`
     from .kernels import ampere
 
-    (m, k), n = x.shape, w.shape[0]
     run = ampere.fused_ordered_launch(m, n, k, *_weight(w.spec.operand(w)))
     if run is None:
         return None

@@ -1,15 +1,16 @@
 """Time layers whose columns are stored in another order, as GPTQ's `desc_act` has them, beside the same layers without.
 
-Each call is of the next of several copies, so that no weight is in the cache. Three ways: eager, as calls that follow each other;
-"alone", compiled by itself, and "norm", compiled with a norm before it, both as CUDA graphs. Printed are microseconds of a layer
-in order, and how many times longer the other takes.
+Each call is of the next of several copies, so that no weight is in the cache. Ways: "eager", as calls that follow each other;
+"alone", compiled by itself, "norm", compiled with a norm before it, and "three", a norm and three layers of its output, N, N / 4
+and N / 4 wide, in one order, all as CUDA graphs. An order is that of columns which are spread over groups at random: in a group
+it ascends. Printed are microseconds in order, and how many times longer the same takes in another order.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import measure
@@ -36,8 +37,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["int4-g128"])
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x14336", "28672x4096"], metavar="NxK")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 16, 64, 256, 1024], metavar="M")
-    parser.add_argument("--ways", nargs="+", choices=["eager", "alone", "norm"], default=["eager", "alone", "norm"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 16, 64, 1024], metavar="M")
+    parser.add_argument("--ways", nargs="+", choices=["eager", "alone", "norm", "three"], default=["eager", "norm"])
     parser.add_argument("--copies", type=int, default=16, help="of a weight; default: 16")
     return parser.parse_args(argv)
 
@@ -49,39 +50,50 @@ def layer_of(w: QTensor) -> nn.Module:
     return layer
 
 
-def both(spec: Intx, n: int, k: int, copies: int, device: torch.device) -> dict[str, list[nn.Module]]:
-    """Layers in order, and with the same numbers in another."""
-    w = spec.quantize(torch.randn(n, k, device=device, dtype=torch.bfloat16) / k**0.5)
-    found: dict[str, list[nn.Module]] = {"in order": [], "in another": []}
+def order_of(k: int, group: int, device: torch.device) -> Tensor:
+    """The order of k columns, each in a group that is drawn, as the reader of GPTQ finds it: (k,) int32."""
+    groups = torch.arange(k, device=device)[torch.randperm(k, device=device)] // group
+    return torch.argsort(groups, stable=True).int()
+
+
+def both(spec: Intx, rows: Sequence[int], k: int, copies: int, device: torch.device) -> dict[str, list[nn.ModuleList]]:
+    """Layers of one input, with `rows` outputs each: in order, and with the same numbers in another."""
+    weights = [spec.quantize(torch.randn(n, k, device=device, dtype=torch.bfloat16) / k**0.5) for n in rows]
+    found: dict[str, list[nn.ModuleList]] = {"in order": [], "in another": []}
     for _ in range(copies):
-        fields = {"qdata": copy.deepcopy(w), "order": torch.randperm(k, device=device).int()}
-        found["in order"].append(layer_of(copy.deepcopy(w)))
-        found["in another"].append(layer_of(Permuted(spec).wrap(fields, w.dtype, w.shape)))
+        order = order_of(k, spec.block[1], device)
+        found["in order"].append(nn.ModuleList(layer_of(copy.deepcopy(w)) for w in weights))
+        found["in another"].append(
+            nn.ModuleList(
+                layer_of(Permuted(spec).wrap({"qdata": copy.deepcopy(w), "order": order.clone()}, w.dtype, w.shape))
+                for w in weights
+            )
+        )
     return found
 
 
-def alone(layer: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
-    """A layer by itself."""
-    return layer(x)
+def alone(layers: nn.ModuleList, x: Tensor, scale: Tensor) -> list[Tensor]:
+    """Layers by themselves."""
+    return [layer(x) for layer in layers]
 
 
-def norm(layer: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
-    """A layer after a norm."""
-    return layer(F.rms_norm(x, x.shape[-1:], scale, 1e-5))
+def norm(layers: nn.ModuleList, x: Tensor, scale: Tensor) -> list[Tensor]:
+    """Layers after a norm."""
+    return alone(layers, F.rms_norm(x, x.shape[-1:], scale, 1e-5), scale)
 
 
 @torch.no_grad()
-def seconds(way: str, found: dict[str, list[nn.Module]], x: Tensor, scale: Tensor) -> dict[str, float]:
+def seconds(way: str, found: dict[str, list[nn.ModuleList]], x: Tensor, scale: Tensor) -> dict[str, float]:
     """Of a call, in order and not."""
-    function = norm if way == "norm" else alone
     if way == "eager":
-        runs = {key: partial(_call_all, function, each, x, scale) for key, each in found.items()}
-        times = measure.calls_in_turns(runs, x.device, seconds=1)
+        runs = {key: partial(_call_all, [each[0] for each in layers], x) for key, layers in found.items()}
+        times = measure.calls_in_turns(runs, x.device, seconds=0.5)
     else:
+        function = alone if way == "alone" else norm
         graphs = {}
         for key, each in found.items():
             call = torch.compile(measure.own_code(function, f"{key} {x.shape[0]}"), fullgraph=True, dynamic=False)
-            calls = [partial(call, layer, x, scale) for layer in each]
+            calls = [partial(call, layers, x, scale) for layers in each]
             for run in calls:
                 run()
             graphs[key] = measure.capture(calls, torch.cuda.graph_pool_handle())
@@ -89,30 +101,30 @@ def seconds(way: str, found: dict[str, list[nn.Module]], x: Tensor, scale: Tenso
     return {key: time / len(found[key]) for key, time in times.items()}
 
 
-def _call_all(function: Callable[..., Tensor], layers: Sequence[nn.Module], x: Tensor, scale: Tensor) -> None:
+def _call_all(layers: Sequence[nn.Module], x: Tensor) -> None:
     for layer in layers:
-        function(layer, x, scale)
+        layer(x)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure, and print a table of each format and way."""
+    """Measure, and print a table of each format and shape."""
     device = torch.device("cuda")
     for name in args.formats:
-        rows: dict[str, list[list[str]]] = {way: [] for way in args.ways}
         for shape in args.shapes:
             n, k = sides(shape)
-            found = both(FORMATS[name], n, k, args.copies, device)
             scale = torch.ones(k, device=device, dtype=torch.bfloat16)
+            rows = []
             for way in args.ways:
-                cells = [shape]
+                widths = [n, n // 4, n // 4] if way == "three" else [n]
+                found = both(FORMATS[name], widths, k, args.copies, device)
+                cells = [way]
                 for m in args.tokens:
                     torch.compiler.reset()
                     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
                     plain, other = seconds(way, found, x, scale).values()
                     cells.append(f"{plain * 1e6:.1f} ({other / plain:.2f})")
-                rows[way].append(cells)
-        for way in args.ways:
-            measure.show(["us", *(f"{m} tokens" for m in args.tokens)], rows[way], f"{name}, {way}")
+                rows.append(cells)
+            measure.show(["us", *(f"{m} tokens" for m in args.tokens)], rows, f"{name}, {shape}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ao import compute_error
 from ao.dtypes import NF4, Intx, QTensor
 from ao.dtypes.permuted import Permuted
+from ao.matmul.kernels.device import is_hopper
 from ao.matmul.layers import set_parameter
 
 GPTQ = Intx(4, (1, 128), signed=False, symmetric=False, scale_dtype="float16")
@@ -36,6 +37,51 @@ def test_a_layer_in_a_graph(tokens):
     assert compute_error(x @ layer.weight.dequantize().t(), expected) > 60
     assert torch.equal(layer(x), expected)
     assert compute_error(expected, torch.compile(layer, fullgraph=True)(x)) > 60
+
+
+class Layers(nn.Module):
+    """Layers of one input."""
+
+    def __init__(self, *weights: QTensor) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta") for w in weights)
+        for layer, w in zip(self.layers, weights):
+            set_parameter(layer, "weight", nn.Parameter(w, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.rms_norm(x, x.shape[-1:])
+        return torch.cat([layer(h) for layer in self.layers], -1)
+
+
+def with_order_of(other: QTensor, n: int) -> QTensor:
+    """Another weight, with an order that has the same numbers in memory of its own."""
+    w = permuted(other.spec.inner, n, other.shape[1], other.dtype, other.device)
+    w.order.copy_(other.order)
+    return w
+
+
+def test_one_order_is_one_tensor_in_a_graph():
+    """Layers of one input are quantized in one order: the input is put in order once, until a layer gets another order."""
+    counts = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        counts.append(sum(t.dtype == torch.int32 and t.dim() == 1 for t in inputs))
+        return graph.forward
+
+    torch.compiler.reset()
+    first = permuted(GPTQ, 64, 256, torch.float32)
+    model = Layers(first, with_order_of(first, 32), with_order_of(first, 16), permuted(GPTQ, 8, 256, torch.float32))
+    x = weight((1, 256), 1)
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    assert counts == [2]
+    with torch.no_grad():
+        model.layers[1].weight.copy_(permuted(GPTQ, 32, 256, torch.float32))
+    assert torch.equal(compiled(x), model(x))
+    assert counts == [2, 3]
+    model.load_state_dict(Layers(*(permuted(GPTQ, n, 256, torch.float32) for n in (64, 32, 16, 8))).state_dict())
+    assert torch.equal(compiled(x), model(x))
+    assert counts == [2, 3, 4]
 
 
 @pytest.mark.gpu
@@ -77,20 +123,84 @@ def test_products_on_a_gpu(spec, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
-    ("tokens", "dynamic", "by_kernel"), [(1, False, 0), (64, False, 0), (65, False, 1), (5, True, 1)]
+    "spec", [GPTQ, Intx(4, (1, 32), signed=False, zero_point="joint"), Intx(3, (1, 64)), NF4], ids=str
 )
-def test_a_graph_on_a_gpu(tokens, dynamic, by_kernel):
-    """Few tokens are put in order where they are made, by the compiler."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_few_tokens_on_a_gpu(spec, dtype):
+    """What arranges x puts it in order: to the bit the product of what is in order."""
+    from ao.matmul.kernels import operators
+    from ao.matmul.kernels.reading import reading_of
+
+    for n, k in ((72, 1056 if spec is NF4 else 1024), (264, 14336)):
+        reading, fields = reading_of(spec.quantize(weight((n, k), 0, dtype)).cuda())
+        order = torch.randperm(k).int().cuda()
+        for m in (2, 9, 33, 64):
+            x = weight((m, k), 1, dtype).cuda()
+            got = operators.few_ordered(x, order, *fields, reading.text)
+            assert torch.equal(got, operators.few(x[:, order], *fields, reading.text)), (n, k, m)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_few_tokens_while_a_graph_records():
+    """Not by memory that belongs to the stream."""
+    w = permuted(GPTQ, 512, 4096, device="cuda")
+    x, other = weight((2, 2, 4096), 1, torch.bfloat16).cuda()
+    expected = in_order(other, w)
+    F.linear(x, w)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = F.linear(x, w)
+    x.copy_(other)
+    F.linear(weight((2, 4096), 2, torch.bfloat16).cuda(), w)
+    graph.replay()
+    assert compute_error(expected.float(), out.float()) > 35
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("tokens", "k", "dynamic", "by_kernel"),
+    [
+        (1, 4096, False, 0),
+        (1, 14336, False, 0),
+        (2, 4096, False, 0),
+        (16, 4096, False, 0),
+        (64, 4096, False, 0),
+        (65, 4096, False, 1),
+        (5, 4096, True, 1),
+    ],
+)
+def test_a_graph_on_a_gpu(tokens, k, dynamic, by_kernel):
+    """Few tokens are put in order in the kernels of the product or, where they are made, by the compiler; more of them before."""
     from torch._inductor.utils import run_and_get_code
 
-    layer = nn.Linear(4096, 512, bias=False)
-    w = permuted(GPTQ, 512, 4096, device="cuda")
+    layer = nn.Linear(k, 512, bias=False)
+    w = permuted(GPTQ, 512, k, device="cuda")
     set_parameter(layer, "weight", nn.Parameter(w, requires_grad=False))
-    x = weight((tokens, 4096), 1, torch.bfloat16).cuda()
+    x = weight((tokens, k), 1, torch.bfloat16).cuda()
 
     def block(x: Tensor) -> Tensor:
         return layer(F.rms_norm(x, x.shape[-1:]))
 
+    torch.compiler.reset()
     got, code = run_and_get_code(torch.compile(block, fullgraph=True, dynamic=dynamic), x)
     assert sum(text.count("ao.gathered.default(") for text in code) == by_kernel
+    in_product = tokens in (16, 64) and is_hopper(x.device)
+    assert sum(text.count("ao.few_ordered.default(") for text in code) == in_product
     assert compute_error(block(x).float(), got.float()) > 35
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layers_of_one_input_on_a_gpu():
+    """One launch for all of one order, of one token."""
+    from torch._inductor.utils import run_and_get_code
+
+    first = permuted(GPTQ, 512, 4096, device="cuda")
+    model = Layers(first, with_order_of(first, 64), with_order_of(first, 64))
+    x = weight((1, 4096), 1, torch.bfloat16).cuda()
+    torch.compiler.reset()
+    got, code = run_and_get_code(torch.compile(model, fullgraph=True), x)
+    assert [sum(text.count(f"ao.{name}.default(") for text in code) for name in ("gemv_joined", "gemv")] == [1, 0]
+    assert compute_error(model(x).float(), got.float()) > 35

@@ -37,9 +37,9 @@ class Block(nn.Module):
 
 _FEW = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor? outer_scale, Tensor? outer_zero_point"
 SCHEMAS = {
-    "gemv": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act",
+    "gemv": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act, Tensor? order=None",
     "few": f"Tensor x, {_FEW}, str reading",
-    "gemv_joined": "Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act",
+    "gemv_joined": "Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act, Tensor? order=None",
     "few_joined": f"Tensor x, {_FEW.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading",
 }
 
@@ -49,8 +49,9 @@ def on_a_cpu():
     """The operators of a GPU, on a CPU: how many weights each call had. `few` finds a weight by its codes, among `WEIGHTS`."""
     calls = []
 
-    def gemv(x, qdata, scale, zero_point, offset, act):
+    def gemv(x, qdata, scale, zero_point, offset, act, order=None):
         zero = 0 if zero_point is None else zero_point.float()
+        x = x if order is None else x[:, order]
         return (x.float() @ ((qdata.float() - zero - offset) * scale.float()).t()).to(x.dtype)
 
     def few(x, codes, *_):
@@ -129,6 +130,27 @@ def test_the_compiler_joins_what_shares_a_token(on_a_cpu, zero_points):
     got = torch.compile(lambda x: block(block(x)))(x)
     assert on_a_cpu == [3, 1, 2, 1] * 2
     assert compute_error(expected, got) > 60
+
+
+def test_columns_in_one_order_are_joined(on_a_cpu):
+    import torch._inductor.graph
+
+    joined.join_in_compiled_graphs()
+    codes = [torch.randint(-8, 8, (24, 64), dtype=torch.int8) for _ in range(5)]
+    scale = [torch.rand(24, 1) for _ in codes]
+    one, other = torch.randperm(64).int(), torch.randperm(64).int()
+
+    def products(x: Tensor) -> list[Tensor]:
+        orders = (one, other, one, None, one)
+        return [torch.ops.ao.gemv(x, q, s, None, 0, False, order) for q, s, order in zip(codes, scale, orders)]
+
+    x = weight((1, 64))
+    expected = products(x)
+    on_a_cpu.clear()
+    torch.compiler.reset()
+    got = torch.compile(products)(x)
+    assert on_a_cpu == [3, 1, 1]
+    assert all(compute_error(e, g) > 60 for e, g in zip(expected, got))
 
 
 def test_what_is_not_alike_stays_alone(on_a_cpu):
@@ -242,8 +264,13 @@ def test_on_a_gpu(spec, dtype):
         act, fields = spec.act is not None, [_weight(w.spec.operand(w)) for w in weights]
         codes, scales, zeros, (offset, *_) = zip(*fields)
         expected = torch.cat([operators.gemv(x, *f, act) for f in fields], 1)
-        got = operators.gemv_joined(x, codes, scales, [z for z in zeros if z is not None], offset, act)
+        zeros = [z for z in zeros if z is not None]
+        got = operators.gemv_joined(x, codes, scales, zeros, offset, act)
         assert torch.equal(expected, got), (k, sizes)
+        if not act and not codes[0].is_floating_point():
+            order = torch.randperm(k).int().cuda()
+            got = operators.gemv_joined(x[:, torch.argsort(order)], codes, scales, zeros, offset, act, order)
+            assert torch.equal(expected, got), (k, sizes)
 
 
 @pytest.mark.gpu

@@ -508,6 +508,8 @@ class QTensor(torch.Tensor):
     """What the size of a packed dim is a multiple of."""
     turns: ClassVar[bool] = True
     """Whether the `Elements` can be packed along another dim than the one they were packed along."""
+    alike: ClassVar[tuple[str, ...]] = ()
+    """Fields that several weights of a model may have alike, and that are small: such are one tensor in a compiled graph."""
     own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
     """Handlers of ATen operators that come before those in `OPS` where the first argument is of this type."""
 

@@ -66,6 +66,7 @@ class PermutedTensor(QTensor, spec=Permuted):
     order: Opaque
 
     spec: Permuted
+    alike = ("order",)
     own_ops: ClassVar[dict[Any, Callable[..., Any]]] = {}
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -114,7 +115,10 @@ def _permute(q: PermutedTensor, dims: Sequence[int]) -> Any:
 def _copy(target: PermutedTensor, source: Tensor, non_blocking: bool = False) -> Any:
     """The values in the order that is there; what is unchanged stays as it is."""
     if target.pre_scale is not None or (isinstance(source, PermutedTensor) and source.spec == target.spec):
-        return OPS[aten.copy_.default](target, source, non_blocking)
+        out = OPS[aten.copy_.default](target, source, non_blocking)
+        if (told := target.__dict__.get("on_new_data")) is not None:  # graphs have a copy of the order
+            told(target)
+        return out
     values = source.decode_scaled() if isinstance(source, QTensor) else source
     values = values.to(target.device, torch.float32).expand(target.shape)
     stored = target.qdata

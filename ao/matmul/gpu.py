@@ -138,6 +138,15 @@ GATHERED = 64
 the cache by itself, and saves a launch."""
 
 
+ONE_PROGRAM = 8192
+"""Columns up to which a compiler computes a norm of one token in one program, which takes longer for numbers from all over a row
+than all programs of the product do. Beyond, it cuts the sum in parts, and what comes after it is a kernel of many programs."""
+
+
+ARRANGED = 8
+"""Tokens beyond which x is arranged before a product of few tokens on Hopper, in order at once."""
+
+
 def has_gather(x: Tensor) -> bool:
     """Whether a kernel takes the columns of `x` in another order."""
     return has_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= LONGEST
@@ -160,21 +169,62 @@ def ordered_launch(x: Tensor, product: Product) -> OrderedProduct:
         return lambda x, w, order: product(x.index_select(-1, order), w)
     from .kernels import column_order
 
-    gathered = on_its_device(column_order.gathered)
-    return lambda x, w, order: product(gathered(x.contiguous(), order), w)
+    gathered = column_order.gather_launch(x.dtype, x.shape[0], x.shape[1], x.device)
+    return on_its_device(lambda x, w, order: product(gathered(x.contiguous(), order), w))
+
+
+def gemv_ordered_accepts(x: Tensor, w: QTensor) -> bool:
+    """Whether `gemv` of x[:, order], x (1, K), takes the numbers of x in order itself."""
+    operand = w.spec.operand(w)
+    if operand is None or operand.kind == "float" or w.spec.act is not None or w.pre_scale is not None:
+        return False
+    return gemv_accepts(x, w) and has_gather(x)
 
 
 def gemv_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
     """`gemv_launch` of x[..., order], gathered in the kernel; None where it is not for that."""
-    operand = w.spec.operand(w)
-    if operand is None or operand.kind == "float" or w.spec.act is not None or w.pre_scale is not None:
-        return None
-    if not (gemv_accepts(x, w) and has_gather(x)):
+    if not gemv_ordered_accepts(x, w):
         return None
     from .kernels import ampere
 
     n, k = w.shape
-    return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(operand), False, ordered=True))
+    return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(w.spec.operand(w)), False, ordered=True))
+
+
+def fused_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
+    """`fused_launch` of x[..., order] for a few tokens, in one launch; None where it is not for that."""
+    (m, k), n = x.shape, w.shape[0]
+    if n * k > LARGE or w.pre_scale is not None or not (fused_accepts(x, w) and has_gather(x)):
+        return None  # as in `fused_launch`
+    from .kernels import ampere
+
+    run = ampere.fused_ordered_launch(m, n, k, *_weight(w.spec.operand(w)))
+    if run is None:
+        return None
+    soon, at_once, records = (
+        _launched(w, run),
+        ordered_launch(x, fused_launch(x, w)),
+        torch._C._cuda_isCurrentStreamCapturing,
+    )
+    return lambda x, w, order: at_once(x, w, order) if records() else soon(x, w, order)
+
+
+def ordered(x: Tensor, w: QTensor, order: Tensor) -> Tensor | None:
+    """x[:, order] @ w.T in a graph that is traced, x (M, K), by a product that takes the numbers of x in order itself; None where
+    none does, or the compiler's own gather is the faster."""
+    if not compiling() or torch.compiler.is_exporting() or not has_gather(x):
+        return None
+    from .kernels import operators
+
+    if x.shape[-1] <= ONE_PROGRAM and gemv_ordered_accepts(x, w):
+        return operators.gemv(x.contiguous(), *_weight(w.spec.operand(w)), False, order)
+    arranged = known(x.shape[0] > ARRANGED) and known(x.shape[0] <= GATHERED) and is_hopper(x.device)
+    if not arranged or w.spec.act is not None or w.pre_scale is not None or (read := _read(w)) is None:
+        return None
+    reading, fields = read
+    if reading.kind == "trits" or reading.bits == 8:
+        return None
+    return operators.few_ordered(x.contiguous(), order, *fields, reading.text)
 
 
 def _launched(w: QTensor, run: Callable[..., Tensor]) -> Callable[..., Tensor]:

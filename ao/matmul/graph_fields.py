@@ -10,6 +10,9 @@ fields where Dynamo finds plain tensors in plain dicts:
 
 The parameter stays what counts. A guard on the module puts the dict of another parameter there, and the parameter itself its new
 fields when it is given other data.
+
+Fields that are `alike` in several weights, such as the order of the columns of all layers with one input, are one tensor in a
+graph, a copy that nobody writes to: so that input is put in order once, and multiplied with all of these weights at once.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..dtypes.base import QTensor, sources_digest
 from . import form as forms
@@ -73,9 +77,26 @@ def refreshed(module: nn.Module) -> dict[str, Any]:
 def _filled(weight: QTensor) -> None:
     """The dict of a parameter, as its fields are now."""
     form, paths = registered(form_of(weight))
-    fields = zip(map(key_of, paths), forms.leaves(weight))
+    fields = dict(zip(map(key_of, paths), forms.leaves(weight)))
+    fields |= {name: _shared(fields[name]) for name in weight.alike if name in fields}
     weight.__dict__["in_graph"].clear()
-    weight.__dict__["in_graph"].update({"form": form, **dict(fields)})
+    weight.__dict__["in_graph"].update({"form": form, **fields})
+
+
+_SHARED: WeakValueDictionary[tuple[torch.device, torch.dtype, bytes], Tensor] = WeakValueDictionary()
+"""What weights in graphs have alike, by its numbers, for as long as one of them is there."""
+
+
+def _shared(t: Tensor) -> Tensor:
+    """The tensor of these numbers that is in graphs."""
+    if type(t) is not Tensor or t.is_meta:
+        return t
+    key = t.device, t.dtype, t.cpu().numpy().tobytes()
+    shared = _SHARED.get(key)
+    if shared is None:
+        with torch.inference_mode(False):
+            shared = _SHARED[key] = t.clone()
+    return shared
 
 
 class _Trace:

@@ -109,7 +109,8 @@ def _product(x: Tensor, w: QTensor) -> Tensor:
         return F.linear(x, w.decode(x.dtype))
     if (other := w.spec.rearranged(w)) is not None:
         stored, order = other
-        return _product(gpu.in_order(x, order), stored)
+        out = gpu.ordered(x.reshape(-1, x.shape[-1]), stored, order)
+        return _product(gpu.in_order(x, order), stored) if out is None else out.reshape(*x.shape[:-1], w.shape[0])
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     run = _path(rows, w).run
     out = _in_range(run, rows, w) if _chooses_scale(x, w) else run(rows, w)
@@ -181,7 +182,8 @@ def _choose(x: Tensor, w: QTensor) -> Product:
         return lambda x, w: _with_multiplier(plain, x, w)
     if (other := w.spec.rearranged(w)) is not None:
         stored = other[0]
-        ordered = gpu.gemv_ordered_launch(x, stored) or gpu.ordered_launch(x, _choose(x, stored))
+        at_once = gpu.gemv_ordered_launch(x, stored) or gpu.fused_ordered_launch(x, stored)
+        ordered = at_once or gpu.ordered_launch(x, _choose(x, stored))
         return lambda x, w: ordered(x, *w.spec.rearranged(w))  # type: ignore[misc]
     path = _path(x, w)
     if path.launch is not None and not _chooses_scale(x, w):

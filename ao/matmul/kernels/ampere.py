@@ -181,13 +181,21 @@ def _place(
 
 
 @triton.jit
-def _of_token(x_ptr, order_ptr, k, there, K: tl.constexpr, WIDTH: tl.constexpr, ORDERED: tl.constexpr):
-    """x[k] of one token, or x[order[k]], by way of shared memory: (J, 4, 4) float32. WIDTH: a power of two, K or more."""
+def _row_and_places(x_ptr, order_ptr, k, there, K: tl.constexpr, WIDTH: tl.constexpr, ORDERED: tl.constexpr):
+    """What `_of_token` takes: one token and order[k], or nothing. WIDTH: a power of two, K or more."""
     if ORDERED:
         whole = tl.arange(0, WIDTH)
-        row = tl.load(x_ptr + whole, mask=whole < K, other=0.0)
-        place = tl.reshape(tl.load(order_ptr + k, mask=there, other=0), (k.numel,))
-        return tl.where(there, tl.reshape(tl.gather(row, place, 0), k.shape).to(tl.float32), 0.0)
+        return tl.load(x_ptr + whole, mask=whole < K, other=0.0), tl.load(order_ptr + k, mask=there, other=0)
+    else:
+        return 0, 0
+
+
+@triton.jit
+def _of_token(x_ptr, row, place, k, there, ORDERED: tl.constexpr):
+    """x[k] of one token, or row[place] by way of shared memory: (J, 4, 4) float32."""
+    if ORDERED:
+        x = tl.gather(row, tl.reshape(place, (k.numel,)), 0)
+        return tl.where(there, tl.reshape(x, k.shape).to(tl.float32), 0.0)
     else:
         return tl.load(x_ptr + k, mask=there, other=0.0).to(tl.float32)
 
@@ -219,14 +227,18 @@ def _gemv_int(
     row, q_ptr, scale_ptr, zero_ptr = _place(
         first, rn, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, BN, WEIGHTS
     )
+    k = (unit * E)[:, None, None] + (tl.arange(0, 4) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    there = (unit < U)[:, None, None]
+    # Asked for before the codes, behind which they would wait.
+    whole, place = _row_and_places(x_ptr, order_ptr, k, there, K, J * E, ORDERED)
+    if BITS == 4:
+        _, place_y = _row_and_places(x_ptr, order_ptr, k + 16, there, K, J * E, ORDERED)
     ahead = _codes_of_rows(q_ptr, row, word, 4 * U)
     if AHEAD:
         scales, zeros = _scales_of_rows(scale_ptr, zero_ptr, row, unit, U, NG, ZERO)
-    k = (unit * E)[:, None, None] + (tl.arange(0, 4) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
-    there = (unit < U)[:, None, None]
-    x = _of_token(x_ptr, order_ptr, k, there, K, J * E, ORDERED)
+    x = _of_token(x_ptr, whole, place, k, there, ORDERED)
     if BITS == 4:
-        y = _of_token(x_ptr, order_ptr, k + 16, there, K, J * E, ORDERED)
+        y = _of_token(x_ptr, whole, place_y, k + 16, there, ORDERED)
         top = _largest(_larger(tl.abs(x), tl.abs(y)))
         f = tl.where(top > 0, 32512.0 / top, 0.0)
         i = _fixed_point(x, f)
@@ -328,14 +340,14 @@ def gemv_int_ordered_kernel(
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def gemv_int_joined_kernel(
-    x_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K: tl.constexpr, G: tl.constexpr,
-    BITS: tl.constexpr, SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr,
-    J: tl.constexpr, AHEAD: tl.constexpr, ACT: tl.constexpr,
+    x_ptr, order_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K: tl.constexpr,
+    G: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BN: tl.constexpr, J: tl.constexpr, AHEAD: tl.constexpr, ACT: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """`_gemv_int` of two or three weights; of two, n2 is 0."""
     _gemv_int(
-        x_ptr, x_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K, G, BITS, SIGNED, ROW,
-        ZERO, OFFSET, BN, J, AHEAD, ACT, 3, False,
+        x_ptr, order_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, K, G, BITS, SIGNED, ROW,
+        ZERO, OFFSET, BN, J, AHEAD, ACT, 3, ORDERED,
     )  # fmt: skip
 
 
@@ -516,6 +528,33 @@ def fused_kernel(
         tl.store(out + BM * N, acc1.to(out_ptr.dtype.element_ty), mask=mask1 & (rn < N)[None, :])
 
 
+@triton.jit(do_not_specialize=["M"])
+def fused_ordered_kernel(
+    x_ptr, order_ptr, own_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    E4M3: tl.constexpr, ACT: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BM: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`fused_kernel` of x[:, order], bfloat16, for as many tokens as one program has. Each puts them in order for itself, as
+    `gather_kernel` does, in memory of its own, (M, K) at own_ptr. WIDTH: a power of two, K or more."""
+    own_ptr += tl.program_id(0) * (M * K)
+    k = tl.arange(0, WIDTH)
+    there = k < K
+    order = tl.load(order_ptr + k, mask=there, other=0)
+    for m in tl.range(0, M, 2):
+        second = there & (m + 1 < M)
+        row = tl.load(x_ptr + m * K + k, mask=there, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        below = tl.load(x_ptr + (m + 1) * K + k, mask=second, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        both = tl.gather((row & 0xFFFF) | (below << 16), order, 0)
+        tl.store(own_ptr + m * K + k, both.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=there)
+        tl.store(own_ptr + (m + 1) * K + k, (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=second)
+    tl.debug_barrier()  # what other threads of the program have stored is read next
+    fused_kernel(
+        own_ptr, scale_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K, G, BITS, E4M3, ACT, ROW, ZERO, OFFSET, BM, MB, BN, U,
+        SPLIT, STAGES,
+    )  # fmt: skip
+
+
 @triton.jit
 def sum_kernel(parts_ptr, out_ptr, size, SPLIT: tl.constexpr, B: tl.constexpr, EARLY: tl.constexpr):
     """out = sum of the SPLIT float32 parts, in order. EARLY: launched before the parts are there, so wait for them."""
@@ -570,45 +609,52 @@ def _gemv_kernel(
     return gemv_int_kernel, (cdiv(tiles, rounds),), constants
 
 
-def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool) -> Tensor:
+def gemv(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool, order: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """One token. x: (1, K), qdata: (N, K) one-byte or (N, K / 2) 4-bit, scale: (N, K / group) or (N, 1), zero_point alike
     -> (1, N).
 
     offset: what to add to zero_point. act: whether x is first quantized to 8 bits, as `Intx(8)` or `Float8()` do.
+    order: (K,) int32, with integers: x[:, order] is multiplied.
     """
-    run = gemv_launch(x.dtype, qdata.shape[0], x.shape[1], qdata, scale, zero_point, offset, act)
-    return run(x, qdata, scale, zero_point)
+    run = gemv_launch(x.dtype, qdata.shape[0], x.shape[1], qdata, scale, zero_point, offset, act, order is not None)
+    return run(x, qdata, scale, zero_point, *(() if order is None else (order,)))
 
 
 def gemv_joined(
-    x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], zero_point: Sequence[Tensor], offset: int, act: bool
+    x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], zero_point: Sequence[Tensor], offset: int, act: bool,
+    order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`gemv` of two or three weights of one format and one K in one launch: (1, N) for the sum of their rows, of which each has a
-    multiple of 8. zero_point: of each, or none."""
+    """`gemv` of two or three weights of one format, one K and one order in one launch: (1, N) for the sum of their rows, of which
+    each has a multiple of 8. zero_point: of each, or none."""
     k, first = x.shape[1], qdata[0]
     rows = [q.shape[0] for q in qdata]
     dtypes = x.dtype, first.dtype, scale[0].dtype, zero_point[0].dtype if zero_point else None
-    start = _gemv_joined_launch(dtypes, sum(rows), k, first.shape[1], scale[0].shape[1], offset, act, first.device)
+    start = _gemv_joined_launch(
+        dtypes, sum(rows), k, first.shape[1], scale[0].shape[1], offset, act, first.device, order is not None
+    )
     out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
     places = [0, 1, min(2, len(rows) - 1)]
     rows = [*rows, 0][:3]
-    each: list[tuple[Tensor | int, ...]] = [
-        (qdata[i], scale[i], n) if first.dtype.is_floating_point else (qdata[i], scale[i], (zero_point or scale)[i], n)
-        for i, n in zip(places, rows)
-    ]
-    start(first.device.index, x, out, *itertools.chain(*each))
+    if first.dtype.is_floating_point:
+        start(first.device.index, x, out, *itertools.chain(*((qdata[i], scale[i], n) for i, n in zip(places, rows))))
+    else:
+        each = ((qdata[i], scale[i], (zero_point or scale)[i], n) for i, n in zip(places, rows))
+        start(first.device.index, x, x if order is None else order, out, *itertools.chain(*each))
     return out
 
 
 @functools.cache
 def _gemv_joined_launch(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None], n: int, k: int, width: int, groups: int,
-    offset: int, act: bool, device: torch.device,
+    offset: int, act: bool, device: torch.device, ordered: bool,
 ) -> Launch:  # fmt: skip
     kernel, grid, constants = _gemv_kernel(n, k, width, dtypes[1], groups, dtypes[3] is not None, offset, act, device)
     if kernel is gemv_float_kernel:
         return Launch(gemv_float_joined_kernel, grid, **constants)
-    return Launch(gemv_int_joined_kernel, grid, views=dict.fromkeys((2, 6, 10), torch.int32), **constants)
+    views = dict.fromkeys((3, 7, 11), torch.int32)
+    return Launch(gemv_int_joined_kernel, grid, views=views, **constants, ORDERED=ordered)
 
 
 Product = Callable[..., Tensor]
@@ -722,6 +768,41 @@ def fused_launch(
         return out
 
     return run
+
+
+def fused_ordered_launch(
+    m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
+) -> Product | None:  # fmt: skip
+    """`fused_launch` of x[..., order] for m tokens, the order, (K,) int32, being one more argument; None where a second launch
+    takes less than what every program has to do first."""
+    device, index = qdata.device, qdata.device.index
+    grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1], parts=1)
+    size = grid[0] * m * k
+    if m > 16 or k > 4096 or size > 2**23:
+        return None
+    e4m3 = qdata.dtype == torch.float8_e4m3fn
+    constants = _in_order(constants, E4M3=e4m3, ACT=False, ZERO=zero_point is not None, OFFSET=offset)
+    width = max(256, power_of_two(k))
+    start = Launch(fused_ordered_kernel, grid, views={3: torch.uint8} if e4m3 else {}, **constants, WIDTH=width)
+
+    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, order: Tensor) -> Tensor:
+        out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
+        own = _own_memory(size, device, torch._C._cuda_getCurrentRawStream(index))
+        start(index, x, order, own, qdata, scale, scale if zero_point is None else zero_point, out, x.numel() // k, n)
+        return out
+
+    return run
+
+
+_OWN: dict[tuple[torch.device, int], Tensor] = {}
+"""By stream, whose kernels run one after the other: what the programs of one of them write for themselves, up to 16 MB."""
+
+
+def _own_memory(size: int, device: torch.device, stream: int) -> Tensor:
+    own = _OWN.get((device, stream))
+    if own is None or own.numel() < size:
+        own = _OWN[device, stream] = torch.empty(size, dtype=torch.bfloat16, device=device)
+    return own
 
 
 # Many tokens: the weight goes to memory as plain numbers.

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .ampere import sum_kernel
 from .bf16_pairs import HALF_POWER, OPERANDS, pairs_asm
+from .column_order import gathered
 from .device import is_hopper, multiprocessors
 from .joint_words import scale_number, zero_number
 from .launch import Launch, cdiv, launch, power_of_two, tile_reader
@@ -333,13 +334,14 @@ def _times(acc, w, x_at, there):
 
 @triton.jit
 def arrange_kernel(
-    x_ptr, out_ptr, K: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr
+    x_ptr, order_ptr, out_ptr, K: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):  # fmt: skip
     """A token of x (M, K) as `some_kernel` meets it: out (M / BM, PARTS, BM, K, rounded up to whole steps), bfloat16.
 
     A place of a step of 4 or 8 chunks holds element l of pair h of codes 4 (j + 4 half) and on, of chunk 4 c + t, where places
     count j, half, c, h, t, l.
-    PARTS: 2 for float16, which is the sum of two of bfloat16.
+    PARTS: 2 for float16, which is the sum of two of bfloat16. ORDERED: of x[:, order].
     """
     gdc_launch_dependents()
     m = tl.program_id(0)
@@ -348,7 +350,10 @@ def arrange_kernel(
     of_a_half: tl.constexpr = 4 * CHUNKS
     chunk = p // step * CHUNKS + p % of_a_half // 16 * 4 + p % 8 // 2
     code = p % step // (8 * CHUNKS) * 4 + p % (8 * CHUNKS) // of_a_half * 16 + p % 16 // 8 * 2 + p % 2
-    x = tl.load(x_ptr + m.to(tl.int64) * K + chunk * 32 + code, mask=chunk < K // 32, other=0.0)
+    k = chunk * 32 + code
+    if ORDERED:
+        k = tl.load(order_ptr + k, mask=chunk < K // 32, other=0)
+    x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=chunk < K // 32, other=0.0)
     width: tl.constexpr = (K + step - 1) // step * step
     out_ptr += (m // BM * (PARTS * BM) + m % BM).to(tl.int64) * width + p
     high = x.to(tl.bfloat16)
@@ -515,9 +520,15 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
     return Tile(hopper, tokens, rows, warps, split, stages, chunks, dots)
 
 
-def few(x: Tensor, reading: Reading, fields: Fields) -> Tensor:
-    """x @ decode(w).T in x's dtype, a 16-bit one. x: (M, K), contiguous -> (M, N)."""
-    return few_in_tiles(x, reading, fields, _tile(reading, x.shape[0], x.dtype == torch.float16, x.device))
+def few(x: Tensor, reading: Reading, fields: Fields, order: Tensor | None = None) -> Tensor:
+    """x @ decode(w).T in x's dtype, a 16-bit one. x: (M, K), contiguous -> (M, N).
+
+    order: (K,) int32; x[:, order] is multiplied, which costs no launch where x is arranged before.
+    """
+    tile = _tile(reading, x.shape[0], x.dtype == torch.float16, x.device)
+    if order is not None and not tile.hopper:
+        x, order = gathered(x, order), None
+    return few_in_tiles(x, reading, fields, tile, order)
 
 
 def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
@@ -541,8 +552,8 @@ def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> 
     return run
 
 
-def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Tensor:
-    """`few`, cut as it is told."""
+def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile, order: Tensor | None = None) -> Tensor:
+    """`few`, cut as it is told. order: only for `some_kernel`."""
     m, n = x.shape[0], reading.n
     split = tile.split
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -562,8 +573,8 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile) -> Ten
             m if count == 1 else tiles * count * tile.tokens, width, dtype=torch.bfloat16, device=x.device
         )
         launch(
-            arrange_kernel, (m, cdiv(width, 1024)), x, arranged, K=reading.k, B=1024, BM=tile.tokens, PARTS=count,
-            CHUNKS=tile.chunks,
+            arrange_kernel, (m, cdiv(width, 1024)), x, x if order is None else order, arranged, K=reading.k, B=1024,
+            BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks, ORDERED=order is not None,
         )  # fmt: skip
         launch(
             some_kernel, grid, tile_reader(arranged, (count * tile.tokens, step // tile.dots)), *given(fields), parts, m, n,

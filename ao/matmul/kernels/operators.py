@@ -44,17 +44,17 @@ def _joined(x: Tensor, codes: Sequence[Tensor], *_: Any) -> Tensor:
 
 @_operator(
     "gemv",
-    "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act) -> Tensor",
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act, Tensor? order=None) -> Tensor",
     _to_be_joined,
 )
-def gemv(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool) -> Tensor:
+def gemv(x: Tensor, *weight: Any) -> Tensor:
     """One token: `ampere.gemv`."""
-    return ampere.gemv(x, qdata, scale, zero_point, offset, act)
+    return ampere.gemv(x, *weight)
 
 
 @_operator(
     "gemv_joined",
-    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act) -> Tensor",
+    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act, Tensor? order=None) -> Tensor",
     _joined,
 )
 def gemv_joined(x: Tensor, *weights: Any) -> Tensor:
@@ -159,6 +159,16 @@ def few(x: Tensor, *fields: Any) -> Tensor:
     """x @ decode(w).T -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py, or of trits.py. x: (M, K) of 16
     bits."""
     return few_at_once(x, fields[:6], reading_from(fields[6]))
+
+
+@_operator(
+    "few_ordered",
+    f"(Tensor x, Tensor order, {_FIELDS}, str reading) -> Tensor",
+    lambda x, order, codes, *_: x.new_empty(x.shape[0], codes.shape[0]),
+)
+def few_ordered(x: Tensor, order: Tensor, *fields: Any) -> Tensor:
+    """x[:, order] @ decode(w).T -> (M, N) by `few_tokens.few`. x: (M, K) of 16 bits, M up to `FEW`."""
+    return few_tokens.few(x, reading_from(fields[6]), fields[:6], order)
 
 
 @_operator(

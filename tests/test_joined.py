@@ -1,4 +1,4 @@
-"""Products of one token with several weights, in one launch."""
+"""Products of a few tokens with several weights, in one launch."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ _FEW = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor? o
 SCHEMAS = {
     "gemv": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act",
     "few": f"Tensor x, {_FEW}, str reading",
+    "fused": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset",
+    "dynamic_product": "Tensor x, Tensor qdata, Tensor columns, bool whole",
+    "fused_joined": "Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset",
+    "dynamic_product_joined": "Tensor x, Tensor[] qdata, Tensor[] columns, bool whole",
     "gemv_joined": "Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act",
     "few_joined": f"Tensor x, {_FEW.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading",
 }
@@ -49,7 +53,7 @@ def on_a_cpu():
     """The operators of a GPU, on a CPU: how many weights each call had. `few` finds a weight by its codes, among `WEIGHTS`."""
     calls = []
 
-    def gemv(x, qdata, scale, zero_point, offset, act):
+    def gemv(x, qdata, scale, zero_point=None, offset=0, *_):
         zero = 0 if zero_point is None else zero_point.float()
         return (x.float() @ ((qdata.float() - zero - offset) * scale.float()).t()).to(x.dtype)
 
@@ -63,17 +67,23 @@ def on_a_cpu():
     def several(product, x, *args):
         lists = [arg for arg in args if isinstance(arg, list)]
         calls.append(len(lists[0]))
-        return torch.cat([product(x, *fields, *args[len(lists) :]) for fields in zip_longest(*lists)], 1)
+        return [product(x, *fields, *args[len(lists) :]) for fields in zip_longest(*lists)]
+
+    def dynamic(x, qdata, columns, whole):
+        return gemv(x, qdata, columns)
 
     def shape(x, codes, *_):
-        return x.new_empty(len(x), sum(map(len, codes)) if isinstance(codes, list) else len(codes))
+        several = isinstance(codes, list)
+        return [shape(x, each) for each in codes] if several else x.new_empty(x.shape[0], codes.shape[0])
+
+    products = {"gemv": gemv, "fused": gemv, "few": few, "dynamic_product": dynamic}
 
     with torch.library._scoped_library("ao", "FRAGMENT") as library:
         for name, schema in SCHEMAS.items():
             if not hasattr(torch.ops.ao, name):  # without Triton
-                library.define(f"{name}({schema}) -> Tensor")
+                library.define(f"{name}({schema}) -> Tensor{'[]' if name.endswith('joined') else ''}")
                 torch.library.register_fake(f"ao::{name}", shape, lib=library)
-            product = gemv if name.startswith("gemv") else few
+            product = products[name.removesuffix("_joined")]
             library.impl(name, partial(several if name.endswith("joined") else alone, product), "CPU")
         yield calls
     joined._registered = False  # without Triton the operators are gone
@@ -99,8 +109,14 @@ class Few(nn.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("zero_points", [False, True])
-def test_the_compiler_joins_what_shares_a_token(on_a_cpu, zero_points):
+@pytest.mark.parametrize(
+    ("name", "tokens", "dynamic", "zero_points"),
+    [
+        ("gemv", 1, False, False), ("gemv", 1, False, True), ("fused", 8, False, False), ("fused", 64, False, True),
+        ("fused", 8, True, True), ("dynamic_product", 8, False, False), ("dynamic_product", 8, True, False),
+    ],
+)  # fmt: skip
+def test_the_compiler_joins_what_shares_tokens(on_a_cpu, name, tokens, dynamic, zero_points):
     import torch._inductor.graph
 
     joined.join_in_compiled_graphs()
@@ -111,22 +127,23 @@ def test_the_compiler_joins_what_shares_a_token(on_a_cpu, zero_points):
     }
 
     class Product(nn.Module):
-        def __init__(self, name: str) -> None:
+        def __init__(self, layer: str) -> None:
             super().__init__()
-            self.codes, self.scale = fields[name]
+            self.codes, self.scale = fields[layer]
             self.zero = self.codes[:, :1] // 4 if zero_points else None
 
         def forward(self, x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
-            out = torch.ops.ao.gemv(rows, self.codes, self.scale, self.zero, 0, False)
+            rest = {"gemv": (self.zero, 0, False), "fused": (self.zero, 0), "dynamic_product": (False,)}[name]
+            out = getattr(torch.ops.ao, name)(rows, self.codes, self.scale, *rest)
             return out.reshape(*x.shape[:-1], -1)
 
-    block.layers = nn.ModuleDict({name: Product(name) for name in fields})
-    x = weight((1, 1, 64))
+    block.layers = nn.ModuleDict({layer: Product(layer) for layer in fields})
+    x = weight((1, tokens, 64))
     expected = block(block(x))
     on_a_cpu.clear()
     torch.compiler.reset()
-    got = torch.compile(lambda x: block(block(x)))(x)
+    got = torch.compile(lambda x: block(block(x)), dynamic=dynamic)(x)
     assert on_a_cpu == [3, 1, 2, 1] * 2
     assert compute_error(expected, got) > 60
 
@@ -160,13 +177,14 @@ def test_what_is_not_alike_stays_alone(on_a_cpu):
 @pytest.mark.parametrize(
     "spec", [NF4, Intx(3, (1, 64)), NVFP4, Intx(2, (1, 32), signed=False, zero_point="joint")], ids=str
 )
-def test_the_compiler_joins_any_format(on_a_cpu, spec):
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_the_compiler_joins_any_format(on_a_cpu, spec, tokens):
     import torch._inductor.graph
 
     joined.join_in_compiled_graphs()
     block = Block(64, 128).requires_grad_(False)
     block.layers = nn.ModuleDict({name: Few(spec.quantize(layer.weight)) for name, layer in block.layers.items()})
-    x = weight((1, 1, 64))
+    x = weight((1, tokens, 64))
     expected = block(block(x))
     on_a_cpu.clear()
     torch.compiler.reset()
@@ -180,8 +198,9 @@ def test_the_compiler_joins_any_format(on_a_cpu, spec):
     [
         (1, False, [NF4, Intx(3, (1, 64)), Intx(3, (1, 32))]),
         (1, False, [Intx(8), Intx(8)]),  # which has no kernel for one token by this operator
-        (2, False, [NF4, NF4]),
-        (2, True, [NF4, NF4]),
+        (2, False, [NF4, Intx(3, (1, 64))]),
+        (2, True, [NF4, Intx(3, (1, 64))]),
+        (65, False, [NF4, NF4]),  # which are decoded to memory
     ],
     ids=str,
 )

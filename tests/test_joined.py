@@ -236,7 +236,7 @@ def test_any_format_on_a_gpu(spec, dtype):
         expected = torch.cat([operators.few(x, *fields, reading.text) for reading, fields in read], 1)
         fields = [[t for t in each if t is not None] for each in zip(*(fields for _, fields in read))]
         got = operators.few_joined(x, *fields, read[0][0].text)
-        assert torch.equal(expected, got), (k, sizes)
+        assert torch.equal(expected, torch.cat(got, 1)), (k, sizes)
 
 
 @pytest.mark.gpu
@@ -262,7 +262,67 @@ def test_on_a_gpu(spec, dtype):
         codes, scales, zeros, (offset, *_) = zip(*fields)
         expected = torch.cat([operators.gemv(x, *f, act) for f in fields], 1)
         got = operators.gemv_joined(x, codes, scales, [z for z in zeros if z is not None], offset, act)
-        assert torch.equal(expected, got), (k, sizes)
+        assert torch.equal(expected, torch.cat(got, 1)), (k, sizes)
+
+
+TOKENS = (2, 8, 16, 17, 33, 64, 65)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "spec",
+    [NF4, Intx(3, (1, 64)), Intx(2, (1, 32), signed=False, zero_point="joint"), Intx(8, (1, 16)), MXFP4, NVFP4],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tokens_in_any_format_on_a_gpu(spec, dtype):
+    from ao.matmul.kernels import operators
+
+    for k, sizes in ((4096, (1024, 256, 256)), (1024, (24, 264)), (256, (8, 8, 8))):
+        read = [reading_of(spec.quantize(weight((n, k), 1 + i, dtype)).cuda()) for i, n in enumerate(sizes)]
+        assert all(found is not None for found in read)
+        fields = [[t for t in each if t is not None] for each in zip(*(fields for _, fields in read))]
+        for m in TOKENS:
+            x = weight((m, k), 0, dtype).cuda()
+            got = operators.few_joined(x, *fields, read[0][0].text)
+            for (reading, own), y in zip(read, got):
+                assert y.is_contiguous()
+                assert compute_error(operators.few(x, *own, reading.text).float(), y.float()) > 45, (m, k, sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Intx(4, (1, 128)), Intx(4, (1, 128), signed=False), Intx(8), Intx(8, (1, 64)), Float8(),
+        Intx(8, act=Intx(8)), Float8(act=Float8()), Float8(act=Float8(block=(-1, -1))),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tokens_on_a_gpu(spec):
+    from ao.matmul.gpu import _weight
+    from ao.matmul.kernels import operators
+
+    for k, sizes in ((4096, (1024, 256, 256)), (14336, (128, 64)), (1024, (24, 264)), (1024, (8192, 8192, 64))):
+        weights = [spec.quantize(weight((n, k), 1 + i, torch.bfloat16)).cuda() for i, n in enumerate(sizes)]
+        for m in TOKENS:
+            x = weight((m, k), 0, torch.bfloat16).cuda()
+            if spec.act is None:
+                codes, scales, zeros, (offset, *_) = zip(*(_weight(w.spec.operand(w)) for w in weights))
+                each = [operators.fused(x, *f, offset) for f in zip(codes, scales, zeros)]
+                got = operators.fused_joined(x, codes, scales, [z for z in zeros if z is not None], offset)
+            elif k % 16 == 0 and all(n % 16 == 0 for n in sizes):
+                fields = [(w.spec.operand(w).codes, w.spec.operand(w).scale.float()) for w in weights]
+                whole = spec.act.block == (-1, -1)
+                each = [operators.dynamic_product(x, *f, whole) for f in fields]
+                got = operators.dynamic_product_joined(x, *zip(*fields), whole)
+            else:
+                continue  # which scaled_mm does not take
+            for expected, y in zip(each, got):
+                assert y.is_contiguous()
+                assert compute_error(expected.float(), y.float()) > 45, (m, k, sizes)
 
 
 @pytest.mark.gpu
@@ -276,12 +336,15 @@ def test_on_a_gpu(spec, dtype):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_block_on_a_gpu(config, name, mode):
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_block_on_a_gpu(config, name, mode, tokens):
     from torch._inductor.utils import run_and_get_code
 
+    if name == "gemv" and tokens > 1:
+        name = "few" if isinstance(config, Intx) else "fused"
     block = Block(1024, 2048).to("cuda", torch.bfloat16).requires_grad_(False)
     ao.quantize_(block, config)
-    x = weight((1, 1, 1024), 0, torch.bfloat16).cuda()
+    x = weight((tokens, 1, 1024), 0, torch.bfloat16).cuda()
     expected = block(x)
     compiled = torch.compile(block, mode=mode)
     got, code = run_and_get_code(compiled, x)
@@ -289,3 +352,19 @@ def test_a_block_on_a_gpu(config, name, mode):
     assert compute_error(expected.float(), got.float()) > 40
     for _ in range(3):
         assert compute_error(expected.float(), compiled(x).float()) > 40
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", [Float8(act=Float8()), Intx(8, act=Intx(8))], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tokens_are_quantized_once_on_a_gpu(config, dynamic):
+    from torch._inductor.utils import run_and_get_code
+
+    block = Block(1024, 2048).to("cuda", torch.bfloat16).requires_grad_(False)
+    ao.quantize_(block, config)
+    x = weight((8, 1, 1024), 0, torch.bfloat16).cuda()
+    expected = block(x)
+    got, code = run_and_get_code(torch.compile(block, dynamic=dynamic), x)
+    assert sum(text.count("ao.dynamic_product_joined.default(") for text in code) == 2
+    assert compute_error(expected.float(), got.float()) > 30

@@ -530,14 +530,15 @@ def fused_kernel(
 ):  # fmt: skip
     """`_fused` of one weight."""
     _fused(
-        x_ptr, row_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, tl.program_id(0), M, N, N, K, G, BITS, E4M3, ACT, ROW, ZERO, OFFSET, BM, MB, BN, U, SPLIT,
-        STAGES, EARLY,
+        x_ptr, row_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, tl.program_id(0), M, N, N, K, G, BITS, E4M3, ACT, ROW, ZERO,
+        OFFSET, BM, MB, BN, U, SPLIT, STAGES, EARLY,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "n0", "n1", "n2", "p0", "p1"])
 def fused_joined_kernel(
-    x_ptr, row_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, M, p0, p1, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    x_ptr, row_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, M, p0, p1,
+    K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
     E4M3: tl.constexpr, ACT: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     BM: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     EARLY: tl.constexpr,

@@ -255,7 +255,8 @@ def _pairs(w, f0, t0, f1, t1, table, ASM: tl.constexpr):
 
 @triton.jit
 def _few(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, block, M, N, TOTAL, K: tl.constexpr, BITS: tl.constexpr,
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, block, M, N, TOTAL,
+    K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
@@ -332,7 +333,8 @@ def few_kernel(
 ):  # fmt: skip
     """`_few` of one weight."""
     _few(
-        x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, tl.program_id(0), M, N, N, K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
+        x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, tl.program_id(0), M, N, N,
+        K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
         NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES, EARLY,
     )  # fmt: skip
 
@@ -412,7 +414,8 @@ def _decoded(
 
 @triton.jit
 def _some(
-    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, block, M, N, TOTAL, K: tl.constexpr, BITS: tl.constexpr,
+    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, block, M, N, TOTAL,
+    K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
@@ -493,7 +496,8 @@ def some_kernel(
 ):  # fmt: skip
     """`_some` of one weight."""
     _some(
-        x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, tl.program_id(0), M, N, N, K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
+        x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, tl.program_id(0), M, N, N,
+        K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
         NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES,
         PARTS, CHUNKS, DOTS,
     )  # fmt: skip
@@ -671,8 +675,11 @@ def few_in_tiles(x: Tensor, reading: Reading, weights: Sequence[Fields], tile: T
             registers=tile.registers, early=True, **constants, PARTS=count, CHUNKS=tile.chunks, DOTS=tile.dots,
         )  # fmt: skip
     else:
+        # Three tables take registers that then lack for a fourth program of a multiprocessor.
+        most = tile.registers if joined and tile.rows == 128 else None
         launch(
-            few_joined_kernel if joined else few_kernel, grid, x, *args, num_warps=tile.warps, **constants, EARLY=early
+            few_joined_kernel if joined else few_kernel, grid, x, *args, num_warps=tile.warps, registers=most, **constants,
+            EARLY=early,
         )  # fmt: skip
     if split > 1:
         launch(

@@ -142,8 +142,11 @@ def _parts(
     parts, step_ptr, q, scale_ptr, out_ptr, block, tile, M, N, TOTAL, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, for a block of BN rows of q and a tile of BM tokens. parts: x
-    in PARTS (1 or 2) parts, in boxes (PARTS BM, BK); q (N, K) in boxes (BN, BK). TOTAL: rows of the output, of all weights."""
+    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, for a block of BN rows of q and a tile of BM tokens.
+
+    parts: x in PARTS (1 or 2) parts, in boxes (PARTS BM, BK); q (N, K) in boxes (BN, BK).
+    TOTAL: rows of the output, of all weights.
+    """
     T: tl.constexpr = K // BK
     TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
     n0 = block * BN

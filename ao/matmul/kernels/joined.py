@@ -22,7 +22,7 @@ _FIELDS = {"gemv": 3, "few": 6, "fused": 3, "dynamic_product": 2}
 """The operators of which `ao::gemv_joined` and so on are several, and how many fields of the weight come after x."""
 
 MOST = 64
-"""Tokens that one launch takes. Beyond, the weights are multiplied one by one; what is made of the tokens first is still shared."""
+"""Tokens that one launch takes. Beyond, the weights are multiplied one by one, and what is made of the tokens first is shared."""
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 

@@ -117,7 +117,10 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
             name = f"{'wgmma' if tile.hopper else 'mma'} {tile.tokens}x{tile.rows} {tile.warps}w {tile.stages}s"
             if "chunks" in cut:
                 name += f" {tile.chunks}c {tile.dots}d {tile.registers}r"
-            yield f"{name} /{split}", lambda x, fields, tile=tile: few_tokens.few_in_tiles(x, reading, fields, tile)
+            yield (
+                f"{name} /{split}",
+                lambda x, fields, tile=tile: few_tokens.few_in_tiles(x, reading, [fields], tile)[0],
+            )
 
 
 def ways_of_trits(reading: Reading, m: int, splits: bool) -> Iterator[tuple[str, Callable[..., Tensor]]]:

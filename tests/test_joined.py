@@ -1,4 +1,4 @@
-"""Products of one token with several weights, in one launch."""
+"""Products of a few tokens with several weights, in one launch."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ _FEW = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor? o
 SCHEMAS = {
     "gemv": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, bool act, Tensor? order=None",
     "few": f"Tensor x, {_FEW}, str reading",
+    "fused": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset",
+    "dynamic_product": "Tensor x, Tensor qdata, Tensor columns, bool whole",
+    "fused_joined": "Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset",
+    "dynamic_product_joined": "Tensor x, Tensor[] qdata, Tensor[] columns, bool whole",
     "gemv_joined": "Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act, Tensor? order=None",
     "few_joined": f"Tensor x, {_FEW.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading",
 }
@@ -49,7 +53,7 @@ def on_a_cpu():
     """The operators of a GPU, on a CPU: how many weights each call had. `few` finds a weight by its codes, among `WEIGHTS`."""
     calls = []
 
-    def gemv(x, qdata, scale, zero_point, offset, act, order=None):
+    def gemv(x, qdata, scale, zero_point=None, offset=0, act=False, order=None):
         zero = 0 if zero_point is None else zero_point.float()
         x = x if order is None else x[:, order]
         return (x.float() @ ((qdata.float() - zero - offset) * scale.float()).t()).to(x.dtype)
@@ -64,17 +68,23 @@ def on_a_cpu():
     def several(product, x, *args):
         lists = [arg for arg in args if isinstance(arg, list)]
         calls.append(len(lists[0]))
-        return torch.cat([product(x, *fields, *args[len(lists) :]) for fields in zip_longest(*lists)], 1)
+        return [product(x, *fields, *args[len(lists) :]) for fields in zip_longest(*lists)]
+
+    def dynamic(x, qdata, columns, whole):
+        return gemv(x, qdata, columns)
 
     def shape(x, codes, *_):
-        return x.new_empty(len(x), sum(map(len, codes)) if isinstance(codes, list) else len(codes))
+        several = isinstance(codes, list)
+        return [shape(x, each) for each in codes] if several else x.new_empty(x.shape[0], codes.shape[0])
+
+    products = {"gemv": gemv, "fused": gemv, "few": few, "dynamic_product": dynamic}
 
     with torch.library._scoped_library("ao", "FRAGMENT") as library:
         for name, schema in SCHEMAS.items():
             if not hasattr(torch.ops.ao, name):  # without Triton
-                library.define(f"{name}({schema}) -> Tensor")
+                library.define(f"{name}({schema}) -> Tensor{'[]' if name.endswith('joined') else ''}")
                 torch.library.register_fake(f"ao::{name}", shape, lib=library)
-            product = gemv if name.startswith("gemv") else few
+            product = products[name.removesuffix("_joined")]
             library.impl(name, partial(several if name.endswith("joined") else alone, product), "CPU")
         yield calls
     joined._registered = False  # without Triton the operators are gone
@@ -100,8 +110,14 @@ class Few(nn.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("zero_points", [False, True])
-def test_the_compiler_joins_what_shares_a_token(on_a_cpu, zero_points):
+@pytest.mark.parametrize(
+    ("name", "tokens", "dynamic", "zero_points"),
+    [
+        ("gemv", 1, False, False), ("gemv", 1, False, True), ("fused", 8, False, False), ("fused", 64, False, True),
+        ("fused", 8, True, True), ("dynamic_product", 8, False, False), ("dynamic_product", 8, True, False),
+    ],
+)  # fmt: skip
+def test_the_compiler_joins_what_shares_tokens(on_a_cpu, name, tokens, dynamic, zero_points):
     import torch._inductor.graph
 
     joined.join_in_compiled_graphs()
@@ -112,22 +128,23 @@ def test_the_compiler_joins_what_shares_a_token(on_a_cpu, zero_points):
     }
 
     class Product(nn.Module):
-        def __init__(self, name: str) -> None:
+        def __init__(self, layer: str) -> None:
             super().__init__()
-            self.codes, self.scale = fields[name]
+            self.codes, self.scale = fields[layer]
             self.zero = self.codes[:, :1] // 4 if zero_points else None
 
         def forward(self, x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
-            out = torch.ops.ao.gemv(rows, self.codes, self.scale, self.zero, 0, False)
+            rest = {"gemv": (self.zero, 0, False), "fused": (self.zero, 0), "dynamic_product": (False,)}[name]
+            out = getattr(torch.ops.ao, name)(rows, self.codes, self.scale, *rest)
             return out.reshape(*x.shape[:-1], -1)
 
-    block.layers = nn.ModuleDict({name: Product(name) for name in fields})
-    x = weight((1, 1, 64))
+    block.layers = nn.ModuleDict({layer: Product(layer) for layer in fields})
+    x = weight((1, tokens, 64))
     expected = block(block(x))
     on_a_cpu.clear()
     torch.compiler.reset()
-    got = torch.compile(lambda x: block(block(x)))(x)
+    got = torch.compile(lambda x: block(block(x)), dynamic=dynamic)(x)
     assert on_a_cpu == [3, 1, 2, 1] * 2
     assert compute_error(expected, got) > 60
 
@@ -182,13 +199,14 @@ def test_what_is_not_alike_stays_alone(on_a_cpu):
 @pytest.mark.parametrize(
     "spec", [NF4, Intx(3, (1, 64)), NVFP4, Intx(2, (1, 32), signed=False, zero_point="joint")], ids=str
 )
-def test_the_compiler_joins_any_format(on_a_cpu, spec):
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_the_compiler_joins_any_format(on_a_cpu, spec, tokens):
     import torch._inductor.graph
 
     joined.join_in_compiled_graphs()
     block = Block(64, 128).requires_grad_(False)
     block.layers = nn.ModuleDict({name: Few(spec.quantize(layer.weight)) for name, layer in block.layers.items()})
-    x = weight((1, 1, 64))
+    x = weight((1, tokens, 64))
     expected = block(block(x))
     on_a_cpu.clear()
     torch.compiler.reset()
@@ -202,8 +220,9 @@ def test_the_compiler_joins_any_format(on_a_cpu, spec):
     [
         (1, False, [NF4, Intx(3, (1, 64)), Intx(3, (1, 32))]),
         (1, False, [Intx(8), Intx(8)]),  # which has no kernel for one token by this operator
-        (2, False, [NF4, NF4]),
-        (2, True, [NF4, NF4]),
+        (2, False, [NF4, Intx(3, (1, 64))]),
+        (2, True, [NF4, Intx(3, (1, 64))]),
+        (65, False, [NF4, NF4]),  # which are decoded to memory
     ],
     ids=str,
 )
@@ -239,7 +258,7 @@ def test_any_format_on_a_gpu(spec, dtype):
         expected = torch.cat([operators.few(x, *fields, reading.text) for reading, fields in read], 1)
         fields = [[t for t in each if t is not None] for each in zip(*(fields for _, fields in read))]
         got = operators.few_joined(x, *fields, read[0][0].text)
-        assert torch.equal(expected, got), (k, sizes)
+        assert torch.equal(expected, torch.cat(got, 1)), (k, sizes)
 
 
 @pytest.mark.gpu
@@ -266,11 +285,71 @@ def test_on_a_gpu(spec, dtype):
         expected = torch.cat([operators.gemv(x, *f, act) for f in fields], 1)
         zeros = [z for z in zeros if z is not None]
         got = operators.gemv_joined(x, codes, scales, zeros, offset, act)
-        assert torch.equal(expected, got), (k, sizes)
+        assert torch.equal(expected, torch.cat(got, 1)), (k, sizes)
         if not act and not codes[0].is_floating_point():
             order = torch.randperm(k).int().cuda()
             got = operators.gemv_joined(x[:, torch.argsort(order)], codes, scales, zeros, offset, act, order)
-            assert torch.equal(expected, got), (k, sizes)
+            assert torch.equal(expected, torch.cat(got, 1)), (k, sizes)
+
+
+TOKENS = (2, 8, 16, 17, 33, 64, 65)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "spec",
+    [NF4, Intx(3, (1, 64)), Intx(2, (1, 32), signed=False, zero_point="joint"), Intx(8, (1, 16)), MXFP4, NVFP4],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tokens_in_any_format_on_a_gpu(spec, dtype):
+    from ao.matmul.kernels import operators
+
+    for k, sizes in ((4096, (1024, 256, 256)), (1024, (24, 264)), (256, (8, 8, 8))):
+        read = [reading_of(spec.quantize(weight((n, k), 1 + i, dtype)).cuda()) for i, n in enumerate(sizes)]
+        assert all(found is not None for found in read)
+        fields = [[t for t in each if t is not None] for each in zip(*(fields for _, fields in read))]
+        for m in TOKENS:
+            x = weight((m, k), 0, dtype).cuda()
+            got = operators.few_joined(x, *fields, read[0][0].text)
+            for (reading, own), y in zip(read, got):
+                assert y.is_contiguous()
+                assert compute_error(operators.few(x, *own, reading.text).float(), y.float()) > 45, (m, k, sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Intx(4, (1, 128)), Intx(4, (1, 128), signed=False), Intx(8), Intx(8, (1, 64)), Float8(),
+        Intx(8, act=Intx(8)), Float8(act=Float8()), Float8(act=Float8(block=(-1, -1))),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tokens_on_a_gpu(spec):
+    from ao.matmul.gpu import _weight
+    from ao.matmul.kernels import operators
+
+    for k, sizes in ((4096, (1024, 256, 256)), (14336, (128, 64)), (1024, (24, 264)), (1024, (8192, 8192, 64))):
+        weights = [spec.quantize(weight((n, k), 1 + i, torch.bfloat16)).cuda() for i, n in enumerate(sizes)]
+        for m in TOKENS:
+            x = weight((m, k), 0, torch.bfloat16).cuda()
+            if spec.act is None:
+                codes, scales, zeros, (offset, *_) = zip(*(_weight(w.spec.operand(w)) for w in weights))
+                each = [operators.fused(x, *f, offset) for f in zip(codes, scales, zeros)]
+                got = operators.fused_joined(x, codes, scales, [z for z in zeros if z is not None], offset)
+            elif k % 16 == 0 and all(n % 16 == 0 for n in sizes):
+                fields = [(w.spec.operand(w).codes, w.spec.operand(w).scale.float()) for w in weights]
+                whole = spec.act.block == (-1, -1)
+                each = [operators.dynamic_product(x, *f, whole) for f in fields]
+                got = operators.dynamic_product_joined(x, *zip(*fields), whole)
+            else:
+                continue  # which scaled_mm does not take
+            for expected, y in zip(each, got):
+                assert y.is_contiguous()
+                assert compute_error(expected.float(), y.float()) > 45, (m, k, sizes)
 
 
 @pytest.mark.gpu
@@ -284,12 +363,15 @@ def test_on_a_gpu(spec, dtype):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_block_on_a_gpu(config, name, mode):
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_block_on_a_gpu(config, name, mode, tokens):
     from torch._inductor.utils import run_and_get_code
 
+    if name == "gemv" and tokens > 1:
+        name = "few" if isinstance(config, Intx) else "fused"
     block = Block(1024, 2048).to("cuda", torch.bfloat16).requires_grad_(False)
     ao.quantize_(block, config)
-    x = weight((1, 1, 1024), 0, torch.bfloat16).cuda()
+    x = weight((tokens, 1, 1024), 0, torch.bfloat16).cuda()
     expected = block(x)
     compiled = torch.compile(block, mode=mode)
     got, code = run_and_get_code(compiled, x)
@@ -297,3 +379,19 @@ def test_a_block_on_a_gpu(config, name, mode):
     assert compute_error(expected.float(), got.float()) > 40
     for _ in range(3):
         assert compute_error(expected.float(), compiled(x).float()) > 40
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", [Float8(act=Float8()), Intx(8, act=Intx(8))], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tokens_are_quantized_once_on_a_gpu(config, dynamic):
+    from torch._inductor.utils import run_and_get_code
+
+    block = Block(1024, 2048).to("cuda", torch.bfloat16).requires_grad_(False)
+    ao.quantize_(block, config)
+    x = weight((8, 1, 1024), 0, torch.bfloat16).cuda()
+    expected = block(x)
+    got, code = run_and_get_code(torch.compile(block, dynamic=dynamic), x)
+    assert sum(text.count("ao.dynamic_product_joined.default(") for text in code) == 2
+    assert compute_error(expected.float(), got.float()) > 30

@@ -569,7 +569,10 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
 
     operand, act = _int8_operand(w) or float8_operand(w), w.spec.act
     assert operand is not None and act is not None
-    columns = operand.scale.float().expand(w.shape[0], 1).contiguous()
+    columns = operand.scale.float()
+    if columns.shape[0] != w.shape[0]:
+        columns = columns.expand(w.shape[0], 1)
+    columns = columns.contiguous()
     if is_default_act(w, operand) and w.shape[1] <= 65536 and is_hopper(x.device):
         return operators.dynamic_product(x.contiguous(), operand.codes, columns, act.block == (-1, -1))
     q = quantize_act(x, w)

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .device import multiprocessors
+from .device import is_hopper, multiprocessors
 from .joint_words import scale_number, zero_number
 from .launch import Launch, cdiv, launch, power_of_two
+from .several import counted, cut, of_three
 
 # Decoding, 4 bytes of a register at a time.
 
@@ -439,17 +440,19 @@ def _dots(acc, x_ptr, mask, wl, wh, BITS: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
-def fused_kernel(
-    x_ptr, row_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+@triton.jit
+def _fused(
+    x_ptr, row_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, block, M, N, TOTAL, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
     E4M3: tl.constexpr, ACT: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     BM: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * decode(q)[n], the weights decoded in registers on their way to the tensor cores.
 
     A program has MB (1 or 2) blocks of BM tokens, BN rows of the weight, and 1 / SPLIT of K, for which it writes a sum of
     its own. A step covers U groups, whose scales and zero points are loaded one step ahead. (q - zero) is exact in bfloat16;
     a scale per group multiplies it there, a scale per row multiplies the float32 sum. ACT: x is int8 times row[m].
+    TOTAL: rows of the output, of all weights. EARLY: lets the kernel that sums begin, on Hopper.
     """
     NG: tl.constexpr = K // G
     B: tl.constexpr = G * BITS // 8  # bytes of a group
@@ -457,7 +460,7 @@ def fused_kernel(
     TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
     SG: tl.constexpr = 1 if ROW else NG
     BASE: tl.constexpr = OFFSET + (128.0 if BITS == 4 else 0.0)
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    rn = block * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)
     rm = tl.program_id(1) * (BM * MB) + tl.arange(0, BM)
     t0 = tl.program_id(2) * TS
@@ -515,6 +518,8 @@ def fused_kernel(
             acc0 = _dots(acc0, xt, mask0, wl, wh, BITS)
             if MB == 2:
                 acc1 = _dots(acc1, xt + BM * K, mask1, wl, wh, BITS)
+    if EARLY:
+        gdc_launch_dependents()
     if ACT:  # before the scales of the weight, as in `int_mm`
         acc0 *= tl.load(row_ptr + rm, mask=rm < M, other=0.0)[:, None]
         acc1 *= tl.load(row_ptr + rm + BM, mask=rm + BM < M, other=0.0)[:, None]
@@ -522,10 +527,24 @@ def fused_kernel(
         scale = tl.load(scale_ptr + row).to(tl.float32)[None, :]
         acc0 *= scale
         acc1 *= scale
-    out = out_ptr + (tl.program_id(2) * M + rm[:, None]) * N + rn[None, :]
+    out = out_ptr + tl.program_id(2) * M * TOTAL + rm[:, None] * N + rn[None, :]
     tl.store(out, acc0.to(out_ptr.dtype.element_ty), mask=mask0 & (rn < N)[None, :])
     if MB == 2:
         tl.store(out + BM * N, acc1.to(out_ptr.dtype.element_ty), mask=mask1 & (rn < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def fused_kernel(
+    x_ptr, row_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    E4M3: tl.constexpr, ACT: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BM: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """`_fused` of one weight."""
+    _fused(
+        x_ptr, row_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, tl.program_id(0), M, N, N, K, G, BITS, E4M3, ACT, ROW, ZERO,
+        OFFSET, BM, MB, BN, U, SPLIT, STAGES, EARLY,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -551,7 +570,27 @@ def fused_ordered_kernel(
     tl.debug_barrier()  # what other threads of the program have stored is read next
     fused_kernel(
         own_ptr, scale_ptr, q_ptr, scale_ptr, zero_ptr, out_ptr, M, N, K, G, BITS, E4M3, ACT, ROW, ZERO, OFFSET, BM, MB, BN, U,
-        SPLIT, STAGES,
+        SPLIT, STAGES, False,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "n0", "n1", "n2", "p0", "p1"])
+def fused_joined_kernel(
+    x_ptr, row_ptr, out_ptr, q0, scale0, zero0, n0, q1, scale1, zero1, n1, q2, scale2, zero2, n2, M, p0, p1,
+    K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    E4M3: tl.constexpr, ACT: tl.constexpr, ROW: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    BM: tl.constexpr, MB: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """`_fused` of two or three weights one below the other, of n rows; the first two have p programs. Of two, n2 is 0."""
+    i = tl.program_id(0)
+    first, second = p0, p0 + p1
+    _fused(
+        x_ptr, row_ptr, of_three(i, first, second, q0, q1, q2), of_three(i, first, second, scale0, scale1, scale2),
+        of_three(i, first, second, zero0, zero1, zero2), out_ptr + M * of_three(i, first, second, 0, n0, n0 + n1),
+        i - of_three(i, first, second, 0, first, second), M, of_three(i, first, second, n0, n1, n2), n0 + n1 + n2,
+        K, G, BITS, E4M3, ACT, ROW, ZERO, OFFSET, BM, MB, BN, U, SPLIT,
+        STAGES, EARLY,
     )  # fmt: skip
 
 
@@ -727,20 +766,35 @@ def fused(
     x: Tensor, rows: Tensor | None, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
     """x @ decode(qdata).T as `dtype`. x: (M, K) bfloat16, or int8 times rows (M, 1); the rest as in `gemv`."""
-    (m, k), n = x.shape, qdata.shape[0]
-    grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1])
-    split = grid[2]
-    out = torch.empty(m, n, dtype=dtype, device=x.device)
-    parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
-    e4m3 = qdata.dtype == torch.float8_e4m3fn
+    (out,) = fused_joined(x, rows, [(qdata, scale, zero_point)], offset, dtype)
+    return out
+
+
+def fused_joined(
+    x: Tensor, rows: Tensor | None, weights: Sequence[tuple[Tensor, Tensor, Tensor | None]], offset: int, dtype: torch.dtype
+) -> list[Tensor]:  # fmt: skip
+    """`fused` of one, two or three weights in one launch: of the qdata, scale and zero point of each."""
+    (m, k), (q, scale, zero_point) = x.shape, weights[0]
+    sizes, joined = [each[0].shape[0] for each in weights], len(weights) > 1
+    (_, tiles, split), constants = _fused_kernel(m, sum(sizes), k, 8 * q.shape[1] // k, scale.shape[1])
+    blocks = counted(sizes, constants["BN"])
+    size, early = m * sum(sizes), split > 1 and is_hopper(x.device)
+    out = torch.empty(size, dtype=dtype, device=x.device)
+    parts = out if split == 1 else torch.empty(split, size, dtype=torch.float32, device=x.device)
+    e4m3 = q.dtype == torch.float8_e4m3fn
+    each = [(q.view(torch.uint8) if e4m3 else q, s, s if z is None else z, n) for (q, s, z), n in zip(weights, sizes)]
+    if joined:
+        each = [*each, (*each[1][:3], 0)][:3]
+        args = [parts, *itertools.chain(*each), m, *blocks[:2]]
+    else:
+        args = [*each[0][:3], parts, m, *sizes]
     launch(
-        fused_kernel, grid, x, scale if rows is None else rows, qdata.view(torch.uint8) if e4m3 else qdata, scale,
-        scale if zero_point is None else zero_point, parts, m, n,
-        **_in_order(constants, E4M3=e4m3, ACT=rows is not None, ZERO=zero_point is not None, OFFSET=offset),
+        fused_joined_kernel if joined else fused_kernel, (sum(blocks), tiles, split), x, scale if rows is None else rows, *args,
+        **_in_order(constants, E4M3=e4m3, ACT=rows is not None, ZERO=zero_point is not None, OFFSET=offset, EARLY=early),
     )  # fmt: skip
     if split > 1:
-        launch(sum_kernel, (cdiv(m * n, 1024),), parts, out, m * n, SPLIT=split, B=1024, EARLY=False)
-    return out
+        launch(sum_kernel, (cdiv(size, 1024),), parts, out, size, early=early, SPLIT=split, B=1024, EARLY=early)
+    return cut(out, m, sizes)
 
 
 def _in_order(constants: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -759,7 +813,7 @@ def fused_launch(
     e4m3 = qdata.dtype == torch.float8_e4m3fn
     start = Launch(
         fused_kernel, grid, views={2: torch.uint8} if e4m3 else {},
-        **_in_order(constants, E4M3=e4m3, ACT=False, ZERO=zero_point is not None, OFFSET=offset),
+        **_in_order(constants, E4M3=e4m3, ACT=False, ZERO=zero_point is not None, OFFSET=offset, EARLY=False),
     )  # fmt: skip
 
     def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ the same 4 neighbours of each at once: where a code goes among the places of K i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from .device import is_hopper, multiprocessors
 from .joint_words import scale_number, zero_number
 from .launch import Launch, cdiv, launch, power_of_two, tile_reader
 from .reading import Fields, Reading
+from .several import counted, cut, of_three
 from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _SCALED, _TABLE, _e4m3, given
 
 _OPERANDS = tl.constexpr(OPERANDS)
@@ -253,24 +254,25 @@ def _pairs(w, f0, t0, f1, t1, table, ASM: tl.constexpr):
     return tl.join(tl.join(a0, a2), tl.join(a1, a3)), tl.join(tl.join(b0, b2), tl.join(b1, b3))
 
 
-@triton.jit(do_not_specialize=["M"])
-def few_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
+@triton.jit
+def _few(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, block, M, N, TOTAL,
+    K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
     ASM3: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], by the tensor cores that every GPU has: 8 tokens, or two warps, or a GPU before Hopper.
 
     A program has BM tokens, BN rows of the weight and a part of K, for which it writes a sum of its own. A scale per row
     multiplies the sum. SHIFT, ASM0 to ASM3: see `pairs_asm`. POWER, LAST_POWER: of two, for what scales and the sum are
-    multiplied with.
+    multiplied with. TOTAL: rows of the output, of all weights. EARLY: lets the kernel that sums begin, on Hopper.
     """
     T: tl.constexpr = (K + 255) // 256
     part = tl.cdiv(T, tl.num_programs(2))
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    rn = block * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
     t0 = tl.maximum(
@@ -309,14 +311,56 @@ def few_kernel(
             )
             acc = _times(acc, low, x_at + (t * 256 + 4 * j), there)
             acc = _times(acc, high, x_at + (t * 256 + 4 * j + 16), there)
+    if EARLY:
+        gdc_launch_dependents()
     if NG == 1:
         acc *= _scale(of_rows, NESTED)
     if NESTED == _SCALED:
         acc *= tl.load(scale2_ptr).to(tl.float32)
     if LAST_POWER != 0:
         acc *= 2.0**LAST_POWER
-    out = out_ptr + (tl.program_id(2) * M + rm[None, :]) * N + rn[:, None]
+    out = out_ptr + tl.program_id(2) * M * TOTAL + rm[None, :] * N + rn[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=here & (rn < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["M"])
+def few_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
+    ASM3: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`_few` of one weight."""
+    _few(
+        x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, tl.program_id(0), M, N, N,
+        K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
+        NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES, EARLY,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "n0", "n1", "n2", "p0", "p1"])
+def few_joined_kernel(
+    x_ptr, out_ptr, q0, scale0, zero0, table0, outer0, outer_zero0, n0, q1, scale1, zero1, table1, outer1, outer_zero1, n1,
+    q2, scale2, zero2, table2, outer2, outer_zero2, n2, M, p0, p1, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
+    ASM3: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`_few` of two or three weights one below the other, of n rows; the first two have p programs. Of two, n2 is 0."""
+    i = tl.program_id(0)
+    first, second = p0, p0 + p1
+    _few(
+        x_ptr, of_three(i, first, second, q0, q1, q2), of_three(i, first, second, scale0, scale1, scale2),
+        of_three(i, first, second, zero0, zero1, zero2), of_three(i, first, second, table0, table1, table2),
+        of_three(i, first, second, outer0, outer1, outer2), of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
+        out_ptr + M * of_three(i, first, second, 0, n0, n0 + n1), i - of_three(i, first, second, 0, first, second), M,
+        of_three(i, first, second, n0, n1, n2), n0 + n1 + n2, K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
+        NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES, EARLY,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -373,9 +417,10 @@ def _decoded(
     return tl.join(low, high)
 
 
-@triton.jit(do_not_specialize=["M"])
-def some_kernel(
-    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
+@triton.jit
+def _some(
+    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, block, M, N, TOTAL,
+    K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
@@ -389,7 +434,7 @@ def some_kernel(
     T: tl.constexpr = (K + 32 * CHUNKS - 1) // (32 * CHUNKS)
     WIDTH: tl.constexpr = 32 * CHUNKS // DOTS
     part = tl.cdiv(T, tl.num_programs(2))
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    rn = block * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
     m0 = tl.program_id(1) * (PARTS * BM)
     t0 = tl.maximum(
@@ -441,8 +486,50 @@ def some_kernel(
     if LAST_POWER != 0:
         acc *= 2.0**LAST_POWER
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    out = out_ptr + (tl.program_id(2) * M + rm[None, :]) * N + rn[:, None]
+    out = out_ptr + tl.program_id(2) * M * TOTAL + rm[None, :] * N + rn[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :] & (rn < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["M"])
+def some_kernel(
+    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
+    ASM3: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, DOTS: tl.constexpr,
+):  # fmt: skip
+    """`_some` of one weight."""
+    _some(
+        x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, tl.program_id(0), M, N, N,
+        K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
+        NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES,
+        PARTS, CHUNKS, DOTS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "n0", "n1", "n2", "p0", "p1"])
+def some_joined_kernel(
+    x, out_ptr, q0, scale0, zero0, table0, outer0, outer_zero0, n0, q1, scale1, zero1, table1, outer1, outer_zero1, n1,
+    q2, scale2, zero2, table2, outer2, outer_zero2, n2, M, p0, p1, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
+    ASM3: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, DOTS: tl.constexpr,
+):  # fmt: skip
+    """`_some` of two or three weights one below the other, of n rows; the first two have p programs. Of two, n2 is 0."""
+    i = tl.program_id(0)
+    first, second = p0, p0 + p1
+    _some(
+        x, of_three(i, first, second, q0, q1, q2), of_three(i, first, second, scale0, scale1, scale2),
+        of_three(i, first, second, zero0, zero1, zero2), of_three(i, first, second, table0, table1, table2),
+        of_three(i, first, second, outer0, outer1, outer2), of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
+        out_ptr + M * of_three(i, first, second, 0, n0, n0 + n1), i - of_three(i, first, second, 0, first, second), M,
+        of_three(i, first, second, n0, n1, n2), n0 + n1 + n2, K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
+        NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES,
+        PARTS, CHUNKS, DOTS,
+    )  # fmt: skip
 
 
 # Launches.
@@ -525,10 +612,17 @@ def few(x: Tensor, reading: Reading, fields: Fields, order: Tensor | None = None
 
     order: (K,) int32; x[:, order] is multiplied, which costs no launch where x is arranged before.
     """
-    tile = _tile(reading, x.shape[0], x.dtype == torch.float16, x.device)
+    (out,) = few_joined(x, reading, [fields], order)
+    return out
+
+
+def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Tensor | None = None) -> list[Tensor]:
+    """`few` of one, two or three weights in one launch, whose readings are the same but for n."""
+    whole = reading._replace(n=sum(fields[0].shape[0] for fields in weights))
+    tile = _tile(whole, x.shape[0], x.dtype == torch.float16, x.device)
     if order is not None and not tile.hopper:
         x, order = gathered(x, order), None
-    return few_in_tiles(x, reading, fields, tile, order)
+    return few_in_tiles(x, reading, weights, tile, order)
 
 
 def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
@@ -539,12 +633,14 @@ def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> 
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
         **decoding(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages,
+        "EARLY": False,
     }  # fmt: skip
     start = Launch(few_kernel, (cdiv(n, tile.rows),), num_warps=tile.warps, **constants)
 
     def run(x: Tensor, fields: Fields) -> Tensor:
         if fields[0].data_ptr() % 16:
-            return few_in_tiles(x.reshape(m, reading.k), reading, fields, tile).view(*x.shape[:-1], n)
+            (out,) = few_in_tiles(x.reshape(m, reading.k), reading, [fields], tile)
+            return out.view(*x.shape[:-1], n)
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
         start(device.index, x, *given(fields), out, m, n)
         return out
@@ -552,19 +648,29 @@ def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> 
     return run
 
 
-def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile, order: Tensor | None = None) -> Tensor:
-    """`few`, cut as it is told. order: only for `some_kernel`."""
-    m, n = x.shape[0], reading.n
-    split = tile.split
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    parts = out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+def few_in_tiles(
+    x: Tensor, reading: Reading, weights: Sequence[Fields], tile: Tile, order: Tensor | None = None
+) -> list[Tensor]:
+    """`few_joined`, cut as it is told. order: only for `some_kernel`."""
+    m, fields = x.shape[0], weights[0]
+    rows = [each[0].shape[0] for each in weights]
+    split, size, joined = tile.split, m * sum(rows), len(weights) > 1
+    early = split > 1 and is_hopper(x.device)
+    out = torch.empty(size, dtype=x.dtype, device=x.device)
+    parts = out if split == 1 else torch.empty(split, size, dtype=torch.float32, device=x.device)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
-        **decoding(reading, zero), "WIDE": fields[0].data_ptr() % 16 == 0, "BM": tile.tokens, "BN": tile.rows,
-        "STAGES": tile.stages,
+        **decoding(reading, zero), "WIDE": all(each[0].data_ptr() % 16 == 0 for each in weights), "BM": tile.tokens,
+        "BN": tile.rows, "STAGES": tile.stages,
     }  # fmt: skip
-    tiles = cdiv(m, tile.tokens)
-    grid = (cdiv(n, tile.rows), tiles, split)
+    tiles, blocks = cdiv(m, tile.tokens), counted(rows, tile.rows)
+    grid = (sum(blocks), tiles, split)
+    if joined:
+        last = [] if len(weights) == 3 else [*given(weights[1]), 0]
+        each = [arg for fields, n in zip(weights, rows) for arg in (*given(fields), n)]
+        args = [parts, *each, *last, m, *blocks[:2]]
+    else:
+        args = [*given(fields), parts, m, *rows]
     if tile.hopper:
         count = 2 if x.dtype == torch.float16 else 1
         step = 32 * tile.chunks
@@ -577,14 +683,19 @@ def few_in_tiles(x: Tensor, reading: Reading, fields: Fields, tile: Tile, order:
             BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks, ORDERED=order is not None,
         )  # fmt: skip
         launch(
-            some_kernel, grid, tile_reader(arranged, (count * tile.tokens, step // tile.dots)), *given(fields), parts, m, n,
-            num_warps=tile.warps, registers=tile.registers, early=True, **constants, PARTS=count,
-            CHUNKS=tile.chunks, DOTS=tile.dots,
+            some_joined_kernel if joined else some_kernel, grid,
+            tile_reader(arranged, (count * tile.tokens, step // tile.dots)), *args, num_warps=tile.warps,
+            registers=tile.registers, early=True, **constants, PARTS=count, CHUNKS=tile.chunks, DOTS=tile.dots,
         )  # fmt: skip
     else:
-        launch(few_kernel, grid, x, *given(fields), parts, m, n, num_warps=tile.warps, **constants)
+        # Three tables take registers that then lack for a fourth program of a multiprocessor.
+        most = tile.registers if joined and tile.rows == 128 else None
+        launch(
+            few_joined_kernel if joined else few_kernel, grid, x, *args, num_warps=tile.warps, registers=most, **constants,
+            EARLY=early,
+        )  # fmt: skip
     if split > 1:
         launch(
-            sum_kernel, (cdiv(m * n, 1024),), parts, out, m * n, early=tile.hopper, SPLIT=split, B=1024, EARLY=tile.hopper
+            sum_kernel, (cdiv(size, 1024),), parts, out, size, early=early, SPLIT=split, B=1024, EARLY=early
         )  # fmt: skip
-    return out
+    return cut(out, m, rows)

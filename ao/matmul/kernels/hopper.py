@@ -18,6 +18,8 @@ Kernels in a row are launched early (programmatic dependent launch): `gdc_wait` 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -28,6 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .ampere import rounded_e4m3, sum_kernel
 from .device import multiprocessors
 from .launch import Launch, cdiv, launch, power_of_two, tile_reader
+from .several import cut, of_three
 
 
 @triton.jit
@@ -134,17 +137,19 @@ def quantize_kernel(
     tl.store(scale_ptr + m, scale)
 
 
-@triton.jit(do_not_specialize=["M", "TILES"])
-def parts_kernel(
-    parts, step_ptr, q, scale_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+@triton.jit
+def _parts(
+    parts, step_ptr, q, scale_ptr, out_ptr, block, tile, M, N, TOTAL, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K. parts: x in PARTS (1 or 2) parts, in boxes (PARTS BM, BK);
-    q (N, K) in boxes (BN, BK). TILES of tokens share a tile of q and are neighbours."""
+    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, for a block of BN rows of q and a tile of BM tokens.
+
+    parts: x in PARTS (1 or 2) parts, in boxes (PARTS BM, BK); q (N, K) in boxes (BN, BK).
+    TOTAL: rows of the output, of all weights.
+    """
     T: tl.constexpr = K // BK
     TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
-    n0 = tl.program_id(0) // TILES * BN
-    tile = tl.program_id(0) % TILES
+    n0 = block * BN
     t0 = tl.program_id(1) * TS
     t1 = tl.minimum(t0 + TS, T)
     if FLOAT:
@@ -172,8 +177,42 @@ def parts_kernel(
     rm = tile * BM + tl.arange(0, BM)
     scale = tl.load(scale_ptr + rn).to(tl.float32)
     y = y * tl.load(step_ptr + rm, mask=rm < M, other=0.0)[None, :] * scale[:, None]  # in the order of `int_mm`
-    out = out_ptr + (tl.program_id(1) * M + rm[None, :]) * N + rn[:, None]
+    out = out_ptr + tl.program_id(1) * M * TOTAL + rm[None, :] * N + rn[:, None]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "TILES"])
+def parts_kernel(
+    parts, step_ptr, q, scale_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """`_parts` of one weight. TILES of tokens share a block of q and are neighbours."""
+    i = tl.program_id(0)
+    _parts(
+        parts, step_ptr, q, scale_ptr, out_ptr, i // TILES, i % TILES, M, N, N, K, BM, PARTS, BN, BK, SPLIT, STAGES, FLOAT
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "TILES"])
+def parts_joined_kernel(
+    parts, step_ptr, out_ptr, q0, scale0, n0, q1, scale1, n1, q2, scale2, n2, M, TILES, K: tl.constexpr, BM: tl.constexpr,
+    PARTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """`_parts` of two or three weights one below the other, of n rows each; of two, n2 is 0."""
+    block = tl.program_id(0) // TILES
+    first, second = n0 // BN, (n0 + n1) // BN
+    if block < first:  # a descriptor can't be an operand of tl.where
+        q = q0
+    elif block < second:
+        q = q1
+    else:
+        q = q2
+    _parts(
+        parts, step_ptr, q, of_three(block, first, second, scale0, scale1, scale2),
+        out_ptr + M * of_three(block, first, second, 0, n0, n0 + n1), block - of_three(block, first, second, 0, first, second),
+        tl.program_id(0) % TILES, M, of_three(block, first, second, n0, n1, n2), n0 + n1 + n2, K, BM, PARTS, BN, BK, SPLIT,
+        STAGES, FLOAT,
+    )  # fmt: skip
 
 
 # 4-bit weights.
@@ -243,26 +282,29 @@ def int8_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype:
     return out
 
 
-def parts_product(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
-    """x (M, K) bfloat16 times qdata (N, K) int8 or float8 e4m3 with scale (N, 1) -> (M, N). K % 128 == N % 64 == 0."""
-    (m, k), n = x.shape, qdata.shape[0]
-    wide = n >= 16384 and n % 128 == 0
+def parts_product(x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
+    """x (M, K) bfloat16 times one, two or three qdata (N, K) int8 or float8 e4m3 with scale (N, 1), in one launch -> (M, N) each.
+    K % 128 == N % 64 == 0."""
+    m, k = x.shape
+    sizes = [q.shape[0] for q in qdata]
+    n, wide = sum(sizes), all(size % 128 == 0 for size in sizes)
     if m <= 32:
         tokens, height, warps, stages = 16 if m <= 16 else 32, 64, 4, 5
-    elif wide:
+    elif n >= 16384 and wide:
         tokens, height, warps, stages = 64, 128, 8, 3
     elif m <= 128 and k <= 8192:
         tokens, height, warps, stages = 32, 64, 4, 6
     elif 64 < m <= 256 and k > 8192:
         tokens, height, warps, stages = 128, 64, 4, 5
-    elif m > 256 and n % 128 == 0 and n // 128 * cdiv(m, 128) <= 132:
+    elif m > 256 and wide and n // 128 * cdiv(m, 128) <= 132:
         tokens, height, warps, stages = 128, 128, 8, 4
     else:
         tokens, height, warps, stages = 64, 64, 4, 4
     tiles = cdiv(m, tokens)
-    parts = torch.empty(tiles * 2 * tokens, k, dtype=qdata.dtype, device=x.device)
+    dtype = qdata[0].dtype
+    parts = torch.empty(tiles * 2 * tokens, k, dtype=dtype, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
-    split_into_parts = _split_launch(m, k, tokens, x.dtype, qdata.dtype, x.device.index)
+    split_into_parts = _split_launch(m, k, tokens, x.dtype, dtype, x.device.index)
     split_into_parts(x.device.index, x, parts, step)
     return _parts_product(parts, 2, step, qdata, scale, m, x.dtype, tokens, height, warps, stages)
 
@@ -275,26 +317,30 @@ def _split_launch(m: int, k: int, tokens: int, x: torch.dtype, dtype: torch.dtyp
 
 
 def _parts_product(
-    x: Tensor, parts: int, rows: Tensor, qdata: Tensor, columns: Tensor, m: int, dtype: torch.dtype, tokens: int,
-    height: int, warps: int, stages: int,
-) -> Tensor:  # fmt: skip
-    """`parts_kernel` over tiles of `tokens` x `height`."""
-    n, k = qdata.shape
-    device = x.device.index
+    x: Tensor, parts: int, rows: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], m: int, dtype: torch.dtype,
+    tokens: int, height: int, warps: int, stages: int,
+) -> list[Tensor]:  # fmt: skip
+    """`parts_kernel`, or of several weights `parts_joined_kernel`, over tiles of `tokens` x `height`."""
+    k, sizes = qdata[0].shape[1], [q.shape[0] for q in qdata]
+    device, n = x.device.index, sum(sizes)
     start, split = _parts_launch(
-        m, n, k, parts, tokens, height, warps, stages, qdata.dtype, columns.dtype, dtype, device
+        len(qdata), m, n, k, parts, tokens, height, warps, stages, qdata[0].dtype, columns[0].dtype, dtype, device
     )
-    out, sums = _outputs(m, n, split, dtype, x.device)
-    start(
-        device, tile_reader(x, (parts * tokens, 128)), rows, tile_reader(qdata, (height, 128)), columns, sums, m, n,
-        cdiv(m, tokens),
-    )  # fmt: skip
-    return _summed(sums, out, split)
+    out, sums = _outputs(m * n, split, dtype, x.device)
+    read = tile_reader(x, (parts * tokens, 128))
+    weights = [(tile_reader(q, (height, 128)), scale, size) for q, scale, size in zip(qdata, columns, sizes)]
+    if len(weights) == 1:
+        (q, scale, _), *_ = weights
+        start(device, read, rows, q, scale, sums, m, n, cdiv(m, tokens))
+    else:
+        weights = [*weights, (*weights[1][:2], 0)][:3]
+        start(device, read, rows, sums, *itertools.chain(*weights), m, cdiv(m, tokens))
+    return cut(_summed(sums, out, split), m, sizes)
 
 
 @functools.lru_cache(4096)
 def _parts_launch(
-    m: int, n: int, k: int, parts: int, tokens: int, height: int, warps: int, stages: int, dtype: torch.dtype,
+    weights: int, m: int, n: int, k: int, parts: int, tokens: int, height: int, warps: int, stages: int, dtype: torch.dtype,
     columns: torch.dtype, out: torch.dtype, device: int,
 ) -> tuple[Launch, int]:  # fmt: skip
     """The launch and in how many parts of K. Fewer stages where three programs then share a multiprocessor, or four if that
@@ -306,8 +352,8 @@ def _parts_launch(
     if programs * split > 264 and size * 3 <= share:
         stages = min(stages, share // size)
     start = Launch(
-        parts_kernel, (programs, split), num_warps=warps, early=True, K=k, BM=tokens, PARTS=parts, BN=height, BK=128,
-        SPLIT=split, STAGES=stages, FLOAT=dtype.is_floating_point,
+        parts_kernel if weights == 1 else parts_joined_kernel, (programs, split), num_warps=warps, early=True, K=k, BM=tokens,
+        PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages, FLOAT=dtype.is_floating_point,
     )  # fmt: skip
     return start, split
 
@@ -343,19 +389,22 @@ def _quantize_launches(
     return largest, quantize, count
 
 
-def codes_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x @ qdata.T) * rows * columns.T for up to 512 tokens, int8 or float8 e4m3: x (M, K), rows (M, 1), qdata (N, K),
-    columns (N, 1) -> (M, N). K % 128 == N % 64 == 0."""
+def codes_product(
+    x: Tensor, rows: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:  # fmt: skip
+    """(x @ qdata.T) * rows * columns.T for up to 512 tokens, int8 or float8 e4m3, of one, two or three weights in one launch: x
+    (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N) each. K % 128 == N % 64 == 0."""
     m, k = x.shape
-    n = qdata.shape[0]
+    sizes = [q.shape[0] for q in qdata]
+    n, wide = sum(sizes), all(size % 128 == 0 for size in sizes)
     if m <= 64 or (m <= 128 and n < 16384):
         tokens, height, warps, stages = max(16, min(64, power_of_two(m))), 64, 4, 6
     elif m <= 128:
         tokens, height, warps, stages = 128, 64, 4, 4
-    elif n % 128 == 0 and n // 128 * cdiv(m, 256) >= 90:
+    elif wide and n // 128 * cdiv(m, 256) >= 90:
         tokens, height, warps, stages = 256, 128, 8, 4
     elif k > 8192:
-        tokens, height, warps, stages = (128, 64, 4, 6) if m <= 256 or n % 128 else (128, 128, 8, 6)
+        tokens, height, warps, stages = (128, 64, 4, 6) if m <= 256 or not wide else (128, 128, 8, 6)
     else:
         tokens, height, warps, stages = (64, 64, 4, 6) if m <= 256 else (128, 64, 4, 4)
     return _parts_product(x, 1, rows, qdata, columns, m, dtype, tokens, height, warps, stages)
@@ -369,12 +418,12 @@ def nibbles_product(
     device = x.device.index
     zero = None if zero_point is None else zero_point.dtype
     start, split, tokens, height = _nibbles_launch(m, n, k, scale.dtype, zero, offset, device)
-    out, sums = _outputs(m, n, split, x.dtype, x.device)
+    out, sums = _outputs(m * n, split, x.dtype, x.device)
     start(
         device, tile_reader(x, (tokens, 128)), tile_reader(qdata, (height, 32), torch.int16), scale,
         scale if zero_point is None else zero_point, sums, m, n, cdiv(m, tokens),
     )  # fmt: skip
-    return _summed(sums, out, split)
+    return _summed(sums, out, split).view(m, n)
 
 
 @functools.lru_cache(4096)
@@ -401,10 +450,10 @@ def _splits(programs: int, steps: int, places: int) -> int:
     return cdiv(steps, cdiv(steps, split))
 
 
-def _outputs(m: int, n: int, split: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The result, and where its parts go, which is the same for one part."""
-    out = torch.empty(m, n, dtype=dtype, device=device)
-    return out, out if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=device)
+def _outputs(size: int, split: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The result, flat, and where its parts go, which is the same for one part."""
+    out = torch.empty(size, dtype=dtype, device=device)
+    return out, out if split == 1 else torch.empty(split, size, dtype=torch.float32, device=device)
 
 
 def _summed(sums: Tensor, out: Tensor, split: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""One launch for the products of one token with several weights, such as those of queries, keys and values.
+"""One launch for the products of a few tokens with several weights, such as those of queries, keys and values.
 
-A product of one token ends before the memory is busy with it, and starts anew for the next weight: three launches take twice as
-long as one over all their rows. Eager code calls layer after layer. But where Inductor makes a graph of them, it asks how to
-lower each operator, and the first product of a token is lowered to one of all that need nothing else.
+A product of few tokens ends before the memory is busy with it, and starts anew for the next weight: three launches take twice as
+long as one over all their rows. And what a product does to the tokens first, to quantize them, to split them or to put them in
+order, and to sum parts of K at last, is a launch each. Eager code calls layer after layer. But where Inductor makes a graph of
+them, it asks how to lower each operator, and the first product is lowered to one of all that need nothing else.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import torch
 AT_ONCE = 3
 """Weights of one launch, at most."""
 
-_FIELDS = {"gemv": 3, "few": 6}
-"""The operators of which `ao::gemv_joined` and `ao::few_joined` are several, and how many fields of the weight come after x."""
+_FIELDS = {"gemv": 3, "few": 6, "fused": 3, "dynamic_product": 2}
+"""The operators of which `ao::gemv_joined` and so on are several, and how many fields of the weight come after x."""
+
+MOST = 64
+"""Tokens that one launch takes. Beyond, the weights are multiplied one by one, and what is made of the tokens first is shared."""
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 
@@ -29,7 +33,7 @@ _registered = False
 
 
 def join_in_compiled_graphs() -> None:
-    """Tell Inductor, where it is loaded, how our operators of one token are lowered: no other code sees them."""
+    """Tell Inductor, where it is loaded, how our operators of a few tokens are lowered: no other code sees them."""
     global _registered
     if _registered or "torch._inductor.graph" not in sys.modules:
         return
@@ -52,7 +56,7 @@ def _lower(x: Any, *weight: Any) -> Any:
     if node in found:
         return found.pop(node)
     x = ExternKernel.require_contiguous(ExternKernel.realize_input(x))
-    nodes = products_of_one_token(node, graph.env)
+    nodes = products_of_same_tokens(node, graph.env)
     if len(nodes) == 1:
         return fallback_handler(node.target, add_to_fallback_set=False)(x, *weight)
 
@@ -62,21 +66,16 @@ def _lower(x: Any, *weight: Any) -> Any:
 
     fields = [[value(arg) for arg in each if arg is not None] for each in zip(*map(_fields, nodes))]
     call = fallback_handler(getattr(torch.ops.ao, f"{_name(node)}_joined").default, add_to_fallback_set=False)
-    out, start = call(x, *fields, *weight[len(fields) :]), 0
-    narrow = lowerings[torch.ops.aten.slice.Tensor]
-    for other in nodes:
-        end = start + _rows(other)
-        found[other] = narrow(out, 1, start, end)
-        start = end
+    found.update(zip(nodes, call(x, *fields, *weight[len(fields) :])))
     return found.pop(node)
 
 
-def products_of_one_token(node: torch.fx.Node, there: Any) -> list[torch.fx.Node]:
-    """This product and those of the same token after it that one launch can do. there: the nodes that are computed already."""
+def products_of_same_tokens(node: torch.fx.Node, there: Any) -> list[torch.fx.Node]:
+    """This product and those of the same tokens after it that one launch can do. there: the nodes that are computed already."""
     form, nodes = _form(node), []
     if form is None or not _is_ready(node, there):
         return [node]
-    for other in _users(_token(node.args[0]), node.target):
+    for other in _users(_viewed(node.args[0]), node.target):
         if _form(other) == form and _is_ready(other, there) and other not in there:
             nodes.append(other)
     first = nodes.index(node)
@@ -93,20 +92,20 @@ def _is_ready(node: torch.fx.Node, there: Any) -> bool:
     return True
 
 
-def _token(node: Any) -> torch.fx.Node:
+def _viewed(node: Any) -> torch.fx.Node:
     """What a view shows."""
     while node.target in _VIEWS:
         node = node.args[0]
     return node
 
 
-def _users(token: torch.fx.Node, product: Any) -> list[torch.fx.Node]:
-    """The products of a token by an operator, through its views, in the order of the graph."""
+def _users(tokens: torch.fx.Node, product: Any) -> list[torch.fx.Node]:
+    """The products of tokens by an operator, through their views, in the order of the graph."""
     found = []
-    for user in token.users:
+    for user in tokens.users:
         if user.target in _VIEWS:
             found += _users(user, product)
-        elif user.target == product and user.args[0] is token:
+        elif user.target == product and user.args[0] is tokens:
             found.append(user)
     return sorted(found, key=operator.attrgetter("_sort_key"))
 
@@ -128,13 +127,15 @@ def _form(node: torch.fx.Node) -> list[Any] | None:
     x = node.args[0].meta["val"]  # type: ignore[union-attr]
     fields = [arg if arg is None else arg.meta["val"] for arg in _fields(node)]
     tokens, rest = x.shape[0], list(node.args[1 + len(fields) :])
-    if not isinstance(tokens, int) or tokens != 1 or _rows(node) % 8:  # a symbol is any number of tokens but one
+    name, one = _name(node), isinstance(tokens, int) and tokens == 1  # a symbol is any number of tokens but one
+    many = isinstance(tokens, int) and tokens > MOST
+    if _rows(node) % 8 or (one and name == "fused") or (many and name != "dynamic_product"):
         return None
-    if _name(node) == "few":
+    if name == "few":
         from .reading import reading_from
 
         reading = reading_from(str(rest[0]))
-        if not (reading.by_template and reading.for_one_token):
+        if not reading.by_template or (one and not reading.for_one_token):
             return None
         rest = [reading._replace(n=0)]
     return [*(None if t is None else (t.dtype, t.shape[1:], t.device) for t in (x, *fields)), *rest]

@@ -17,6 +17,7 @@ from .device import multiprocessors
 from .joint_words import zero_number
 from .launch import Launch, cdiv, launch, power_of_two
 from .reading import Fields, Reading
+from .several import of_three
 from .template import _AFFINE, _FIXED, _FLOAT, _MINIFLOAT, _TABLE, _numbers, _outer, _scale_of, _scales, given
 
 
@@ -387,13 +388,7 @@ def _gemv_codes(
         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
     )  # fmt: skip
 
-    LOOKUP: tl.constexpr = (
-        KIND == _TABLE
-        or KIND == _FLOAT
-        or (  # noqa: SIM109
-            KIND == _MINIFLOAT and (BITS != 4 or EXPONENT == 1)
-        )
-    )
+    LOOKUP: tl.constexpr = KIND == _TABLE or KIND == _FLOAT or (KIND == _MINIFLOAT and (BITS != 4 or EXPONENT == 1))
     at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
     table = (0,)
@@ -478,12 +473,6 @@ def gemv_codes_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _of_three(program, first, second, a, b, c):
-    """The value for the part of the grid that a program is in: the second of three begins at `first`, the third at `second`."""
-    return tl.where(program < first, a, tl.where(program < second, b, c))
-
-
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "p0", "p1", "p2"])
 def gemv_codes_joined_kernel(
     x_ptr, out_ptr, q0, scale0, zero0, table0, outer0, outer_zero0, n0, p0, q1, scale1, zero1, table1, outer1, outer_zero1,
@@ -495,12 +484,12 @@ def gemv_codes_joined_kernel(
     i = tl.program_id(0)
     first, second = p0, p0 + p1
     _gemv_codes(
-        x_ptr, _of_three(i, first, second, q0, q1, q2), _of_three(i, first, second, scale0, scale1, scale2),
-        _of_three(i, first, second, zero0, zero1, zero2), _of_three(i, first, second, table0, table1, table2),
-        _of_three(i, first, second, outer0, outer1, outer2),
-        _of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
-        out_ptr + _of_three(i, first, second, 0, n0, n0 + n1), _of_three(i, first, second, n0, n1, n2),
-        i - _of_three(i, first, second, 0, first, second), _of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
+        x_ptr, of_three(i, first, second, q0, q1, q2), of_three(i, first, second, scale0, scale1, scale2),
+        of_three(i, first, second, zero0, zero1, zero2), of_three(i, first, second, table0, table1, table2),
+        of_three(i, first, second, outer0, outer1, outer2),
+        of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
+        out_ptr + of_three(i, first, second, 0, n0, n0 + n1), of_three(i, first, second, n0, n1, n2),
+        i - of_three(i, first, second, 0, first, second), of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
         SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J,
     )  # fmt: skip
 

@@ -21,10 +21,10 @@ from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
 
 
-def _operator(name: str, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Callable[..., Tensor]]:
+def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     """Define `ao::name`. `torch.library.custom_op` would do, and take 10 microseconds more at every call."""
 
-    def define(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.define(f"ao::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(f"ao::{name}", "CUDA", on_its_device(function))
         torch.library.register_fake(f"ao::{name}", fake)
@@ -38,8 +38,8 @@ def _to_be_joined(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
-def _joined(x: Tensor, codes: Sequence[Tensor], *_: Any) -> Tensor:
-    return x.new_empty(1, sum(q.shape[0] for q in codes))
+def _joined(x: Tensor, codes: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], q.shape[0]) for q in codes]
 
 
 @_operator(
@@ -54,12 +54,12 @@ def gemv(x: Tensor, *weight: Any) -> Tensor:
 
 @_operator(
     "gemv_joined",
-    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act, Tensor? order=None) -> Tensor",
+    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act, Tensor? order=None) -> Tensor[]",
     _joined,
 )
-def gemv_joined(x: Tensor, *weights: Any) -> Tensor:
+def gemv_joined(x: Tensor, *weights: Any) -> list[Tensor]:
     """One token and several weights: `ampere.gemv_joined`."""
-    return ampere.gemv_joined(x, *weights)
+    return list(ampere.gemv_joined(x, *weights).split([q.shape[0] for q in weights[0]], 1))
 
 
 @_operator("gathered", "(Tensor x, Tensor order) -> Tensor", lambda x, order: torch.empty_like(x))
@@ -71,7 +71,7 @@ def gathered(x: Tensor, order: Tensor) -> Tensor:
 @_operator(
     "fused",
     "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset) -> Tensor",
-    lambda x, qdata, *_: x.new_empty(x.shape[0], qdata.shape[0]),
+    _to_be_joined,
 )
 def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
     """x @ decode(qdata).T -> (M, N).
@@ -98,7 +98,7 @@ def fused_at_once(
     if reading is not None:
         out = few_tokens.few(rows, reading, (qdata.view(torch.int32), scale, zero_point, None, None, None))
     elif of_hopper and qdata.shape[1] == k:
-        out = hopper.parts_product(rows, qdata, scale)
+        (out,) = hopper.parts_product(rows, [qdata], [scale])
     elif of_hopper:
         out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset)
     elif m <= FEW:
@@ -106,6 +106,30 @@ def fused_at_once(
     else:
         return F.linear(x, ampere.decoded(qdata, scale, zero_point, offset, k, x.dtype))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+
+@_operator(
+    "fused_joined",
+    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset) -> Tensor[]",
+    _joined,
+)
+def fused_joined(
+    x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], zero_point: Sequence[Tensor], offset: int
+) -> list[Tensor]:  # fmt: skip
+    """`fused` of two or three weights of one format, up to `FEW` tokens in one launch. zero_point: of each, or none."""
+    (m, k), n = x.shape, sum(q.shape[0] for q in qdata)
+    weights = list(itertools.zip_longest(qdata, scale, zero_point))
+    codes, scales, zero = weights[0]
+    reading = _reading_of_nibbles(n, k, codes.shape[1], scales.shape[1], offset)
+    if m > FEW:
+        return [fused_at_once(x, *w, offset, is_for_hopper(m, k, *w)) for w in weights]
+    if reading is not None:
+        fields = [(q.view(torch.int32), s, z, None, None, None) for q, s, z in weights]
+        return few_tokens.few_joined(x, reading, fields)
+    of_hopper = codes.shape[1] == k and _is_for_hopper(m, n, k, codes, scales, zero)
+    if of_hopper and all(q.shape[0] % 64 == 0 and _is_aligned(x, q) for q in qdata):
+        return hopper.parts_product(x, qdata, scale)
+    return ampere.fused_joined(x, None, weights, offset, x.dtype)
 
 
 @functools.cache
@@ -126,7 +150,11 @@ SOME = 512
 def is_for_hopper(m: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
     """Whether hopper.py has the kernel that is the fastest for m tokens and this weight (N, k): the same for all m of a class, up
     to 16 and from there to the next power of two, for which eager mode decides it once."""
-    n = qdata.shape[0]
+    return _is_for_hopper(m, qdata.shape[0], k, qdata, scale, zero_point)
+
+
+def _is_for_hopper(m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
+    """`is_for_hopper` of weights like this with n rows in all."""
     if m > SOME or k % 128 or n % 64 or k > 65536 or not is_hopper(qdata.device):
         return False
     if qdata.shape[1] == k:
@@ -173,13 +201,18 @@ def few_ordered(x: Tensor, order: Tensor, *fields: Any) -> Tensor:
 
 @_operator(
     "few_joined",
-    f"(Tensor x, {_FIELDS.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading) -> Tensor",
+    f"(Tensor x, {_FIELDS.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading) -> Tensor[]",
     _joined,
 )
-def few_joined(x: Tensor, *fields: Any) -> Tensor:
-    """One token and several weights: `one_token.gemv_joined`. Fields: of each weight, or none. reading: of the first."""
-    weights = list(itertools.zip_longest(*fields[:6]))
-    return one_token.gemv_joined(x, reading_from(fields[6]), weights)
+def few_joined(x: Tensor, *fields: Any) -> list[Tensor]:
+    """`few` of two or three weights, up to `FEW` tokens in one launch. Fields: of each weight, or none. reading: of the first."""
+    weights, reading = list(itertools.zip_longest(*fields[:6])), reading_from(fields[6])
+    rows = [w[0].shape[0] for w in weights]
+    if x.shape[0] > FEW:
+        return [few_at_once(x, w, reading._replace(n=n)) for w, n in zip(weights, rows)]
+    if x.shape[0] == 1 and reading.for_one_token:
+        return list(one_token.gemv_joined(x, reading, weights).split(rows, 1))
+    return few_tokens.few_joined(x, reading, weights)
 
 
 def few_at_once(x: Tensor, fields: Fields, reading: Reading) -> Tensor:
@@ -252,7 +285,7 @@ def scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtyp
 @_operator(
     "dynamic_product",
     "(Tensor x, Tensor qdata, Tensor columns, bool whole) -> Tensor",
-    lambda x, qdata, *_: x.new_empty(x.shape[0], qdata.shape[0]),
+    _to_be_joined,
 )
 def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool) -> Tensor:
     """`scaled_product` of x (M, K) quantized to the dtype of qdata, int8 or float8 e4m3 -> (M, N) in x's dtype.
@@ -263,14 +296,38 @@ def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool) -> T
     return _scaled_product(codes, rows, qdata, columns, x.dtype)
 
 
-def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+@_operator(
+    "dynamic_product_joined",
+    "(Tensor x, Tensor[] qdata, Tensor[] columns, bool whole) -> Tensor[]",
+    _joined,
+)
+def dynamic_product_joined(
+    x: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], whole: bool
+) -> list[Tensor]:  # fmt: skip
+    """`dynamic_product` of two or three weights of one format: x is quantized once, and up to `FEW` tokens meet all in one
+    launch."""
+    codes, rows = hopper.quantized(x, qdata[0].dtype, whole)
+    if x.shape[0] <= FEW and all(_is_for_copies(codes, q, x.dtype) for q in qdata):
+        return hopper.codes_product(codes, rows, qdata, columns, x.dtype)
+    return [_scaled_product(codes, rows, q, c, x.dtype) for q, c in zip(qdata, columns)]
+
+
+def _is_for_copies(x: Tensor, qdata: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `hopper.codes_product` is the product for codes x (M, K)."""
     (m, k), n = x.shape, qdata.shape[0]
-    copied = is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
     few = (
         256 if qdata.dtype.is_floating_point and dtype == torch.bfloat16 else 512
     )  # beyond, cuBLAS is faster in float8
-    if copied and m <= few and n % 64 == 0 and k <= 65536 and x.dtype == qdata.dtype != torch.float8_e5m2:
-        return hopper.codes_product(x, rows, qdata, columns, dtype)
+    copied = is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
+    return copied and m <= few and n % 64 == 0 and k <= 65536 and x.dtype == qdata.dtype != torch.float8_e5m2
+
+
+def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    m, k = x.shape
+    copied = is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
+    if _is_for_copies(x, qdata, dtype):
+        (out,) = hopper.codes_product(x, rows, [qdata], [columns], dtype)
+        return out
     if x.dtype == torch.int8:
         if m <= 32 and k % 128 == 0:
             return ampere.fused(x, rows, qdata, columns, None, 0, dtype)

@@ -262,6 +262,7 @@ def fused_adds_bias(x: Tensor) -> bool:
     """`adds_bias`, of `fused`."""
     return adds_bias(x) if compiling() else x.shape[0] > ONE_LAUNCH
 
+
 LARGE = 2**26
 """Elements of a weight beyond which the GPU takes longer for a product of few tokens than the host for its launches."""
 

@@ -178,8 +178,8 @@ _CHOICES: dict[Any, dict[tuple[int, int, torch.dtype], tuple[Product, bool]]] = 
 
 
 def chosen(x: Tensor, w: QTensor) -> tuple[Product, bool]:
-    """The product of x (..., K) with w (N, K) in eager mode, and whether it takes a bias; decided once for weights of one form and
-    a class of M.
+    """The product of x (..., K) with w (N, K) in eager mode, and whether it takes a bias, decided once for weights of one form
+    and a class of M.
 
     The choice is kept in the weight itself, so that asking again takes a microsecond. Raises ValueError where K differs.
     """

@@ -792,9 +792,7 @@ def decode_launch(
     grid, constants = _decode_kernel(qdata, scale, zero_point, offset, k)
     start = Launch(decode_kernel, grid, **constants)
 
-    def run(
-        x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None = None
-    ) -> Tensor:
+    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None = None) -> Tensor:
         w = torch.empty(n, k, dtype=dtype, device=device)
         start(index, qdata, scale, scale if zero_point is None else zero_point, w, n)
         return F.linear(x, w, None if bias is None else bias.to(dtype))

@@ -147,7 +147,7 @@ def parts_kernel(
     parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
     PARTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, of the first with bias[n]. parts: x in PARTS (1 or 2) parts, in
+    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, the first with bias[n]. parts: x in PARTS (1 or 2) parts, in
     boxes (PARTS BM, BK); q (N, K) in boxes (BN, BK). TILES of tokens share a tile of q and are neighbours."""
     T: tl.constexpr = K // BK
     TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
@@ -205,7 +205,7 @@ def nibbles_kernel(
     x, q, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, TILES, K: tl.constexpr, G: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * (q[n] - zero[n]) * scale[n] over 1 / SPLIT of K, a group at a time, of the first with bias[n].
+    """out[m, n] = sum of x[m] * (q[n] - zero[n]) * scale[n] over 1 / SPLIT of K, a group at a time, the first with bias[n].
     x (M, K) in boxes (BM, G); q: the codes as int16 (N, K / 4) in boxes (BN, G / 4). (q - zero) is exact in bfloat16, scale is
     rounded to it."""
     NG: tl.constexpr = K // G

@@ -99,9 +99,7 @@ def fused_at_once(
     of_hopper = of_hopper and _is_aligned(x, qdata)
     reading = None if m > FEW else _reading_of_nibbles(n, k, qdata.shape[1], scale.shape[1], offset)
     if reading is not None:
-        out = _plus(
-            few_tokens.few(rows, reading, (qdata.view(torch.int32), scale, zero_point, None, None, None)), bias
-        )
+        out = _plus(few_tokens.few(rows, reading, (qdata.view(torch.int32), scale, zero_point, None, None, None)), bias)
     elif of_hopper and qdata.shape[1] == k:
         out = hopper.parts_product(rows, qdata, scale, bias)
     elif of_hopper:
@@ -171,8 +169,9 @@ _FIELDS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor
     _to_be_joined,
 )
 def few(x: Tensor, *fields: Any) -> Tensor:
-    """x @ decode(w).T + bias -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py, or of trits.py. x: (M, K) of
-    16 bits. Fields: of the weight, its reading and the bias (N,), which one token has none of."""
+    """x @ decode(w).T + bias -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py, or of trits.py.
+
+    x: (M, K) of 16 bits. fields: of the weight, its reading, and the bias (N,) or None."""
     return few_at_once(x, fields[:6], reading_from(fields[6]), *fields[7:])
 
 

@@ -37,8 +37,8 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 _MOVES = (
     *_VIEWS, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.clone.default, aten.slice.Tensor, aten.select.int, aten.constant_pad_nd.default, torch.ops.prims.convert_element_type.default,
-    operator.getitem,
+    aten.clone.default, aten.slice.Tensor, aten.select.int, aten.constant_pad_nd.default,
+    torch.ops.prims.convert_element_type.default, operator.getitem,
 )  # fmt: skip
 """What leaves numbers as they are, beside what PyTorch says is computed number by number."""
 
@@ -100,7 +100,8 @@ def quantized(x: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     scale = call(aten.mul.Tensor, call(aten.amax.default, call(aten.abs.default, wide), [1], True), 1 / levels)
     inverse = call(cast, call(aten.reciprocal.default, call(cast, scale, torch.float64)), torch.float32)
     inverse = call(aten.where.self, call(aten.lt.Scalar, scale, TINY), 0.0, inverse)
-    codes = call(aten.clamp.default, call(aten.mul.Tensor, wide, inverse), low, high)
+    codes = call(aten.mul.Tensor, wide, inverse)
+    codes = call(aten.minimum.default, call(aten.maximum.default, codes, low), high)
     if dtype == torch.int8:
         codes = call(aten.round.default, codes)
     return call(cast, codes, dtype), scale

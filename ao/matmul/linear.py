@@ -102,7 +102,10 @@ def _path(x: Tensor, w: QTensor) -> Path:
 def _product(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
     """x: (..., K), w: (N, K), bias: (N,) -> (..., N)."""
     if is_eager(x, or_recorded=False):
-        return _at_once(x, w, bias)
+        product, adds_bias = chosen(x, w)
+        if bias is not None and adds_bias and _is_row(bias, w):
+            return product(x, w, bias)
+        return _plus(product(x, w), bias)
     if w.pre_scale is not None:
         return _with_multiplier(_product, x, w, bias)
     if 0 in w.shape:
@@ -119,17 +122,6 @@ def _product(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
     else:
         out = path.run(rows, w)
     return _plus(out.reshape(*x.shape[:-1], w.shape[0]), bias)
-
-
-def _at_once(x: Tensor, w: QTensor, bias: Tensor | None) -> Tensor:
-    """`_product` in eager mode."""
-    product, adds_bias = chosen(x, w)
-    if bias is None:
-        return product(x, w)
-    if adds_bias and _is_row(bias, w):
-        return product(x, w, bias)
-    out = product(x, w)
-    return out.add_(bias) if bias.dtype is out.dtype else _plus(out, bias)
 
 
 def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
@@ -210,14 +202,13 @@ def _choose(x: Tensor, w: QTensor) -> tuple[Product, bool]:
     if (other := w.spec.rearranged(w)) is not None:
         stored = other[0]
         ordered = gpu.gemv_ordered_launch(x, stored) or gpu.ordered_launch(x, _choose(x, stored)[0])
-        return lambda x, w: ordered(x, *w.spec.rearranged(w)), False  # type: ignore[misc]
+        return lambda x, w: ordered(x, *w.spec.rearranged(w)), False
     path = _path(x, w)
-    if _chooses_scale(x, w):
-        product, adds_bias = functools.partial(_in_range, path.run), False
-    elif path.launch is not None:
-        return path.launch(x, w), path.adds_bias(x)
-    else:
-        product, adds_bias = path.run, path.adds_bias(x)
+    in_range = _chooses_scale(x, w)
+    adds_bias = not in_range and path.adds_bias(x)
+    if path.launch is not None and not in_range:
+        return path.launch(x, w), adds_bias
+    product: Product = functools.partial(_in_range, path.run) if in_range else path.run
 
     def run(x: Tensor, w: QTensor, *bias: Tensor) -> Tensor:
         if x.dim() == 2:
@@ -335,7 +326,11 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(_plain(x), w, _plain(bias))
     plain = not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
     if plain and is_eager(x, or_recorded=False):
-        return _at_once(x, w, bias)  # nothing else to see to: the short way
+        product, adds_bias = chosen(x, w)  # nothing else to see to: the short way
+        if bias is not None and adds_bias and _is_row(bias, w):
+            return product(x, w, bias)
+        out = product(x, w)
+        return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
     x = _plain(x)
     _check_fits(x, w)
     if w.dim() == 1 or 0 in w.shape:

@@ -71,7 +71,8 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
     def call(name: str, *args: Any) -> Any:
         return fallback_handler(getattr(torch.ops.ao, name).default, add_to_fallback_set=False)(*args)
 
-    node, dtype = V.graph.current_node, qdata.get_dtype()
+    node: Any = V.graph.current_node
+    dtype = qdata.get_dtype()
     token, k = source(node.args[0]), node.args[0].meta["val"].shape[1]
     found, key = _lowered.setdefault(V.graph, {}), (token, k, dtype, whole)
     if key not in found:

@@ -228,16 +228,16 @@ def ordered(x: Tensor, w: QTensor, order: Tensor) -> Tensor | None:
 
 
 def _launched(w: QTensor, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`run` of x, the codes, scale and zero point of a weight like `w`, and an order that is given, on its device."""
+    """`run` of x, the codes, scale and zero point of a weight like `w`, and an order or a bias that is given, on its device."""
     operand = w.spec.operand  # of the same Spec: the choice is one of the form
 
-    def launched(x: Tensor, w: QTensor, *order: Tensor) -> Tensor:
+    def launched(x: Tensor, w: QTensor, *more: Tensor) -> Tensor:
         codes, scale, zero_point, *_ = operand(w)  # type: ignore[misc]
-        return run(x.contiguous(), codes, scale, zero_point, *order)
+        return run(x.contiguous(), codes, scale, zero_point, *more)
 
-    def launched_words(x: Tensor, w: QTensor, *order: Tensor) -> Tensor:
+    def launched_words(x: Tensor, w: QTensor, *more: Tensor) -> Tensor:
         codes, scale, zero_point, _ = _weight(operand(w))
-        return run(x.contiguous(), codes, scale, zero_point, *order)
+        return run(x.contiguous(), codes, scale, zero_point, *more)
 
     form = operand(w)
     return on_its_device(launched if form is None or form.words is None else launched_words)
@@ -255,7 +255,7 @@ def fused_accepts(x: Tensor, w: QTensor) -> bool:
     return known(x.shape[0] > 1, otherwise=True)
 
 
-def fused(x: Tensor, w: QTensor) -> Tensor:
+def fused(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
     """x @ decode(w).T. Up to 64 tokens (512 on Hopper, for most formats) the weights are decoded to bfloat16 in registers, a
     tile at a time; beyond, to memory, by one kernel.
 
@@ -264,7 +264,7 @@ def fused(x: Tensor, w: QTensor) -> Tensor:
     """
     from .kernels import operators
 
-    return operators.fused(x.contiguous(), *_weight(w.spec.operand(w)))
+    return operators.fused(x.contiguous(), *_weight(w.spec.operand(w)), bias)
 
 
 def fused_launch(x: Tensor, w: QTensor) -> Product:
@@ -281,8 +281,10 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     records = torch._C._cuda_isCurrentStreamCapturing
     of_hopper = operators.is_for_hopper(m, k, qdata, scale, zero_point)
 
-    def at_once(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper)
+    def at_once(
+        x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, bias)
 
     of_nibbles = of_hopper and qdata.shape[1] < k
     if m > operators.SOME or n * k > LARGE or (m > ONE_LAUNCH and of_nibbles):
@@ -296,6 +298,20 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
 
 ONE_LAUNCH = 128
 """Tokens up to which eager mode decodes a weight on its way to the tensor cores, in one launch."""
+
+FEW = 64
+"""The same in a graph, at most; of so few tokens a compiler adds the bias in whatever comes next."""
+
+
+def adds_bias(x: Tensor) -> bool:
+    """Whether a product of x (M, K) is to add a bias: of any number of tokens that is not known to be small."""
+    return not isinstance(x.shape[0], int) or x.shape[0] > FEW
+
+
+def fused_adds_bias(x: Tensor) -> bool:
+    """`adds_bias`, of `fused`."""
+    return adds_bias(x) if compiling() else x.shape[0] > ONE_LAUNCH
+
 
 LARGE = 2**26
 """Elements of a weight beyond which the GPU takes longer for a product of few tokens than the host for its launches."""
@@ -335,13 +351,13 @@ def gemv_codes_launch(x: Tensor, w: QTensor) -> Product:
     return _read_anew(w, (trits if read[0].kind == "trits" else one_token).gemv_launch(*read))
 
 
-def _read_anew(w: QTensor, run: Callable[[Tensor, Any], Tensor]) -> Product:
-    """`run` of x and the fields of a weight like `w`, on its device."""
+def _read_anew(w: QTensor, run: Callable[..., Tensor]) -> Product:
+    """`run` of x, the fields of a weight like `w`, and a bias that is given, on its device."""
     from .kernels.reading import fields_of
 
     if w.spec.act is None:
-        return on_its_device(lambda x, w: run(x.contiguous(), fields_of(w)))
-    return on_its_device(lambda x, w: run(_rows_quantized(x, w), fields_of(w)))
+        return on_its_device(lambda x, w, *bias: run(x.contiguous(), fields_of(w), *bias))
+    return on_its_device(lambda x, w, *bias: run(_rows_quantized(x, w), fields_of(w), *bias))
 
 
 def _rows_quantized(x: Tensor, w: QTensor) -> Tensor:
@@ -352,13 +368,13 @@ def few_accepts(x: Tensor, w: QTensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and _read(w) is not None
 
 
-def few(x: Tensor, w: QTensor) -> Tensor:
+def few(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
     """x @ decode(w).T, in any format. Up to 64 tokens the weights are decoded in registers, a tile at a time; beyond, to memory,
     by one kernel. In registers their numbers become bfloat16, with x in float16 too: 51 dB against float64."""
     from .kernels import operators
 
     reading, fields = _reading(w)
-    return operators.few(quantized_act(x, w).contiguous(), *fields, reading.text)
+    return operators.few(quantized_act(x, w).contiguous(), *fields, reading.text, bias)
 
 
 def few_launch(x: Tensor, w: QTensor) -> Product:
@@ -368,8 +384,8 @@ def few_launch(x: Tensor, w: QTensor) -> Product:
     reading, fields = _reading(w)
     m, records = x.shape[0], torch._C._cuda_isCurrentStreamCapturing
 
-    def at_once(x: Tensor, fields: Any) -> Tensor:
-        return operators.few_at_once(x, fields, reading)
+    def at_once(x: Tensor, fields: Any, bias: Tensor | None = None) -> Tensor:
+        return operators.few_at_once(x, fields, reading, bias)
 
     if m > 16 or w.numel() > LARGE or reading.kind == "trits":
         return _read_anew(w, at_once)
@@ -410,9 +426,9 @@ def decode_accepts(x: Tensor, w: QTensor) -> bool:
     return x.dtype.itemsize == 2 and _packed(w) is not None
 
 
-def decode(x: Tensor, w: QTensor) -> Tensor:
+def decode(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
     """x @ decode(w).T, decoded to memory by one kernel."""
-    return F.linear(quantized_act(x, w), decoded(w, x.dtype))
+    return F.linear(quantized_act(x, w), decoded(w, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def decoded(w: QTensor, dtype: torch.dtype) -> Tensor:
@@ -559,7 +575,7 @@ def scaled_product_accepts(x: Tensor, w: QTensor) -> bool:
     )
 
 
-def scaled_product(x: Tensor, w: QTensor) -> Tensor:
+def scaled_product(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
     """(q_x @ q_w.T) * scale_x * scale_w, of int8 or float8, by the product that is fastest at this number of tokens.
 
     On Hopper the activation is quantized in the same operator: when the number of tokens is unknown at compile time,
@@ -574,10 +590,10 @@ def scaled_product(x: Tensor, w: QTensor) -> Tensor:
         columns = columns.expand(w.shape[0], 1)
     columns = columns.contiguous()
     if is_default_act(w, operand) and w.shape[1] <= 65536 and is_hopper(x.device):
-        return operators.dynamic_product(x.contiguous(), operand.codes, columns, act.block == (-1, -1))
+        return operators.dynamic_product(x.contiguous(), operand.codes, columns, act.block == (-1, -1), bias)
     q = quantize_act(x, w)
     rows = q.scale.float().expand(x.shape[0], 1).contiguous()
-    return operators.scaled_product(q.codes, rows, operand.codes, columns, x.dtype)
+    return operators.scaled_product(q.codes, rows, operand.codes, columns, x.dtype, bias)
 
 
 _CASTS = {
@@ -636,16 +652,16 @@ def sums(x: Tensor, w: QTensor) -> Tensor:
 PATHS = (
     Path(trits_accepts, trits, launch=trits_launch, operator=True),
     Path(gemv_accepts, gemv, launch=gemv_launch, operator=True),
-    Path(fused_accepts, fused, launch=fused_launch, operator=True),
+    Path(fused_accepts, fused, launch=fused_launch, operator=True, adds_bias=fused_adds_bias),
     Path(gemv_codes_accepts, gemv_codes, launch=gemv_codes_launch, operator=True),
     Path(sums_accepts, sums, few=True),
-    Path(scaled_product_accepts, scaled_product, operator=True),
+    Path(scaled_product_accepts, scaled_product, operator=True, adds_bias=adds_bias),
     Path(int_mm_accepts, int_mm),
     Path(scaled_mm_accepts, scaled_mm),
     Path(int4pack_accepts, int4pack),
     Path(block_scaled_accepts, block_scaled),
     Path(emulated_accepts, emulated),
-    Path(decode_accepts, decode, operator=True),
-    Path(few_accepts, few, launch=few_launch, operator=True),
+    Path(decode_accepts, decode, operator=True, adds_bias=adds_bias),
+    Path(few_accepts, few, launch=few_launch, operator=True, adds_bias=adds_bias),
 )
 """In the order in which they are asked."""

@@ -99,32 +99,53 @@ def _path(x: Tensor, w: QTensor) -> Path:
     return next(p for p in (*own, *PATHS[""]) if p.accepts(x, w))
 
 
-def _product(x: Tensor, w: QTensor) -> Tensor:
-    """x: (..., K), w: (N, K) -> (..., N)."""
+def _product(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
+    """x: (..., K), w: (N, K), bias: (N,) -> (..., N)."""
     if is_eager(x, or_recorded=False):
-        return chosen(x, w)(x, w)
+        product, adds_bias = chosen(x, w)
+        if bias is not None and adds_bias and _is_row(bias, w):
+            return product(x, w, bias)
+        return _plus(product(x, w), bias)
     if w.pre_scale is not None:
-        return _with_multiplier(_product, x, w)
+        return _with_multiplier(_product, x, w, bias)
     if 0 in w.shape:
-        return F.linear(x, w.decode(x.dtype))
+        return _plus(F.linear(x, w.decode(x.dtype)), bias)
     if (other := w.spec.rearranged(w)) is not None:
         stored, order = other
         out = gpu.ordered(x.reshape(-1, x.shape[-1]), stored, order)
-        return _product(gpu.in_order(x, order), stored) if out is None else out.reshape(*x.shape[:-1], w.shape[0])
+        if out is None:
+            return _product(gpu.in_order(x, order), stored, bias)
+        return _plus(out.reshape(*x.shape[:-1], w.shape[0]), bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    run = _path(rows, w).run
-    out = _in_range(run, rows, w) if _chooses_scale(x, w) else run(rows, w)
-    return out.reshape(*x.shape[:-1], w.shape[0])
+    path = _path(rows, w)
+    if _chooses_scale(x, w):
+        out = _in_range(path.run, rows, w)
+    elif bias is not None and _is_row(bias, w) and path.adds_bias(rows):
+        out, bias = path.run(rows, w, bias), None
+    else:
+        out = path.run(rows, w)
+    return _plus(out.reshape(*x.shape[:-1], w.shape[0]), bias)
 
 
-def _with_multiplier(product: Product, x: Tensor, w: QTensor) -> Tensor:
+def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _is_row(bias: Tensor, w: QTensor) -> bool:
+    """Whether a kernel may read `bias` as (N,), rather than PyTorch, which broadcasts, and raises where it does not fit."""
+    plain = bias.shape == w.shape[:1] and bias.device == w.device and not isinstance(bias, QTensor)
+    return plain and bias.is_floating_point() and bias.is_contiguous()
+
+
+def _with_multiplier(product: Product, x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
     """`product` of x (..., K) and w (N, K) less its `pre_scale`, which is the input's or, where w is turned, the output's."""
     assert w.pre_scale is not None
     scale, plain = w.pre_scale.float(), _without_multiplier(w)
     if scale.shape[0] == 1:
-        return product((_wide(x) * scale[0]).to(x.dtype), plain)
+        x = (_wide(x) * scale[0]).to(x.dtype)
+        return product(x, plain) if bias is None else product(x, plain, bias)
     # (..., N), which may be more than float16 holds before
-    return (product(_wide(x), plain) * scale[:, 0]).to(x.dtype)
+    return _plus((product(_wide(x), plain) * scale[:, 0]).to(x.dtype), bias)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -148,11 +169,12 @@ def _without_multiplier(w: QTensor) -> QTensor:
     return w.like(w.shape, w.dtype, {name: t for name, t in w.fields().items() if name != "pre_scale"})
 
 
-_CHOICES: dict[Any, dict[tuple[int, int, torch.dtype], Product]] = {}
+_CHOICES: dict[Any, dict[tuple[int, int, torch.dtype], tuple[Product, bool]]] = {}
 
 
-def chosen(x: Tensor, w: QTensor) -> Product:
-    """The product of x (..., K) with w (N, K) in eager mode, decided once for weights of one form and a class of M.
+def chosen(x: Tensor, w: QTensor) -> tuple[Product, bool]:
+    """The product of x (..., K) with w (N, K) in eager mode, and whether it takes a bias, decided once for weights of one form
+    and a class of M.
 
     The choice is kept in the weight itself, so that asking again takes a microsecond. Raises ValueError where K differs.
     """
@@ -170,34 +192,34 @@ def chosen(x: Tensor, w: QTensor) -> Product:
     return choice
 
 
-def _choose(x: Tensor, w: QTensor) -> Product:
-    """x: (M, K), w: (N, K) -> a function of x (..., K) and any weight of this form."""
+def _choose(x: Tensor, w: QTensor) -> tuple[Product, bool]:
+    """x: (M, K), w: (N, K) -> a function of x (..., K), any weight of this form and, where it takes one, a bias."""
     if w.dim() == 1 or 0 in w.shape:
-        return lambda x, w: F.linear(x, decoded(w, x.dtype))
+        return lambda x, w: F.linear(x, decoded(w, x.dtype)), False
     if x.shape[0] == 0:
-        return lambda x, w: x.new_empty(*x.shape[:-1], w.shape[0])
+        return lambda x, w: x.new_empty(*x.shape[:-1], w.shape[0]), False
     if w.pre_scale is not None:
-        wide = x if w.pre_scale.shape[0] == 1 else _wide(x)
-        plain = _choose(wide, _without_multiplier(w))
-        return lambda x, w: _with_multiplier(plain, x, w)
+        of_input = w.pre_scale.shape[0] == 1
+        plain, adds_bias = _choose(x if of_input else _wide(x), _without_multiplier(w))
+        return functools.partial(_with_multiplier, plain), adds_bias and of_input
     if (other := w.spec.rearranged(w)) is not None:
         stored = other[0]
         at_once = gpu.gemv_ordered_launch(x, stored) or gpu.fused_ordered_launch(x, stored)
-        ordered = at_once or gpu.ordered_launch(x, _choose(x, stored))
-        return lambda x, w: ordered(x, *w.spec.rearranged(w))  # type: ignore[misc]
+        ordered = at_once or gpu.ordered_launch(x, _choose(x, stored)[0])
+        return lambda x, w: ordered(x, *w.spec.rearranged(w)), False  # type: ignore[misc]
     path = _path(x, w)
-    if path.launch is not None and not _chooses_scale(x, w):
-        return path.launch(x, w)
-    product = path.run
-    if _chooses_scale(x, w):
-        product = functools.partial(_in_range, product)
+    in_range = _chooses_scale(x, w)
+    adds_bias = not in_range and path.adds_bias(x)
+    if path.launch is not None and not in_range:
+        return path.launch(x, w), adds_bias
+    product: Product = functools.partial(_in_range, path.run) if in_range else path.run
 
-    def run(x: Tensor, w: QTensor) -> Tensor:
+    def run(x: Tensor, w: QTensor, *bias: Tensor) -> Tensor:
         if x.dim() == 2:
-            return product(x, w)
-        return product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[0])
+            return product(x, w, *bias)
+        return product(x.reshape(-1, x.shape[-1]), w, *bias).reshape(*x.shape[:-1], w.shape[0])
 
-    return run
+    return run, adds_bias
 
 
 def anew(w: QTensor) -> QTensor:
@@ -278,13 +300,15 @@ class _ForwardLinear(_Linear):
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def _differentiated(x: Tensor, w: QTensor) -> Tensor:
+def _differentiated(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
     """`_product`, under whatever computes derivatives."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _ForwardLinear.apply(x, w)
+        return _plus(_ForwardLinear.apply(x, w), bias)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        return _Linear.apply(x, w)
-    return _product(x, w)
+        return _plus(_Linear.apply(x, w), bias)
+    if bias is not None and torch.is_grad_enabled() and bias.requires_grad:
+        return _plus(_product(x, w), bias)
+    return _product(x, w, bias)
 
 
 def _check_fits(x: Tensor, w: QTensor) -> None:
@@ -306,7 +330,10 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(_plain(x), w, _plain(bias))
     plain = not (torch._C._is_any_autocast_enabled() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
     if plain and is_eager(x, or_recorded=False):
-        out = chosen(x, w)(x, w)  # nothing else to see to: the short way
+        product, adds_bias = chosen(x, w)  # nothing else to see to: the short way
+        if bias is not None and adds_bias and _is_row(bias, w):
+            return product(x, w, bias)
+        out = product(x, w)
         return out if bias is None else out.add_(bias) if bias.dtype is out.dtype else out + bias.to(out.dtype)
     x = _plain(x)
     _check_fits(x, w)
@@ -318,8 +345,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         # Sums over codes are larger than float16 holds, and need more bits than bfloat16 has.
         with torch.autocast(kind, enabled=False):
             return linear(x, w, bias)
-    out = _differentiated(x, w)
-    return out if bias is None else out + bias.to(out.dtype)
+    return _differentiated(x, w, bias)
 
 
 def _plain(x: Any) -> Any:

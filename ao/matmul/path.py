@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..dtypes.base import QTensor
 
-Product = Callable[[Tensor, QTensor], Tensor]
+Product = Callable[..., Tensor]
+"""Of x and w, and of a bias (N,) where the path takes one."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Path:
         much beforehand.
     few: whether it is for a few tokens only; an exported program has one graph for any number.
     operator: whether it calls operators of ours; an exported program runs where nobody defines them.
+    adds_bias: of x (M, K), whether `run`, and what `launch` gives for it, take a bias (N,) as a third argument, which they add to
+        the sum in float32. Otherwise it is added to the result.
     """
 
     accepts: Callable[[Tensor, QTensor], bool]
@@ -27,6 +30,7 @@ class Path:
     launch: Callable[[Tensor, QTensor], Product] | None = None
     few: bool = False
     operator: bool = False
+    adds_bias: Callable[[Tensor], bool] = lambda x: False
 
     @property
     def name(self) -> str:

@@ -607,13 +607,15 @@ def sum_kernel(parts_ptr, out_ptr, size, SPLIT: tl.constexpr, B: tl.constexpr, E
 
 
 @triton.jit
-def scale_kernel(total_ptr, row_ptr, column_ptr, out_ptr, N, B: tl.constexpr):
-    """out[m, n] = total[m, n] * row[m] * column[n]."""
+def scale_kernel(total_ptr, row_ptr, column_ptr, bias_ptr, out_ptr, N, BIAS: tl.constexpr, B: tl.constexpr):
+    """out[m, n] = total[m, n] * row[m] * column[n] + bias[n]."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * B + tl.arange(0, B)
     there = n < N
     total = tl.load(total_ptr + row * N + n, mask=there, other=0).to(tl.float32)
     total = total * tl.load(row_ptr + row) * tl.load(column_ptr + n, mask=there, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + n, mask=there, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * N + n, total.to(out_ptr.dtype.element_ty), mask=there)
 
 
@@ -920,22 +922,27 @@ def _decode_kernel(
 def decode_launch(
     dtype: torch.dtype, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
 ) -> Product:
-    """x @ decoded(w).T for weights of the form of these and x of `dtype`, the kernel being decided once."""
+    """x @ decoded(w).T + bias for weights of the form of these and x of `dtype`, the kernel being decided once."""
     device, index = qdata.device, qdata.device.index
     grid, constants = _decode_kernel(qdata, scale, zero_point, offset, k)
     start = Launch(decode_kernel, grid, **constants)
 
-    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    def run(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None = None) -> Tensor:
         w = torch.empty(n, k, dtype=dtype, device=device)
         start(index, qdata, scale, scale if zero_point is None else zero_point, w, n)
-        return F.linear(x, w)
+        return F.linear(x, w, None if bias is None else bias.to(dtype))
 
     return run
 
 
-def scaled(total: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, tokens: int) -> Tensor:
-    """The first `tokens` rows of total (M, N), times rows (M, 1) and columns (N, 1), as `dtype`."""
+def scaled(
+    total: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, tokens: int, bias: Tensor | None = None
+) -> Tensor:
+    """The first `tokens` rows of total (M, N), times rows (M, 1) and columns (N, 1), plus bias (N,), as `dtype`."""
     n = total.shape[1]
     out = torch.empty(tokens, n, dtype=dtype, device=total.device)
-    launch(scale_kernel, (tokens, cdiv(n, 1024)), total, rows, columns, out, n, B=1024)
+    launch(
+        scale_kernel, (tokens, cdiv(n, 1024)), total, rows, columns, columns if bias is None else bias, out, n,
+        BIAS=bias is not None, B=1024,
+    )  # fmt: skip
     return out

@@ -100,7 +100,12 @@ def functions(kind: Kind, source: str, arguments: dict[str, list[Any]]) -> list[
     flags = cpp_instructions()
     if VNNI and "-mavx512f" in flags:
         flags = *flags, "-mavx512vnni"
-    flags = *flags, *tile_instructions(flags), "-ffp-contract=fast", *(f"-D{name}={value}" for name, value in macros.items())
+    flags = (
+        *flags,
+        *tile_instructions(flags),
+        "-ffp-contract=fast",
+        *(f"-D{name}={value}" for name, value in macros.items()),
+    )
     loaded = cpp_library(source, flags)
     if loaded is None:
         return None

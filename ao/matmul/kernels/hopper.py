@@ -39,15 +39,21 @@ def _magnitude(x):
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+@triton.jit
+def _of_first_part(ptr):
+    """What is at `ptr` as float32, for the program that sums the first part of K; 0 for the others."""
+    return tl.load(ptr, mask=tl.program_id(1) == 0, other=0.0).to(tl.float32)
+
+
 # 8-bit activations.
 
 
 @triton.jit(do_not_specialize=["M"])
 def int8_kernel(
-    x, row_ptr, q, column_ptr, out_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BAND: tl.constexpr, STAGES: tl.constexpr,
+    x, row_ptr, q, column_ptr, bias_ptr, out_ptr, M, N, K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n], int8 with an int32 sum. x, q: tensor descriptors.
+    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n] + bias[n], int8 with an int32 sum. x, q: tensor descriptors.
 
     BAND tiles of rows share a column of tiles, which then stays in the cache.
     """
@@ -64,6 +70,8 @@ def int8_kernel(
     row = tl.load(row_ptr + rm, mask=rm < M, other=0.0)
     column = tl.load(column_ptr + rn, mask=rn < N, other=0.0)
     out = acc.to(tl.float32) * row[:, None] * column[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     there = (rm < M)[:, None] & (rn < N)[None, :]
     tl.store(out_ptr + rm[:, None].to(tl.int64) * N + rn[None, :], out.to(out_ptr.dtype.element_ty), mask=there)
 
@@ -139,10 +147,10 @@ def quantize_kernel(
 
 @triton.jit
 def _parts(
-    parts, step_ptr, q, scale_ptr, out_ptr, block, tile, M, N, TOTAL, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
+    parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, block, tile, M, N, TOTAL, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, for a block of BN rows of q and a tile of BM tokens.
+    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, the first with bias[n], for a block of BN rows of q and a tile of BM tokens.
 
     parts: x in PARTS (1 or 2) parts, in boxes (PARTS BM, BK); q (N, K) in boxes (BN, BK).
     TOTAL: rows of the output, of all weights.
@@ -177,19 +185,22 @@ def _parts(
     rm = tile * BM + tl.arange(0, BM)
     scale = tl.load(scale_ptr + rn).to(tl.float32)
     y = y * tl.load(step_ptr + rm, mask=rm < M, other=0.0)[None, :] * scale[:, None]  # in the order of `int_mm`
+    if BIAS:
+        y += _of_first_part(bias_ptr + rn)[:, None]
     out = out_ptr + tl.program_id(1) * M * TOTAL + rm[None, :] * N + rn[:, None]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "TILES"])
 def parts_kernel(
-    parts, step_ptr, q, scale_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
+    parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """`_parts` of one weight. TILES of tokens share a block of q and are neighbours."""
     i = tl.program_id(0)
     _parts(
-        parts, step_ptr, q, scale_ptr, out_ptr, i // TILES, i % TILES, M, N, N, K, BM, PARTS, BN, BK, SPLIT, STAGES, FLOAT
+        parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, i // TILES, i % TILES, M, N, N, K, BM, PARTS, BN, BK, SPLIT, STAGES,
+        FLOAT, BIAS,
     )  # fmt: skip
 
 
@@ -208,10 +219,10 @@ def parts_joined_kernel(
     else:
         q = q2
     _parts(
-        parts, step_ptr, q, of_three(block, first, second, scale0, scale1, scale2),
+        parts, step_ptr, q, of_three(block, first, second, scale0, scale1, scale2), scale0,
         out_ptr + M * of_three(block, first, second, 0, n0, n0 + n1), block - of_three(block, first, second, 0, first, second),
         tl.program_id(0) % TILES, M, of_three(block, first, second, n0, n1, n2), n0 + n1 + n2, K, BM, PARTS, BN, BK, SPLIT,
-        STAGES, FLOAT,
+        STAGES, FLOAT, False,
     )  # fmt: skip
 
 
@@ -231,11 +242,12 @@ def _codes(q):
 
 @triton.jit(do_not_specialize=["M", "TILES"])
 def nibbles_kernel(
-    x, q, scale_ptr, zero_ptr, out_ptr, M, N, TILES, K: tl.constexpr, G: tl.constexpr, ZERO: tl.constexpr,
-    OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    x, q, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, TILES, K: tl.constexpr, G: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * (q[n] - zero[n]) * scale[n] over 1 / SPLIT of K, a group at a time. x (M, K) in boxes (BM, G);
-    q: the codes as int16 (N, K / 4) in boxes (BN, G / 4). (q - zero) is exact in bfloat16, scale is rounded to it."""
+    """out[m, n] = sum of x[m] * (q[n] - zero[n]) * scale[n] over 1 / SPLIT of K, a group at a time, the first with bias[n].
+    x (M, K) in boxes (BM, G); q: the codes as int16 (N, K / 4) in boxes (BN, G / 4). (q - zero) is exact in bfloat16, scale is
+    rounded to it."""
     NG: tl.constexpr = K // G
     TS: tl.constexpr = (NG + SPLIT - 1) // SPLIT
     n0 = tl.program_id(0) // TILES * BN
@@ -262,6 +274,8 @@ def nibbles_kernel(
         acc = tl.dot(w * scale[:, None], x.load([tile * BM, t * G]).T, acc)
     gdc_launch_dependents()
     rm = tile * BM + tl.arange(0, BM)
+    if BIAS:
+        acc += _of_first_part(bias_ptr + rn)[:, None]
     out = out_ptr + (tl.program_id(1) * M + rm[None, :]) * N + rn[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :])
 
@@ -269,22 +283,26 @@ def nibbles_kernel(
 # Launches.
 
 
-def int8_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x @ qdata.T) * rows * columns.T, int8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N)."""
+def int8_product(
+    x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """(x @ qdata.T) * rows * columns.T + bias, int8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1), bias (N,) -> (M, N)."""
     (m, k), n = x.shape, qdata.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
     launch(
         int8_kernel, (cdiv(m, height) * cdiv(n, width),),
-        tile_reader(x, (height, 128)), rows, tile_reader(qdata, (width, 128)), columns,
-        out, m, n, K=k, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
+        tile_reader(x, (height, 128)), rows, tile_reader(qdata, (width, 128)), columns, columns if bias is None else bias,
+        out, m, n, K=k, BIAS=bias is not None, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
     )  # fmt: skip
     return out
 
 
-def parts_product(x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
+def parts_product(
+    x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], bias: Tensor | None = None
+) -> list[Tensor]:
     """x (M, K) bfloat16 times one, two or three qdata (N, K) int8 or float8 e4m3 with scale (N, 1), in one launch -> (M, N) each.
-    K % 128 == N % 64 == 0."""
+    K % 128 == N % 64 == 0. bias: (N,), of one weight."""
     m, k = x.shape
     sizes = [q.shape[0] for q in qdata]
     n, wide = sum(sizes), all(size % 128 == 0 for size in sizes)
@@ -306,7 +324,7 @@ def parts_product(x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor]) -
     step = torch.empty(m, dtype=torch.float32, device=x.device)
     split_into_parts = _split_launch(m, k, tokens, x.dtype, dtype, x.device.index)
     split_into_parts(x.device.index, x, parts, step)
-    return _parts_product(parts, 2, step, qdata, scale, m, x.dtype, tokens, height, warps, stages)
+    return _parts_product(parts, 2, step, qdata, scale, bias, m, x.dtype, tokens, height, warps, stages)
 
 
 @functools.lru_cache(4096)
@@ -317,21 +335,22 @@ def _split_launch(m: int, k: int, tokens: int, x: torch.dtype, dtype: torch.dtyp
 
 
 def _parts_product(
-    x: Tensor, parts: int, rows: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], m: int, dtype: torch.dtype,
-    tokens: int, height: int, warps: int, stages: int,
+    x: Tensor, parts: int, rows: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], bias: Tensor | None, m: int,
+    dtype: torch.dtype, tokens: int, height: int, warps: int, stages: int,
 ) -> list[Tensor]:  # fmt: skip
     """`parts_kernel`, or of several weights `parts_joined_kernel`, over tiles of `tokens` x `height`."""
     k, sizes = qdata[0].shape[1], [q.shape[0] for q in qdata]
     device, n = x.device.index, sum(sizes)
     start, split = _parts_launch(
-        len(qdata), m, n, k, parts, tokens, height, warps, stages, qdata[0].dtype, columns[0].dtype, dtype, device
-    )
+        len(qdata), m, n, k, parts, tokens, height, warps, stages, qdata[0].dtype, columns[0].dtype,
+        None if bias is None else bias.dtype, dtype, device,
+    )  # fmt: skip
     out, sums = _outputs(m * n, split, dtype, x.device)
     read = tile_reader(x, (parts * tokens, 128))
     weights = [(tile_reader(q, (height, 128)), scale, size) for q, scale, size in zip(qdata, columns, sizes)]
     if len(weights) == 1:
         (q, scale, _), *_ = weights
-        start(device, read, rows, q, scale, sums, m, n, cdiv(m, tokens))
+        start(device, read, rows, q, scale, scale if bias is None else bias, sums, m, n, cdiv(m, tokens))
     else:
         weights = [*weights, (*weights[1][:2], 0)][:3]
         start(device, read, rows, sums, *itertools.chain(*weights), m, cdiv(m, tokens))
@@ -341,7 +360,7 @@ def _parts_product(
 @functools.lru_cache(4096)
 def _parts_launch(
     weights: int, m: int, n: int, k: int, parts: int, tokens: int, height: int, warps: int, stages: int, dtype: torch.dtype,
-    columns: torch.dtype, out: torch.dtype, device: int,
+    columns: torch.dtype, bias: torch.dtype | None, out: torch.dtype, device: int,
 ) -> tuple[Launch, int]:  # fmt: skip
     """The launch and in how many parts of K. Fewer stages where three programs then share a multiprocessor, or four if that
     makes room for all at once."""
@@ -354,6 +373,7 @@ def _parts_launch(
     start = Launch(
         parts_kernel if weights == 1 else parts_joined_kernel, (programs, split), num_warps=warps, early=True, K=k, BM=tokens,
         PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages, FLOAT=dtype.is_floating_point,
+        **({"BIAS": bias is not None} if weights == 1 else {}),
     )  # fmt: skip
     return start, split
 
@@ -390,10 +410,11 @@ def _quantize_launches(
 
 
 def codes_product(
-    x: Tensor, rows: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype
+    x: Tensor, rows: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """(x @ qdata.T) * rows * columns.T for up to 512 tokens, int8 or float8 e4m3, of one, two or three weights in one launch: x
-    (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N) each. K % 128 == N % 64 == 0."""
+    (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N) each. K % 128 == N % 64 == 0. bias: (N,), of one weight."""
     m, k = x.shape
     sizes = [q.shape[0] for q in qdata]
     n, wide = sum(sizes), all(size % 128 == 0 for size in sizes)
@@ -407,28 +428,29 @@ def codes_product(
         tokens, height, warps, stages = (128, 64, 4, 6) if m <= 256 or not wide else (128, 128, 8, 6)
     else:
         tokens, height, warps, stages = (64, 64, 4, 6) if m <= 256 else (128, 64, 4, 4)
-    return _parts_product(x, 1, rows, qdata, columns, m, dtype, tokens, height, warps, stages)
+    return _parts_product(x, 1, rows, qdata, columns, bias, m, dtype, tokens, height, warps, stages)
 
 
 def nibbles_product(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
-) -> Tensor:  # fmt: skip
-    """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128) -> (M, N). N % 64 == 0."""
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, bias: Tensor | None = None
+) -> Tensor:
+    """x (M, K) bfloat16 times 4-bit codes (N, K / 2) with scale and zero_point (N, K / 128), plus bias (N,) -> (M, N).
+    N % 64 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
     device = x.device.index
-    zero = None if zero_point is None else zero_point.dtype
-    start, split, tokens, height = _nibbles_launch(m, n, k, scale.dtype, zero, offset, device)
+    zero, added = (None if t is None else t.dtype for t in (zero_point, bias))
+    start, split, tokens, height = _nibbles_launch(m, n, k, scale.dtype, zero, offset, added, device)
     out, sums = _outputs(m * n, split, x.dtype, x.device)
     start(
         device, tile_reader(x, (tokens, 128)), tile_reader(qdata, (height, 32), torch.int16), scale,
-        scale if zero_point is None else zero_point, sums, m, n, cdiv(m, tokens),
+        scale if zero_point is None else zero_point, scale if bias is None else bias, sums, m, n, cdiv(m, tokens),
     )  # fmt: skip
     return _summed(sums, out, split).view(m, n)
 
 
 @functools.lru_cache(4096)
 def _nibbles_launch(
-    m: int, n: int, k: int, scale: torch.dtype, zero: torch.dtype | None, offset: int, device: int
+    m: int, n: int, k: int, scale: torch.dtype, zero: torch.dtype | None, offset: int, bias: torch.dtype | None, device: int
 ) -> tuple[Launch, int, int, int]:  # fmt: skip
     """The launch, in how many parts of K, and the tokens and rows of the weight of a tile."""
     group = 128
@@ -438,7 +460,7 @@ def _nibbles_launch(
     split = _splits(programs, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
     start = Launch(
         nibbles_kernel, (programs, split), num_warps=warps, views={1: torch.int16}, K=k, G=group, ZERO=zero is not None,
-        OFFSET=offset, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4,
+        OFFSET=offset, BIAS=bias is not None, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4,
     )  # fmt: skip
     return start, split, tokens, height
 

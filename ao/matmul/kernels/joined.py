@@ -22,7 +22,7 @@ _FIELDS = {"gemv": 3, "few": 6, "fused": 3, "dynamic_product": 2}
 """The operators of which `ao::gemv_joined` and so on are several, and how many fields of the weight come after x."""
 
 MOST = 64
-"""Tokens that one launch takes. Beyond, the weights are multiplied one by one, and what is made of the tokens first is shared."""
+"""Tokens that one launch takes. Beyond, quantize_in_graphs.py shares what is made of the tokens first."""
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 
@@ -39,12 +39,15 @@ def join_in_compiled_graphs() -> None:
         return
     from torch._inductor.lowering import register_lowering
 
+    from .quantize_in_graphs import lower_dynamic_product
+
     for name in _FIELDS:
-        register_lowering(getattr(torch.ops.ao, name).default, type_promotion_kind=None)(_lower)
+        how = lower_dynamic_product if name == "dynamic_product" else lower
+        register_lowering(getattr(torch.ops.ao, name).default, type_promotion_kind=None)(how)
     _registered = True
 
 
-def _lower(x: Any, *weight: Any) -> Any:
+def lower(x: Any, *weight: Any) -> Any:
     """The product, as the compiler knows it."""
     from torch._inductor.ir import ExternKernel
     from torch._inductor.lowering import fallback_handler, lowerings
@@ -65,8 +68,9 @@ def _lower(x: Any, *weight: Any) -> Any:
         return graph.env[arg] if arg in graph.env else lowerings[arg.target](value(arg.args[0]), *arg.args[1:])
 
     fields = [[value(arg) for arg in each if arg is not None] for each in zip(*map(_fields, nodes))]
-    call = fallback_handler(getattr(torch.ops.ao, f"{_name(node)}_joined").default, add_to_fallback_set=False)
-    found.update(zip(nodes, call(x, *fields, *weight[len(fields) :])))
+    joined = getattr(torch.ops.ao, f"{_name(node)}_joined").default
+    rest = weight[len(fields) :][: len(joined._schema.arguments) - 1 - len(fields)]  # without a bias
+    found.update(zip(nodes, fallback_handler(joined, add_to_fallback_set=False)(x, *fields, *rest)))
     return found.pop(node)
 
 
@@ -129,8 +133,10 @@ def _form(node: torch.fx.Node) -> list[Any] | None:
     tokens, rest = x.shape[0], list(node.args[1 + len(fields) :])
     name, one = _name(node), isinstance(tokens, int) and tokens == 1  # a symbol is any number of tokens but one
     many = isinstance(tokens, int) and tokens > MOST
-    if _rows(node) % 8 or (one and name == "fused") or (many and name != "dynamic_product"):
+    if _rows(node) % 8 or (one and name == "fused") or many:
         return None
+    if name != "gemv" and any(isinstance(arg, torch.fx.Node) for arg in rest):
+        return None  # a bias
     if name == "few":
         from .reading import reading_from
 

@@ -70,21 +70,24 @@ def gathered(x: Tensor, order: Tensor) -> Tensor:
 
 @_operator(
     "fused",
-    "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset) -> Tensor",
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, int offset, Tensor? bias=None) -> Tensor",
     _to_be_joined,
 )
-def fused(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int) -> Tensor:
-    """x @ decode(qdata).T -> (M, N).
+def fused(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, bias: Tensor | None = None
+) -> Tensor:
+    """x @ decode(qdata).T + bias -> (M, N).
 
     x: (M, K) bfloat16. qdata: (N, K) one-byte or (N, K / 2) 4-bit. scale: (N, K / group) or (N, 1), zero_point alike.
-    offset: what to add to zero_point.
+    offset: what to add to zero_point. bias: (N,).
     """
     of_hopper = is_for_hopper(x.shape[0], x.shape[1], qdata, scale, zero_point)
-    return fused_at_once(x, qdata, scale, zero_point, offset, of_hopper)
+    return fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, bias)
 
 
 def fused_at_once(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, of_hopper: bool
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, of_hopper: bool,
+    bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`fused` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N).
 
@@ -96,16 +99,26 @@ def fused_at_once(
     of_hopper = of_hopper and _is_aligned(x, qdata)
     reading = None if m > FEW else _reading_of_nibbles(n, k, qdata.shape[1], scale.shape[1], offset)
     if reading is not None:
-        out = few_tokens.few(rows, reading, (qdata.view(torch.int32), scale, zero_point, None, None, None))
+        out = _plus(few_tokens.few(rows, reading, (qdata.view(torch.int32), scale, zero_point, None, None, None)), bias)
     elif of_hopper and qdata.shape[1] == k:
-        (out,) = hopper.parts_product(rows, [qdata], [scale])
+        (out,) = hopper.parts_product(rows, [qdata], [scale], bias)
     elif of_hopper:
-        out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset)
+        out = hopper.nibbles_product(rows, qdata, scale, zero_point, offset, bias)
     elif m <= FEW:
-        out = ampere.fused(rows, None, qdata, scale, zero_point, offset, x.dtype)
+        out = _plus(ampere.fused(rows, None, qdata, scale, zero_point, offset, x.dtype), bias)
     else:
-        return F.linear(x, ampere.decoded(qdata, scale, zero_point, offset, k, x.dtype))
+        return F.linear(x, ampere.decoded(qdata, scale, zero_point, offset, k, x.dtype), _as(bias, x.dtype))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+
+def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of a few tokens, and a bias (N,) after it."""
+    return out if bias is None else out.add_(bias)
+
+
+def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bias in the only dtype that PyTorch's product takes."""
+    return None if bias is None else bias.to(dtype)
 
 
 @_operator(
@@ -180,13 +193,14 @@ _FIELDS = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor
 
 @_operator(
     "few",
-    f"(Tensor x, {_FIELDS}, str reading) -> Tensor",
+    f"(Tensor x, {_FIELDS}, str reading, Tensor? bias=None) -> Tensor",
     _to_be_joined,
 )
 def few(x: Tensor, *fields: Any) -> Tensor:
-    """x @ decode(w).T -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py, or of trits.py. x: (M, K) of 16
-    bits."""
-    return few_at_once(x, fields[:6], reading_from(fields[6]))
+    """x @ decode(w).T + bias -> (M, N) by the kernels of one_token.py, few_tokens.py and template.py, or of trits.py.
+
+    x: (M, K) of 16 bits. fields: of the weight, its reading, and the bias (N,) or None."""
+    return few_at_once(x, fields[:6], reading_from(fields[6]), *fields[7:])
 
 
 @_operator(
@@ -215,17 +229,17 @@ def few_joined(x: Tensor, *fields: Any) -> list[Tensor]:
     return few_tokens.few_joined(x, reading, weights)
 
 
-def few_at_once(x: Tensor, fields: Fields, reading: Reading) -> Tensor:
+def few_at_once(x: Tensor, fields: Fields, reading: Reading, bias: Tensor | None = None) -> Tensor:
     """`few` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
     if rows.shape[0] > FEW:
-        out = F.linear(rows, _decoded(reading, fields, x.dtype))
+        out = F.linear(rows, _decoded(reading, fields, x.dtype), _as(bias, x.dtype))
     elif reading.kind == "trits":
-        out = trits.product(rows, reading, fields, x.dtype)
+        out = _plus(trits.product(rows, reading, fields, x.dtype), bias)
     elif rows.shape[0] == 1 and reading.for_one_token:
-        out = one_token.gemv_each(rows, reading, fields)
+        out = _plus(one_token.gemv_each(rows, reading, fields), bias)
     else:
-        out = few_tokens.few(rows, reading, fields)
+        out = _plus(few_tokens.few(rows, reading, fields), bias)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], reading.n)
 
 
@@ -270,30 +284,43 @@ def routed_rows(x: Tensor, where: Tensor, ends: bool, *fields: Any) -> Tensor:
 
 
 @_operator(
-    "scaled_product",
-    "(Tensor x, Tensor rows, Tensor qdata, Tensor columns, ScalarType dtype) -> Tensor",
-    lambda x, rows, qdata, columns, dtype: x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype),
+    "quantized",
+    "(Tensor x, ScalarType dtype, bool whole) -> (Tensor, Tensor)",
+    lambda x, dtype, whole: (torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32)),
 )
-def scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x @ qdata.T) * rows * columns.T, of int8 or of float8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N).
+def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tensor]:
+    """The codes (M, K) of x and their scales (M, 1): `hopper.quantized`."""
+    return hopper.quantized(x, dtype, whole)
+
+
+@_operator(
+    "scaled_product",
+    "(Tensor x, Tensor rows, Tensor qdata, Tensor columns, ScalarType dtype, Tensor? bias=None) -> Tensor",
+    lambda x, rows, qdata, columns, dtype, bias=None: x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype),
+)
+def scaled_product(
+    x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """(x @ qdata.T) * rows * columns.T + bias, of int8 or of float8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1), bias
+    (N,) -> (M, N).
 
     The sum is int32 or float32.
     """
-    return _scaled_product(x, rows, qdata, columns, dtype)
+    return _scaled_product(x, rows, qdata, columns, dtype, bias)
 
 
 @_operator(
     "dynamic_product",
-    "(Tensor x, Tensor qdata, Tensor columns, bool whole) -> Tensor",
+    "(Tensor x, Tensor qdata, Tensor columns, bool whole, Tensor? bias=None) -> Tensor",
     _to_be_joined,
 )
-def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool) -> Tensor:
+def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool, bias: Tensor | None = None) -> Tensor:
     """`scaled_product` of x (M, K) quantized to the dtype of qdata, int8 or float8 e4m3 -> (M, N) in x's dtype.
 
     whole: whether all of x has one scale, rather than every row its own.
     """
     codes, rows = hopper.quantized(x, qdata.dtype, whole)
-    return _scaled_product(codes, rows, qdata, columns, x.dtype)
+    return _scaled_product(codes, rows, qdata, columns, x.dtype, bias)
 
 
 @_operator(
@@ -309,7 +336,7 @@ def dynamic_product_joined(
     codes, rows = hopper.quantized(x, qdata[0].dtype, whole)
     if x.shape[0] <= FEW and all(_is_for_copies(codes, q, x.dtype) for q in qdata):
         return hopper.codes_product(codes, rows, qdata, columns, x.dtype)
-    return [_scaled_product(codes, rows, q, c, x.dtype) for q, c in zip(qdata, columns)]
+    return [_scaled_product(codes, rows, q, c, x.dtype, None) for q, c in zip(qdata, columns)]
 
 
 def _is_for_copies(x: Tensor, qdata: Tensor, dtype: torch.dtype) -> bool:
@@ -322,24 +349,27 @@ def _is_for_copies(x: Tensor, qdata: Tensor, dtype: torch.dtype) -> bool:
     return copied and m <= few and n % 64 == 0 and k <= 65536 and x.dtype == qdata.dtype != torch.float8_e5m2
 
 
-def _scaled_product(x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_product(
+    x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
     m, k = x.shape
     copied = is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
     if _is_for_copies(x, qdata, dtype):
-        (out,) = hopper.codes_product(x, rows, [qdata], [columns], dtype)
+        (out,) = hopper.codes_product(x, rows, [qdata], [columns], dtype, bias)
         return out
     if x.dtype == torch.int8:
         if m <= 32 and k % 128 == 0:
-            return ampere.fused(x, rows, qdata, columns, None, 0, dtype)
+            return _plus(ampere.fused(x, rows, qdata, columns, None, 0, dtype), bias)
         if m > 128 and copied:
-            return hopper.int8_product(x, rows, qdata, columns, dtype)
+            return hopper.int8_product(x, rows, qdata, columns, dtype, bias)
         total = torch._int_mm(enough_rows(x), qdata.t())
     elif m > 256 and dtype == torch.bfloat16:
-        return torch._scaled_mm(x, qdata.t(), rows, columns.t(), out_dtype=dtype, use_fast_accum=True)
+        a, b, added = x, qdata.t(), _as(bias, dtype)
+        return torch._scaled_mm(a, b, rows, columns.t(), bias=added, out_dtype=dtype, use_fast_accum=True)
     else:
         one = torch.ones((), dtype=torch.float32, device=x.device)
         total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
-    return ampere.scaled(total, rows, columns, dtype, m)
+    return ampere.scaled(total, rows, columns, dtype, m, bias)
 
 
 def _is_aligned(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,136 @@
+"""Where a compiled graph quantizes an activation: after a norm, in the kernel of the norm.
+
+`ao::dynamic_product` quantizes an activation by a kernel of its own, which reads all of it once more, and does so anew for each
+weight that it meets. Where Inductor makes a graph of such products, it asks how to lower each of them:
+
+    after a norm    the rows are reduced already, so that their largest numbers are found, and codes are written, in the same
+                    kernel, in place of the activation
+    elsewhere       by our kernel: Inductor would compute what makes the activation, such as a GELU, once for the largest number
+                    and once more for the codes
+
+and what several products share, such as those of queries, keys and values, is quantized once.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from . import joined
+
+LONGEST = 8192
+"""Numbers of a row, at most: Inductor cuts longer ones in parts, each a kernel of its own."""
+
+SEARCHED = 64
+"""Operators of a graph that are looked at for a norm, at most."""
+
+TINY = torch.finfo(torch.float32).tiny
+
+aten = torch.ops.aten
+
+_RANGES = {torch.int8: (-128.0, 127.0, 127.5), torch.float8_e4m3fn: (-448.0, 448.0, 448.0)}
+"""The lowest and the highest code, and max|x| / scale, of `Intx(8)` and `Float8()`."""
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+_MOVES = (
+    *_VIEWS, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.clone.default, aten.slice.Tensor, aten.select.int, aten.constant_pad_nd.default,
+    torch.ops.prims.convert_element_type.default, operator.getitem,
+)  # fmt: skip
+"""What leaves numbers as they are, beside what PyTorch says is computed number by number."""
+
+_SUMS = (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var_mean.correction)
+"""What norms are made of when Inductor sees them."""
+
+_lowered: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+"""By graph: the codes and scales of what was quantized."""
+
+
+def lower_dynamic_product(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> Any:
+    """The product, as the compiler knows it."""
+    from torch._inductor.ir import ExternKernel
+    from torch._inductor.lowering import fallback_handler
+    from torch._inductor.virtualized import V
+
+    def call(name: str, *args: Any) -> Any:
+        return fallback_handler(getattr(torch.ops.ao, name).default, add_to_fallback_set=False)(*args)
+
+    node: Any = V.graph.current_node
+    tokens = node.args[0].meta["val"].shape[0]
+    if isinstance(tokens, int) and tokens <= joined.MOST:
+        return joined.lower(x, qdata, columns, whole, bias)
+    dtype = qdata.get_dtype()
+    token, k = source(node.args[0]), node.args[0].meta["val"].shape[1]
+    found, key = _lowered.setdefault(V.graph, {}), (token, k, dtype, whole)
+    if key not in found:
+        if not whole and k <= LONGEST and dtype in _RANGES and follows_norm(token, k):
+            found[key] = quantized(x, dtype)
+        elif products_of(token, (k, dtype, whole)) > 1:
+            x = ExternKernel.require_contiguous(ExternKernel.realize_input(x))
+            found[key] = call("quantized", x, dtype, whole)
+        else:
+            return call("dynamic_product", x, qdata, columns, whole, bias)
+    codes, rows = found[key]
+    return call("scaled_product", codes, rows, qdata, columns, x.get_dtype(), bias)
+
+
+def quantized(x: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The codes (M, K) and scales (M, 1) of x (M, K), as `Intx(8)` or `Float8()` quantize it, in operators of the compiler. That
+    they are the same to the bit, a test holds."""
+    from torch._inductor.lowering import lowerings
+
+    def call(op: Any, *args: Any) -> Any:
+        return lowerings[op](*args)
+
+    cast = torch.ops.prims.convert_element_type.default
+    low, high, levels = _RANGES[dtype]
+    wide = call(cast, x, torch.float32)
+    scale = call(aten.mul.Tensor, call(aten.amax.default, call(aten.abs.default, wide), [1], True), 1 / levels)
+    inverse = call(cast, call(aten.reciprocal.default, call(cast, scale, torch.float64)), torch.float32)
+    inverse = call(aten.where.self, call(aten.lt.Scalar, scale, TINY), 0.0, inverse)
+    codes = call(aten.mul.Tensor, wide, inverse)
+    codes = call(aten.minimum.default, call(aten.maximum.default, codes, low), high)
+    if dtype == torch.int8:
+        codes = call(aten.round.default, codes)
+    return call(cast, codes, dtype), scale
+
+
+def source(node: torch.fx.Node) -> torch.fx.Node:
+    """What a view shows."""
+    while node.target in _VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def follows_norm(node: torch.fx.Node, k: int) -> bool:
+    """Whether rows of k numbers are computed number by number from what was summed over such rows, as by a norm."""
+    nodes = [node]
+    for node in nodes:  # which grows meanwhile
+        if node.target in _SUMS:
+            given = node.args[0].meta["val"]  # type: ignore[union-attr]
+            dims = [d % given.dim() for d in node.args[1] or ()]  # type: ignore[union-attr]
+            if dims == [given.dim() - 1] and given.shape[-1] == k:
+                return True
+        elif len(nodes) < SEARCHED and _is_pointwise(node):
+            nodes += [other for other in node.all_input_nodes if other not in nodes]
+    return False
+
+
+def _is_pointwise(node: torch.fx.Node) -> bool:
+    return node.target in _MOVES or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def products_of(token: torch.fx.Node, form: tuple[Any, ...]) -> int:
+    """How many of our products quantize the rows of `token` alike. form: their length, the dtype of their codes, and `whole`."""
+    count = 0
+    for user in token.users:
+        if user.target in _VIEWS:
+            count += products_of(user, form)
+        elif user.target == torch.ops.ao.dynamic_product.default and user.args[0] is token:
+            k = token.meta["val"].shape[1]
+            count += form == (k, user.args[1].meta["val"].dtype, user.args[3])  # type: ignore[union-attr]
+    return count

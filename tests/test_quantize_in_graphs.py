@@ -1,0 +1,270 @@
+"""Where a compiled graph quantizes an activation: after a norm in its kernel, elsewhere by ours, for several products once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._inductor.graph
+import torch.nn.functional as F
+from cases import weight
+from torch import Tensor, nn
+from torch._inductor.lowering import register_lowering
+from torch._inductor.utils import run_and_get_code
+
+import ao
+from ao import compute_error
+from ao.dtypes import Float8, Intx
+from ao.matmul.kernels import joined, quantize_in_graphs
+
+SCHEMAS = {
+    "quantized": "(Tensor x, ScalarType dtype, bool whole) -> (Tensor, Tensor)",
+    "scaled_product": "(Tensor x, Tensor rows, Tensor qdata, Tensor columns, ScalarType dtype, Tensor? bias=None) -> Tensor",
+    "dynamic_product": "(Tensor x, Tensor qdata, Tensor columns, bool whole, Tensor? bias=None) -> Tensor",
+}
+SPECS = {torch.int8: Intx(8), torch.float8_e4m3fn: Float8()}
+
+
+def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tensor]:
+    assert not whole
+    q = SPECS[dtype].quantize(x)
+    return q.qdata, q.scale
+
+
+def scaled_product(x, rows, qdata, columns, dtype, bias=None):
+    out = (x.float() @ qdata.float().t()) * rows * columns.t()
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def dynamic_product(x, qdata, columns, whole, bias=None):
+    return scaled_product(*quantized(x, qdata.dtype, whole), qdata, columns, x.dtype, bias)
+
+
+FAKES = {
+    "quantized": lambda x, dtype, whole: (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(len(x), 1, dtype=torch.float32),
+    ),
+    "scaled_product": lambda x, rows, qdata, columns, dtype, bias=None: x.new_empty(len(x), len(qdata), dtype=dtype),
+    "dynamic_product": lambda x, qdata, *_: x.new_empty(len(x), len(qdata)),
+}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The operators of a GPU, on a CPU: the names of those that were called, and the codes that met weights."""
+    calls: list[str] = []
+    codes: list[Tensor] = []
+
+    def noted(name, function, *args):
+        calls.append(name)
+        if name == "scaled_product":
+            codes.append(args[0].clone())
+        return function(*args)
+
+    with torch.library._scoped_library("ao", "FRAGMENT") as library:
+        for name, schema in SCHEMAS.items():
+            if not hasattr(torch.ops.ao, name):  # without Triton
+                library.define(name + schema)
+                torch.library.register_fake(f"ao::{name}", FAKES[name], lib=library)
+            function = globals()[name]
+            library.impl(name, lambda *args, name=name, function=function: noted(name, function, *args), "CPU")
+        lower = quantize_in_graphs.lower_dynamic_product
+        register_lowering(torch.ops.ao.dynamic_product.default, type_promotion_kind=None)(lower)
+        monkeypatch.setattr(joined, "MOST", 0)  # few tokens are enough
+        torch.compiler.reset()
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            yield calls, codes
+    joined._registered = False  # without Triton the operators are gone
+    torch.compiler.reset()
+
+
+class Product(nn.Module):
+    """A layer with a quantized activation."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype = torch.int8, seed: int = 0) -> None:
+        super().__init__()
+        q = SPECS[dtype].quantize(weight((n, k), seed))
+        self.codes, self.scale, self.bias = q.qdata, q.scale, weight((n,), seed + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = torch.ops.ao.dynamic_product(rows, self.codes, self.scale, False, self.bias)
+        return out.reshape(*x.shape[:-1], -1)
+
+
+class Block(nn.Module):
+    """Attention without its products, and a feed-forward network, each after a norm."""
+
+    def __init__(self, norm: type[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([norm(64), norm(64)])
+        for p in self.norms.parameters():
+            p.data = torch.rand_like(p) + 0.5
+        self.q, self.k, self.v, self.o = (Product(64, 64, dtype, i) for i in range(4))
+        self.up, self.down = Product(128, 64, dtype, 4), Product(64, 128, dtype, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norms[0](x)
+        x = x + self.o(torch.tanh(self.q(h)) * self.k(h) + self.v(h))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype", "dynamic"),
+    [(nn.LayerNorm, torch.int8, False), (nn.RMSNorm, torch.float8_e4m3fn, True)],
+    ids=["LayerNorm int8 static", "RMSNorm float8 dynamic"],
+)
+def test_after_a_norm_the_compiler_quantizes(called, norm, dtype, dynamic):
+    calls, _ = called
+    block = Block(norm, dtype).requires_grad_(False)
+    for tokens in (6, 8) if dynamic else (6,):
+        x = weight((2, tokens, 64))
+        expected = block(x)
+        calls.clear()
+        if tokens == 6:
+            compiled = torch.compile(block, dynamic=dynamic)
+        got = compiled(x)
+        # q, k, v and the first of the feed-forward network meet codes of the norm's kernel; the others quantize by themselves.
+        assert calls == [*["scaled_product"] * 3, "dynamic_product", "scaled_product", "dynamic_product"]
+        assert compute_error(expected, got) > 35
+
+
+def test_what_several_products_share_is_quantized_once(called):
+    calls, codes = called
+    layers = nn.ModuleList(Product(16, 64, torch.int8, i) for i in range(3))
+    other = Product(16, 64, torch.float8_e4m3fn)
+    x = weight((5, 64))
+
+    def products(x: Tensor) -> list[Tensor]:
+        h = F.gelu(x)
+        return [layer(h) for layer in (*layers, other)]
+
+    expected = products(x)
+    calls.clear()
+    codes.clear()
+    got = torch.compile(products)(x)
+    assert sorted(calls) == ["dynamic_product", "quantized", *["scaled_product"] * 3]
+    assert all(torch.equal(codes[0].view(torch.uint8), c.view(torch.uint8)) for c in codes[1:3])
+    assert all(compute_error(e, g) > 60 for e, g in zip(expected, got))
+
+
+AFTER_A_NORM = {
+    "itself": lambda h: h,
+    "moved": lambda h: F.pad(h, (0, 0, 1, 2)).transpose(0, 1).contiguous(),
+    "modulated": lambda h: h * (1 + h[:, :1]) + h[:, 1:2],
+    "cast": lambda h: h.bfloat16(),
+}
+NOT_AFTER_A_NORM = {
+    "of other numbers": lambda x: F.group_norm(x, 1),
+    "of shorter rows": lambda x: F.layer_norm(x.view(2, 3, 4, 16), (16,)).view(2, 3, 64),
+    "not number by number": lambda x: torch.cumsum(F.layer_norm(x, (64,)), 1),
+    "of tokens": lambda x: x - x.mean(1, keepdim=True),
+}
+
+
+def test_what_counts_as_after_a_norm(called):
+    calls, _ = called
+    layer = Product(16, 64)
+
+    def products(x: Tensor) -> list[Tensor]:
+        h = F.layer_norm(x, (64,))
+        return [layer(between(h)) for between in AFTER_A_NORM.values()]
+
+    torch.compile(products)(weight((2, 3, 64)))
+    assert calls == ["scaled_product"] * len(AFTER_A_NORM)
+
+
+def test_what_does_not(called):
+    calls, _ = called
+    layer = Product(16, 64)
+    torch.compile(lambda x: [layer(made(x)) for made in NOT_AFTER_A_NORM.values()])(weight((2, 3, 64)))
+    assert calls == ["dynamic_product"] * len(NOT_AFTER_A_NORM)
+
+
+def test_rows_that_are_too_long(called, monkeypatch):
+    monkeypatch.setattr(quantize_in_graphs, "LONGEST", 32)
+    calls, _ = called
+    layer = Product(16, 64)
+    torch.compile(lambda x: layer(F.layer_norm(x, (64,))))(weight((2, 3, 64)))
+    assert calls == ["dynamic_product"]
+
+
+@pytest.mark.parametrize("dtype", list(SPECS), ids=str)
+def test_the_codes_are_those_of_the_spec(called, dtype, monkeypatch):
+    """To the bit, of an activation that comes as it is."""
+    monkeypatch.setattr(quantize_in_graphs, "follows_norm", lambda *_: True)
+    calls, codes = called
+    layer = Product(16, 128, dtype)
+    x = weight((64, 128)) * torch.logspace(-30, 30, 64).unsqueeze(1)
+    x[0, :8] = torch.tensor([0.5, -0.5, 1.5, 2.5, -2.5, 0.0, -0.0, 127.5])
+    x[1] = 0
+    x[2] *= 1e-12  # scales below the smallest normal number
+    got = torch.compile(layer)(x)
+    expected = SPECS[dtype].quantize(x)
+    assert calls == ["scaled_product"]
+    assert torch.equal(codes[0].view(torch.uint8), expected.qdata.view(torch.uint8))
+    assert torch.equal(
+        got, scaled_product(expected.qdata, expected.scale, layer.codes, layer.scale, x.dtype, layer.bias)
+    )
+
+
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+@pytest.mark.gpu
+@HOPPER
+@pytest.mark.parametrize(
+    "config",
+    [ao.Int8DynamicActivationInt8WeightConfig(), ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())],
+    ids=["int8", "float8"],
+)
+@pytest.mark.parametrize("width", [1024, 1280, 3072])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_block_on_a_gpu(config, width, mode):
+    torch.compiler.reset()
+    block = Mlp(width).to("cuda", torch.bfloat16).requires_grad_(False)
+    ao.quantize_(block, config)
+    x = weight((4, 197, width), 0, torch.bfloat16).cuda()
+    expected = block(x)
+    got, code = run_and_get_code(torch.compile(block, mode=mode), x)
+    text = "\n".join(code)
+    assert (
+        text.count("torch.ops.ao.scaled_product.default(") == text.count("torch.ops.ao.dynamic_product.default(") == 1
+    )
+    assert "torch.ops.ao.quantized.default(" not in text
+    # The norm, with the codes, and GELU; the residual is another, or part of a third.
+    assert text.count("@triton.jit") <= 3
+    assert compute_error(expected.float(), got.float()) > 35
+
+
+@pytest.mark.gpu
+@HOPPER
+@pytest.mark.parametrize("dtype", list(SPECS), ids=str)
+@pytest.mark.parametrize("k", [256, 1024, 1280, 4096])
+def test_the_codes_on_a_gpu_are_those_of_the_spec(dtype, k, monkeypatch):
+    from ao.matmul.kernels import operators
+
+    torch.compiler.reset()
+    monkeypatch.setattr(quantize_in_graphs, "follows_norm", lambda *_: True)
+    q = SPECS[dtype].quantize(weight((256, k), 0, torch.bfloat16)).cuda()
+    x = (weight((700, k), 1) * torch.logspace(-9, 9, 700).unsqueeze(1)).bfloat16().cuda()
+    x[1] = 0
+    expected = SPECS[dtype].quantize(x)
+    bias = weight((256,), 2, torch.bfloat16).cuda()
+    out = operators.scaled_product(expected.qdata, expected.scale, q.qdata, q.scale, x.dtype, bias)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        product = torch.compile(lambda x: torch.ops.ao.dynamic_product(x, q.qdata, q.scale, False, bias))
+        got, code = run_and_get_code(product, x)
+    assert "torch.ops.ao.scaled_product.default(" in code[0]
+    assert torch.equal(got, out)

@@ -51,6 +51,7 @@ KERNELS = {
     "hopper",
     "cast",
     "one_token",
+    "several",
     "operators",
     "reading",
     "routed",

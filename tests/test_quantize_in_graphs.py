@@ -8,7 +8,6 @@ import torch._inductor.graph
 import torch.nn.functional as F
 from cases import weight
 from torch import Tensor, nn
-from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import run_and_get_code
 
 import ao
@@ -68,13 +67,12 @@ def called(monkeypatch):
                 torch.library.register_fake(f"ao::{name}", FAKES[name], lib=library)
             function = globals()[name]
             library.impl(name, lambda *args, name=name, function=function: noted(name, function, *args), "CPU")
-        lower = quantize_in_graphs.lower_dynamic_product
-        register_lowering(torch.ops.ao.dynamic_product.default, type_promotion_kind=None)(lower)
+        quantize_in_graphs.lower_in_compiled_graphs()
         monkeypatch.setattr(joined, "MOST", 0)  # few tokens are enough
         torch.compiler.reset()
         with torch._inductor.config.patch(fx_graph_cache=False):
             yield calls, codes
-    joined._registered = False  # without Triton the operators are gone
+    quantize_in_graphs._registered = False  # without Triton the operators are gone
     torch.compiler.reset()
 
 

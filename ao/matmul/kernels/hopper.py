@@ -49,31 +49,56 @@ def _of_first_part(ptr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def int8_kernel(
-    x, row_ptr, q, column_ptr, bias_ptr, out_ptr, M, N, K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+def codes_kernel(
+    x, row_ptr, q, column_ptr, bias_ptr, out, out_ptr, M, N, K: tl.constexpr, FLOAT: tl.constexpr, BIAS: tl.constexpr,
+    COPIED: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n] + bias[n], int8 with an int32 sum. x, q: tensor descriptors.
+    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n] + bias[n], int8 with an int32 sum, or float8.
 
-    BAND tiles of rows share a column of tiles, which then stays in the cache.
+    x, q and, where it is COPIED, out: tensor descriptors. Each of PROGRAMS programs, which all run at a time, makes tile after
+    tile: so the loads of the next one begin before the sums of this one are stored. BAND tiles of rows share a column of tiles,
+    which then stays in the cache. Tiles are stored by halves, which takes fewer registers.
     """
-    band = BAND * tl.cdiv(N, BN)
-    first = tl.program_id(0) // band * BAND
-    height = tl.minimum(tl.cdiv(M, BM) - first, BAND)
-    m0 = (first + tl.program_id(0) % band % height) * BM
-    n0 = (tl.program_id(0) % band // height) * BN
-    acc = tl.zeros((BM, BN), tl.int32)
-    for k in tl.range(0, K, BK, num_stages=STAGES):
-        acc = tl.dot(x.load([m0, k]), q.load([n0, k]).T, acc, out_dtype=tl.int32)
-    rm = m0 + tl.arange(0, BM)
-    rn = n0 + tl.arange(0, BN)
+    down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band = BAND * across
+    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True, num_stages=STAGES):
+        first = tile // band * BAND
+        height = tl.minimum(down - first, BAND)
+        m0 = (first + tile % band % height) * BM
+        n0 = (tile % band // height) * BN
+        if FLOAT:
+            acc = tl.zeros((BM, BN), tl.float32)
+        else:
+            acc = tl.zeros((BM, BN), tl.int32)
+        for k in range(0, K, BK):
+            if FLOAT:
+                acc = tl.dot(x.load([m0, k]), q.load([n0, k]).T, acc)
+            else:
+                acc = tl.dot(x.load([m0, k]), q.load([n0, k]).T, acc, out_dtype=tl.int32)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        _store_scaled(left, row_ptr, column_ptr, bias_ptr, out, out_ptr, m0, n0, M, N, BIAS, COPIED)
+        _store_scaled(right, row_ptr, column_ptr, bias_ptr, out, out_ptr, m0, n0 + BN // 2, M, N, BIAS, COPIED)
+
+
+@triton.jit
+def _store_scaled(
+    acc, row_ptr, column_ptr, bias_ptr, out, out_ptr, m0, n0, M, N, BIAS: tl.constexpr, COPIED: tl.constexpr
+):  # fmt: skip
+    """Sums to the result."""
+    rm = m0 + tl.arange(0, acc.shape[0])
+    rn = n0 + tl.arange(0, acc.shape[1])
     row = tl.load(row_ptr + rm, mask=rm < M, other=0.0)
     column = tl.load(column_ptr + rn, mask=rn < N, other=0.0)
-    out = acc.to(tl.float32) * row[:, None] * column[None, :]
+    y = acc.to(tl.float32) * row[:, None] * column[None, :]
     if BIAS:
-        out += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    there = (rm < M)[:, None] & (rn < N)[None, :]
-    tl.store(out_ptr + rm[:, None].to(tl.int64) * N + rn[None, :], out.to(out_ptr.dtype.element_ty), mask=there)
+        y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    if COPIED:
+        out.store([m0, n0], y.to(out_ptr.dtype.element_ty))
+    else:
+        there = (rm < M)[:, None] & (rn < N)[None, :]
+        at = out_ptr + rm[:, None].to(tl.int64) * N + rn[None, :]
+        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=there)
 
 
 # 8-bit weights.
@@ -283,17 +308,21 @@ def nibbles_kernel(
 # Launches.
 
 
-def int8_product(
+def many_codes_product(
     x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
-    """(x @ qdata.T) * rows * columns.T + bias, int8: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1), bias (N,) -> (M, N)."""
+    """(x @ qdata.T) * rows * columns.T + bias, int8 or float8 e4m3: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1), bias
+    (N,) -> (M, N). K % 128 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
-    height, width, stages = (128, 256, 4) if m > 512 else (128, 128, 5)
+    copied = dtype.itemsize == 2 and n % 8 == 0
+    reader = tile_reader(x, (128, 128))
+    programs = 2 * multiprocessors(x.device)
     launch(
-        int8_kernel, (cdiv(m, height) * cdiv(n, width),),
-        tile_reader(x, (height, 128)), rows, tile_reader(qdata, (width, 128)), columns, columns if bias is None else bias,
-        out, m, n, K=k, BIAS=bias is not None, BM=height, BN=width, BK=128, BAND=8, STAGES=stages, num_warps=8,
+        codes_kernel, (min(programs, cdiv(m, 128) * cdiv(n, 128)),), reader, rows, tile_reader(qdata, (128, 128)), columns,
+        columns if bias is None else bias, tile_reader(out, (128, 64)) if copied else reader, out, m, n, K=k,
+        FLOAT=x.dtype.is_floating_point, BIAS=bias is not None, COPIED=copied, PROGRAMS=programs, BM=128, BN=128, BK=128,
+        BAND=8, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
 

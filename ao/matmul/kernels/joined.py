@@ -39,11 +39,8 @@ def join_in_compiled_graphs() -> None:
         return
     from torch._inductor.lowering import register_lowering
 
-    from .quantize_in_graphs import lower_dynamic_product
-
-    for name in _FIELDS:
-        how = lower_dynamic_product if name == "dynamic_product" else lower
-        register_lowering(getattr(torch.ops.ao, name).default, type_promotion_kind=None)(how)
+    for name in _FIELDS.keys() - {"dynamic_product"}:  # which quantize_in_graphs.py lowers
+        register_lowering(getattr(torch.ops.ao, name).default, type_promotion_kind=None)(lower)
     _registered = True
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, column_order, few_tokens, hopper, joined, one_token, routed, template, trits
+from . import ampere, column_order, few_tokens, hopper, joined, one_token, quantize_in_graphs, routed, template, trits
 from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
 
@@ -309,10 +309,15 @@ def scaled_product(
     return _scaled_product(x, rows, qdata, columns, dtype, bias)
 
 
+def _to_be_lowered(x: Tensor, qdata: Tensor, *_: Any) -> Tensor:
+    quantize_in_graphs.lower_in_compiled_graphs()  # Inductor is about to see the operator
+    return x.new_empty(x.shape[0], qdata.shape[0])
+
+
 @_operator(
     "dynamic_product",
     "(Tensor x, Tensor qdata, Tensor columns, bool whole, Tensor? bias=None) -> Tensor",
-    _to_be_joined,
+    _to_be_lowered,
 )
 def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool, bias: Tensor | None = None) -> Tensor:
     """`scaled_product` of x (M, K) quantized to the dtype of qdata, int8 or float8 e4m3 -> (M, N) in x's dtype.
@@ -361,8 +366,10 @@ def _scaled_product(
         if m <= 32 and k % 128 == 0:
             return _plus(ampere.fused(x, rows, qdata, columns, None, 0, dtype), bias)
         if m > 128 and copied:
-            return hopper.int8_product(x, rows, qdata, columns, dtype, bias)
+            return hopper.many_codes_product(x, rows, qdata, columns, dtype, bias)
         total = torch._int_mm(enough_rows(x), qdata.t())
+    elif m > 256 and copied and x.dtype == qdata.dtype == torch.float8_e4m3fn:
+        return hopper.many_codes_product(x, rows, qdata, columns, dtype, bias)
     elif m > 256 and dtype == torch.bfloat16:
         a, b, added = x, qdata.t(), _as(bias, dtype)
         return torch._scaled_mm(a, b, rows, columns.t(), bias=added, out_dtype=dtype, use_fast_accum=True)

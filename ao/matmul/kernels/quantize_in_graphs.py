@@ -14,6 +14,7 @@ and what several products share, such as those of queries, keys and values, is q
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,7 +51,21 @@ _lowered: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 """By graph: the codes and scales of what was quantized."""
 
 
-def lower_dynamic_product(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> Any:
+_registered = False
+
+
+def lower_in_compiled_graphs() -> None:
+    """Tell Inductor, where it is loaded, how our operator is lowered: no other code sees it."""
+    global _registered
+    if _registered or "torch._inductor.graph" not in sys.modules:
+        return
+    from torch._inductor.lowering import register_lowering
+
+    register_lowering(torch.ops.ao.dynamic_product.default, type_promotion_kind=None)(_lower)
+    _registered = True
+
+
+def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> Any:
     """The product, as the compiler knows it."""
     from torch._inductor.ir import ExternKernel
     from torch._inductor.lowering import fallback_handler
@@ -62,7 +77,7 @@ def lower_dynamic_product(x: Any, qdata: Any, columns: Any, whole: bool, bias: A
     node: Any = V.graph.current_node
     tokens = node.args[0].meta["val"].shape[0]
     if isinstance(tokens, int) and tokens <= joined.MOST:
-        return joined.lower(x, qdata, columns, whole, bias)
+        return joined.lower(x, qdata, columns, whole, *(() if bias is None else (bias,)))
     dtype = qdata.get_dtype()
     token, k = source(node.args[0]), node.args[0].meta["val"].shape[1]
     found, key = _lowered.setdefault(V.graph, {}), (token, k, dtype, whole)

@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 import ao
 from ao.dtypes import NF4, Float8, FloatX, Intx, Ternary, cpp
 from ao.matmul import cpu, cpu_int8, linear, made, path_name
+from ao.matmul.kernels import cpu_integers, device
 from ao.matmul.kernels.device import TILES
 
 pytestmark = pytest.mark.skipif(cpp.cpp_compiler() is None, reason="needs a C++ compiler")
@@ -55,6 +56,33 @@ def test_the_bits_of_the_expressions(spec, shape):
             x = activation(tokens, shape[1], dtype)
             assert path_name(x, q) == "int8"
             assert torch.equal(F.linear(x, q).nan_to_num(7.0), expression(x, q).nan_to_num(7.0))
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="what feeds the tiles are vectors of AVX-512"
+)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_tiles(spec, monkeypatch):
+    """Units that multiply tiles, with instructions that are written out, give the same bits: any number of rows and of tokens,
+    and more than one panel along K."""
+    name = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(cpp, "INSTRUCTIONS", {name: (*cpp.INSTRUCTIONS[name], "-DEMULATED_TILES")})
+    monkeypatch.setattr(device, "TILES", False)
+    cpu_integers.integers.cache_clear()
+    assert cpu_integers.integers().tiles is not None
+    expression = cpu.split if spec.act is None else cpu.int_mm
+    before = torch.get_num_threads()
+    try:
+        for n, k in ((70, 2176), (144, 192)):
+            q = spec.quantize(weight((n, k)))
+            for tokens, threads in ((1, 1), (16, 3), (37, 1), (50, 3)):
+                torch.set_num_threads(threads)
+                for dtype in (torch.bfloat16,) + (torch.float32,) * (spec.act is not None):
+                    x = activation(tokens, k, dtype)
+                    assert torch.equal(cpu_int8.product(x, q).nan_to_num(7.0), expression(x, q).nan_to_num(7.0))
+    finally:
+        torch.set_num_threads(before)
+        cpu_integers.integers.cache_clear()
 
 
 def test_a_static_scale_and_more_threads():

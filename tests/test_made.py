@@ -11,7 +11,7 @@ import ao
 from ao import compute_error
 from ao.dtypes import MXINT8, NF4, Codebook, Float8, FloatX, Intx, Shifted, Ternary, cpp
 from ao.matmul import linear, made, path_name
-from ao.matmul.kernels import built
+from ao.matmul.kernels import built, device
 
 pytestmark = pytest.mark.skipif(cpp.cpp_compiler() is None, reason="needs a C++ compiler")
 
@@ -102,16 +102,17 @@ def test_rows_in_bfloat16(spec):
 @pytest.mark.skipif(not made.AVX512, reason="what feeds the tiles are vectors of AVX-512")
 @pytest.mark.parametrize("spec", [Intx(4, (1, 32)), Intx(8), NF4, Ternary()], ids=str)
 def test_tiles(spec, monkeypatch):
-    """What tiles are given and what they give, with instructions that are written out: any number of rows and of tokens."""
+    """What tiles are given and what they give, with instructions that are written out: any number of rows and of tokens, and more
+    than one panel along K."""
     name = torch.backends.cpu.get_cpu_capability()
     monkeypatch.setattr(cpp, "INSTRUCTIONS", {name: (*cpp.INSTRUCTIONS[name], "-DEMULATED_TILES")})
-    monkeypatch.setattr(built, "TILES", False)
+    monkeypatch.setattr(device, "TILES", False)
     built.library.cache_clear()
-    for n in (N, 144):
-        q = spec.quantize(weight((n, K), dtype=torch.bfloat16))
-        compiled, described = made._library(made.readable(q)), made._described(made.readable(q), n, K)
-        for tokens, threads in ((1, 1), (16, 2), (33, 1), (50, 2)):
-            x = weight((tokens, K), 1, torch.bfloat16)
+    for n, k in ((N, 1344), (144, K)):
+        q = spec.quantize(weight((n, k), dtype=torch.bfloat16))
+        compiled, described = made._library(made.readable(q)), made._described(made.readable(q), n, k)
+        for tokens, threads in ((1, 1), (16, 3), (33, 1), (50, 3)):
+            x = weight((tokens, k), 1, torch.bfloat16)
             y = torch.full((tokens, n), torch.nan, dtype=torch.bfloat16)
             compiled.tiles(described.weight, x.data_ptr(), tokens, y.data_ptr(), threads)
             assert compute_error(x.double() @ q.decode(torch.bfloat16).double().t(), y.double()) > 50

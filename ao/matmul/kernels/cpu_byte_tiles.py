@@ -1,8 +1,8 @@
 """The C++ of a product of int8 on a CPU whose units multiply tiles of it (AMX): a part of cpu_integers.py.
 
-The weight is the first operand of the units, read where it lies, 16 rows of 64 bytes at a time; nothing is decoded or copied. Tokens
-become bytes, four along K beside each other. Quantization, product and scaling are one call, with the bits of `ao_bytes`, an exact
-sum and `ao_scaled`.
+The weight is the first operand of the units, read where it lies, 16 rows of 64 bytes at a time; nothing is decoded or copied.
+Tokens become bytes, four along K beside each other. Quantization, product and scaling are one call, with the bits of `ao_bytes`,
+an exact sum and `ao_scaled`.
 
 An activation in two bytes has two tiles for 16 tokens, of the high and of the low ones, whose sums meet in registers. Where there
 are zero points, the first column is a token of ones, whose sums are those of the weight.
@@ -20,8 +20,8 @@ struct Columns {
   int64_t zero, tiles, depth;
   float *scale, *zeros;
 
-  // Sixteen columns, as bytes and then as tiles along K, words of four bytes beside each other; `depth` elements, and those of the
-  // next tile. made: memory for 16 rows, of halves 32.
+  // Sixteen columns, as bytes and then as tiles along K, words of four bytes beside each other. After `depth` elements of a tile
+  // come those of the next. made: memory for 16 rows, of halves 32.
   void pack(int64_t tile, int8_t* made, int8_t* packed) const {
     const int64_t k = bytes.k, first = bytes.act.halves ? tile / 2 * 16 : 16 * tile - zero;
     for (int64_t c = 0; c < 16; c++) {
@@ -82,7 +82,8 @@ NOT_INLINE void store_scaled(const Scaled& scaled, int64_t m, int64_t tile, int6
 #define BYTE_AHEAD 1
 #endif
 
-template <int T> NOT_INLINE void bytes_times(const Tiles& w, const Tiles& x, int64_t steps, bool begin, int64_t ahead, int32_t* sums) {
+template <int T>
+NOT_INLINE void bytes_times(const Tiles& w, const Tiles& x, int64_t steps, bool begin, int64_t ahead, int32_t* sums) {
   if (begin) sums_zero<T>();
   else sums_load<T>(sums);
   sums_add<T, true>(w, x, steps, ahead);
@@ -95,7 +96,8 @@ extern "C" void ao_byte_tiles(const Act* act, const void* x, int32_t dtype, int6
                               const int8_t* codes, int64_t stride, int64_t n, const float* of_rows, int32_t one, void* y,
                               int32_t threads) {
   const bool halves = act->halves;
-  const int64_t zero = halves ? 0 : act->zero, tiles = halves ? 2 * ((m + 15) / 16) : (m + zero + 15) / 16, pairs = (tiles + 1) / 2;
+  const int64_t zero = halves ? 0 : act->zero, tiles = halves ? 2 * ((m + 15) / 16) : (m + zero + 15) / 16;
+  const int64_t pairs = (tiles + 1) / 2;
   const bool few = pairs == 1, copied = pairs >= BYTE_COPY_FROM;
   int64_t height = few ? 32 : tiles < 16 ? BYTE_HEIGHT / 2 : BYTE_HEIGHT;
   while (height > 32 && n < 3 * height * threads) height /= 2;
@@ -131,7 +133,8 @@ extern "C" void ao_byte_tiles(const Act* act, const void* x, int32_t dtype, int6
               Tiles a = {(const uint8_t*)rows + r * stride + start + at, stride, 64, 16 * stride};
               if (r >= whole) a = {(const uint8_t*)panel + (r - whole) / 16 * tall + 16 * at, 64, 1024, tall};
               const Tiles b = {(const uint8_t*)packed + 16 * start * tiles + 2 * t * tall + 16 * at, 64, 1024, tall};
-              const int64_t steps = least(stop - start - at, step) / 64, ahead = BYTE_AHEAD && t == 0 && r < whole ? 32 * stride : 0;
+              const int64_t steps = least(stop - start - at, step) / 64;
+              const int64_t ahead = BYTE_AHEAD && t == 0 && r < whole ? 32 * stride : 0;
               int32_t* to = sums + (t * height + r) * 32;
               if (2 * t + 1 < tiles) bytes_times<2>(a, b, steps, start + at == 0, ahead, to);
               else bytes_times<1>(a, b, steps, start + at == 0, ahead, to);

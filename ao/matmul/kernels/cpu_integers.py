@@ -129,8 +129,8 @@ struct Bytes {
   }
 };
 
-// x -> scale (m,), zero (m,) where there is one, and out (rows, k): a row for each token; then, of halves, the low bytes, or, with
-// zero points, a row of ones.
+// x -> scale (m,), zero (m,) where there is one, and out (rows, k): a row for each token; then, of halves, the low bytes, or,
+// with zero points, a row of ones.
 extern "C" void ao_bytes(const Act* act, const void* x, int32_t dtype, int64_t m, int64_t k, const float* given, int8_t* out,
                          float* scale, float* zero, int32_t threads) {
   const Bytes bytes(*act, x, dtype, m, k, given);
@@ -233,7 +233,8 @@ extern "C" void ao_scaled(const Act* act, const int32_t* sums, int64_t n, int64_
           for (int i = 0; i < W; i++) scaled.put_at(t + i, at, W, w, first[i], halves ? second[i] : ones[h]);
         } else {
           const int64_t left = n - at < W ? n - at : W;
-          scaled.put_at(t, at, left, scaled.weight(at, left), column(p, rows, left), halves ? column(p + m, rows, left) : ones[h]);
+          const vf w = scaled.weight(at, left);
+          scaled.put_at(t, at, left, w, column(p, rows, left), halves ? column(p + m, rows, left) : ones[h]);
         }
       }
       t += tokens;

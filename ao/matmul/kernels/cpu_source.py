@@ -526,8 +526,8 @@ struct Run {
   Run(const Weight& w, int64_t start, int64_t stop) : start(start), stop(stop), group(w.k / w.groups), first(start / group) {}
 };
 
-// A run of row n as bfloat16: what `dense` gives, rounded. Of few bits all numbers of a group are made at once, and then looked up.
-// apart: from one chunk of 32 to the next. ahead: bytes from what is read to what is asked for.
+// A run of row n as bfloat16: what `dense` gives, rounded. Of few bits all numbers of a group are made at once, and then looked
+// up. apart: from one chunk of 32 to the next. ahead: bytes from what is read to what is asked for.
 NOT_INLINE void dense_bf16(const Weight& w, const Table& table, int64_t n, const Row& row, const Run& run, uint16_t* out,
                            int64_t apart, int64_t ahead) {
   const int64_t group = run.group, stop = run.stop;

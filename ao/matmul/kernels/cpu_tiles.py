@@ -3,9 +3,9 @@
 The weight is the first operand of the units, whose tiles are rows as `dense_bf16` decodes them, and the tokens are the second. So
 the weight is read once, packed, and what is put in another order is the activation, which is small.
 
-What a thread decodes at a time, a panel, stays in its caches until all tokens have met it. Up to 32 tokens it is 32 rows and 256
+What a thread decodes at a time, a panel, stays in its caches until all tokens have met it. Up to 32 tokens it is 32 rows and 512
 elements, in the first-level cache, and the sums stay in tiles from one panel to the next. Beyond, it is up to 256 rows and 1024
-elements in the second-level cache, which meet 32 tokens after 32, in steps of 256 elements of which tokens stay in the first level.
+elements in the second-level cache, which meet 32 tokens after 32, in steps of 256 elements. Those of the tokens stay in the first.
 """
 
 from .cpu_tile_units import TILE_UNITS
@@ -35,7 +35,8 @@ INLINE void transpose(__m512i* v) {
   UNROLL for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
-// Elements [start, stop) of 16 tokens of x (m, k) from `first` on, as the second operand of tiles; those beyond the last are zeros.
+// Elements [start, stop) of 16 tokens of x (m, k) from `first` on, as the second operand of tiles. Those beyond the last token are
+// zeros.
 NOT_INLINE void pack_tokens(const uint16_t* x, int64_t m, int64_t k, int64_t first, int64_t start, int64_t stop, uint16_t* out) {
   for (; start < stop; start += 32, out += 512) {
     __m512i v[16];
@@ -70,8 +71,8 @@ static void read_rows(const Weight& w, int64_t first, int64_t count, float* out)
 #define RUN 512  // elements of a row that are decoded before the next row is
 #endif
 
-// Elements [start, stop) of rows [first, first + count), as tiles of 16 rows, one after the other along K. Sixteen rows fill a tile
-// together, while it is in the first-level cache. ahead: rows from what is read to what is asked for.
+// Elements [start, stop) of rows [first, first + count), as tiles of 16 rows, one after the other along K. Sixteen rows fill a
+// tile together, while it is in the first-level cache. ahead: rows from what is read to what is asked for.
 static void decode_panel(Scratch& scratch, const Table& table, float* of_rows, int64_t first, int64_t count, int64_t start,
                          int64_t stop, int64_t ahead, uint16_t* out) {
   const Weight& w = scratch.weight;

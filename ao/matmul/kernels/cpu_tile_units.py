@@ -2,8 +2,8 @@
 
 A tile is 16 rows of 64 bytes: 32 numbers of bfloat16 or 64 of int8. Units multiply a tile of the weight by one of tokens, of
 which 4 bytes along K lie side by side, and add 16 x 16 sums of 32 bits to a third tile. That takes 16 cycles, in which a
-first-level cache gives two tiles, and the second level less than one. So four tiles of sums, of 32 rows and 32 tokens, meet two of
-rows and two of tokens: one tile is read for each multiplication.
+first-level cache gives two tiles, and the second level less than one. So four tiles of sums, of 32 rows and 32 tokens, meet two
+of rows and two of tokens: one tile is read for each multiplication.
 
 Where a CPU has no such units tests write them out, by EMULATED_TILES.
 """

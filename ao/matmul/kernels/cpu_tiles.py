@@ -5,7 +5,7 @@ the weight is read once, packed, and what is put in another order is the activat
 
 What a thread decodes at a time, a panel, stays in its caches until all tokens have met it. Up to 32 tokens it is 32 rows and 512
 elements, in the first-level cache, and the sums stay in tiles from one panel to the next. Beyond, it is up to 256 rows and 1024
-elements in the second-level cache, which meet 32 tokens after 32, in steps of 256 elements. Those of the tokens stay in the first.
+elements in the second-level cache, which meet 32 tokens after 32, in steps of 256 elements, of which tokens stay in the first.
 """
 
 from .cpu_tile_units import TILE_UNITS
@@ -35,8 +35,8 @@ INLINE void transpose(__m512i* v) {
   UNROLL for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
-// Elements [start, stop) of 16 tokens of x (m, k) from `first` on, as the second operand of tiles. Those beyond the last token are
-// zeros.
+// Elements [start, stop) of 16 tokens of x (m, k) from `first` on, as the second operand of tiles. Those beyond the last
+// token are zeros.
 NOT_INLINE void pack_tokens(const uint16_t* x, int64_t m, int64_t k, int64_t first, int64_t start, int64_t stop, uint16_t* out) {
   for (; start < stop; start += 32, out += 512) {
     __m512i v[16];

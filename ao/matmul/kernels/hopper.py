@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .ampere import rounded_e4m3, sum_kernel
 from .device import multiprocessors
-from .launch import Launch, cdiv, launch, power_of_two, tile_reader
+from .launch import Launch, cdiv, power_of_two, tile_reader
 from .several import cut, of_three
 
 
@@ -315,16 +315,30 @@ def many_codes_product(
     (N,) -> (M, N). K % 128 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
-    copied = dtype.itemsize == 2 and n % 8 == 0
+    start, copied = _many_launch(
+        m, n, k, x.dtype, rows.dtype, columns.dtype, dtype, None if bias is None else bias.dtype, x.device.index
+    )
     reader = tile_reader(x, (128, 128))
-    programs = 2 * multiprocessors(x.device)
-    launch(
-        codes_kernel, (min(programs, cdiv(m, 128) * cdiv(n, 128)),), reader, rows, tile_reader(qdata, (128, 128)), columns,
-        columns if bias is None else bias, tile_reader(out, (128, 64)) if copied else reader, out, m, n, K=k,
-        FLOAT=x.dtype.is_floating_point, BIAS=bias is not None, COPIED=copied, PROGRAMS=programs, BM=128, BN=128, BK=128,
-        BAND=8, STAGES=3, num_warps=4,
+    start(
+        x.device.index, reader, rows, tile_reader(qdata, (128, 128)), columns, columns if bias is None else bias,
+        tile_reader(out, (128, 64)) if copied else reader, out, m, n,
     )  # fmt: skip
     return out
+
+
+@functools.lru_cache(4096)
+def _many_launch(
+    m: int, n: int, k: int, codes: torch.dtype, rows: torch.dtype, columns: torch.dtype, out: torch.dtype,
+    bias: torch.dtype | None, device: int,
+) -> tuple[Launch, bool]:  # fmt: skip
+    """The launch, and whether the copy engine stores its result."""
+    copied = out.itemsize == 2 and n % 8 == 0
+    programs = 2 * multiprocessors(torch.device("cuda", device))
+    start = Launch(
+        codes_kernel, (min(programs, cdiv(m, 128) * cdiv(n, 128)),), num_warps=4, K=k, FLOAT=codes.is_floating_point,
+        BIAS=bias is not None, COPIED=copied, PROGRAMS=programs, BM=128, BN=128, BK=128, BAND=8, STAGES=3,
+    )  # fmt: skip
+    return start, copied
 
 
 def parts_product(

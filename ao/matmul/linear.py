@@ -206,7 +206,7 @@ def _choose(x: Tensor, w: QTensor) -> tuple[Product, bool]:
         stored = other[0]
         at_once = gpu.gemv_ordered_launch(x, stored) or gpu.fused_ordered_launch(x, stored)
         ordered = at_once or gpu.ordered_launch(x, _choose(x, stored)[0])
-        return lambda x, w: ordered(x, *w.spec.rearranged(w)), False  # type: ignore[misc]
+        return lambda x, w: ordered(x, *w.spec.rearranged(w)), False
     path = _path(x, w)
     in_range = _chooses_scale(x, w)
     adds_bias = not in_range and path.adds_bias(x)

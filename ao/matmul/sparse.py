@@ -287,7 +287,7 @@ def _compressed_product(x: Tensor, w: QTensor, operand: Operand) -> Tensor | Non
     if _codes_for_units(w) is None:
         if x.dtype != torch.bfloat16:
             return None  # cuSPARSELt 0.8 was seen to fault in float16
-        compressed = _beside(w, "compressed_bfloat16", lambda: _compress(w, x.dtype))
+        compressed = _for_units(w)
         return None if compressed is None else multiplied(compressed, quantized_act(x, w).contiguous())
     found = _compressed_total(x, w, operand)
     if found is None:
@@ -302,7 +302,7 @@ def _compressed_total(x: Tensor, w: QTensor, operand: Operand) -> tuple[Tensor, 
     """The sums of products of codes of 8 bits (M, N), bfloat16, and what multiplies them: scales (M, 1) and (1, N)."""
     codes = _codes_for_units(w)
     assert codes is not None
-    compressed = _beside(w, "compressed", lambda: torch._cslt_compress(_spread(codes.codes, operand.codes)))
+    compressed = _for_units(w)
     if compressed is None:
         return None
     rows, scale = _quantized_rows(x, w, codes)
@@ -336,6 +336,8 @@ def _units_win(x: Tensor, w: QTensor, operand: Operand) -> bool:
             units = _took(lambda: _compressed_product(x, w, operand))
             found = units[0] < dense[0], max(units) < max(dense)
         _WINS[key] = found
+    if found[0] and not recorded:
+        _for_units(w)  # for a graph that is recorded later, in which the host does not count
     return found[0 if recorded else 1]
 
 
@@ -367,6 +369,14 @@ def _codes_for_units(w: QTensor) -> Operand | None:
 def _spread(pairs: Tensor, places: Tensor) -> Tensor:
     """Codes of a byte each in their places: (N, K)."""
     return spread(pairs.view(torch.int8), unpack_codes(places)).view(pairs.dtype)
+
+
+def _for_units(w: QTensor) -> Tensor | None:
+    """The weight as the sparse units read it, kept beside it: with codes of 8 bits or in bfloat16."""
+    codes, pairs = _codes_for_units(w), w.spec.operand(w)
+    if codes is None or pairs is None:
+        return _beside(w, "compressed_bfloat16", lambda: _compress(w, torch.bfloat16))
+    return _beside(w, "compressed", lambda: torch._cslt_compress(_spread(codes.codes, pairs.codes)))
 
 
 def _compress(w: QTensor, dtype: torch.dtype) -> Tensor:

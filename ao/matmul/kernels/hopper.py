@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -172,10 +173,12 @@ def quantize_kernel(
 
 @triton.jit
 def _parts(
-    parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, block, tile, M, N, TOTAL, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr, BIAS: tl.constexpr,
+    parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, block, tile, M, N, TOTAL, K: tl.constexpr, BM: tl.constexpr,
+    PARTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, the first with bias[n], for a block of BN rows of q and a tile of BM tokens.
+    """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, the first with bias[n], for a block of
+    BN rows of q and a tile of BM tokens.
 
     parts: x in PARTS (1 or 2) parts, in boxes (PARTS BM, BK); q (N, K) in boxes (BN, BK).
     TOTAL: rows of the output, of all weights.
@@ -413,10 +416,11 @@ def _parts_launch(
     share = 57_000 if 396 < programs * split <= 528 else 76_000
     if programs * split > 264 and size * 3 <= share:
         stages = min(stages, share // size)
+    more: dict[str, Any] = {"BIAS": bias is not None} if weights == 1 else {}
     start = Launch(
         parts_kernel if weights == 1 else parts_joined_kernel, (programs, split), num_warps=warps, early=True, K=k, BM=tokens,
         PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages, FLOAT=dtype.is_floating_point,
-        **({"BIAS": bias is not None} if weights == 1 else {}),
+        **more,
     )  # fmt: skip
     return start, split
 

@@ -67,7 +67,12 @@ def lower(x: Any, *weight: Any) -> Any:
     fields = [[value(arg) for arg in each if arg is not None] for each in zip(*map(_fields, nodes))]
     joined = getattr(torch.ops.ao, f"{_name(node)}_joined").default
     rest = weight[len(fields) :][: len(joined._schema.arguments) - 1 - len(fields)]  # without a bias
-    found.update(zip(nodes, fallback_handler(joined, add_to_fallback_set=False)(x, *fields, *rest)))
+    out, start, tokens = fallback_handler(joined, add_to_fallback_set=False)(x, *fields, *rest), 0, x.get_size()[0]
+    for other in nodes:
+        n = _rows(other)
+        part = lowerings[torch.ops.aten.slice.Tensor](out, 0, start, start + tokens * n)
+        found[other] = lowerings[torch.ops.aten.view.default](part, [tokens, n])
+        start = start + tokens * n
     return found.pop(node)
 
 

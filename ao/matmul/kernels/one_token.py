@@ -18,7 +18,7 @@ from .joint_words import zero_number
 from .launch import Launch, cdiv, launch, power_of_two
 from .reading import Fields, Reading
 from .several import of_three
-from .template import _AFFINE, _FIXED, _FLOAT, _MINIFLOAT, _TABLE, _numbers, _outer, _scale_of, _scales, given
+from .template import _AFFINE, _FIXED, _MINIFLOAT, _numbers, _outer, _scale_of, _scales, given
 
 
 def _integers_asm(bits: int, signed: bool = False) -> str:
@@ -388,7 +388,8 @@ def _gemv_codes(
         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
     )  # fmt: skip
 
-    LOOKUP: tl.constexpr = KIND == _TABLE or KIND == _FLOAT or (KIND == _MINIFLOAT and (BITS != 4 or EXPONENT == 1))
+    SMALL: tl.constexpr = KIND == _MINIFLOAT and BITS == 4 and EXPONENT > 1  # multiples of the smallest
+    LOOKUP: tl.constexpr = KIND != _AFFINE and KIND != _FIXED and not SMALL
     at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
     table = (0,)

@@ -38,8 +38,16 @@ def _to_be_joined(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
-def _joined(x: Tensor, codes: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], q.shape[0]) for q in codes]
+def _joined(x: Tensor, codes: Sequence[Tensor], *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0] * sum(q.shape[0] for q in codes))
+
+
+def _as_one(products: list[Tensor]) -> Tensor:
+    """One after the other: an operator may not return parts of one tensor. They are so already where one launch made them."""
+    first, *others = products
+    if all(y.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for y in others):
+        return first.as_strided((sum(y.numel() for y in products),), (1,))
+    return torch.cat([y.reshape(-1) for y in products])
 
 
 @_operator(
@@ -54,12 +62,12 @@ def gemv(x: Tensor, *weight: Any) -> Tensor:
 
 @_operator(
     "gemv_joined",
-    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act, Tensor? order=None) -> Tensor[]",
+    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset, bool act, Tensor? order=None) -> Tensor",
     _joined,
 )
-def gemv_joined(x: Tensor, *weights: Any) -> list[Tensor]:
-    """One token and several weights: `ampere.gemv_joined`."""
-    return list(ampere.gemv_joined(x, *weights).split([q.shape[0] for q in weights[0]], 1))
+def gemv_joined(x: Tensor, *weights: Any) -> Tensor:
+    """One token and several weights: `ampere.gemv_joined` -> all products (1, N), one after the other."""
+    return ampere.gemv_joined(x, *weights).view(-1)
 
 
 @_operator("gathered", "(Tensor x, Tensor order) -> Tensor", lambda x, order: torch.empty_like(x))
@@ -123,26 +131,26 @@ def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 @_operator(
     "fused_joined",
-    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset) -> Tensor[]",
+    "(Tensor x, Tensor[] qdata, Tensor[] scale, Tensor[] zero_point, int offset) -> Tensor",
     _joined,
 )
 def fused_joined(
     x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], zero_point: Sequence[Tensor], offset: int
-) -> list[Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """`fused` of two or three weights of one format, up to `FEW` tokens in one launch. zero_point: of each, or none."""
     (m, k), n = x.shape, sum(q.shape[0] for q in qdata)
     weights = list(itertools.zip_longest(qdata, scale, zero_point))
     codes, scales, zero = weights[0]
     reading = _reading_of_nibbles(n, k, codes.shape[1], scales.shape[1], offset)
     if m > FEW:
-        return [fused_at_once(x, *w, offset, is_for_hopper(m, k, *w)) for w in weights]
+        return _as_one([fused_at_once(x, *w, offset, is_for_hopper(m, k, *w)) for w in weights])
     if reading is not None:
         fields = [(q.view(torch.int32), s, z, None, None, None) for q, s, z in weights]
-        return few_tokens.few_joined(x, reading, fields)
+        return _as_one(few_tokens.few_joined(x, reading, fields))
     of_hopper = codes.shape[1] == k and _is_for_hopper(m, n, k, codes, scales, zero)
     if of_hopper and all(q.shape[0] % 64 == 0 and _is_aligned(x, q) for q in qdata):
-        return hopper.parts_product(x, qdata, scale)
-    return ampere.fused_joined(x, None, weights, offset, x.dtype)
+        return _as_one(hopper.parts_product(x, qdata, scale))
+    return _as_one(ampere.fused_joined(x, None, weights, offset, x.dtype))
 
 
 @functools.cache
@@ -215,18 +223,18 @@ def few_ordered(x: Tensor, order: Tensor, *fields: Any) -> Tensor:
 
 @_operator(
     "few_joined",
-    f"(Tensor x, {_FIELDS.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading) -> Tensor[]",
+    f"(Tensor x, {_FIELDS.replace('? ', ' ').replace('Tensor ', 'Tensor[] ')}, str reading) -> Tensor",
     _joined,
 )
-def few_joined(x: Tensor, *fields: Any) -> list[Tensor]:
+def few_joined(x: Tensor, *fields: Any) -> Tensor:
     """`few` of two or three weights, up to `FEW` tokens in one launch. Fields: of each weight, or none. reading: of the first."""
     weights, reading = list(itertools.zip_longest(*fields[:6])), reading_from(fields[6])
     rows = [w[0].shape[0] for w in weights]
     if x.shape[0] > FEW:
-        return [few_at_once(x, w, reading._replace(n=n)) for w, n in zip(weights, rows)]
+        return _as_one([few_at_once(x, w, reading._replace(n=n)) for w, n in zip(weights, rows)])
     if x.shape[0] == 1 and reading.for_one_token:
-        return list(one_token.gemv_joined(x, reading, weights).split(rows, 1))
-    return few_tokens.few_joined(x, reading, weights)
+        return one_token.gemv_joined(x, reading, weights).view(-1)
+    return _as_one(few_tokens.few_joined(x, reading, weights))
 
 
 def few_at_once(x: Tensor, fields: Fields, reading: Reading, bias: Tensor | None = None) -> Tensor:
@@ -330,18 +338,18 @@ def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool, bias
 
 @_operator(
     "dynamic_product_joined",
-    "(Tensor x, Tensor[] qdata, Tensor[] columns, bool whole) -> Tensor[]",
+    "(Tensor x, Tensor[] qdata, Tensor[] columns, bool whole) -> Tensor",
     _joined,
 )
 def dynamic_product_joined(
     x: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], whole: bool
-) -> list[Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """`dynamic_product` of two or three weights of one format: x is quantized once, and up to `FEW` tokens meet all in one
     launch."""
     codes, rows = hopper.quantized(x, qdata[0].dtype, whole)
     if x.shape[0] <= FEW and all(_is_for_copies(codes, q, x.dtype) for q in qdata):
-        return hopper.codes_product(codes, rows, qdata, columns, x.dtype)
-    return [_scaled_product(codes, rows, q, c, x.dtype, None) for q, c in zip(qdata, columns)]
+        return _as_one(hopper.codes_product(codes, rows, qdata, columns, x.dtype))
+    return _as_one([_scaled_product(codes, rows, q, c, x.dtype, None) for q, c in zip(qdata, columns)])
 
 
 def _is_for_copies(x: Tensor, qdata: Tensor, dtype: torch.dtype) -> bool:
@@ -368,7 +376,7 @@ def _scaled_product(
         if m > 128 and copied:
             return hopper.many_codes_product(x, rows, qdata, columns, dtype, bias)
         total = torch._int_mm(enough_rows(x), qdata.t())
-    elif m > 256 and copied and x.dtype == qdata.dtype == torch.float8_e4m3fn:
+    elif m > 256 and copied and bias is not None and x.dtype == qdata.dtype == torch.float8_e4m3fn:
         return hopper.many_codes_product(x, rows, qdata, columns, dtype, bias)
     elif m > 256 and dtype == torch.bfloat16:
         a, b, added = x, qdata.t(), _as(bias, dtype)

@@ -80,6 +80,8 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
         return joined.lower(x, qdata, columns, whole, *(() if bias is None else (bias,)))
     dtype = qdata.get_dtype()
     token, k = source(node.args[0]), node.args[0].meta["val"].shape[1]
+    if not isinstance(k, int):
+        return call("dynamic_product", x, qdata, columns, whole, bias)
     found, key = _lowered.setdefault(V.graph, {}), (token, k, dtype, whole)
     if key not in found:
         if not whole and k <= LONGEST and dtype in _RANGES and follows_norm(token, k):

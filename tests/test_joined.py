@@ -387,14 +387,13 @@ def test_a_block_on_a_gpu(config, name, mode, tokens):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", [Float8(act=Float8()), Intx(8, act=Intx(8))], ids=str)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_tokens_are_quantized_once_on_a_gpu(config, dynamic):
+def test_tokens_are_quantized_once_on_a_gpu(config):
     from torch._inductor.utils import run_and_get_code
 
     block = Block(1024, 2048).to("cuda", torch.bfloat16).requires_grad_(False)
     ao.quantize_(block, config)
     x = weight((8, 1, 1024), 0, torch.bfloat16).cuda()
     expected = block(x)
-    got, code = run_and_get_code(torch.compile(block, dynamic=dynamic), x)
+    got, code = run_and_get_code(torch.compile(block, dynamic=False), x)
     assert sum(text.count("ao.dynamic_product_joined.default(") for text in code) == 2
     assert compute_error(expected.float(), got.float()) > 30

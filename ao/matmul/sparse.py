@@ -336,7 +336,7 @@ def _units_win(x: Tensor, w: QTensor, operand: Operand) -> bool:
             units = _took(lambda: _compressed_product(x, w, operand))
             found = units[0] < dense[0], max(units) < max(dense)
         _WINS[key] = found
-    if found[0] and not recorded:
+    if found == (True, False) and not recorded:
         _for_units(w)  # for a graph that is recorded later, in which the host does not count
     return found[0 if recorded else 1]
 

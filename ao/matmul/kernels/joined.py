@@ -24,7 +24,7 @@ _FIELDS = {"gemv": 3, "few": 6, "fused": 3, "dynamic_product": 2}
 MOST = 64
 """Tokens that one launch takes. Beyond, quantize_in_graphs.py shares what is made of the tokens first."""
 
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 
 _lowered: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 """By graph: the products that an earlier one brought along."""
@@ -81,7 +81,7 @@ def products_of_same_tokens(node: torch.fx.Node, there: Any) -> list[torch.fx.No
     form, nodes = _form(node), []
     if form is None or not _is_ready(node, there):
         return [node]
-    for other in _users(_viewed(node.args[0]), node.target):
+    for other in _users(viewed(node.args[0]), node.target):
         if _form(other) == form and _is_ready(other, there) and other not in there:
             nodes.append(other)
     first = nodes.index(node)
@@ -98,9 +98,9 @@ def _is_ready(node: torch.fx.Node, there: Any) -> bool:
     return True
 
 
-def _viewed(node: Any) -> torch.fx.Node:
+def viewed(node: Any) -> torch.fx.Node:
     """What a view shows."""
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         node = node.args[0]
     return node
 
@@ -109,7 +109,7 @@ def _users(tokens: torch.fx.Node, product: Any) -> list[torch.fx.Node]:
     """The products of tokens by an operator, through their views, in the order of the graph."""
     found = []
     for user in tokens.users:
-        if user.target in _VIEWS:
+        if user.target in VIEWS:
             found += _users(user, product)
         elif user.target == product and user.args[0] is tokens:
             found.append(user)

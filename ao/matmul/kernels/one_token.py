@@ -360,7 +360,7 @@ def _gemv_codes(
     x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, first, programs, K: tl.constexpr,
     BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr,
     OFFSET: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
-    J: tl.constexpr,
+    J: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * number[n] - zero[n] * sum of x) * scale[n], by program `first` of
     `programs`.
@@ -388,8 +388,6 @@ def _gemv_codes(
         q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
     )  # fmt: skip
 
-    SMALL: tl.constexpr = KIND == _MINIFLOAT and BITS == 4 and EXPONENT > 1  # multiples of the smallest
-    LOOKUP: tl.constexpr = KIND != _AFFINE and KIND != _FIXED and not SMALL
     at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
     table = (0,)
@@ -465,12 +463,13 @@ def gemv_codes_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
+    LOOKUP: tl.constexpr,
 ):  # fmt: skip
     """`_gemv_codes` of one weight, for each token."""
     token = tl.program_id(1)
     _gemv_codes(
         x_ptr + token * K, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr + token * N, N,
-        tl.program_id(0), tl.num_programs(0), K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J,
+        tl.program_id(0), tl.num_programs(0), K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J, LOOKUP,
     )  # fmt: skip
 
 
@@ -480,6 +479,7 @@ def gemv_codes_joined_kernel(
     n1, p1, q2, scale2, zero2, table2, outer2, outer_zero2, n2, p2, K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
     EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr,
     NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
+    LOOKUP: tl.constexpr,
 ):  # fmt: skip
     """`_gemv_codes` of two or three weights one below the other, of n rows and with p programs each; of two, p2 is 0."""
     i = tl.program_id(0)
@@ -491,7 +491,7 @@ def gemv_codes_joined_kernel(
         of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
         out_ptr + of_three(i, first, second, 0, n0, n0 + n1), of_three(i, first, second, n0, n1, n2),
         i - of_three(i, first, second, 0, first, second), of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
-        SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J,
+        SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J, LOOKUP,
     )  # fmt: skip
 
 
@@ -511,7 +511,7 @@ def _gemv_constants(
         at_once, len(tiles)
     ):  # each weight has a last program that is done sooner
         rounds += 1
-    return [cdiv(t, rounds) for t in tiles], {"J": units, "num_warps": warps}
+    return [cdiv(t, rounds) for t in tiles], {"J": units, "LOOKUP": looks_up, "num_warps": warps}
 
 
 def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:

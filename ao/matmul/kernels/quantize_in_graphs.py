@@ -35,10 +35,8 @@ aten = torch.ops.aten
 _RANGES = {torch.int8: (-128.0, 127.0, 127.5), torch.float8_e4m3fn: (-448.0, 448.0, 448.0)}
 """The lowest and the highest code, and max|x| / scale, of `Intx(8)` and `Float8()`."""
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-
 _MOVES = (
-    *_VIEWS, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
+    *joined.VIEWS, aten.permute.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.clone.default, aten.slice.Tensor, aten.select.int, aten.constant_pad_nd.default,
     torch.ops.prims.convert_element_type.default, operator.getitem,
 )  # fmt: skip
@@ -49,7 +47,6 @@ _SUMS = (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var_mean
 
 _lowered: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 """By graph: the codes and scales of what was quantized."""
-
 
 _registered = False
 
@@ -79,7 +76,7 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
     if isinstance(tokens, int) and tokens <= joined.MOST:
         return joined.lower(x, qdata, columns, whole, *(() if bias is None else (bias,)))
     dtype = qdata.get_dtype()
-    token, k = source(node.args[0]), node.args[0].meta["val"].shape[1]
+    token, k = joined.viewed(node.args[0]), node.args[0].meta["val"].shape[1]
     if not isinstance(k, int):
         return call("dynamic_product", x, qdata, columns, whole, bias)
     found, key = _lowered.setdefault(V.graph, {}), (token, k, dtype, whole)
@@ -116,13 +113,6 @@ def quantized(x: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     return call(cast, codes, dtype), scale
 
 
-def source(node: torch.fx.Node) -> torch.fx.Node:
-    """What a view shows."""
-    while node.target in _VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
 def follows_norm(node: torch.fx.Node, k: int) -> bool:
     """Whether rows of k numbers are computed number by number from what was summed over such rows, as by a norm."""
     nodes = [node]
@@ -145,7 +135,7 @@ def products_of(token: torch.fx.Node, form: tuple[Any, ...]) -> int:
     """How many of our products quantize the rows of `token` alike. form: their length, the dtype of their codes, and `whole`."""
     count = 0
     for user in token.users:
-        if user.target in _VIEWS:
+        if user.target in joined.VIEWS:
             count += products_of(user, form)
         elif user.target == torch.ops.ao.dynamic_product.default and user.args[0] is token:
             k = token.meta["val"].shape[1]

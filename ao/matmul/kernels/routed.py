@@ -81,7 +81,7 @@ def routed_codes_kernel(
     ENDS: tl.constexpr, QS: tl.constexpr, SS: tl.constexpr, ZS: tl.constexpr, SS2: tl.constexpr, ZS2: tl.constexpr,
     K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr,
     ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr,
-    RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
+    RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
     """`gemv_codes_kernel` of each row with its expert."""
     row = tl.program_id(1)  # which that kernel takes as well, for x and out
@@ -90,6 +90,7 @@ def routed_codes_kernel(
         gemv_codes_kernel(
             x_ptr, q_ptr + e * QS, scale_ptr + e * SS, zero_ptr + e * ZS, table_ptr, scale2_ptr + e * SS2,
             zero2_ptr + e * ZS2, out_ptr, N, K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J,
+            LOOKUP,
         )  # fmt: skip
     else:
         _zeros(out_ptr + row * N, N)

@@ -8,7 +8,8 @@ so that loading is measured too. Per format and mode:
     tok/s         tokens per second of decoding, at each batch size, from the first new token to the last
     step ms       the median of the times between two tokens: without what a call of generate begins with
     ttft ms       the time to the first token after a prompt of so many tokens
-    busy ms       what the GPU works for one token at the first batch size
+    busy ms       what the GPU works for one token at the first batch size (not with --no-busy: after a long prompt its profile
+                  takes minutes to read)
     host us       one call of one linear layer, on the host alone, for 1, 8 and 128 tokens (mode eager)
 
 Modes: eager, and static, which is generate(cache_implementation="static"): transformers then compiles the decoding step itself.
@@ -67,6 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", default=["eager", "static"], metavar="MODE", help="default: eager static")
     parser.add_argument("--in-turns", action="store_true", help="all formats stay in memory and are timed in turns")
     parser.add_argument("--profile", action="store_true", help="print what the GPU does for a token, kernel by kernel")
+    parser.add_argument("--no-busy", action="store_true", help="leave busy ms out")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="B")
     parser.add_argument("--prompt-length", type=int, default=16, metavar="T", help="before decoding; default: 16")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="T", help="default: 64")
@@ -332,7 +334,7 @@ class Formats:
                     self.at_once("decode", mode, batch)
                 self.note(found, mode, f"tokens_s_{batch}", self.medians("decode", mode, batch))
                 self.note(found, mode, f"step_ms_{batch}", self.in_turn("step_ms"))
-                if batch == args.batch[0]:  # other lengths, which compile anew, come later
+                if batch == args.batch[0] and not args.no_busy:  # other lengths, which compile anew, come later
                     # Few tokens, since a profile takes long to read.
                     busy = self.in_turn("busy_ms", mode, batch, min(args.new_tokens, 17))
                     self.note(found, mode, "busy_ms", busy)

@@ -223,6 +223,19 @@ def test_semi_sparse_linear_and_back():
             swap_linear_with_semi_sparse_linear(mlp(), config)
 
 
+def test_compiled_layers_of_several_shapes():
+    """The second shape of a layer makes its sizes symbols."""
+    torch.compiler.reset()
+    for n, k in ((32, 16), (16, 32), (8, 24)):
+        layer = SemiSparseLinear.from_dense(nn.Linear(k, n))
+        x = torch.randn(2, 5, k, requires_grad=True)
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        y.sum().backward()
+        found = x.grad
+        torch.testing.assert_close(y, layer(x))
+        torch.testing.assert_close(found, (torch.ones(10, n) @ layer.sparse_weight()).view(2, 5, k))
+
+
 def test_sparse_in_training_is_sparse_in_inference():
     model = mlp()
     swap_linear_with_semi_sparse_linear(model, {"0": SemiSparseLinear, "2": SemiSparseLinear})

@@ -18,25 +18,25 @@ from ..matmul import both_pruned, pruned_both, semi_sparse_product
 
 
 class _SparseLinear(torch.autograd.Function):
-    """y = x @ (mask * W).T, with gradients of the pruned weight for x, and dense ones, straight through the mask, for W."""
+    """y = x @ (mask * W).T, with gradients of the pruned weight for x, and dense ones, straight through the mask, for W.
+
+    x is (M, K): Dynamo of torch 2.11 refuses shapes that are computed in here where they are symbols.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (M, K)
-        pruned, turned = pruned_both(weight.detach(), rows.shape[0])
-        ctx.save_for_backward(rows, turned)
-        ctx.lead, ctx.features = x.shape[:-1], weight.shape[1]
-        return semi_sparse_product(rows, pruned, weight.shape[0]).reshape(*x.shape[:-1], weight.shape[0])
+        pruned, turned = pruned_both(weight.detach(), x.shape[0])
+        ctx.save_for_backward(x, turned)
+        return semi_sparse_product(x, pruned, weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        rows, turned = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])  # (M, N)
+        x, turned = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = semi_sparse_product(grad.contiguous(), turned, ctx.features).reshape(*ctx.lead, ctx.features)
+            grad_x = semi_sparse_product(grad.contiguous(), turned, x.shape[1])
         if ctx.needs_input_grad[1]:
-            grad_w = grad.t() @ rows
+            grad_w = grad.t() @ x
         return grad_x, grad_w
 
 
@@ -73,7 +73,8 @@ class SemiSparseLinear(nn.Linear):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             input, weight = input.to(dtype), weight.to(dtype)
-        out = _SparseLinear.apply(input, weight)
+        rows = input.reshape(-1, input.shape[-1])  # (M, K)
+        out = _SparseLinear.apply(rows, weight).reshape(*input.shape[:-1], weight.shape[0])
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 

@@ -89,10 +89,9 @@ def timed(calls: list[Callable[[], Any]], device: str) -> float:
 
 
 def copies(w: Tensor, device: str) -> list[Tensor]:
-    """So many that they do not fit in the cache together; they share no memory."""
-    size = w.nbytes_packed if isinstance(w, QTensor) else w.nbytes
-    cache = measure.cache_bytes(torch.device(device))
-    count = 1 if device == "cpu" else max(2, min(16, math.ceil(3 * cache / max(size, 1))))
+    """As many for every format of a shape, so that in none of them all are in the cache; they share no memory."""
+    least = w.numel() * 3 / 8  # bytes of int4 in 2:4
+    count = 1 if device == "cpu" else max(2, min(16, math.ceil(3 * measure.cache_bytes(torch.device(device)) / least)))
     return [w] + [w.clone() for _ in range(count - 1)]
 
 

@@ -81,6 +81,18 @@ def test_attention_that_reads_and_that_does_not(model, implementation):
     assert ao.compute_error(*found) > 60
 
 
+def test_first_tokens_in_a_graph(model):
+    """As `generate` reads a long prompt in chunks: the memory is no part of the graph, which may then take it for static."""
+    torch.compiler.reset()
+    caches = [QuantizedCache(model.config, "int8", 32) for _ in range(2)]
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for part in IDS.split(5, 1):
+            found = [call(part, past_key_values=cache).logits for call, cache in zip((model, compiled), caches)]
+            assert ao.compute_error(*found) > 100
+    assert all(hasattr(t, "_dynamo_static_input_type") for t in caches[1].layers[0].kv.tensors())
+
+
 def test_too_long(model):
     """Before anything is written."""
     cache = QuantizedCache(model.config, "int8", 12)

@@ -48,6 +48,7 @@ class QuantizedLayer(CacheLayerMixin):
 
     kv: KVCache
 
+    @torch.compiler.disable  # not in a graph, to which the memory would not be static; `generate` compiles prompts in chunks
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the memory for keys and values like these."""
         batch, heads, tokens, dim = key_states.shape
@@ -57,7 +58,7 @@ class QuantizedLayer(CacheLayerMixin):
             device=key_states.device,
         )  # fmt: skip
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
-        if self.is_compileable and not torch.compiler.is_compiling():
+        if self.is_compileable:
             for t in self.kv.tensors():
                 torch._dynamo.mark_static_address(t)
         self.is_initialized = True

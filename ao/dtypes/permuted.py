@@ -47,19 +47,25 @@ class Permuted(Spec):
     def encode(self, x: Tensor, **qparams: Any) -> dict[str, Tensor | None]:
         """The values, in the order of `x`."""
         fields = self.inner.encode(x, **qparams)
-        order = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-        return {"qdata": self.inner.wrap(fields, torch.float32, x.shape), "order": order}
+        order = torch.arange(x.shape[-1], device=x.device)
+        return {"qdata": self.inner.wrap(fields, torch.float32, x.shape), "order": stored_order(order)}
 
     def rearranged(self, q: Any) -> tuple[QTensor, Tensor] | None:
         """The weight as it is stored, and the order; None where its rows are in another order."""
         return (q.qdata, q.order) if self.act is None and q.order.dim() == 1 else None
 
 
+def stored_order(order: Tensor) -> Tensor:
+    """An order of columns, (K,), in the dtype in which it is stored: every program of a kernel reads all of it."""
+    return order.to(torch.int16 if order.shape[0] <= 2**15 else torch.int32)
+
+
 class PermutedTensor(QTensor, spec=Permuted):
     """x[..., order] = qdata.
 
     qdata: a QTensor of the shape of the tensor.
-    order: (K,) int32, the column that each stored column is; (K, 1) where the last two dims are exchanged, and it is the rows.
+    order: (K,) int16, or int32 beyond 32768 columns and in older files: the column that each stored column is; (K, 1) where the
+        last two dims are exchanged, and it is the rows.
     """
 
     qdata: Opaque
@@ -112,9 +118,13 @@ def _permute(q: PermutedTensor, dims: Sequence[int]) -> Any:
     return _transpose(q, 0, dims[0]) if q.dim() == 2 else OPS[aten.permute.default](q, dims)
 
 
-def _copy(target: PermutedTensor, source: Tensor, non_blocking: bool = False) -> Any:
+def _copy(target: PermutedTensor, source: Any, non_blocking: bool = False) -> Any:
     """The values in the order that is there; what is unchanged stays as it is."""
-    if target.pre_scale is not None or (isinstance(source, PermutedTensor) and source.spec == target.spec):
+    same = isinstance(source, PermutedTensor) and source.spec == target.spec
+    if same and source.order.dtype != target.order.dtype:  # of an older file
+        fields = {**source.fields(), "order": source.order.to(target.order.dtype)}
+        source = source.like(source.shape, source.dtype, fields, source.whole)
+    if target.pre_scale is not None or same:
         out = OPS[aten.copy_.default](target, source, non_blocking)
         if (told := target.__dict__.get("on_new_data")) is not None:  # graphs have a copy of the order
             told(target)
@@ -124,7 +134,7 @@ def _copy(target: PermutedTensor, source: Tensor, non_blocking: bool = False) ->
     stored = target.qdata
     assert isinstance(stored, QTensor)
     stored = stored.like(stored.shape, target.dtype, stored.fields(), stored.whole)  # which tells what is unchanged
-    stored.copy_(values.index_select(target.dim_of_order, target.order.flatten()))
+    stored.copy_(values.index_select(target.dim_of_order, target.order.flatten().int()))
     return target
 
 

@@ -48,7 +48,8 @@ class QuantizedLayer(CacheLayerMixin):
 
     kv: KVCache
 
-    @torch.compiler.disable  # not in a graph, to which the memory would not be static; `generate` compiles prompts in chunks
+    # Not in a graph, to which the memory would not be static: `generate` compiles prompts that it reads in chunks.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the memory for keys and values like these."""
         batch, heads, tokens, dim = key_states.shape

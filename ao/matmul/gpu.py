@@ -128,7 +128,7 @@ def gemv_launch(x: Tensor, w: QTensor) -> Product:
 
 
 OrderedProduct = Callable[[Tensor, QTensor, Tensor], Tensor]
-"""Of x (..., K), a weight as it is stored and the order of its columns, (K,) int32 -> x[..., order] @ w.T (..., N)."""
+"""Of x (..., K), a weight as it is stored and the order of its columns, (K,) integers -> x[..., order] @ w.T (..., N)."""
 
 LONGEST = 32768
 """Columns that a kernel puts in another order at once."""
@@ -153,23 +153,23 @@ def has_gather(x: Tensor) -> bool:
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:
-    """x[..., order] in a graph that is traced. order: (K,) int32."""
+    """x[..., order] in a graph that is traced. order: (K,) integers."""
     tokens = x.numel() // order.shape[0]
     few = isinstance(tokens, int) and tokens <= GATHERED
     if few or not compiling() or torch.compiler.is_exporting() or not has_gather(x):
-        return x.index_select(-1, order)
+        return x.index_select(-1, order.int())
     from .kernels import operators
 
     return operators.gathered(x.contiguous(), order)
 
 
-def ordered_launch(x: Tensor, product: Product) -> OrderedProduct:
-    """`product` of x[..., order] in eager mode."""
+def ordered_launch(x: Tensor, order: Tensor, product: Product) -> OrderedProduct:
+    """`product` of x[..., order] in eager mode, for an order like this."""
     if not has_gather(x):
-        return lambda x, w, order: product(x.index_select(-1, order), w)
+        return lambda x, w, order: product(x.index_select(-1, order.int()), w)
     from .kernels import column_order
 
-    gathered = column_order.gather_launch(x.dtype, x.shape[0], x.shape[1], x.device)
+    gathered = column_order.gather_launch(x, order)
     return on_its_device(lambda x, w, order: product(gathered(x.contiguous(), order), w))
 
 
@@ -181,18 +181,18 @@ def gemv_ordered_accepts(x: Tensor, w: QTensor) -> bool:
     return gemv_accepts(x, w) and has_gather(x)
 
 
-def gemv_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
-    """`gemv_launch` of x[..., order], gathered in the kernel; None where it is not for that."""
+def gemv_ordered_launch(x: Tensor, w: QTensor, order: Tensor) -> OrderedProduct | None:
+    """`gemv_launch` of x[..., order], gathered in the kernel, for an order like this; None where it is not for that."""
     if not gemv_ordered_accepts(x, w):
         return None
     from .kernels import ampere
 
     n, k = w.shape
-    return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(w.spec.operand(w)), False, ordered=True))
+    return _launched(w, ampere.gemv_launch(x.dtype, n, k, *_weight(w.spec.operand(w)), False, order.dtype))
 
 
-def fused_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
-    """`fused_launch` of x[..., order] for a few tokens, in one launch; None where it is not for that."""
+def fused_ordered_launch(x: Tensor, w: QTensor, order: Tensor) -> OrderedProduct | None:
+    """`fused_launch` of x[..., order] for a few tokens, in one launch, for an order like this; None where it is not for that."""
     (m, k), n = x.shape, w.shape[0]
     if n * k > LARGE or w.pre_scale is not None or not (fused_accepts(x, w) and has_gather(x)):
         return None  # as in `fused_launch`
@@ -203,7 +203,7 @@ def fused_ordered_launch(x: Tensor, w: QTensor) -> OrderedProduct | None:
         return None
     soon, at_once, records = (
         _launched(w, run),
-        ordered_launch(x, fused_launch(x, w)),
+        ordered_launch(x, order, fused_launch(x, w)),
         torch._C._cuda_isCurrentStreamCapturing,
     )
     return lambda x, w, order: at_once(x, w, order) if records() else soon(x, w, order)

@@ -203,9 +203,9 @@ def _choose(x: Tensor, w: QTensor) -> tuple[Product, bool]:
         plain, adds_bias = _choose(x if of_input else _wide(x), _without_multiplier(w))
         return functools.partial(_with_multiplier, plain), adds_bias and of_input
     if (other := w.spec.rearranged(w)) is not None:
-        stored = other[0]
-        at_once = gpu.gemv_ordered_launch(x, stored) or gpu.fused_ordered_launch(x, stored)
-        ordered = at_once or gpu.ordered_launch(x, _choose(x, stored)[0])
+        stored, order = other
+        at_once = gpu.gemv_ordered_launch(x, stored, order) or gpu.fused_ordered_launch(x, stored, order)
+        ordered = at_once or gpu.ordered_launch(x, order, _choose(x, stored)[0])
         return lambda x, w: ordered(x, *w.spec.rearranged(w)), False
     path = _path(x, w)
     in_range = _chooses_scale(x, w)

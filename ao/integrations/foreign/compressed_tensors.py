@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import Float8, Intx, QTensor, Spec
-from ...dtypes.permuted import Permuted
+from ...dtypes.permuted import Permuted, stored_order
 from .fp8 import float8
 from .reader import Reader, Source, integers, with_activation
 from .small_floats import mxfp4, mxfp8, nvfp4
@@ -96,7 +96,7 @@ class CompressedTensors(Reader):
             return _integers(signed, parts["weight_scale"], zeros, bits, dtype)
         order = torch.argsort(parts["weight_g_idx"].long(), stable=True)
         values = _integers(signed[:, order], parts["weight_scale"], zeros, bits, torch.float32)
-        return Permuted(values.spec).wrap({"qdata": values, "order": order.to(torch.int32)}, dtype, values.shape)
+        return Permuted(values.spec).wrap({"qdata": values, "order": stored_order(order)}, dtype, values.shape)
 
 
 def _in_grid(t: Tensor, codes: Tensor) -> Tensor:

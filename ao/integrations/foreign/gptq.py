@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dtypes.permuted import Permuted
+from ...dtypes.permuted import Permuted, stored_order
 from .reader import Reader, Source, affine, transposed
 from .words import from_words
 
@@ -41,6 +41,6 @@ class GPTQ(Reader):
             order = torch.argsort(groups, stable=True)
             if not torch.equal(order, torch.arange(inputs, device=order.device)):
                 values = affine(codes[:, order].contiguous(), scale, zero_point, bits, torch.float32)
-                fields = {"qdata": values, "order": order.to(torch.int32)}
+                fields = {"qdata": values, "order": stored_order(order)}
                 return Permuted(values.spec).wrap(fields, dtype, values.shape)
         return affine(codes, scale, zero_point, bits, dtype)

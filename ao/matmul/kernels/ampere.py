@@ -186,7 +186,9 @@ def _row_and_places(x_ptr, order_ptr, k, there, K: tl.constexpr, WIDTH: tl.const
     """What `_of_token` takes: one token and order[k], or nothing. WIDTH: a power of two, K or more."""
     if ORDERED:
         whole = tl.arange(0, WIDTH)
-        return tl.load(x_ptr + whole, mask=whole < K, other=0.0), tl.load(order_ptr + k, mask=there, other=0)
+        return tl.load(x_ptr + whole, mask=whole < K, other=0.0), tl.load(order_ptr + k, mask=there, other=0).to(
+            tl.int32
+        )
     else:
         return 0, 0
 
@@ -559,7 +561,7 @@ def fused_ordered_kernel(
     own_ptr += tl.program_id(0) * (M * K)
     k = tl.arange(0, WIDTH)
     there = k < K
-    order = tl.load(order_ptr + k, mask=there, other=0)
+    order = tl.load(order_ptr + k, mask=there, other=0).to(tl.int32)
     for m in tl.range(0, M, 2):
         second = there & (m + 1 < M)
         row = tl.load(x_ptr + m * K + k, mask=there, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
@@ -624,17 +626,21 @@ def scale_kernel(total_ptr, row_ptr, column_ptr, bias_ptr, out_ptr, N, BIAS: tl.
 
 def _gemv_kernel(
     n: int, k: int, width: int, qdata: torch.dtype, groups: int, zero: bool, offset: int, act: bool, device: torch.device,
-    tokens: int = 1,
+    tokens: int = 1, ordered: bool = False,
 ) -> tuple[Any, tuple[int], dict[str, Any]]:  # fmt: skip
     """The kernel for one token and a weight (n, k) whose rows are `width` bytes, its grid and its constants; where several
-    `tokens` run side by side, each on its part of the GPU, the grid of one."""
+    `tokens` run side by side, each on its part of the GPU, the grid of one.
+
+    ordered: every program reads the order too, so that fewer programs of more rows are faster."""
     if qdata.is_floating_point:
         return gemv_float_kernel, (cdiv(n, 8),), {"K": k, "BN": 8, "BK": 1024, "ACT": act, "num_warps": 4}
     bits = 8 * width // k
     by_row = groups == 1
     # At least 8, of 16 numbers each, 4 for every thread of a warp: Triton 3.6 computes with a smaller tile wrongly.
     units = max(8, power_of_two(k * bits // 128))
-    if units <= 128:
+    if ordered and bits == 4 and not 128 < units <= 256:
+        rows, warps, places = (8, max(1, units // 32), 4) if units <= 128 else (8, 16, 1)
+    elif units <= 128:
         rows, warps, places = 4, max(1, units // (64 if bits == 4 else 32)), 6
     elif units <= 256:
         rows, warps, places = 4, 8, 3 if bits == 4 else 4
@@ -657,9 +663,10 @@ def gemv(
     -> (1, N).
 
     offset: what to add to zero_point. act: whether x is first quantized to 8 bits, as `Intx(8)` or `Float8()` do.
-    order: (K,) int32, with integers: x[:, order] is multiplied.
+    order: (K,) integers, for weights that are integers: x[:, order] is multiplied.
     """
-    run = gemv_launch(x.dtype, qdata.shape[0], x.shape[1], qdata, scale, zero_point, offset, act, order is not None)
+    of = None if order is None else order.dtype
+    run = gemv_launch(x.dtype, qdata.shape[0], x.shape[1], qdata, scale, zero_point, offset, act, of)
     return run(x, qdata, scale, zero_point, *(() if order is None else (order,)))
 
 
@@ -673,7 +680,15 @@ def gemv_joined(
     rows = [q.shape[0] for q in qdata]
     dtypes = x.dtype, first.dtype, scale[0].dtype, zero_point[0].dtype if zero_point else None
     start = _gemv_joined_launch(
-        dtypes, sum(rows), k, first.shape[1], scale[0].shape[1], offset, act, first.device, order is not None
+        dtypes,
+        sum(rows),
+        k,
+        first.shape[1],
+        scale[0].shape[1],
+        offset,
+        act,
+        first.device,
+        None if order is None else order.dtype,
     )
     out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
     places = [0, 1, min(2, len(rows) - 1)]
@@ -689,13 +704,15 @@ def gemv_joined(
 @functools.cache
 def _gemv_joined_launch(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None], n: int, k: int, width: int, groups: int,
-    offset: int, act: bool, device: torch.device, ordered: bool,
+    offset: int, act: bool, device: torch.device, order: torch.dtype | None,
 ) -> Launch:  # fmt: skip
-    kernel, grid, constants = _gemv_kernel(n, k, width, dtypes[1], groups, dtypes[3] is not None, offset, act, device)
+    kernel, grid, constants = _gemv_kernel(
+        n, k, width, dtypes[1], groups, dtypes[3] is not None, offset, act, device, ordered=order is not None
+    )
     if kernel is gemv_float_kernel:
         return Launch(gemv_float_joined_kernel, grid, **constants)
     views = dict.fromkeys((3, 7, 11), torch.int32)
-    return Launch(gemv_int_joined_kernel, grid, views=views, **constants, ORDERED=ordered)
+    return Launch(gemv_int_joined_kernel, grid, views=views, **constants, ORDERED=order is not None)
 
 
 Product = Callable[..., Tensor]
@@ -704,25 +721,26 @@ Product = Callable[..., Tensor]
 
 def gemv_launch(
     dtype: torch.dtype, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int, act: bool,
-    ordered: bool = False,
+    order: torch.dtype | None = None,
 ) -> Product:  # fmt: skip
     """`gemv` for x of `dtype` and weights of the form of these: what it decides is decided once.
 
-    ordered: of x[..., order] with integers, the order, (K,) int32, being one more argument of the function.
+    order: the dtype of an order, (K,), one more argument of the function, for weights that are integers: of x[..., order].
     """
     dtypes = dtype, qdata.dtype, scale.dtype, None if zero_point is None else zero_point.dtype
-    return _gemv_launch(dtypes, n, k, qdata.shape[1], scale.shape[1], offset, act, qdata.device, ordered)
+    return _gemv_launch(dtypes, n, k, qdata.shape[1], scale.shape[1], offset, act, qdata.device, order)
 
 
 @functools.cache
 def _gemv_launch(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None], n: int, k: int, width: int, groups: int,
-    offset: int, act: bool, device: torch.device, ordered: bool,
+    offset: int, act: bool, device: torch.device, order: torch.dtype | None,
 ) -> Product:  # fmt: skip
     """dtypes: of x, codes, scales and zero points. A `Launch` is for one of each."""
     index = device.index
     zero = dtypes[3] is not None
-    kernel, grid, constants = _gemv_kernel(n, k, width, dtypes[1], groups, zero, offset, act, device)
+    ordered = order is not None
+    kernel, grid, constants = _gemv_kernel(n, k, width, dtypes[1], groups, zero, offset, act, device, ordered=ordered)
     if dtypes[1].is_floating_point:
         start = Launch(kernel, grid, **constants)
 
@@ -829,7 +847,7 @@ def fused_launch(
 def fused_ordered_launch(
     m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
 ) -> Product | None:  # fmt: skip
-    """`fused_launch` of x[..., order] for m tokens, the order, (K,) int32, being one more argument; None where a second launch
+    """`fused_launch` of x[..., order] for m tokens, the order, (K,) integers, being one more argument; None where a second launch
     takes less than what every program has to do first."""
     device, index = qdata.device, qdata.device.index
     grid, constants = _fused_kernel(m, n, k, 8 * qdata.shape[1] // k, scale.shape[1], parts=1)

@@ -24,7 +24,7 @@ def gather_kernel(x_ptr, order_ptr, out_ptr, M, K: tl.constexpr, B: tl.constexpr
     ROWS: tl.constexpr = 2 if PAIRS else 1
     k = tl.arange(0, B)
     there = k < K
-    order = tl.load(order_ptr + k, mask=there, other=0)
+    order = tl.load(order_ptr + k, mask=there, other=0).to(tl.int32)
     x_ptr += tl.program_id(0) * (ROWS * K)
     out_ptr += tl.program_id(0) * (ROWS * K)
     for m in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
@@ -43,23 +43,24 @@ def gather_kernel(x_ptr, order_ptr, out_ptr, M, K: tl.constexpr, B: tl.constexpr
 
 
 def gathered(x: Tensor, order: Tensor) -> Tensor:
-    """x[..., order]. x: (..., K) of 16 bits, contiguous, K up to 32768. order: (K,) int32."""
-    k = x.shape[-1]
-    m = x.numel() // k
-    return gather_launch(x.dtype, m, k, x.device)(x, order) if m else torch.empty_like(x)
+    """x[..., order]. x: (..., K) of 16 bits, contiguous, K up to 32768. order: (K,) integers."""
+    return gather_launch(x.view(-1, x.shape[-1]), order)(x, order) if x.numel() else torch.empty_like(x)
 
 
-def gather_launch(dtype: torch.dtype, m: int, k: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """`gathered` of any number of tokens, of which there is one or more, with the programs for m of them: decided once."""
+def gather_launch(x: Tensor, order: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """`gathered` of any number of tokens, of which there is one or more, with the programs for those of x, (M, K): decided once
+    for its dtype and that of the order."""
+    m, k = x.shape
     pairs = m > 1 and k <= 16384  # beyond, a thread has no room for words
-    return _gather_launch(dtype, min(cdiv(m, 2) if pairs else m, 4 * multiprocessors(device)), pairs, k, device)
+    programs = min(cdiv(m, 2) if pairs else m, 4 * multiprocessors(x.device))
+    return _gather_launch((x.dtype, order.dtype), programs, pairs, k, x.device)
 
 
 @functools.cache
 def _gather_launch(
-    dtype: torch.dtype, programs: int, pairs: bool, k: int, device: torch.device
+    dtypes: tuple[torch.dtype, torch.dtype], programs: int, pairs: bool, k: int, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A `Launch` is for one dtype."""
+    """dtypes: of x and the order. A `Launch` is for one of each."""
     block = max(256, power_of_two(k))
     start = Launch(gather_kernel, (programs,), K=k, B=block, PAIRS=pairs, num_warps=min(32, max(4, block // 512)))
     index = device.index

@@ -610,7 +610,7 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
 def few(x: Tensor, reading: Reading, fields: Fields, order: Tensor | None = None) -> Tensor:
     """x @ decode(w).T in x's dtype, a 16-bit one. x: (M, K), contiguous -> (M, N).
 
-    order: (K,) int32; x[:, order] is multiplied, which costs no launch where x is arranged before.
+    order: (K,) integers; x[:, order] is multiplied, which costs no launch where x is arranged before.
     """
     (out,) = few_joined(x, reading, [fields], order)
     return out

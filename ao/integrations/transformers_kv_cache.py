@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
@@ -49,7 +50,7 @@ class QuantizedLayer(CacheLayerMixin):
     kv: KVCache
 
     # Not in a graph, to which the memory would not be static: `generate` compiles prompts that it reads in chunks.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # torch.compiler.disable would import the compiler
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the memory for keys and values like these."""
         batch, heads, tokens, dim = key_states.shape

@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .ampere import rounded_e4m3, sum_kernel
 from .device import multiprocessors
-from .launch import Launch, cdiv, power_of_two, tile_reader
+from .launch import Launch, cdiv, power_of_two
 from .several import cut, of_three
 
 
@@ -321,11 +321,7 @@ def many_codes_product(
     start, copied = _many_launch(
         m, n, k, x.dtype, rows.dtype, columns.dtype, dtype, None if bias is None else bias.dtype, x.device.index
     )
-    reader = tile_reader(x, (128, 128))
-    start(
-        x.device.index, reader, rows, tile_reader(qdata, (128, 128)), columns, columns if bias is None else bias,
-        tile_reader(out, (128, 64)) if copied else reader, out, m, n,
-    )  # fmt: skip
+    start(x.device.index, x, rows, qdata, columns, columns if bias is None else bias, out if copied else x, out, m, n)
     return out
 
 
@@ -337,8 +333,9 @@ def _many_launch(
     """The launch, and whether the copy engine stores its result."""
     copied = out.itemsize == 2 and n % 8 == 0
     programs = 2 * multiprocessors(torch.device("cuda", device))
+    tiles = {0: (128, 128), 2: (128, 128), 5: (128, 64 if copied else 128)}
     start = Launch(
-        codes_kernel, (min(programs, cdiv(m, 128) * cdiv(n, 128)),), num_warps=4, K=k, FLOAT=codes.is_floating_point,
+        codes_kernel, (min(programs, cdiv(m, 128) * cdiv(n, 128)),), num_warps=4, tiles=tiles, K=k, FLOAT=codes.is_floating_point,
         BIAS=bias is not None, COPIED=copied, PROGRAMS=programs, BM=128, BN=128, BK=128, BAND=8, STAGES=3,
     )  # fmt: skip
     return start, copied
@@ -392,14 +389,13 @@ def _parts_product(
         None if bias is None else bias.dtype, dtype, device,
     )  # fmt: skip
     out, sums = _outputs(m * n, split, dtype, x.device)
-    read = tile_reader(x, (parts * tokens, 128))
-    weights = [(tile_reader(q, (height, 128)), scale, size) for q, scale, size in zip(qdata, columns, sizes)]
+    weights = list(zip(qdata, columns, sizes))
     if len(weights) == 1:
         (q, scale, _), *_ = weights
-        start(device, read, rows, q, scale, scale if bias is None else bias, sums, m, n, cdiv(m, tokens))
+        start(device, x, rows, q, scale, scale if bias is None else bias, sums, m, n, cdiv(m, tokens))
     else:
         weights = [*weights, (*weights[1][:2], 0)][:3]
-        start(device, read, rows, sums, *itertools.chain(*weights), m, cdiv(m, tokens))
+        start(device, x, rows, sums, *itertools.chain(*weights), m, cdiv(m, tokens))
     return cut(_summed(sums, out, split), m, sizes)
 
 
@@ -417,10 +413,10 @@ def _parts_launch(
     if programs * split > 264 and size * 3 <= share:
         stages = min(stages, share // size)
     more: dict[str, Any] = {"BIAS": bias is not None} if weights == 1 else {}
+    tiles = {0: (parts * tokens, 128), **dict.fromkeys((2,) if weights == 1 else (3, 6, 9), (height, 128))}
     start = Launch(
-        parts_kernel if weights == 1 else parts_joined_kernel, (programs, split), num_warps=warps, early=True, K=k, BM=tokens,
-        PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages, FLOAT=dtype.is_floating_point,
-        **more,
+        parts_kernel if weights == 1 else parts_joined_kernel, (programs, split), num_warps=warps, early=True, tiles=tiles,
+        K=k, BM=tokens, PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages, FLOAT=dtype.is_floating_point, **more,
     )  # fmt: skip
     return start, split
 
@@ -486,10 +482,10 @@ def nibbles_product(
     (m, k), n = x.shape, qdata.shape[0]
     device = x.device.index
     zero, added = (None if t is None else t.dtype for t in (zero_point, bias))
-    start, split, tokens, height = _nibbles_launch(m, n, k, scale.dtype, zero, offset, added, device)
+    start, split, tokens = _nibbles_launch(m, n, k, scale.dtype, zero, offset, added, device)
     out, sums = _outputs(m * n, split, x.dtype, x.device)
     start(
-        device, tile_reader(x, (tokens, 128)), tile_reader(qdata, (height, 32), torch.int16), scale,
+        device, x, qdata, scale,
         scale if zero_point is None else zero_point, scale if bias is None else bias, sums, m, n, cdiv(m, tokens),
     )  # fmt: skip
     return _summed(sums, out, split).view(m, n)
@@ -498,18 +494,19 @@ def nibbles_product(
 @functools.lru_cache(4096)
 def _nibbles_launch(
     m: int, n: int, k: int, scale: torch.dtype, zero: torch.dtype | None, offset: int, bias: torch.dtype | None, device: int
-) -> tuple[Launch, int, int, int]:  # fmt: skip
-    """The launch, in how many parts of K, and the tokens and rows of the weight of a tile."""
+) -> tuple[Launch, int, int]:  # fmt: skip
+    """The launch, in how many parts of K, and the tokens of a tile."""
     group = 128
     tokens = max(16, min(256, power_of_two(m)))
     height, warps = (128, 8) if tokens == 64 and n >= 16384 and n % 128 == 0 else (64, 4)
     programs = n // height * cdiv(m, tokens)
     split = _splits(programs, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
     start = Launch(
-        nibbles_kernel, (programs, split), num_warps=warps, views={1: torch.int16}, K=k, G=group, ZERO=zero is not None,
+        nibbles_kernel, (programs, split), num_warps=warps, views={1: torch.int16},
+        tiles={0: (tokens, 128), 1: (height, 32)}, K=k, G=group, ZERO=zero is not None,
         OFFSET=offset, BIAS=bias is not None, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4,
     )  # fmt: skip
-    return start, split, tokens, height
+    return start, split, tokens
 
 
 def _splits(programs: int, steps: int, places: int) -> int:

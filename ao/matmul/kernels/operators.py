@@ -354,37 +354,54 @@ def dynamic_product_joined(
 
 def _is_for_copies(x: Tensor, qdata: Tensor, dtype: torch.dtype) -> bool:
     """Whether `hopper.codes_product` is the product for codes x (M, K)."""
-    (m, k), n = x.shape, qdata.shape[0]
-    few = (
-        256 if qdata.dtype.is_floating_point and dtype == torch.bfloat16 else 512
-    )  # beyond, cuBLAS is faster in float8
-    copied = is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
-    return copied and m <= few and n % 64 == 0 and k <= 65536 and x.dtype == qdata.dtype != torch.float8_e5m2
+    return _way_of(x, qdata, dtype, False) == "few codes"
+
+
+def _way_of(x: Tensor, qdata: Tensor, dtype: torch.dtype, bias: bool) -> str:
+    device = x.device
+    copied = _is_hopper(device) and _is_aligned(x, qdata)
+    return _way(*x.shape, qdata.shape[0], x.dtype, qdata.dtype, dtype, bias, copied)
+
+
+_is_hopper = functools.cache(is_hopper)
+
+
+@functools.lru_cache(4096)
+def _way(m: int, k: int, n: int, x: torch.dtype, q: torch.dtype, dtype: torch.dtype, bias: bool, copied: bool) -> str:
+    """How codes x (m, k) and q (n, k) are multiplied to `dtype`. copied: whether the copy engine can read both."""
+    copied = copied and k % 128 == 0 and x == q != torch.float8_e5m2
+    few = 256 if q.is_floating_point and dtype == torch.bfloat16 else 512  # beyond, cuBLAS is faster in float8
+    if copied and m <= few and n % 64 == 0 and k <= 65536:
+        return "few codes"
+    if x == torch.int8:
+        if m <= 32 and k % 128 == 0:
+            return "fused"
+        return "many codes" if m > 128 and copied else "int_mm"
+    if m > 256 and copied and bias:
+        return "many codes"
+    return "scaled_mm" if m > 256 and dtype == torch.bfloat16 else "float32"
 
 
 def _scaled_product(
     x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype, bias: Tensor | None
 ) -> Tensor:
-    m, k = x.shape
-    copied = is_hopper(x.device) and k % 128 == 0 and _is_aligned(x, qdata)
-    if _is_for_copies(x, qdata, dtype):
+    way = _way_of(x, qdata, dtype, bias is not None)
+    if way == "many codes":
+        return hopper.many_codes_product(x, rows, qdata, columns, dtype, bias)
+    if way == "few codes":
         (out,) = hopper.codes_product(x, rows, [qdata], [columns], dtype, bias)
         return out
-    if x.dtype == torch.int8:
-        if m <= 32 and k % 128 == 0:
-            return _plus(ampere.fused(x, rows, qdata, columns, None, 0, dtype), bias)
-        if m > 128 and copied:
-            return hopper.many_codes_product(x, rows, qdata, columns, dtype, bias)
-        total = torch._int_mm(enough_rows(x), qdata.t())
-    elif m > 256 and copied and bias is not None and x.dtype == qdata.dtype == torch.float8_e4m3fn:
-        return hopper.many_codes_product(x, rows, qdata, columns, dtype, bias)
-    elif m > 256 and dtype == torch.bfloat16:
+    if way == "fused":
+        return _plus(ampere.fused(x, rows, qdata, columns, None, 0, dtype), bias)
+    if way == "scaled_mm":
         a, b, added = x, qdata.t(), _as(bias, dtype)
         return torch._scaled_mm(a, b, rows, columns.t(), bias=added, out_dtype=dtype, use_fast_accum=True)
+    if way == "int_mm":
+        total = torch._int_mm(enough_rows(x), qdata.t())
     else:
         one = torch.ones((), dtype=torch.float32, device=x.device)
         total = torch._scaled_mm(x, qdata.t(), one, one, out_dtype=torch.float32)
-    return ampere.scaled(total, rows, columns, dtype, m, bias)
+    return ampere.scaled(total, rows, columns, dtype, x.shape[0], bias)
 
 
 def _is_aligned(a: Tensor, b: Tensor) -> bool:

@@ -153,7 +153,7 @@ def _wide(x):
     """A tile as float32."""
     if x.dtype == tl.bfloat16:  # in place, two of a word
         return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
         )
     else:
         return x.to(tl.float32)

@@ -3,9 +3,11 @@
 The parameters of a model lie where they lie; a table of addresses says where, and another one which of them a program works on.
 So the host prepares a list of gradients and launches once, however many parameters there are.
 
-A program takes some rows of one parameter: it looks the states up (code_tables.py), computes the rule of adam.py in float32 in
-the same order, finds the largest number of each row and writes the codes next to the new states. 4-bit codes are read and
-written by planes, as in rows.py.
+A program takes tiles of rows of one parameter, one after the other. Before the first it puts the tables of the maps
+(code_tables.py) in shared memory, where inline PTX finds them: Triton's own look-up would write its table anew each time, and
+wait for all threads twice. Of a tile it looks the states up, computes the rule of adam.py in float32 in the same order, finds the
+largest number of each row and writes the codes next to the new states. 4-bit codes are read and written by planes, as in rows.py.
+Warps of a tile that have rows of their own never wait for each other.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-SHARED = {1: 12288, 2: 1024}
-"""Words of shared memory for the tables of two maps, by planes: 48 KB is what a program gets without asking."""
+SHARED = {1: 8448, 2: 1024}
+"""Words of shared memory for the tables of both maps, by planes. There may be 12,288: more has to be asked for."""
 
 
 def _lookup_asm(bits: int, plane: int) -> str:
-    """Four numbers from the codes in a word. Operands: the word, where a lane finds the number of code 0, the bytes to the next."""
+    """Four numbers from the codes in a word. Operands: the word, where the number of code 0 is, the bytes to the next one."""
     made = []
     for i in range(4):
         code = f"prmt.b32 t{i}, $4, 0, {0x4440 + i:#x};" if bits == 8 else f"bfe.u32 t{i}, $4, {8 * i + 4 * plane}, 4;"
@@ -144,8 +146,8 @@ def _nearest_above(bits, cells, FIRST: tl.constexpr, LOW: tl.constexpr, below):
 
 @triton.jit
 def _largest(x):
-    """The largest magnitude of each row, NaN above all: bits of positive numbers are ordered as they are."""
-    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1)
+    """The bits of the largest number of each row, NaN above all: those of positive numbers are ordered as they are."""
+    return tl.max(x.to(tl.int32, bitcast=True), 1)
 
 
 @triton.jit
@@ -165,6 +167,16 @@ def _store_scale(at, scale, there):
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.f32 [$1], $2; mov.b32 $0, 0; }", "=r,l,f,r",
         [at.to(tl.int64), scale, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fetch(at, rows, ROW: tl.constexpr):
+    """Bring so many rows of ROW bytes to the cache of the GPU, by one thread. None if rows is not positive."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p, q; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.gt.and.s32 q, $2, 0, p;"
+        " @q cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }", "=r,l,r",
+        [at.to(tl.int64), rows * ROW], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -204,9 +216,10 @@ def adam_kernel(
     MIRROR1: tl.constexpr, VALUES1: tl.constexpr, COPIES1: tl.constexpr, CELLS1: tl.constexpr, TOP2: tl.constexpr,
     LEAST2: tl.constexpr, FIRST2: tl.constexpr, LOW2: tl.constexpr, MIRROR2: tl.constexpr, VALUES2: tl.constexpr,
     COPIES2: tl.constexpr, CELLS2: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """tiles: of ROWS rows, which a program takes one after the other. TOP: 1 / the largest entry of a map. VALUES, CELLS: where the
-    tables of a map are, in words. hyper: as `_Adam.scalars` gives them."""
+    """tiles: of ROWS rows, which a program takes one after the other. TOP: 1 / the largest entry of a map. VALUES, CELLS: where
+    the tables of a map are, in words. AHEAD: see there. hyper: as `_Adam.scalars` gives them."""
     pid = tl.program_id(0)
     owner = tl.load(owner_ptr + pid)
     at = table_ptr + owner * COLUMNS
@@ -234,6 +247,13 @@ def adam_kernel(
         there = (row < left)[:, None]
         near = tl.minimum(row, left - 1)  # so that loads need no mask
         codes = near[:, None] * NARROW + column
+        if AHEAD:
+            later = done + AHEAD * ROWS
+            more = tl.minimum(left - later, ROWS)
+            _fetch(q1_ptr + later * NARROW, more, NARROW)
+            _fetch(q2_ptr + later * NARROW, more, NARROW)
+            _fetch(grad_ptr + later * WIDTH, more, WIDTH * (GRAD.primitive_bitwidth // 8))
+            _fetch(param_ptr + later * WIDTH, more, WIDTH * (PARAM.primitive_bitwidth // 8))
         q1, q2 = tl.load(q1_ptr + codes), tl.load(q2_ptr + codes)
         scale1, scale2 = tl.load(s1_ptr + near)[:, None], tl.load(s2_ptr + near)[:, None]
         for plane in tl.static_range(PLANES):
@@ -261,9 +281,9 @@ def adam_kernel(
             else:
                 m1, v1 = m, v
 
-        largest1, largest2 = _largest(m0), _largest(v0)
+        largest1, largest2 = _largest(tl.abs(m0)), _largest(v0)
         if PLANES > 1:
-            largest1, largest2 = tl.maximum(largest1, _largest(m1)), tl.maximum(largest2, _largest(v1))
+            largest1, largest2 = tl.maximum(largest1, _largest(tl.abs(m1))), tl.maximum(largest2, _largest(v1))
         scale1, inverse1 = _scaled(largest1, TOP1)
         scale2, inverse2 = _scaled(largest2, TOP2)
         _store_scale(s1_ptr + row, scale1, row < left)
@@ -300,8 +320,8 @@ TILES = {1: (2048, 8), 2: (2048, 4)}
 COPIES = {1: (1, 1), 2: (1, 1)}
 """How often each entry of the tables of numbers is there, side by side, by planes: so many lanes never wait for each other."""
 
-REGISTERS = {1: 64, 2: 64}
-"""Of a thread, by planes."""
+AHEAD = 0
+"""How many tiles ahead of what it computes a program brings numbers to the cache, on GPUs that have an instruction for it."""
 
 
 def _tables(specs: Sequence[Spec | None], device: torch.device, planes: int) -> list[Tensor]:
@@ -338,13 +358,14 @@ class AdamLaunch:
         tables = _tables(part.specs, device, planes)
         self.image = torch.cat(tables)
         places = [0, *itertools.accumulate(map(len, tables))]
-        self.options = {"num_warps": warps or usual[1], "maxnreg": registers or REGISTERS[planes]}
+        self.options = {"num_warps": warps or usual[1], **({"maxnreg": registers} if registers else {})}
         self.constants: dict[str, Any] = {
             "PARAM": _TYPES[part.dtype], "GRAD": _TYPES[part.grad_dtype], "ROWS": rows, "WIDTH": width, "PLANES": planes,
             "WORDS": places[-1], "COPIES1": COPIES[planes][0], "COPIES2": COPIES[planes][1],
             "VALUES1": places[0], "CELLS1": places[1], "VALUES2": places[2], "CELLS2": places[3],
             **_constants(first, code_tables(first, device), 1), **_constants(second, code_tables(second, device), 2),
             "DECOUPLED": dict(plan.options)["decoupled"], "MAXIMIZE": plan.maximize, "STOCHASTIC": plan.stochastic,
+            "AHEAD": AHEAD if torch.cuda.get_device_capability(device) >= (9, 0) else 0,
         }  # fmt: skip
 
     def __call__(self, grads: list[Tensor], hyper: Tensor, noise: Tensor | None) -> None:

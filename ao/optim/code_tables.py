@@ -4,8 +4,9 @@ A GPU computes the entries of a dynamic tree, and the places of numbers among th
 some forty instructions for the two directions, twice per element of Adam. From shared memory they take a quarter of that.
 
 The second table has a cell for each range of numbers whose bits agree in their upper part. No cell has more than one place where
-the code changes. What it holds is such that, added to all bits of a number, it carries into the code from that place on. Both
-tables are made of what the format's own `values` and `nearest` say, so that codes are theirs for every number.
+the code changes. What it holds is such that, added to all bits of a number, it carries into the code from that place on. The
+negative numbers of a map have cells of their own, in which codes grow, too. Both tables are made of what the format's own
+`values` and `nearest` say, so that codes are theirs for every number.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ A GPU computes the entries of a dynamic tree, and the places of numbers among th
 some forty instructions for the two directions, twice per element of Adam. From shared memory they take a quarter of that.
 
 The second table has a cell for each range of numbers whose bits agree in their upper part. No cell has more than one place where
-the code changes. What it holds is such that, added to all bits of a number, it carries into the code from that place on. Both
-tables are made of what the format's own `values` and `nearest` say, so that codes are theirs for every number.
+the code changes. What it holds is such that, added to all bits of a number, it carries into the code from that place on. The
+negative numbers of a map have cells of their own, in which codes grow, too. Both tables are made of what the format's own
+`values` and `nearest` say, so that codes are theirs for every number.
 """
 
 from __future__ import annotations
@@ -27,54 +28,65 @@ class CodeTables:
     """The two tables of a map.
 
     values: float32, the numbers of the codes.
-    cells: int32; the code of a number of cell `c` with these `bits` is `(bits + cells[c]) >> low`, where c is
-        `(bits >> low) - first`.
-    low: how many bits are the lower ones. first: the upper bits of the numbers of the first cell.
-    zero: the code of 0, of a map that has negative numbers: codes of the cells are then counted from it. None for a map without.
+    cells: int32; the code of a number with these `bits` is the upper byte of `(bits << (24 - low)) + cells[c]`, in 32 bits that
+        wrap, where its cell c is `(bits >> low) - first`.
+    low: how many bits are the lower ones. first: the upper bits of the numbers of the first cell. least: the least number that
+        has a cell, which smaller ones are taken for.
+    mirror: bits of a negative number that are flipped first, its sign being dropped, so that its cells are others and codes grow
+        from cell to cell. 0 for a map without negative numbers.
     """
 
     values: Tensor
     cells: Tensor
     first: int
     low: int
-    zero: int | None
-
-    @property
-    def least(self) -> float:
-        """The least number of the first cell, which smaller ones are taken for."""
-        return float(torch.tensor(self.first << self.low, dtype=torch.int32).view(torch.float32))
+    least: float
+    mirror: int
 
     def nearest(self, x: Tensor) -> Tensor:
         """`spec.nearest(x)` by the cells, for numbers no larger than the largest entry: what the kernel computes, in PyTorch.
 
         NaN is taken for the least number: its bits are beyond the cells.
         """
-        size = torch.fmax(x if self.zero is None else x.abs(), torch.tensor(self.least, device=x.device))
+        size = torch.fmax(x.abs() if self.mirror else x, torch.tensor(self.least, device=x.device))
         bits = size.view(torch.int32)
-        code = (bits + self.cells[((bits >> self.low) - self.first).long()]) >> self.low
-        if self.zero is None:
-            return code
-        sign = x.view(torch.int32) >> 31  # all bits of a negative number's, so that the code is negated
-        return (self.zero + ((code ^ sign) - sign)).clamp(min=0)
+        if self.mirror:
+            bits = bits ^ (x.view(torch.int32) >> 31 & self.mirror)
+        cell = self.cells[((bits >> self.low) - self.first).long()]
+        return (bits * 2 ** (24 - self.low) + cell) >> 24 & 255
 
 
 @functools.cache
 def code_tables(spec: Mapped, device: torch.device) -> CodeTables:
     """The tables of the map of `spec`, on a device."""
     values = torch.tensor(spec.values)
-    zero = spec.values.index(0.0) if spec.values[0] < 0 else None
-    codes = torch.arange(zero or 0, 2**spec.bits)
-    places = _places(spec, codes[1:])
+    signed = spec.values[0] < 0
+    zero = spec.values.index(0.0) if signed else 0
+    places = _places(spec, torch.arange(zero + 1, 2**spec.bits))
     low = next(n for n in range(FRACTION, 0, -1) if (places >> n).unique().numel() == places.numel())
     upper = places >> low
-    top = int(torch.tensor(1.001 * spec.values[-1]).view(torch.int32)) >> low
-    first, last = int(upper[0]) - 1, max(int(upper[-1]), top) + 1
-    size = 1 << (last - first).bit_length()
-    cell = torch.arange(first, first + size)
-    cells = (torch.searchsorted(upper, cell) + (codes[0] - (zero or 0))) << low  # places in the cells before
-    cells[upper - first] += 2**low - (places & (2**low - 1))
-    cells -= cell << low
-    return CodeTables(values.to(device), cells.int().to(device), first, low, zero)
+    first, top = int(upper[0]) - 1, int(torch.tensor(1.001 * spec.values[-1]).view(torch.int32)) >> low
+    cell = torch.arange(first, max(int(upper[-1]), top) + 1)
+    before = torch.searchsorted(upper, cell)  # places in the cells before
+    within = torch.zeros_like(cell)  # how many of the numbers of a cell are from its place on
+    within[upper - first] = 2**low - (places & (2**low - 1))
+    start, mirror = (zero + before << low) + within, 0
+    if signed:
+        flipped = 2 ** (int(cell[0] ^ cell[-1]).bit_length() + 1) - 1
+        mirror = (flipped + 1 << low) - 1
+        # The same place from the other side: numbers from it on come first, and have a code less.
+        least = zero - before << low
+        start = torch.cat([start, (least - within).clamp(min=0)])
+        cell = torch.cat([cell, cell ^ flipped])
+    cells = torch.zeros(int(cell.max() - cell.min()) + 1, dtype=torch.int64)
+    cells[cell - cell.min()] = start - (cell << low) << 24 - low
+    least_number = float(torch.tensor(first << low, dtype=torch.int32).view(torch.float32))
+    return CodeTables(values.to(device), _wrapped(cells).to(device), int(cell.min()), low, least_number, mirror)
+
+
+def _wrapped(x: Tensor) -> Tensor:
+    """The lower 32 bits, as int32."""
+    return ((x + 2**31) % 2**32 - 2**31).int()
 
 
 def _places(spec: Mapped, codes: Tensor) -> Tensor:

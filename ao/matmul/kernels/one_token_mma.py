@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .device import has_float8, multiprocessors
 from .f16_products import LOOKED_UP, OPERANDS, power_of, products_asm, way_of
-from .few_tokens import _fetched, _four_words, _scale
+from .few_tokens import _four_words, _scale
 from .launch import Launch, cdiv, launch
 from .reading import Fields, Reading
 from .several import of_three
@@ -32,7 +32,7 @@ _TOP = tl.constexpr(12)
 def _load_asm(bits: int, wide: bool) -> str:
     """The words of a chunk, of 8. Those of 4 bits are whole sectors of the cache; parts of one are kept for the other lanes."""
     at_once = {4: 4, 8: 4, 6: 2}.get(bits, 1) if wide else 1
-    how = "ld.global.nc.L1::no_allocate" if bits == 4 and wide else "ld.global.nc.L1::evict_first"
+    how = "ld.global.L1::no_allocate" if bits == 4 and wide else "ld.global.L1::evict_first"
     lines = []
     for i in range(0, bits, at_once):
         to = ", ".join(f"${i + j}" for j in range(at_once))
@@ -175,13 +175,56 @@ def _both_scales(at, FLOAT8: tl.constexpr):
 
 
 @triton.jit
-def _row_at(
-    q_ptr, scale_ptr, row, N, K: tl.constexpr, BITS: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, RG2: tl.constexpr,
-    NG2: tl.constexpr,
+def _early(at):
+    """What is at these addresses, of one byte, two or four. `_no_later` holds such loads."""
+    if at.dtype.element_ty.primitive_bitwidth == 8:
+        if at.dtype.element_ty == tl.int8:
+            return tl.inline_asm_elementwise(
+                "ld.global.s8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "ld.global.u8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+            )
+    elif at.dtype.element_ty == tl.uint16:
+        return tl.inline_asm_elementwise(
+            "ld.global.u16 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+    elif at.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "ld.global.b16 $0, [$1];", "=h,l", [at], dtype=at.dtype.element_ty, is_pure=False, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [at.to(tl.pointer_type(tl.int32), bitcast=True)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        ).to(at.dtype.element_ty, bitcast=True)  # fmt: skip
+
+
+@triton.jit
+def _no_later():
+    """The loads before this stay before it: the assembler would put them off to where their registers are free."""
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _rows_at(
+    q_ptr, scale_ptr, zero2_ptr, row, K: tl.constexpr, BITS: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
+    NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
 ):  # fmt: skip
-    """Where codes and scales of a row begin, and at which of the scales of scales."""
-    row = tl.minimum(row, N - 1)
-    return q_ptr + row * (K // 32 * BITS), scale_ptr + row // RG * NG, row // RG2 * NG2
+    """For rows and those 8 on: where codes and scales begin, and the zero point of the scales, or at which of these it begins."""
+    W: tl.constexpr = K // 32 * BITS
+    codes = q_ptr + row * W
+    scales = scale_ptr + row // RG * NG
+    scales1 = scales + 8 * NG if RG == 1 else scale_ptr + (row + 8) // RG * NG
+    outer = row // RG2 * NG2
+    outer1 = (row + 8) // RG2 * NG2
+    if NESTED == _INTEGERS and NG > 1 and NG2 == 1:
+        return (codes, scales, _early(zero2_ptr + outer)), (codes + 8 * W, scales1, _early(zero2_ptr + outer1))
+    else:
+        return (codes, scales, outer), (codes + 8 * W, scales1, outer1)
 
 
 @triton.jit
@@ -189,7 +232,9 @@ def _scale_at(
     at, scale2_ptr, zero2_ptr, chunk0, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, NG: tl.constexpr,
     NESTED: tl.constexpr, NG2: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """What is stored of the scale of a half of the chunk of slice S of a row, or of both, and of that scale's own."""
+    """What is stored of the scale of a half of the chunk of slice S of a row, or of both, and of that scale's own.
+
+    A row whose scales share one of their own is multiplied with that at last."""
     G: tl.constexpr = K // NG // 16  # halves of chunks in a group
     FIRST: tl.constexpr = S * WARPS * 8
     group = (chunk0 * 2 + (FIRST + H)) // G
@@ -201,18 +246,16 @@ def _scale_at(
     else:
         scale_at = at[1] + group
     if PAIRS:
-        return (
-            tl.inline_asm_elementwise(
-                "ld.global.nc.u16 $0, [$1];", "=r,l", [scale_at], dtype=tl.int32, is_pure=True, pack=1
-            ),
-        )
+        return (_early(scale_at.to(tl.pointer_type(tl.uint16), bitcast=True)),)
     else:
-        scale = _fetched(scale_at)
-        if NESTED == _INTEGERS:
-            outer = at[2] + (group // (NG // NG2) if NG2 > 1 else 0)
-            return scale, scale, _fetched(scale2_ptr + outer), _fetched(zero2_ptr + outer)
-        else:
+        scale = _early(scale_at)
+        if NESTED != _INTEGERS:
             return scale, scale, scale, scale
+        elif NG2 == 1:
+            return scale, scale, 1.0, at[2]
+        else:
+            outer = at[2] + group // (NG // NG2)
+            return scale, scale, _early(scale2_ptr + outer), _early(zero2_ptr + outer)
 
 
 @triton.jit
@@ -230,7 +273,7 @@ def _ahead(
         words_at += FIRST * BITS
     words = tl.inline_asm_elementwise(
         _LOAD_ASM[BITS * 2 + WIDE], "=r,=r,=r,=r,=r,=r,=r,=r,l", [words_at],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
     if NG == 1:
         return words, (0,), (0,)
@@ -240,6 +283,15 @@ def _ahead(
         if not PAIRS and K // NG % 32 != 0:
             second = _scale_at(at, scale2_ptr, zero2_ptr, chunk0, S, 1, K, NG, NESTED, NG2, PAIRS, WARPS)
         return words, first, second
+
+
+@triton.jit
+def _number(stored, NESTED: tl.constexpr):
+    """Of a scale, without the one that the scales of a weight or of a row may share."""
+    if NESTED == _INTEGERS:
+        return (stored[0].to(tl.float32) - stored[3].to(tl.float32)) * stored[2]
+    else:
+        return _scale(stored, NESTED)
 
 
 @triton.jit
@@ -254,9 +306,9 @@ def _summed(
         scale0, scale1 = _both_scales(first[0], FLOAT8)
         return total + (c0 * scale0 + c1 * scale1) * step
     elif HALVES:
-        return total + (c0 * _scale(first, NESTED) + c1 * _scale(second, NESTED)) * step
+        return total + (c0 * _number(first, NESTED) + c1 * _number(second, NESTED)) * step
     else:
-        return total + (c0 + c1) * step * _scale(first, NESTED)
+        return total + (c0 + c1) * step * _number(first, NESTED)
 
 
 @triton.jit
@@ -305,7 +357,7 @@ def _gemv_halves(
     LOOKUP: tl.constexpr, TURNED: tl.constexpr, FLOAT8: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
     SLICES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum over groups of (sum over the group of x * number[n]) * scale[n], by program `first` of `programs`.
+    """out[n] = sum over groups of (sum over the group of x * number[n]) * scale[n], by program `first` of `programs`. N: at least 16.
 
     ASM: of `products_asm`. POWER: of two, for what its sums are multiplied with. LOOKUP: whether there is a table in shared
     memory. TURNED: whether that is of both codes of a byte. WIDE: whether codes and scales begin at multiples of 16 bytes.
@@ -319,14 +371,15 @@ def _gemv_halves(
     thread = tl.arange(0, 32 * WARPS)
     g = thread % 32 // 4
     chunk0 = thread // 32 * 4 + thread % 4
-    at0 = _row_at(q_ptr, scale_ptr, first * 16 + g, N, K, BITS, RG, NG, RG2, NG2)
-    at1 = _row_at(q_ptr, scale_ptr, first * 16 + g + 8, N, K, BITS, RG, NG, RG2, NG2)
+    row = tl.minimum(first * 16, N - 16) + g  # the last tile may have rows of the one before
+    at0, at1 = _rows_at(q_ptr, scale_ptr, zero2_ptr, row, K, BITS, RG, NG, NESTED, RG2, NG2)
     ahead = ()
     for s in tl.static_range(AHEAD):
         ahead += (  # type: ignore[assignment]
             _ahead(at0, scale2_ptr, zero2_ptr, chunk0, s, K, BITS, NG, NESTED, NG2, WIDE, PAIRS, WARPS),
             _ahead(at1, scale2_ptr, zero2_ptr, chunk0, s, K, BITS, NG, NESTED, NG2, WIDE, PAIRS, WARPS),
         )
+    _no_later()
     met = ()
     for s in tl.static_range(SLICES):
         chunk = s * WARPS * 4 + chunk0
@@ -346,39 +399,43 @@ def _gemv_halves(
     for tile in tl.range(first, tiles, programs):
         total0 = tl.zeros((32 * WARPS,), tl.float32)
         total1 = tl.zeros((32 * WARPS,), tl.float32)
-        next0 = _row_at(q_ptr, scale_ptr, (tile + programs) * 16 + g, N, K, BITS, RG, NG, RG2, NG2)
-        next1 = _row_at(q_ptr, scale_ptr, (tile + programs) * 16 + g + 8, N, K, BITS, RG, NG, RG2, NG2)
         for s in tl.static_range(SLICES):
+            if s + AHEAD == SLICES:
+                after = tl.minimum((tile + programs) * 16, N - 16) + g
+                at0, at1 = _rows_at(q_ptr, scale_ptr, zero2_ptr, after, K, BITS, RG, NG, NESTED, RG2, NG2)
+            ahead += (  # type: ignore[assignment]
+                _ahead(
+                    at0, scale2_ptr, zero2_ptr, chunk0, (s + AHEAD) % SLICES, K, BITS, NG, NESTED, NG2, WIDE, PAIRS, WARPS
+                ),
+                _ahead(
+                    at1, scale2_ptr, zero2_ptr, chunk0, (s + AHEAD) % SLICES, K, BITS, NG, NESTED, NG2, WIDE, PAIRS, WARPS
+                ),
+            )  # fmt: skip
+            _no_later()
             a, b = ahead[0], ahead[1]  # type: ignore[misc]
+            ahead = ahead[2:]  # type: ignore[assignment]
             w, v, x = a[0], b[0], met[s][0]  # type: ignore[var-annotated]
             c0, c1, c2, c3 = tl.inline_asm_elementwise(
                 ASM, _OPERANDS,
                 [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], x[0], x[1],
                  x[2], x[3], x[4], x[5], x[6], x[7], table],
-                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
             )  # fmt: skip
             total0 = _summed(c0, c1, met[s][1], a[1], a[2], total0, HALVES, NG, NESTED, PAIRS, FLOAT8)
             total1 = _summed(c2, c3, met[s][1], b[1], b[2], total1, HALVES, NG, NESTED, PAIRS, FLOAT8)
-            if s + AHEAD == SLICES:
-                at0 = next0
-                at1 = next1
-            a = _ahead(
-                at0, scale2_ptr, zero2_ptr, chunk0, (s + AHEAD) % SLICES, K, BITS, NG, NESTED, NG2, WIDE, PAIRS, WARPS
-            )  # fmt: skip
-            b = _ahead(
-                at1, scale2_ptr, zero2_ptr, chunk0, (s + AHEAD) % SLICES, K, BITS, NG, NESTED, NG2, WIDE, PAIRS, WARPS
-            )  # fmt: skip
-            ahead = ahead[2:] + (a, b)  # type: ignore[assignment]  # noqa: RUF005
         _put_sums(total0, total1, place, slot, thread, WARPS)
         slot += 1
         if (slot == _ROUNDS) | (tile + programs >= tiles):
             tl.debug_barrier()
             of_slot = thread // (4 * WARPS)
-            row = (tile - (slot - 1 - of_slot) * programs) * 16 + thread // (WARPS // 4) % 16
-            there = (of_slot < slot) & (row < N)
+            of_tile = tl.minimum((tile - (slot - 1 - of_slot) * programs) * 16, N - 16)
+            row = of_tile + thread // (WARPS // 4) % 16
+            there = of_slot < slot
             out = _gathered(place, thread, WARPS) * factor
             if NG == 1:
                 out *= _scales(scale_ptr, scale2_ptr, zero2_ptr, row, 0, there, RG, NG, NESTED, RG2, NG2)
+            elif NESTED == _INTEGERS and NG2 == 1:
+                out *= tl.load(scale2_ptr + row // RG2, mask=there, other=0).to(tl.float32)
             tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=there & (thread % (WARPS // 4) == 0))
             tl.debug_barrier()
             slot = 0
@@ -439,7 +496,7 @@ MOST = 16384
 
 def takes(reading: Reading) -> bool:
     """Whether the kernel is for such a weight. A float8 e5m2 may be an infinity, which is NaN in the columns of other chunks."""
-    if reading.kind not in ("table", "minifloat", "float") or reading.k > MOST or reading.bits < 4:
+    if reading.kind not in ("table", "minifloat", "float") or reading.k > MOST or reading.bits < 4 or reading.n < 16:
         return False
     return reading.kind != "float" or reading.exponent == 4
 

@@ -2,7 +2,7 @@
 
 A warp has some slices of K, 4 chunks of 32 elements each, of which x stays in registers, and goes through tiles of 16 rows. Each
 lane reads whole chunks of two rows and gets the sums of these alone, which it multiplies with the scales that it has read itself.
-x is multiplied with a power of two for each chunk, so that float16 holds it.
+x is multiplied with a power of two for each lane, so that float16 holds it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from .device import has_float8, multiprocessors
 from .f16_products import LOOKED_UP, OPERANDS, power_of, products_asm, way_of
-from .few_tokens import _four_words, _scale
+from .few_tokens import _scale
 from .launch import Launch, cdiv, launch
 from .reading import Fields, Reading
 from .several import of_three
 from .template import _E4M3, _INTEGERS, _SCALED, _TABLE, _numbers, _scales, given
 
 _OPERANDS = tl.constexpr(OPERANDS)
-_TOP = tl.constexpr(12)
-"""x is multiplied so that its largest is 2**12 or above, and less than 2**13."""
+_TOP = tl.constexpr(14)
+"""x is multiplied so that its largest is 2**14 or above, and less than 2**15."""
 
 
 def _load_asm(bits: int, wide: bool) -> str:
@@ -85,7 +85,7 @@ _SUMS_ASM = tl.constexpr(
 @triton.jit
 def _power(top):
     """A positive float -> the power of two below it, as bits, so that neither it nor its inverse leaves the normal numbers."""
-    return tl.minimum(tl.maximum(top.to(tl.int32, bitcast=True) & 0x7F800000, 13 << 23), 254 << 23)
+    return tl.minimum(tl.maximum(top.to(tl.int32, bitcast=True) & 0x7F800000, 16 << 23), 254 << 23)
 
 
 @triton.jit
@@ -126,39 +126,50 @@ def _table_of_lane(
 
 
 @triton.jit
-def _met(x_ptr, chunk, here, part, TURNED: tl.constexpr, HALF: tl.constexpr):
-    """What codes of a chunk meet: 8 words, of one part of it and zero where not `here`; and what the sums are to be multiplied
-    with. TURNED: as both codes of a byte go together."""
+def _four_kept(at):
+    """Four words that are read again."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _largest(x_ptr, chunk):
+    """Of a chunk of bfloat16."""
     at = x_ptr + chunk * 16
-    w = _four_words(at, True) + _four_words(at + 4, True) + _four_words(at + 8, True) + _four_words(at + 12, True)
-    step = 1.0
-    factor = 1.0
-    if not HALF:
-        top = tl.inline_asm_elementwise(
-            _TOP_ASM, "=f" + ",r" * 16,
-            [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15]],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-        power = _power(top) - (_TOP << 23)
-        factor = tl.where(here, ((254 << 23) - power).to(tl.float32, bitcast=True), 0.0)
-        step = tl.where(top < float("inf"), power.to(tl.float32, bitcast=True), float("nan"))
+    w = _four_kept(at) + _four_kept(at + 4) + _four_kept(at + 8) + _four_kept(at + 12)
+    return tl.inline_asm_elementwise(
+        _TOP_ASM, "=f" + ",r" * 16,
+        [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15]],
+        dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _met(x_ptr, chunk, here, part, factor, TURNED: tl.constexpr, HALF: tl.constexpr):
+    """What codes of a part of a chunk meet, times a factor: 8 words, zero where not `here`. TURNED: as both codes of a byte go
+    together."""
+    at = x_ptr + chunk * 16
+    if TURNED:
+        first, second = _four_kept(at + part * 4), _four_kept(at + part * 4 + 8)
+    else:
+        first, second = _four_kept(at + part * 8), _four_kept(at + part * 8 + 4)
     words = ()
     for i in tl.static_range(8):
         if TURNED:
-            first = tl.where(part == 0, w[i // 2], w[4 + i // 2])
-            second = tl.where(part == 0, w[8 + i // 2], w[12 + i // 2])
             word = tl.inline_asm_elementwise(
-                _TURN_ASM[i % 2], "=r,r,r", [first, second], dtype=tl.int32, is_pure=True, pack=1
-            )  # fmt: skip
+                _TURN_ASM[i % 2], "=r,r,r", [first[i // 2], second[i // 2]], dtype=tl.int32, is_pure=True, pack=1
+            )
+        elif i < 4:
+            word = first[i]
         else:
-            word = tl.where(part == 0, w[i], w[8 + i])
-        if HALF:
-            word = tl.where(here, word, 0)
-        else:
+            word = second[i - 4]
+        if not HALF:
             low = (word << 16).to(tl.float32, bitcast=True)
             word = _f16_pair(low * factor, (word & -65536).to(tl.float32, bitcast=True) * factor)
-        words += (word,)  # type: ignore[assignment]
-    return words, step
+        words += (tl.where(here, word, 0),)  # type: ignore[assignment]
+    return words
 
 
 @triton.jit
@@ -187,9 +198,7 @@ def _early(at):
                 "ld.global.u8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
             )
     elif at.dtype.element_ty == tl.uint16:
-        return tl.inline_asm_elementwise(
-            "ld.global.u16 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
+        return tl.inline_asm_elementwise("ld.global.u16 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
     elif at.dtype.element_ty.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise(
             "ld.global.b16 $0, [$1];", "=h,l", [at], dtype=at.dtype.element_ty, is_pure=False, pack=1
@@ -296,19 +305,19 @@ def _number(stored, NESTED: tl.constexpr):
 
 @triton.jit
 def _summed(
-    c0, c1, step, first, second, total, HALVES: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, PAIRS: tl.constexpr,
+    c0, c1, first, second, total, HALVES: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, PAIRS: tl.constexpr,
     FLOAT8: tl.constexpr,
 ):  # fmt: skip
     """The sums of both parts of a chunk, with scales, added to those of the chunks before."""
     if NG == 1:
-        return total + (c0 + c1) * step
+        return total + (c0 + c1)
     elif PAIRS:
         scale0, scale1 = _both_scales(first[0], FLOAT8)
-        return total + (c0 * scale0 + c1 * scale1) * step
+        return total + c0 * scale0 + c1 * scale1
     elif HALVES:
-        return total + (c0 * _number(first, NESTED) + c1 * _number(second, NESTED)) * step
+        return total + c0 * _number(first, NESTED) + c1 * _number(second, NESTED)
     else:
-        return total + (c0 + c1) * step * _number(first, NESTED)
+        return total + (c0 + c1) * _number(first, NESTED)
 
 
 @triton.jit
@@ -357,7 +366,8 @@ def _gemv_halves(
     LOOKUP: tl.constexpr, TURNED: tl.constexpr, FLOAT8: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
     SLICES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum over groups of (sum over the group of x * number[n]) * scale[n], by program `first` of `programs`. N: at least 16.
+    """out[n] = sum over groups of (sum over the group of x * number[n]) * scale[n], by program `first` of `programs`.
+    N: at least 16.
 
     ASM: of `products_asm`. POWER: of two, for what its sums are multiplied with. LOOKUP: whether there is a table in shared
     memory. TURNED: whether that is of both codes of a byte. WIDE: whether codes and scales begin at multiples of 16 bytes.
@@ -380,11 +390,23 @@ def _gemv_halves(
             _ahead(at1, scale2_ptr, zero2_ptr, chunk0, s, K, BITS, NG, NESTED, NG2, WIDE, PAIRS, WARPS),
         )
     _no_later()
+    inverse = 1.0
+    step = 1.0
+    if not HALF:
+        top = tl.zeros((32 * WARPS,), tl.float32)
+        for s in tl.static_range(SLICES):
+            found = _largest(x_ptr, tl.minimum(s * WARPS * 4 + chunk0, U - 1))
+            top = tl.maximum(top, found, propagate_nan=tl.PropagateNan.ALL)
+        power = _power(top) - (_TOP << 23)
+        inverse = ((254 << 23) - power).to(tl.float32, bitcast=True)
+        step = tl.where(top < float("inf"), power.to(tl.float32, bitcast=True), float("nan"))
     met = ()
     for s in tl.static_range(SLICES):
         chunk = s * WARPS * 4 + chunk0
         here = (g // 2 == thread % 4) & (chunk < U)
-        met += (_met(x_ptr, tl.minimum(chunk, U - 1), here, g % 2, TURNED, HALF),)  # type: ignore[assignment]
+        met += (  # type: ignore[assignment]
+            _met(x_ptr, tl.minimum(chunk, U - 1), here, g % 2, inverse, TURNED, HALF),
+        )
     place = tl.inline_asm_elementwise(_SUMS_ASM[WARPS // 16], "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     table = thread
     factor = 2.0**POWER
@@ -414,16 +436,16 @@ def _gemv_halves(
             _no_later()
             a, b = ahead[0], ahead[1]  # type: ignore[misc]
             ahead = ahead[2:]  # type: ignore[assignment]
-            w, v, x = a[0], b[0], met[s][0]  # type: ignore[var-annotated]
+            w, v, x = a[0], b[0], met[s]  # type: ignore[var-annotated]
             c0, c1, c2, c3 = tl.inline_asm_elementwise(
                 ASM, _OPERANDS,
                 [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], x[0], x[1],
                  x[2], x[3], x[4], x[5], x[6], x[7], table],
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
             )  # fmt: skip
-            total0 = _summed(c0, c1, met[s][1], a[1], a[2], total0, HALVES, NG, NESTED, PAIRS, FLOAT8)
-            total1 = _summed(c2, c3, met[s][1], b[1], b[2], total1, HALVES, NG, NESTED, PAIRS, FLOAT8)
-        _put_sums(total0, total1, place, slot, thread, WARPS)
+            total0 = _summed(c0, c1, a[1], a[2], total0, HALVES, NG, NESTED, PAIRS, FLOAT8)
+            total1 = _summed(c2, c3, b[1], b[2], total1, HALVES, NG, NESTED, PAIRS, FLOAT8)
+        _put_sums(total0 * step, total1 * step, place, slot, thread, WARPS)
         slot += 1
         if (slot == _ROUNDS) | (tile + programs >= tiles):
             tl.debug_barrier()

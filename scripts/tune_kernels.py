@@ -56,8 +56,8 @@ SPECS: dict[str, Any] = {
 """What differs in its decoding. The kernels take more formats; those of the same width are alike."""
 
 TILES_OF_ONE = [
-    (16, 2, 64, 1), (16, 2, 64, 2), (16, 1, 128, 1), (16, 1, 128, 2), (16, 1, 128, 3), (8, 3, 80, 1), (8, 3, 80, 2),
-    (8, 2, 128, 2), (8, 2, 128, 3), (32, 1, 64, 1),
+    (16, 2, 64, 1), (16, 1, 128, 1), (16, 1, 128, 2), (16, 1, 128, 3), (8, 3, 80, 1), (8, 2, 128, 1), (8, 2, 128, 3),
+    (32, 1, 64, 1),
 ]  # fmt: skip
 """Warps, programs of a multiprocessor, registers and slices ahead of one_token_mma.py."""
 

@@ -549,9 +549,12 @@ def gemv_each(x: Tensor, reading: Reading, fields: Fields, warps_at_once: int = 
 def gemv_joined(x: Tensor, reading: Reading, weights: Sequence[Fields]) -> Tensor:
     """One token and two or three weights in one launch, whose readings are the same but for n: x (1, K) -> (1, N) for the sum of
     their rows."""
-    if one_token_mma.takes(reading._replace(n=min(fields[0].shape[0] for fields in weights))):
-        return one_token_mma.gemv_joined(x, reading, weights)
     rows = tuple(fields[0].shape[0] for fields in weights)
+    by_mma = [one_token_mma.takes(reading._replace(n=n)) for n in rows]
+    if all(by_mma):
+        return one_token_mma.gemv_joined(x, reading, weights)
+    if any(by_mma):  # some have too few rows
+        return torch.cat([gemv_each(x, reading._replace(n=n), each) for n, each in zip(rows, weights)], 1)
     dtypes = x.dtype, *(None if t is None else t.dtype for t in weights[0])
     start, programs = _joined_launch(reading, rows, dtypes, x.device)
     out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)

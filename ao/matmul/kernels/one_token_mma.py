@@ -435,7 +435,7 @@ def _gemv_halves(
             )  # fmt: skip
             _no_later()
             a, b = ahead[0], ahead[1]  # type: ignore[misc]
-            ahead = ahead[2:]  # type: ignore[assignment]
+            ahead = ahead[2:]
             w, v, x = a[0], b[0], met[s]  # type: ignore[var-annotated]
             c0, c1, c2, c3 = tl.inline_asm_elementwise(
                 ASM, _OPERANDS,

@@ -1,8 +1,8 @@
 """Time the ways to run the Triton kernels whose constants are chosen by hand, and print which of them is the fastest.
 
-    few        a few tokens and a weight in any format (few_tokens.py, and one_token.py for one, or trits.py), against bfloat16:
-               tiles and the number of parts of K, for every format, shape and number of tokens; `_tile` and `_gemv_constants`
-               choose those
+    few        a few tokens and a weight in any format (few_tokens.py; for one one_token.py, one_token_mma.py, or trits.py),
+               against bfloat16: tiles and the number of parts of K, for every format, shape and number of tokens; `_tile`,
+               `tile_of` and `_gemv_constants` choose those
     attention  one token and a quantized cache (decode_attention.py), against the fastest of PyTorch's kernels over bfloat16:
                warps, programs, registers and loads; `TILE_OF_KIND` chooses those
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import ao
-from ao.dtypes import FP6, MXFP4, MXFP8, NF4, NVFP4, Intx, Ternary
+from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Intx, Ternary
 from ao.matmul.kernels.launch import cdiv
 from ao.matmul.kernels.reading import Reading, fields_of, reading_of
 
@@ -49,10 +49,17 @@ SPECS: dict[str, Any] = {
     "mxfp4": MXFP4,
     "nvfp4": NVFP4,
     "fp6": FP6,
+    "mxfp6": MXFP6,
     "mxfp8": MXFP8,
     "ternary": Ternary(),
 }
 """What differs in its decoding. The kernels take more formats; those of the same width are alike."""
+
+TILES_OF_ONE = [
+    (16, 2, 64, 1), (16, 1, 128, 1), (16, 1, 128, 2), (16, 1, 128, 3), (8, 3, 80, 1), (8, 2, 128, 1), (8, 2, 128, 3),
+    (32, 1, 64, 1),
+]  # fmt: skip
+"""Warps, programs of a multiprocessor, registers and slices ahead of one_token_mma.py."""
 
 SHAPES = ["28672x4096", "4096x14336", "4096x4096"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64]
@@ -99,14 +106,19 @@ def tiles(m: int) -> list[dict[str, Any]]:
 
 def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """How m tokens may meet a weight, by name, each a function of x and the fields. splits: in all numbers of parts of K."""
-    from ao.matmul.kernels import few_tokens, one_token
+    from ao.matmul.kernels import few_tokens, one_token, one_token_mma
 
     if reading.kind == "trits":
         yield from ways_of_trits(reading, m, splits)
         return
-    if m <= 2 and reading.for_one_token:
-        for warps in (20,):
-            yield f"gemv {warps}", lambda x, fields, warps=warps: one_token.gemv_each(x, reading, fields, warps)
+    if m == 1 and reading.for_one_token and one_token_mma.takes(reading):
+        for sizes in TILES_OF_ONE:
+            of_one = one_token_mma.Tile(*sizes)
+            if reading.k <= 1024 * of_one.warps:  # x of 8 slices is in registers
+                name = f"gemv {of_one.warps}w {of_one.programs}p {of_one.registers}r {of_one.ahead}a"
+                yield name, lambda x, fields, tile=of_one: one_token_mma.gemv(x, reading, fields, tile)
+    elif m <= 2 and reading.for_one_token:
+        yield "gemv", lambda x, fields: one_token.gemv_each(x, reading, fields)
     at_once = (264, 528, 1056) if m <= 16 else (264, 528)  # programs on the GPU that K is cut for
     for cut in tiles(m):
         programs = cdiv(reading.n, cut["rows"]) * cdiv(m, cut["tokens"])

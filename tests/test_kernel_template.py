@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
+FIVE_BITS = Codebook(tuple(float((i - 16) ** 3) for i in range(32)), (1, 32))
+
 ONE_TOKEN = [
     *(
         Intx(bits, (1, group), signed=signed)
@@ -51,7 +53,7 @@ ONE_TOKEN = [
     Intx(8, (1, 16)),
     Intx(8, (16, 16), signed=False),
     Intx(8, (1, 96), zero_point="float", symmetric=False),
-    Codebook(tuple(float((i - 16) ** 3) for i in range(32)), (1, 32)),
+    FIVE_BITS,
     Ternary(),
     Ternary((1, -1), scale_dtype="bfloat16"),
     Ternary((8, -1), scale_dtype="float16"),
@@ -131,6 +133,33 @@ def test_tiles_of_a_few_tokens(spec, name):
     shifted = torch.empty(codes.numel() + 1, dtype=codes.dtype, device=codes.device)[1:].view(codes.shape)
     for each in (codes, shifted.copy_(codes)):
         assert worst(x, q, few_in_tiles(x, reading, [(each, *others)], tile)[0]) > 42
+
+
+TILES_OF_ONE = {
+    "a slice": (1408, 16, 2, 64, 1),
+    "ahead of a tile": (1920, 8, 3, 80, 2),
+    "many slices": (8448, 16, 1, 128, 3),
+}
+"""K, and the tile."""
+
+
+@pytest.mark.parametrize("name", TILES_OF_ONE)
+@pytest.mark.parametrize("spec", [NF4, FP6, MXFP6, MXFP8, NVFP4, FIVE_BITS, Codebook("nf4", (1, 16))], ids=str)
+def test_tiles_of_one_token(spec, name):
+    """Each gives the product, of rows that are no multiple of the tile's and more tiles than are added at once, and of codes and
+    tokens that begin anywhere."""
+    from ao.matmul.kernels.one_token_mma import Tile, gemv
+    from ao.matmul.kernels.reading import reading_of
+
+    k, *tile = TILES_OF_ONE[name]
+    x, q = case(spec, 1000, k, 40)  # of 40 tokens each has a few programs
+    reading, (codes, *others) = reading_of(q)
+    assert worst(x, q, gemv(x, reading, (codes, *others), Tile(*tile))) > 46
+    shifted = [torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape) for t in (x, codes)]
+    assert torch.equal(
+        gemv(shifted[0].copy_(x), reading, (shifted[1].copy_(codes), *others), Tile(*tile)),
+        gemv(x, reading, (codes, *others), Tile(*tile)),
+    )
 
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import one_token_mma
 from .ampere import _bytes, _fixed_point, _largest
 from .device import multiprocessors
 from .joint_words import zero_number
@@ -516,6 +517,8 @@ def _gemv_constants(
 
 def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
     """One token, for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once."""
+    if one_token_mma.takes(reading):
+        return one_token_mma.gemv_launch(reading, fields)
     device, n = fields[0].device, reading.n
     programs, tile = _gemv_constants(reading.k, [n], device, looks_up=reading.looks_up)
     start = Launch(gemv_codes_kernel, tuple(programs), **reading.constants(fields[2] is not None), **tile)
@@ -532,6 +535,8 @@ def gemv_each(x: Tensor, reading: Reading, fields: Fields, warps_at_once: int = 
     """One token, or each of a few in one launch, for weights whose reading is `for_one_token`. x: (M, K) -> (M, N).
 
     warps_at_once: on a multiprocessor, for how many there are programs."""
+    if one_token_mma.takes(reading):
+        return one_token_mma.gemv(x, reading, fields)
     m, n = x.shape[0], reading.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     (programs,), tile = _gemv_constants(reading.k, [n], x.device, warps_at_once, looks_up=reading.looks_up)
@@ -545,6 +550,11 @@ def gemv_joined(x: Tensor, reading: Reading, weights: Sequence[Fields]) -> Tenso
     """One token and two or three weights in one launch, whose readings are the same but for n: x (1, K) -> (1, N) for the sum of
     their rows."""
     rows = tuple(fields[0].shape[0] for fields in weights)
+    by_mma = [one_token_mma.takes(reading._replace(n=n)) for n in rows]
+    if all(by_mma):
+        return one_token_mma.gemv_joined(x, reading, weights)
+    if any(by_mma):  # some have too few rows
+        return torch.cat([gemv_each(x, reading._replace(n=n), each) for n, each in zip(rows, weights)], 1)
     dtypes = x.dtype, *(None if t is None else t.dtype for t in weights[0])
     start, programs = _joined_launch(reading, rows, dtypes, x.device)
     out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)

@@ -59,10 +59,11 @@ class Launch:
 
     def __init__(
         self, kernel: triton.JITFunction[Any], grid: tuple[int, ...], num_warps: int = 4, early: bool = False,
-        views: Mapping[int, torch.dtype] | None = None, **constants: Any,
+        views: Mapping[int, torch.dtype] | None = None, registers: int | None = None, **constants: Any,
     ) -> None:  # fmt: skip
         """views: the dtypes as which the kernel reads some of its arguments, by position."""
         self.kernel, self.num_warps, self.early, self.constants = kernel, num_warps, early, constants
+        self.registers = registers
         self.grid = (*grid, 1, 1)[:3]
         self.views = views or {}
         self.last = tuple(constants.values())
@@ -87,9 +88,14 @@ class Launch:
 
     def _first(self, bits: int, args: Sequence[Any]) -> None:
         if bits & 15:
-            launch(self.kernel, self.grid, *args, num_warps=self.num_warps, early=self.early, **self.constants)
+            launch(
+                self.kernel, self.grid, *args, num_warps=self.num_warps, early=self.early, registers=self.registers,
+                **self.constants,
+            )  # fmt: skip
         else:
-            self.compiled = _compiled(self.kernel, self.grid, args, self.num_warps, self.early, self.constants)
+            self.compiled = _compiled(
+                self.kernel, self.grid, args, self.num_warps, self.early, self.constants, self.registers
+            )
 
 
 def _viewed(arg: Any, dtype: torch.dtype | None) -> Any:

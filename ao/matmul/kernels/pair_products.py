@@ -1,0 +1,47 @@
+"""PTX that multiplies chunks of packed codes with tokens by the tensor cores, from registers alone.
+
+A lane has a chunk of 32 codes, `bits` words (bits.py), of rows g and g + 8 of 16, and the same 32 elements of token g, lane = 4 g + t.
+One `mma` takes four codes of either row, as pairs of bfloat16 (bf16_pairs.py), from each of the four lanes t: 16 places of K.
+Where a code goes among these is free as long as x follows, and it does: a lane gives four elements of x, two words of 16, alike.
+The lane gets the sums of rows g and g + 8 with tokens 2 t and 2 t + 1.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from .bf16_pairs import DECLARED, Registers, pairs
+
+
+def operands(blocks: int) -> str:
+    """Of `products_asm`: 4 sums for each block of 8 tokens. Then the same sums before, 8 words of codes of either row, factor and term
+    of either half of the chunk of the first row, and of the second, 8 words of a table, and 16 words of x for each block."""
+    return ",".join(["=f"] * (4 * blocks) + ["f"] * (4 * blocks) + ["r"] * (32 + 16 * blocks))
+
+
+@functools.cache
+def products_asm(
+    kind: str, bits: int, exponent: int, signed: bool, shift: int | None, scaled: bool, blocks: int
+) -> str:
+    """The sums over chunks of 4 lanes, added to those before: see `operands`. kind to scaled: of `pairs_asm`."""
+    sums = 4 * blocks
+    first = 2 * sums
+    table = [f"${first + 24 + i}" for i in range(8)]
+    rows = [[f"${first + 8 * row + i}" for i in range(8)] for row in range(2)]
+    lines = ["{", DECLARED, f".reg .b32 a0, a1, a2, a3; .reg .f32 c<{sums}>;"]
+    lines += [f"mov.f32 c{i}, ${sums + i};" for i in range(sums)]
+    for j in range(4):
+        for half in range(2):
+            g = j + 4 * half  # both halves of a table's word follow each other
+            for row, words in enumerate(rows):
+                at = first + 16 + 4 * row + 2 * half
+                r = Registers(words, f"${at}", f"${at + 1}", table)
+                lines.append(pairs(r, kind, bits, exponent, signed, shift, scaled, g))
+                lines.append(f"mov.b32 a{row}, a; mov.b32 a{row + 2}, b;")
+            for block in range(blocks):
+                x = first + 32 + 16 * block + 2 * g
+                c = "{" + ", ".join(f"c{4 * block + i}" for i in range(4)) + "}"
+                lines.append("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+                lines.append(f"{c}, {{a0, a1, a2, a3}}, {{${x}, ${x + 1}}}, {c};")
+    lines += [f"mov.f32 ${i}, c{i};" for i in range(sums)]
+    return " ".join([*lines, "}"])

@@ -133,6 +133,30 @@ def test_tiles_of_a_few_tokens(spec, name):
         assert worst(x, q, few_in_tiles(x, reading, [(each, *others)], tile)[0]) > 42
 
 
+CUTS = {
+    "a part of K, few programs": (16, 2, 2),
+    "parts of K": (8, 1, 2),
+    "one tile": (8, 2, 1, 2),
+    "many tiles, one buffer": (16, 1, 4),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("spec", [Intx(4, (1, 128)), Intx(7, (1, 16)), NF4, FP6, MXFP8, Intx(8)], ids=str)
+def test_slices_of_k(spec, name):
+    """Each cut gives the product, of rows that are no multiple of the tile's, and of codes and tokens that begin anywhere."""
+    from ao.matmul.kernels.reading import reading_of
+    from ao.matmul.kernels.slices_of_k import Cut, sliced
+
+    for m in (2, 8, 13):
+        x, q = case(spec, 80, 1408, m)
+        reading, (codes, *others) = reading_of(q)
+        shifted = torch.empty(codes.numel() + 1, dtype=codes.dtype, device=codes.device)[1:].view(codes.shape)
+        moved = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape)
+        for tokens, each in ((x, codes), (moved.copy_(x), shifted.copy_(codes))):
+            assert worst(x, q, sliced(tokens, reading, [(each, *others)], Cut(*CUTS[name]))[0]) > 42
+
+
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
 def test_weights_that_are_not_numbers(format):
     """NaN, and infinity where there is one, are in the row where they are, and nowhere else."""

@@ -26,12 +26,17 @@ from .launch import Launch, cdiv, launch, power_of_two, tile_reader
 from .read_once import _factor_and_term, _scale, _stored, _table_words, _words
 from .reading import Fields, Reading
 from .several import counted, cut, of_three
+from .slices_of_k import sliced, sliced_launch
 from .template import _SCALED, given
 
 _OPERANDS = tl.constexpr(OPERANDS)
 
 STEP = 256
 """Elements of K of a step."""
+
+SLICED = 16
+"""Up to so many tokens of bfloat16 are for slices_of_k.py."""
+
 
 @triton.jit
 def _read_ahead(
@@ -419,6 +424,8 @@ def few(x: Tensor, reading: Reading, fields: Fields, order: Tensor | None = None
 
 def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Tensor | None = None) -> list[Tensor]:
     """`few` of one, two or three weights in one launch, whose readings are the same but for n."""
+    if x.shape[0] <= SLICED and x.dtype == torch.bfloat16:
+        return sliced(x if order is None else gathered(x, order), reading, weights)
     whole = reading._replace(n=sum(fields[0].shape[0] for fields in weights))
     tile = _tile(whole, x.shape[0], x.dtype == torch.float16, x.device)
     if order is not None and not tile.hopper:
@@ -429,8 +436,10 @@ def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Te
 def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
     """`few` in one launch, K not cut in parts, for m tokens (16 at most) of `dtype`, x (..., K) -> (..., N), and weights of the
     form of these: what it decides is decided once."""
+    if dtype == torch.bfloat16:
+        return sliced_launch(m, reading, fields)
     device, n = fields[0].device, reading.n
-    tile = _tile(reading, m, dtype == torch.float16, device)._replace(hopper=False, tokens=8 if m <= 8 else 16, split=1)
+    tile = _tile(reading, m, True, device)._replace(hopper=False, tokens=8 if m <= 8 else 16, split=1)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
         **_constants(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages,

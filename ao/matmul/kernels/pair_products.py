@@ -1,9 +1,9 @@
 """PTX that multiplies chunks of packed codes with tokens by the tensor cores, from registers alone.
 
-A lane has a chunk of 32 codes, `bits` words (bits.py), of rows g and g + 8 of 16, and the same 32 elements of token g, lane = 4 g + t.
-One `mma` takes four codes of either row, as pairs of bfloat16 (bf16_pairs.py), from each of the four lanes t: 16 places of K.
-Where a code goes among these is free as long as x follows, and it does: a lane gives four elements of x, two words of 16, alike.
-The lane gets the sums of rows g and g + 8 with tokens 2 t and 2 t + 1.
+Lane 4 g + t has a chunk of 32 codes, `bits` words (bits.py), of rows g and g + 8 of 16, and the same 32 elements of token g. One
+`mma` takes four codes of either row, as pairs of bfloat16 (bf16_pairs.py), from each of the four lanes t: 16 places of K. Where
+a code goes among these is free as long as x follows, and it does: a lane gives four elements of x, two words of 16, alike. It
+gets the sums of rows g and g + 8 with tokens 2 t and 2 t + 1.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .bf16_pairs import DECLARED, Registers, pairs
 
 
 def operands(blocks: int) -> str:
-    """Of `products_asm`: 4 sums for each block of 8 tokens. Then the same sums before, 8 words of codes of either row, factor and term
-    of either half of the chunk of the first row, and of the second, 8 words of a table, and 16 words of x for each block."""
+    """Of `products_asm`: 4 sums for each block of 8 tokens. Then the same sums before, 8 words of codes of either row, factor and
+    term of either half of the chunk of the first row, and of the second, 8 words of a table, and 16 words of x for each block."""
     return ",".join(["=f"] * (4 * blocks) + ["f"] * (4 * blocks) + ["r"] * (32 + 16 * blocks))
 
 

@@ -115,11 +115,11 @@ def _met(
                 "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at + 4 * i],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
             )  # fmt: skip
-            for l in tl.static_range(4):
+            for j in tl.static_range(4):
                 if U % (_SLICE * WARPS * SLICES) == 0:
-                    words += (four[l],)  # type: ignore[assignment]
+                    words += (four[j],)  # type: ignore[assignment]
                 else:
-                    words += (tl.where(chunk < U, four[l], 0),)  # type: ignore[assignment]
+                    words += (tl.where(chunk < U, four[j], 0),)  # type: ignore[assignment]
     return words
 
 
@@ -220,9 +220,9 @@ def _sliced(
     turn = 0
     for block in tl.range(first, tl.cdiv(N, 16 * TILES), programs):
         acc = ()
-        for tile in tl.static_range(TILES):
+        for _ in tl.static_range(TILES):
             zeros = ()
-            for i in tl.static_range(4 * BLOCKS):
+            for _ in tl.static_range(4 * BLOCKS):
                 zeros += (tl.zeros((32 * WARPS,), tl.float32),)  # type: ignore[assignment]
             acc += (zeros,)  # type: ignore[assignment]
         for part in tl.range(0, PARTS):
@@ -351,7 +351,9 @@ def cut_for(reading: Reading, m: int, device: torch.device) -> Cut:
 
 
 @functools.cache
-def _constants(reading: Reading, zero: torch.dtype | None, wide: bool, blocks: int, cut: Cut, early: bool) -> dict[str, Any]:
+def _constants(
+    reading: Reading, zero: torch.dtype | None, wide: bool, blocks: int, cut: Cut, early: bool
+) -> dict[str, Any]:
     scaled = reading.groups > 1 and reading.group % 128 != 0
     constants, how = decoding(reading, zero, scaled)
     size = 512 * cut.tiles * blocks
@@ -382,7 +384,7 @@ def sliced(x: Tensor, reading: Reading, weights: Sequence[Fields], how: Cut | No
 
     x: (M, K) bfloat16, M up to 16, contiguous -> (M, N) of each.
     """
-    (m, k), fields = x.shape, weights[0]
+    m, fields = x.shape[0], weights[0]
     rows = [each[0].shape[0] for each in weights]
     how = how or cut_for(reading._replace(n=sum(rows)), m, x.device)
     if x.data_ptr() % 16:

@@ -24,11 +24,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .bf16_pairs import decoding
 from .device import is_hopper, multiprocessors
 from .launch import Launch, cdiv, launch
-from .pair_products import operands, products_asm
+from .pair_products import looks_up, operands, products_asm
 from .read_once import _factor_and_term, _scale, _stored, _table_words, _words
 from .reading import Fields, Reading
 from .several import cut, of_three
-from .template import _SCALED, given
+from .template import _SCALED, _numbers, given
 
 _OPERANDS = tl.constexpr(("", operands(1), operands(2)))
 
@@ -39,8 +39,24 @@ _ROOM = 48 * 1024
 """Bytes of shared memory that PTX itself may set apart."""
 
 
+_TABLE_BYTES = 256 * 128
+"""Of a table of both codes of a byte, with a copy for each lane."""
+
+
 def _place_asm(size: int) -> str:
-    return f"{{ .reg .b64 a; .shared .align 128 .b8 ao_sums[{size}]; mov.u64 a, ao_sums; cvt.u32.u64 $0, a; }}"
+    return f"{{ .reg .b64 a; .shared .align 128 .b8 ao_room[{size}]; mov.u64 a, ao_room; cvt.u32.u64 $0, a; }}"
+
+
+def _fill_asm(warps: int) -> str:
+    """A word of a table to its copies, 16 bytes at a time, each thread to other banks than its neighbours.
+
+    Operands: where the table begins, the thread, and the word of byte thread % 256."""
+    threads = 32 * warps
+    lines = ["{ .reg .b32 e, a, q, t; and.b32 e, $2, 255; mad.lo.u32 a, e, 128, $1; mov.b32 $0, 0;"]
+    lines.append(f"shr.b32 q, $2, 8; mad.lo.u32 q, q, {8 * 256 // threads}, e; shl.b32 q, q, 4;")
+    for _ in range(max(1, 8 * 256 // threads)):
+        lines.append("and.b32 t, q, 112; add.u32 t, t, a; st.shared.v4.b32 [t], {$3, $3, $3, $3}; add.u32 q, q, 16;")
+    return " ".join([*lines, "}"])
 
 
 @functools.cache
@@ -100,9 +116,12 @@ def _chunk(part, s: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def _met(
-    x_ptr, part, M, s: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr
+    x_ptr, part, M, s: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
-    """The 16 words of x that each thread has of slice s of a part of K, for each block of 8 tokens."""
+    """The 16 words of x that each thread has of slice s of a part of K, for each block of 8 tokens.
+
+    TURNED: as codes that are looked up, e and e + 16 in a word, so that words n and n + 8 become two others."""
     U: tl.constexpr = K // 32
     chunk = _chunk(part, s, WARPS, SLICES)
     words = ()
@@ -120,7 +139,41 @@ def _met(
                     words += (four[j],)  # type: ignore[assignment]
                 else:
                     words += (tl.where(chunk < U, four[j], 0),)  # type: ignore[assignment]
-    return words
+    if TURNED:
+        turned = ()
+        for i in tl.static_range(8 * BLOCKS):
+            first, second = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; prmt.b32 t, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632; mov.b32 $0, t; }", "=r,=r,r,r",
+                [words[i // 8 * 16 + i % 8], words[i // 8 * 16 + i % 8 + 8]], dtype=(tl.int32, tl.int32), is_pure=True,
+                pack=1,
+            )  # fmt: skip
+            turned += first, second  # type: ignore[assignment]
+        return turned
+    else:
+        return words
+
+
+@triton.jit
+def _table_of_lane(
+    table_ptr, place, KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr,
+    FILL_ASM: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Puts the numbers of both codes of each byte in shared memory: where the copy of a lane is."""
+    thread = tl.arange(0, 32 * WARPS)
+    byte = thread % 256
+    low = _numbers(byte & 15, table_ptr, KIND, BITS, EXPONENT, SIGNED)
+    high = _numbers(byte >> 4, table_ptr, KIND, BITS, EXPONENT, SIGNED)
+    word = tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+    )
+    tl.inline_asm_elementwise(
+        FILL_ASM, "=r,r,r,r", [place + thread * 0, thread, word], dtype=tl.int32, is_pure=False, pack=1
+    )
+    tl.debug_barrier()
+    # After the barrier, so that what depends on it is, too.
+    return tl.inline_asm_elementwise(
+        "mad.lo.u32 $0, $2, 4, $1;", "=r,r,r", [place + thread * 0, thread % 32], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -182,14 +235,15 @@ def _sliced(
     K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr,
     ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr,
     NG2: tl.constexpr, SHIFT: tl.constexpr, POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr,
-    ASM: tl.constexpr, SUM_ASM: tl.constexpr, PLACE_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
-    SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
+    ASM: tl.constexpr, SUM_ASM: tl.constexpr, PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr,
+    WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
+    BUFFERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], rows n by program `first` of `programs`.
 
-    SCALED: whether scales multiply the numbers; otherwise the sums of groups of whole slices. WARPS: of a program, K is cut among
-    them and in SLICES each at a time. TILES: of 16 rows, in a block of rows. BLOCKS: of 8 tokens. BUFFERS: of sums in shared
-    memory, one or two. EARLY: whether it is launched before the kernel before is done, and the next one likewise.
+    SCALED: whether scales multiply the numbers; otherwise the sums of groups of whole slices. LOOKUP: as `looks_up` says. WARPS:
+    of a program, K is cut among them and in SLICES each at a time. TILES: of 16 rows, in a block of rows. BLOCKS: of 8 tokens.
+    BUFFERS: of sums in shared memory, one or two. EARLY: whether it is launched before the kernel before is done, as the next one.
     """
     PARTS: tl.constexpr = (K // 32 + _SLICE * WARPS * SLICES - 1) // (_SLICE * WARPS * SLICES)
     SIZE: tl.constexpr = 512 * TILES * BLOCKS  # bytes of the sums of a warp
@@ -202,7 +256,6 @@ def _sliced(
     # reading one token of 16 rows meets all banks, as writing does.
     to = thread // 32 * SIZE + (lane % 4 * 8 + (lane // 4 ^ (lane % 4 * 2))) * 16
     place = tl.inline_asm_elementwise(PLACE_ASM, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    table = _table_words(table_ptr, KIND, BITS)
     ahead = ()
     for s in tl.static_range(SLICES):
         ahead += (  # type: ignore[assignment]
@@ -211,11 +264,17 @@ def _sliced(
                 WIDE, WARPS, SLICES, TILES,
             ),
         )  # fmt: skip
+    if LOOKUP:
+        own = _table_of_lane(table_ptr, place, KIND, BITS, EXPONENT, SIGNED, FILL_ASM, WARPS)
+        table = (own, own, own, own, own, own, own, own)
+        place += 256 * 128
+    else:
+        table = _table_words(table_ptr, KIND, BITS)
     if EARLY:
         gdc_wait()
     met = ()
     for s in tl.static_range(SLICES):
-        met += (_met(x_ptr, 0, M, s, K, WARPS, SLICES, BLOCKS),)  # type: ignore[assignment]
+        met += (_met(x_ptr, 0, M, s, K, WARPS, SLICES, BLOCKS, LOOKUP),)  # type: ignore[assignment]
 
     turn = 0
     for block in tl.range(first, tl.cdiv(N, 16 * TILES), programs):
@@ -247,7 +306,7 @@ def _sliced(
                     ),
                 )  # fmt: skip
                 if PARTS > 1:
-                    later_met += (_met(x_ptr, next_part, M, s, K, WARPS, SLICES, BLOCKS),)  # type: ignore[assignment]
+                    later_met += (_met(x_ptr, next_part, M, s, K, WARPS, SLICES, BLOCKS, LOOKUP),)  # type: ignore[assignment]
             ahead = later
             if PARTS > 1:
                 met = later_met
@@ -290,14 +349,14 @@ def sliced_kernel(
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, SUM_ASM: tl.constexpr,
-    PLACE_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, TILES: tl.constexpr,
-    BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
+    PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
+    SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`_sliced` of one weight."""
     _sliced(
         x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, tl.program_id(0),
         tl.num_programs(0), K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER,
-        LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY,
+        LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP, FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY,
     )  # fmt: skip
 
 
@@ -308,8 +367,8 @@ def sliced_joined_kernel(
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, SUM_ASM: tl.constexpr,
-    PLACE_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, TILES: tl.constexpr,
-    BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
+    PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
+    SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`_sliced` of two or three weights one below the other, of n rows and with p programs each; of two, p2 is 0."""
     i = tl.program_id(0)
@@ -320,16 +379,16 @@ def sliced_joined_kernel(
         of_three(i, first, second, outer0, outer1, outer2), of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
         out_ptr + M * of_three(i, first, second, 0, n0, n0 + n1), M, of_three(i, first, second, n0, n1, n2),
         i - of_three(i, first, second, 0, first, second), of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
-        SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, WIDE,
-        WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY,
+        SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP,
+        FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY,
     )  # fmt: skip
 
 
 class Cut(NamedTuple):
     """How a product is cut.
 
-    warps: of a program, among which K is cut. slices: of a warp at a time. tiles: of 16 rows, in a block of rows.
-    programs: at a time on a multiprocessor.
+    warps: of a program, 8 or 16, among which K is cut. slices: of a warp at a time. tiles: of 16 rows, in a block of rows; a
+    power of two. programs: at a time on a multiprocessor.
     """
 
     warps: int
@@ -344,10 +403,13 @@ def cut_for(reading: Reading, m: int, device: torch.device) -> Cut:
     slices = cdiv(reading.k, 128)
     warps = 16 if slices >= 16 else 8
     programs = 16 // warps
-    at_once = 2 if cdiv(slices, warps) % 2 == 0 and m <= 8 else 1
+    each = cdiv(slices, warps)
+    # x of one more slice costs registers, of which more tokens and codes of more bits leave fewer.
+    at_once = 2 if (each == 2 if m > 8 else each % 2 == 0) else 1
+    most = (1 if at_once == 2 else 2) if m > 8 or reading.bits > 4 else 2
     places = multiprocessors(device) * programs
-    tiles = [1] if m > 8 else [2, 1]
-    return Cut(warps, at_once, min(tiles, key=lambda t: cdiv(cdiv(reading.n, 16 * t), places) * t), programs)
+    tiles = min((2, 1), key=lambda t: cdiv(cdiv(reading.n, 16 * t), places) * t) if most == 2 else 1
+    return Cut(warps, at_once, tiles, programs)
 
 
 @functools.cache
@@ -356,11 +418,15 @@ def _constants(
 ) -> dict[str, Any]:
     scaled = reading.groups > 1 and reading.group % 128 != 0
     constants, how = decoding(reading, zero, scaled)
-    size = 512 * cut.tiles * blocks
-    buffers = 2 if 2 * size * cut.warps <= _ROOM else 1
+    lookup = looks_up(how[0], reading.bits)
+    if lookup:  # numbers are as they are
+        constants |= {"POWER": 0, "LAST_POWER": 0}
+    size, table = 512 * cut.tiles * blocks, _TABLE_BYTES if lookup else 0
+    buffers = 2 if table + 2 * size * cut.warps <= _ROOM else 1
     return {
         **constants, "SCALED": scaled, "ASM": products_asm(*how, blocks), "SUM_ASM": _sum_asm(cut.warps, size),
-        "PLACE_ASM": _place_asm(buffers * size * cut.warps), "WIDE": wide, "WARPS": cut.warps, "SLICES": cut.slices,
+        "PLACE_ASM": _place_asm(table + buffers * size * cut.warps), "LOOKUP": lookup,
+        "FILL_ASM": _fill_asm(cut.warps), "WIDE": wide, "WARPS": cut.warps, "SLICES": cut.slices,
         "TILES": cut.tiles, "BLOCKS": blocks, "BUFFERS": buffers, "EARLY": early,
     }  # fmt: skip
 

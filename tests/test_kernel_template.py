@@ -134,10 +134,10 @@ def test_tiles_of_a_few_tokens(spec, name):
 
 
 CUTS = {
-    "a part of K, few programs": (16, 2, 2),
-    "parts of K": (8, 1, 2),
-    "one tile": (8, 2, 1, 2),
-    "many tiles, one buffer": (16, 1, 4),
+    "one part of K": (16, 1, 1),
+    "parts of K": (8, 1, 2, 1, 1),
+    "slices that follow each other": (8, 2, 1, 2),
+    "nothing ahead in the cache": (8, 2, 1, 1, 0),
 }
 
 

@@ -1,5 +1,5 @@
-"""Triton kernels for a few tokens and a weight in any format that has an operand: see template.py; up to 16 tokens of bfloat16 are
-for slices_of_k.py.
+"""Triton kernels for a few tokens and a weight in any format that has an operand: see template.py. Up to 16 tokens of bfloat16
+are for slices_of_k.py.
 
 Nothing of the weight goes through shared memory. A thread reads whole chunks of 32 codes by loads that Triton takes for
 arithmetic, so that it gives them the layout of the operand of the tensor cores, one step ahead; they become pairs of bfloat16

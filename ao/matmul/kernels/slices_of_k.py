@@ -88,6 +88,24 @@ def _ahead(
 
 
 @triton.jit
+def _held(ahead, none, BITS: tl.constexpr):
+    """What was read ahead, where something comes after each load of words: the assembler puts a load without that last, and the
+    next step would wait for it. none: 0, which the compiler must not know."""
+    held = ()
+    for i in tl.static_range(len(ahead)):
+        words = ()
+        for j in tl.static_range(8):
+            word = ahead[i][0][j]
+            if j < BITS and (j % 4 == 0 or (BITS != 4 and BITS != 8 and (j % 2 == 0 or (BITS != 2 and BITS != 6)))):
+                word = tl.inline_asm_elementwise(
+                    "xor.b32 $0, $1, $2;", "=r,r,r", [word, none], dtype=tl.int32, is_pure=True, pack=1
+                )
+            words += (word,)  # type: ignore[assignment]
+        held += ((words, ahead[i][1], ahead[i][2]),)  # type: ignore[assignment]
+    return held
+
+
+@triton.jit
 def _block_ahead(
     q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, block, part, N, s: tl.constexpr, K: tl.constexpr,
     BITS: tl.constexpr, ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr,
@@ -105,6 +123,34 @@ def _block_ahead(
             ),
         )  # fmt: skip
     return ahead
+
+
+_FETCH_ASM = tl.constexpr(
+    """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.gt.and.s32 p, $2, 0, p; mov.b32 $0, 0;
+    @p cp.async.bulk.prefetch.L2.global [$1], $2; }"""
+)
+
+
+@triton.jit
+def _fetched_ahead(
+    q_ptr, scale_ptr, block, N, K: tl.constexpr, BITS: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
+    WARPS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Words and scales of a block, which may be beyond the last, are to come to the GPU's cache, however far the program is: the
+    words by the copy engine."""
+    first = block * (16 * TILES)
+    rows = tl.minimum(N - first, 16 * TILES)
+    tl.inline_asm_elementwise(
+        _FETCH_ASM, "=r,l,r", [q_ptr + first * (K // 32 * BITS), rows * (K // 8 * BITS) & -16], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+    if NG > 1 and RG == 1:
+        EACH: tl.constexpr = 256 // scale_ptr.dtype.element_ty.primitive_bitwidth  # in 32 bytes
+        i = tl.arange(0, 32 * WARPS) * EACH
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; mov.b32 $0, 0; @p prefetch.global.L2 [$1]; }", "=r,l,r",
+            [scale_ptr + first * NG + i, rows * NG - i], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -237,13 +283,14 @@ def _sliced(
     NG2: tl.constexpr, SHIFT: tl.constexpr, POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr,
     ASM: tl.constexpr, SUM_ASM: tl.constexpr, PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr,
     WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
-    BUFFERS: tl.constexpr, EARLY: tl.constexpr,
+    BUFFERS: tl.constexpr, EARLY: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], rows n by program `first` of `programs`.
 
     SCALED: whether scales multiply the numbers; otherwise the sums of groups of whole slices. LOOKUP: as `looks_up` says. WARPS:
     of a program, K is cut among them and in SLICES each at a time. TILES: of 16 rows, in a block of rows. BLOCKS: of 8 tokens.
-    BUFFERS: of sums in shared memory, one or two. EARLY: whether it is launched before the kernel before is done, as the next one.
+    BUFFERS: of sums in shared memory, one or two. EARLY: whether it begins before the kernel before is done, and the next too.
+    FETCH: how many blocks ahead words come to the cache; none if 0.
     """
     PARTS: tl.constexpr = (K // 32 + _SLICE * WARPS * SLICES - 1) // (_SLICE * WARPS * SLICES)
     SIZE: tl.constexpr = 512 * TILES * BLOCKS  # bytes of the sums of a warp
@@ -264,6 +311,11 @@ def _sliced(
                 WIDE, WARPS, SLICES, TILES,
             ),
         )  # fmt: skip
+    if FETCH > 0:
+        if PARTS > 1:
+            _fetched_ahead(q_ptr, scale_ptr, first, N, K, BITS, RG, NG, WARPS, TILES)
+        for i in tl.static_range(1, FETCH):
+            _fetched_ahead(q_ptr, scale_ptr, first + i * programs, N, K, BITS, RG, NG, WARPS, TILES)
     if LOOKUP:
         own = _table_of_lane(table_ptr, place, KIND, BITS, EXPONENT, SIGNED, FILL_ASM, WARPS)
         table = (own, own, own, own, own, own, own, own)
@@ -278,6 +330,8 @@ def _sliced(
 
     turn = 0
     for block in tl.range(first, tl.cdiv(N, 16 * TILES), programs):
+        if FETCH > 0:
+            _fetched_ahead(q_ptr, scale_ptr, block + FETCH * programs, N, K, BITS, RG, NG, WARPS, TILES)
         acc = ()
         for _ in tl.static_range(TILES):
             zeros = ()
@@ -307,7 +361,9 @@ def _sliced(
                 )  # fmt: skip
                 if PARTS > 1:
                     later_met += (_met(x_ptr, next_part, M, s, K, WARPS, SLICES, BLOCKS, LOOKUP),)  # type: ignore[assignment]
-            ahead = later
+            ahead = ()
+            for s in tl.static_range(SLICES):
+                ahead += (_held(later[s], M >> 31, BITS),)  # type: ignore[assignment]
             if PARTS > 1:
                 met = later_met
 
@@ -351,12 +407,13 @@ def sliced_kernel(
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, SUM_ASM: tl.constexpr,
     PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
     SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
+    FETCH: tl.constexpr,
 ):  # fmt: skip
     """`_sliced` of one weight."""
     _sliced(
         x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, tl.program_id(0),
         tl.num_programs(0), K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER,
-        LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP, FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY,
+        LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP, FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY, FETCH,
     )  # fmt: skip
 
 
@@ -369,6 +426,7 @@ def sliced_joined_kernel(
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, SUM_ASM: tl.constexpr,
     PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
     SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
+    FETCH: tl.constexpr,
 ):  # fmt: skip
     """`_sliced` of two or three weights one below the other, of n rows and with p programs each; of two, p2 is 0."""
     i = tl.program_id(0)
@@ -380,7 +438,7 @@ def sliced_joined_kernel(
         out_ptr + M * of_three(i, first, second, 0, n0, n0 + n1), M, of_three(i, first, second, n0, n1, n2),
         i - of_three(i, first, second, 0, first, second), of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
         SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP,
-        FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY,
+        FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY, FETCH,
     )  # fmt: skip
 
 
@@ -388,13 +446,15 @@ class Cut(NamedTuple):
     """How a product is cut.
 
     warps: of a program, 8 or 16, among which K is cut. slices: of a warp at a time. tiles: of 16 rows, in a block of rows; a
-    power of two. programs: at a time on a multiprocessor.
+    power of two. programs: at a time on a multiprocessor. fetch: how many blocks before its turn the words of one come
+    to the GPU's cache, by the copy engine of Hopper.
     """
 
     warps: int
     slices: int
     tiles: int
     programs: int = 1
+    fetch: int = 2
 
 
 @functools.cache
@@ -406,10 +466,10 @@ def cut_for(reading: Reading, m: int, device: torch.device) -> Cut:
     each = cdiv(slices, warps)
     # x of one more slice costs registers, of which more tokens and codes of more bits leave fewer.
     at_once = 2 if (each == 2 if m > 8 else each % 2 == 0) else 1
-    most = (1 if at_once == 2 else 2) if m > 8 or reading.bits > 4 else 2
+    one_tile = (at_once == 2 and (m > 8 or reading.bits > 4)) or (m > 8 and looks_up(reading.kind, reading.bits))
     places = multiprocessors(device) * programs
-    tiles = min((2, 1), key=lambda t: cdiv(cdiv(reading.n, 16 * t), places) * t) if most == 2 else 1
-    return Cut(warps, at_once, tiles, programs)
+    tiles = 1 if one_tile else min((2, 1), key=lambda t: cdiv(cdiv(reading.n, 16 * t), places) * t)
+    return Cut(warps, at_once, tiles, programs, 2 if each == at_once else 1)
 
 
 @functools.cache
@@ -428,6 +488,7 @@ def _constants(
         "PLACE_ASM": _place_asm(table + buffers * size * cut.warps), "LOOKUP": lookup,
         "FILL_ASM": _fill_asm(cut.warps), "WIDE": wide, "WARPS": cut.warps, "SLICES": cut.slices,
         "TILES": cut.tiles, "BLOCKS": blocks, "BUFFERS": buffers, "EARLY": early,
+        "FETCH": cut.fetch if early and wide else 0,
     }  # fmt: skip
 
 

@@ -437,7 +437,7 @@ def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Te
 def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
     """`few` in one launch, K not cut in parts, for m tokens (16 at most) of `dtype`, x (..., K) -> (..., N), and weights of the
     form of these: what it decides is decided once."""
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and m:
         return sliced_launch(m, reading, fields)
     device, n = fields[0].device, reading.n
     tile = _tile(reading, m, True, device)._replace(hopper=False, tokens=8 if m <= 8 else 16, split=1)

@@ -529,7 +529,7 @@ def sliced(x: Tensor, reading: Reading, weights: Sequence[Fields], how: Cut | No
             parts.append((*given(weights[1]), 0, 0))
         kernel, args = sliced_joined_kernel, [x, out, *itertools.chain(*parts), m]
     launch(
-        kernel, (sum(programs),), *args, num_warps=how.warps, early=early, registers=_registers(how), **constants
+        kernel, (sum(programs) if m else 0,), *args, num_warps=how.warps, early=early, registers=_registers(how), **constants
     )  # fmt: skip
     return cut(out, m, rows)
 

@@ -162,6 +162,30 @@ def test_tiles_of_one_token(spec, name):
     )
 
 
+CUTS = {
+    "one part of K": (16, 1, 1),
+    "parts of K": (8, 1, 2, 1, 1),
+    "slices that follow each other": (8, 2, 1, 2),
+    "nothing ahead in the cache": (8, 2, 1, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("spec", [Intx(4, (1, 128)), Intx(7, (1, 16)), NF4, FP6, MXFP8, Intx(8)], ids=str)
+def test_slices_of_k(spec, name):
+    """Each cut gives the product, of rows that are no multiple of the tile's, and of codes and tokens that begin anywhere."""
+    from ao.matmul.kernels.reading import reading_of
+    from ao.matmul.kernels.slices_of_k import Cut, sliced
+
+    for m in (2, 8, 13):
+        x, q = case(spec, 80, 1408, m)
+        reading, (codes, *others) = reading_of(q)
+        shifted = torch.empty(codes.numel() + 1, dtype=codes.dtype, device=codes.device)[1:].view(codes.shape)
+        moved = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape)
+        for tokens, each in ((x, codes), (moved.copy_(x), shifted.copy_(codes))):
+            assert worst(x, q, sliced(tokens, reading, [(each, *others)], Cut(*CUTS[name]))[0]) > 42
+
+
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
 def test_weights_that_are_not_numbers(format):
     """NaN, and infinity where there is one, are in the row where they are, and nowhere else."""

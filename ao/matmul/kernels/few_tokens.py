@@ -1,4 +1,5 @@
-"""Triton kernels for a few tokens and a weight in any format that has an operand: see template.py.
+"""Triton kernels for a few tokens and a weight in any format that has an operand: see template.py. Up to 16 tokens of bfloat16
+are for slices_of_k.py.
 
 Nothing of the weight goes through shared memory. A thread reads whole chunks of 32 codes by loads that Triton takes for
 arithmetic, so that it gives them the layout of the operand of the tensor cores, one step ahead; they become pairs of bfloat16
@@ -19,169 +20,23 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .ampere import sum_kernel
-from .bf16_pairs import HALF_POWER, OPERANDS, pairs_asm
+from .bf16_pairs import OPERANDS, decoding, pairs_asm
 from .column_order import gathered
 from .device import is_hopper, multiprocessors
-from .joint_words import scale_number, zero_number
 from .launch import Launch, cdiv, launch, power_of_two, tile_reader
+from .read_once import _factor_and_term, _scale, _stored, _table_words, _words
 from .reading import Fields, Reading
 from .several import counted, cut, of_three
-from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _SCALED, _TABLE, _e4m3, given
+from .slices_of_k import sliced, sliced_launch
+from .template import _SCALED, given
 
 _OPERANDS = tl.constexpr(OPERANDS)
 
 STEP = 256
 """Elements of K of a step."""
 
-# Loads that have no layout of their own.
-
-
-@triton.jit
-def _fetched(at):
-    """What is at these addresses: of one byte, two or four."""
-    if at.dtype.element_ty.primitive_bitwidth == 8:
-        if at.dtype.element_ty == tl.int8:
-            return tl.inline_asm_elementwise(
-                "ld.global.nc.s8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "ld.global.nc.u8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
-            )
-    elif at.dtype.element_ty.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.b16 $0, [$1];", "=h,l", [at], dtype=at.dtype.element_ty, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [at.to(tl.pointer_type(tl.int32), bitcast=True)], dtype=tl.int32,
-            is_pure=True, pack=1,
-        ).to(at.dtype.element_ty, bitcast=True)  # fmt: skip
-
-
-@triton.jit
-def _word(at):
-    """A word that is read once."""
-    return tl.inline_asm_elementwise(
-        "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _two_words(at, WIDE: tl.constexpr):
-    """The word at each address, and the next. WIDE: addresses are multiples of theirs."""
-    if WIDE:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at], dtype=(tl.int32, tl.int32),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return _word(at), _word(at + 1)
-
-
-@triton.jit
-def _four_words(at, WIDE: tl.constexpr):
-    if WIDE:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return _word(at), _word(at + 1), _word(at + 2), _word(at + 3)
-
-
-@triton.jit
-def _words(at, BITS: tl.constexpr, WIDE: tl.constexpr):
-    """The words of chunks; those beyond BITS are the first."""
-    if BITS == 8:
-        w0, w1, w2, w3 = _four_words(at, WIDE)
-        w4, w5, w6, w7 = _four_words(at + 4, WIDE)
-    elif BITS == 4:
-        w0, w1, w2, w3 = _four_words(at, WIDE)
-        w4, w5, w6, w7 = w0, w0, w0, w0
-    elif BITS == 6:
-        w0, w1 = _two_words(at, WIDE)
-        w2, w3 = _two_words(at + 2, WIDE)
-        w4, w5 = _two_words(at + 4, WIDE)
-        w6, w7 = w0, w0
-    elif BITS == 2:
-        w0, w1 = _two_words(at, WIDE)
-        w2, w3, w4, w5, w6, w7 = w0, w0, w0, w0, w0, w0
-    else:
-        w0 = _word(at)
-        w1 = _word(at + 1) if BITS > 1 else w0
-        w2 = _word(at + 2) if BITS > 2 else w0
-        w3 = _word(at + 3) if BITS > 3 else w0
-        w4 = _word(at + 4) if BITS > 4 else w0
-        w5 = _word(at + 5) if BITS > 5 else w0
-        w6 = _word(at + 6) if BITS > 6 else w0
-        w7 = w0
-    return w0, w1, w2, w3, w4, w5, w6, w7
-
-
-# Scales and zero points, to what the codes are multiplied with and what is added to them.
-
-
-@triton.jit
-def _stored(
-    scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, group, ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
-    NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
-):  # fmt: skip
-    """Scales and zero points of groups of rows as they are stored, and the scales and zero points of the scales."""
-    at = row // RG * NG + group
-    scale = _fetched(scale_ptr + at)
-    zero = _fetched(zero_ptr + at) if ZERO else scale
-    if NESTED == _INTEGERS:
-        outer = row // RG2 * NG2
-        if NG2 > 1:
-            outer += group // (NG // NG2)
-        return scale, zero, _fetched(scale2_ptr + outer), _fetched(zero2_ptr + outer)
-    else:
-        return scale, zero, scale, scale
-
-
-@triton.jit
-def _scale(stored, NESTED: tl.constexpr):
-    """float32, without the one scale that the scales may share."""
-    scale = stored[0]
-    if NESTED == _POWER:
-        return (tl.where(scale == 0, 1 << 22, scale << 23) | (scale == 255)).to(tl.float32, bitcast=True)
-    elif NESTED == _INTEGERS:
-        return (scale.to(tl.float32) - stored[3].to(tl.float32)) * stored[2].to(tl.float32)
-    elif NESTED == _PLAIN:
-        return scale_number(scale)
-    else:
-        return _e4m3(scale)
-
-
-@triton.jit
-def _pair(value):
-    """float32 -> a pair of the bfloat16 that is nearest."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [value], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _factor_and_term(
-    stored, BITS: tl.constexpr, KIND: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr,
-    OFFSET: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, SHIFT: tl.constexpr, POWER: tl.constexpr,
-):  # fmt: skip
-    """What codes are multiplied with and what is added to them, as `pairs_asm` takes both."""
-    if NG == 1:
-        scale = tl.full((1, 1), 1.0, tl.float32)
-    else:
-        scale = _scale(stored, NESTED)
-    if KIND == _AFFINE:
-        zero = zero_number(stored[1], BITS) + OFFSET if ZERO else tl.full((1, 1), OFFSET, tl.float32)
-        if SHIFT is None:
-            term = (zero + (32896.0 if SIGNED else 32768.0)) * -scale
-            return scale.to(tl.int32, bitcast=True), term.to(tl.int32, bitcast=True)
-        else:
-            return _pair(scale * 2.0**-SHIFT), _pair(-128.0 - zero * 2.0**SHIFT)
-    else:
-        factor = _pair(scale * 2.0**POWER)
-        return factor, factor
+SLICED = 16
+"""Up to so many tokens of bfloat16 are for slices_of_k.py."""
 
 
 @triton.jit
@@ -213,32 +68,6 @@ def _read_ahead(
                 scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, (half + 1) // g, ZERO, RG, NG, NESTED, RG2, NG2
             )
         return words, first, second
-
-
-@triton.jit
-def _table_words(table_ptr, KIND: tl.constexpr, BITS: tl.constexpr):
-    """A table as bfloat16: 4 words of the high bytes, 4 of the low ones. Of one with more than 16 numbers, its address."""
-    if KIND != _TABLE:
-        return 0, 0, 0, 0, 0, 0, 0, 0
-    elif BITS > 4:
-        at = table_ptr.to(tl.int64)
-        low, high = at.to(tl.int32), (at >> 32).to(tl.int32)
-        return low, high, low, low, low, low, low, low
-    else:
-        number = tl.load(table_ptr + tl.arange(0, 16) % 2**BITS)
-        low = number.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-        high = low >> 8
-        return (
-            _four_bytes(high, 0), _four_bytes(high, 1), _four_bytes(high, 2), _four_bytes(high, 3),
-            _four_bytes(low, 0), _four_bytes(low, 1), _four_bytes(low, 2), _four_bytes(low, 3),
-        )  # fmt: skip
-
-
-@triton.jit
-def _four_bytes(value, i: tl.constexpr):
-    """The last bytes of values 4 i to 4 i + 3 of 16, as a word."""
-    at = tl.arange(0, 16)
-    return tl.sum(tl.where(at // 4 == i, (value & 255) << (at % 4 * 8), 0), 0)
 
 
 @triton.jit
@@ -291,7 +120,7 @@ def _few(
     )  # fmt: skip
     if NG == 1:
         of_rows = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0, ZERO, RG, NG, NESTED, RG2, NG2)
-        f0, z0 = _factor_and_term(of_rows, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+        f0, z0 = _factor_and_term(of_rows, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
         f1, z1 = f0, z0
     for t in tl.range(t0, t1, num_stages=STAGES):
         words, first, second = ahead
@@ -300,10 +129,10 @@ def _few(
             8,
         )  # fmt: skip
         if NG > 1:
-            f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+            f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
             f1, z1 = f0, z0
             if K // NG % 32 != 0:
-                f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+                f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
         there = here if K % 256 == 0 else here & (t * 8 + place // 4 < K // 32)[:, None]
         for j in tl.static_range(4):
             low, high = _pairs(
@@ -449,7 +278,7 @@ def _some(
     )  # fmt: skip
     if NG == 1:
         of_rows = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0, ZERO, RG, NG, NESTED, RG2, NG2)
-        f0, z0 = _factor_and_term(of_rows, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+        f0, z0 = _factor_and_term(of_rows, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
         f1, z1 = f0, z0
     gdc_wait()
     for t in tl.range(t0, t1, num_stages=STAGES):
@@ -459,10 +288,10 @@ def _some(
             CHUNKS,
         )  # fmt: skip
         if NG > 1:
-            f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+            f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
             f1, z1 = f0, z0
             if K // NG % 32 != 0:
-                f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG, NESTED, SHIFT, POWER)
+                f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
         for i in tl.static_range(DOTS):
             w = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i * (4 // DOTS))
             if DOTS == 2:
@@ -535,33 +364,11 @@ def some_joined_kernel(
 # Launches.
 
 
-def _shift(reading: Reading, zero: torch.dtype | None) -> int | None:
-    """By which codes are moved up so that what is taken off them is an integer; None where they become float32 first, since
-    bfloat16 would not hold the difference."""
-    shift = 0 if zero != torch.int16 else max(0, 5 - reading.bits)  # joint words: 5 bits of a zero point
-    while not (reading.offset * 2.0**shift).is_integer() and shift < 8:
-        shift += 1
-    exact = zero is None or not zero.is_floating_point
-    return shift if exact and shift + reading.bits <= 7 else None
-
-
 @functools.cache
-def decoding(reading: Reading, zero: torch.dtype | None) -> dict[str, Any]:
-    """What the kernels know of a format, as constants. zero: the dtype of the zero points, if there are any."""
-    integers = reading.kind in ("affine", "fixed")
-    shift = _shift(reading, zero) if integers else 0
-    power = last_power = 0
-    if reading.kind in ("minifloat", "float"):
-        power, last_power = 128 - 2 ** (reading.exponent - 1) - HALF_POWER, HALF_POWER
-    elif reading.kind == "fixed":
-        last_power = 1 + reading.exponent - reading.bits
-    scaled = reading.groups > 1
-    kind = "affine" if integers else reading.kind
-    asm = {
-        f"ASM{j}": pairs_asm(kind, reading.bits, reading.exponent, reading.signed, shift, scaled, j) for j in range(4)
-    }
-    constants = reading._replace(kind=kind).constants(zero is not None)
-    return {**constants, "SHIFT": shift, "POWER": power, "LAST_POWER": last_power, **asm}
+def _constants(reading: Reading, zero: torch.dtype | None) -> dict[str, Any]:
+    """zero: the dtype of the zero points, if there are any."""
+    constants, how = decoding(reading, zero, reading.groups > 1)
+    return {**constants, **{f"ASM{j}": pairs_asm(*how, j) for j in range(4)}}
 
 
 class Tile(NamedTuple):
@@ -618,6 +425,8 @@ def few(x: Tensor, reading: Reading, fields: Fields, order: Tensor | None = None
 
 def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Tensor | None = None) -> list[Tensor]:
     """`few` of one, two or three weights in one launch, whose readings are the same but for n."""
+    if x.shape[0] <= SLICED and x.dtype == torch.bfloat16:
+        return sliced(x if order is None else gathered(x, order), reading, weights)
     whole = reading._replace(n=sum(fields[0].shape[0] for fields in weights))
     tile = _tile(whole, x.shape[0], x.dtype == torch.float16, x.device)
     if order is not None and not tile.hopper:
@@ -628,11 +437,13 @@ def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Te
 def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
     """`few` in one launch, K not cut in parts, for m tokens (16 at most) of `dtype`, x (..., K) -> (..., N), and weights of the
     form of these: what it decides is decided once."""
+    if dtype == torch.bfloat16 and m:
+        return sliced_launch(m, reading, fields)
     device, n = fields[0].device, reading.n
-    tile = _tile(reading, m, dtype == torch.float16, device)._replace(hopper=False, tokens=8 if m <= 8 else 16, split=1)
+    tile = _tile(reading, m, True, device)._replace(hopper=False, tokens=8 if m <= 8 else 16, split=1)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
-        **decoding(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages,
+        **_constants(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages,
         "EARLY": False,
     }  # fmt: skip
     start = Launch(few_kernel, (cdiv(n, tile.rows),), num_warps=tile.warps, **constants)
@@ -660,7 +471,7 @@ def few_in_tiles(
     parts = out if split == 1 else torch.empty(split, size, dtype=torch.float32, device=x.device)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
-        **decoding(reading, zero), "WIDE": all(each[0].data_ptr() % 16 == 0 for each in weights), "BM": tile.tokens,
+        **_constants(reading, zero), "WIDE": all(each[0].data_ptr() % 16 == 0 for each in weights), "BM": tile.tokens,
         "BN": tile.rows, "STAGES": tile.stages,
     }  # fmt: skip
     tiles, blocks = cdiv(m, tile.tokens), counted(rows, tile.rows)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .device import has_float8, multiprocessors
 from .f16_products import LOOKED_UP, OPERANDS, power_of, products_asm, way_of
-from .few_tokens import _scale
 from .launch import Launch, cdiv, launch
+from .read_once import _scale
 from .reading import Fields, Reading
 from .several import of_three
 from .template import _E4M3, _INTEGERS, _SCALED, _TABLE, _numbers, _scales, given

@@ -19,9 +19,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .ampere import _act_scale
 from .device import is_hopper, multiprocessors
-from .few_tokens import _fetched, _four_words, _two_words, _word
 from .hopper import _magnitude
 from .launch import Launch, cdiv, launch, power_of_two
+from .read_once import _fetched, _four_words, _two_words, _word
 from .reading import Fields, Reading
 from .trits_ptx import digits, pairs, times_word
 

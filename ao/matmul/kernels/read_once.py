@@ -1,0 +1,183 @@
+"""How the kernels for a few tokens read a weight: by loads without a layout of their own, which take that of what they feed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .joint_words import scale_number, zero_number
+from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _TABLE, _e4m3
+
+
+@triton.jit
+def _fetched(at):
+    """What is at these addresses: of one byte, two or four."""
+    if at.dtype.element_ty.primitive_bitwidth == 8:
+        if at.dtype.element_ty == tl.int8:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.s8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.u8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+            )
+    elif at.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b16 $0, [$1];", "=h,l", [at], dtype=at.dtype.element_ty, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [at.to(tl.pointer_type(tl.int32), bitcast=True)], dtype=tl.int32,
+            is_pure=True, pack=1,
+        ).to(at.dtype.element_ty, bitcast=True)  # fmt: skip
+
+
+@triton.jit
+def _word(at):
+    """A word that is read once."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _two_words(at, WIDE: tl.constexpr):
+    """The word at each address, and the next. WIDE: addresses are multiples of theirs."""
+    if WIDE:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at], dtype=(tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return _word(at), _word(at + 1)
+
+
+@triton.jit
+def _four_words(at, WIDE: tl.constexpr):
+    if WIDE:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return _word(at), _word(at + 1), _word(at + 2), _word(at + 3)
+
+
+@triton.jit
+def _words(at, BITS: tl.constexpr, WIDE: tl.constexpr):
+    """The words of chunks; those beyond BITS are the first."""
+    if BITS == 8:
+        w0, w1, w2, w3 = _four_words(at, WIDE)
+        w4, w5, w6, w7 = _four_words(at + 4, WIDE)
+    elif BITS == 4:
+        w0, w1, w2, w3 = _four_words(at, WIDE)
+        w4, w5, w6, w7 = w0, w0, w0, w0
+    elif BITS == 6:
+        w0, w1 = _two_words(at, WIDE)
+        w2, w3 = _two_words(at + 2, WIDE)
+        w4, w5 = _two_words(at + 4, WIDE)
+        w6, w7 = w0, w0
+    elif BITS == 2:
+        w0, w1 = _two_words(at, WIDE)
+        w2, w3, w4, w5, w6, w7 = w0, w0, w0, w0, w0, w0
+    else:
+        w0 = _word(at)
+        w1 = _word(at + 1) if BITS > 1 else w0
+        w2 = _word(at + 2) if BITS > 2 else w0
+        w3 = _word(at + 3) if BITS > 3 else w0
+        w4 = _word(at + 4) if BITS > 4 else w0
+        w5 = _word(at + 5) if BITS > 5 else w0
+        w6 = _word(at + 6) if BITS > 6 else w0
+        w7 = w0
+    return w0, w1, w2, w3, w4, w5, w6, w7
+
+
+# Scales and zero points, to what the codes are multiplied with and what is added to them.
+
+
+@triton.jit
+def _stored(
+    scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, group, ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
+    NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
+):  # fmt: skip
+    """Scales and zero points of groups of rows as they are stored, and the scales and zero points of the scales."""
+    at = row // RG * NG + group
+    scale = _fetched(scale_ptr + at)
+    zero = _fetched(zero_ptr + at) if ZERO else scale
+    if NESTED == _INTEGERS:
+        outer = row // RG2 * NG2
+        if NG2 > 1:
+            outer += group // (NG // NG2)
+        return scale, zero, _fetched(scale2_ptr + outer), _fetched(zero2_ptr + outer)
+    else:
+        return scale, zero, scale, scale
+
+
+@triton.jit
+def _scale(stored, NESTED: tl.constexpr):
+    """float32, without the one scale that the scales may share."""
+    scale = stored[0]
+    if NESTED == _POWER:
+        return (tl.where(scale == 0, 1 << 22, scale << 23) | (scale == 255)).to(tl.float32, bitcast=True)
+    elif NESTED == _INTEGERS:
+        return (scale.to(tl.float32) - stored[3].to(tl.float32)) * stored[2].to(tl.float32)
+    elif NESTED == _PLAIN:
+        return scale_number(scale)
+    else:
+        return _e4m3(scale)
+
+
+@triton.jit
+def _pair(value):
+    """float32 -> a pair of the bfloat16 that is nearest."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [value], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _factor_and_term(
+    stored, BITS: tl.constexpr, KIND: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, SCALED: tl.constexpr, NESTED: tl.constexpr, SHIFT: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """What codes are multiplied with and what is added to them, as `pairs` takes both. SCALED: whether with the scales."""
+    if SCALED:
+        scale = _scale(stored, NESTED)
+    else:
+        scale = tl.full(stored[0].shape, 1.0, tl.float32)
+    if KIND == _AFFINE:
+        zero = zero_number(stored[1], BITS) + OFFSET if ZERO else tl.full(stored[0].shape, OFFSET, tl.float32)
+        if SHIFT is None:
+            term = (zero + (32896.0 if SIGNED else 32768.0)) * -scale
+            return scale.to(tl.int32, bitcast=True), term.to(tl.int32, bitcast=True)
+        else:
+            return _pair(scale * 2.0**-SHIFT), _pair(-128.0 - zero * 2.0**SHIFT)
+    else:
+        factor = _pair(scale * 2.0**POWER)
+        return factor, factor
+
+
+@triton.jit
+def _table_words(table_ptr, KIND: tl.constexpr, BITS: tl.constexpr):
+    """A table as bfloat16: 4 words of the high bytes, 4 of the low ones. Of one with more than 16 numbers, its address."""
+    if KIND != _TABLE:
+        return 0, 0, 0, 0, 0, 0, 0, 0
+    elif BITS > 4:
+        at = table_ptr.to(tl.int64)
+        low, high = at.to(tl.int32), (at >> 32).to(tl.int32)
+        return low, high, low, low, low, low, low, low
+    else:
+        number = tl.load(table_ptr + tl.arange(0, 16) % 2**BITS)
+        low = number.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+        high = low >> 8
+        return (
+            _four_bytes(high, 0), _four_bytes(high, 1), _four_bytes(high, 2), _four_bytes(high, 3),
+            _four_bytes(low, 0), _four_bytes(low, 1), _four_bytes(low, 2), _four_bytes(low, 3),
+        )  # fmt: skip
+
+
+@triton.jit
+def _four_bytes(value, i: tl.constexpr):
+    """The last bytes of values 4 i to 4 i + 3 of 16, as a word."""
+    at = tl.arange(0, 16)
+    return tl.sum(tl.where(at // 4 == i, (value & 255) << (at % 4 * 8), 0), 0)

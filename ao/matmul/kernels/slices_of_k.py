@@ -1,0 +1,555 @@
+"""The Triton kernel for up to 16 tokens and a weight in any format that has an operand: see template.py.
+
+Each warp of a program has slices of K, of 4 chunks of 32 elements, one for every four lanes, and keeps x of these in registers,
+where the tensor cores of every GPU take both sides from (pair_products.py). It goes through tiles of 16 rows, whose words are on
+their way long before. The sums of the warps meet in shared memory, once per block of rows: no second kernel is needed, and there
+is a program for each multiprocessor, which begins to read the weight before the kernel before is done.
+
+Tensors have one dim with an element for each thread: Triton gives thread i element i.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .bf16_pairs import decoding
+from .device import is_hopper, multiprocessors
+from .launch import Launch, cdiv, launch
+from .pair_products import looks_up, operands, products_asm
+from .read_once import _factor_and_term, _scale, _stored, _table_words, _words
+from .reading import Fields, Reading
+from .several import cut, of_three
+from .template import _SCALED, _numbers, given
+
+_OPERANDS = tl.constexpr(("", operands(1), operands(2)))
+
+_SLICE = tl.constexpr(4)
+"""Chunks of a slice."""
+
+_ROOM = 48 * 1024
+"""Bytes of shared memory that PTX itself may set apart."""
+
+
+_TABLE_BYTES = 256 * 128
+"""Of a table of both codes of a byte, with a copy for each lane."""
+
+
+def _place_asm(size: int) -> str:
+    return f"{{ .reg .b64 a; .shared .align 128 .b8 ao_room[{size}]; mov.u64 a, ao_room; cvt.u32.u64 $0, a; }}"
+
+
+def _fill_asm(warps: int) -> str:
+    """A word of a table to its copies, 16 bytes at a time, each thread to other banks than its neighbours.
+
+    Operands: where the table begins, the thread, and the word of byte thread % 256."""
+    threads = 32 * warps
+    lines = ["{ .reg .b32 e, a, q, t; and.b32 e, $2, 255; mad.lo.u32 a, e, 128, $1; mov.b32 $0, 0;"]
+    lines.append(f"shr.b32 q, $2, 8; mad.lo.u32 q, q, {8 * 256 // threads}, e; shl.b32 q, q, 4;")
+    for _ in range(max(1, 8 * 256 // threads)):
+        lines.append("and.b32 t, q, 112; add.u32 t, t, a; st.shared.v4.b32 [t], {$3, $3, $3, $3}; add.u32 q, q, 16;")
+    return " ".join([*lines, "}"])
+
+
+@functools.cache
+def _sum_asm(warps: int, size: int) -> str:
+    """The sum of a number of each warp, which are `size` bytes apart."""
+    lines = ["{ .reg .f32 a, b; ld.shared.f32 a, [$1];"]
+    lines += [f"ld.shared.f32 b, [$1 + {size * i}]; add.f32 a, a, b;" for i in range(1, warps)]
+    return " ".join([*lines, "mov.f32 $0, a; }"])
+
+
+@triton.jit
+def _ahead(
+    q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk, K: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The words of a chunk of a row, and what is stored of the groups of both halves."""
+    U: tl.constexpr = K // 32
+    words = _words(q_ptr + (row * (U * BITS) + chunk * BITS), BITS, WIDE)
+    G: tl.constexpr = U * 2 // NG  # halves of chunks in a group
+    first = _stored(
+        scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0 if NG == 1 else chunk * 2 // G, ZERO, RG, NG, NESTED, RG2, NG2
+    )  # fmt: skip
+    second = first
+    if G % 2 != 0:
+        second = _stored(
+            scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, (chunk * 2 + 1) // G, ZERO, RG, NG, NESTED, RG2, NG2
+        )
+    return words, first, second
+
+
+@triton.jit
+def _held(ahead, none, BITS: tl.constexpr):
+    """What was read ahead, where something comes after each load of words: the assembler puts a load without that last, and the
+    next step would wait for it. none: 0, which the compiler must not know."""
+    held = ()
+    for i in tl.static_range(len(ahead)):
+        words = ()
+        for j in tl.static_range(8):
+            word = ahead[i][0][j]
+            if j < BITS and (j % 4 == 0 or (BITS != 4 and BITS != 8 and (j % 2 == 0 or (BITS != 2 and BITS != 6)))):
+                word = tl.inline_asm_elementwise(
+                    "xor.b32 $0, $1, $2;", "=r,r,r", [word, none], dtype=tl.int32, is_pure=True, pack=1
+                )
+            words += (word,)  # type: ignore[assignment]
+        held += ((words, ahead[i][1], ahead[i][2]),)  # type: ignore[assignment]
+    return held
+
+
+@triton.jit
+def _block_ahead(
+    q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, block, part, N, s: tl.constexpr, K: tl.constexpr,
+    BITS: tl.constexpr, ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr,
+    NG2: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """`_ahead` of slice s of a part of K, of both rows of each tile of a block."""
+    lane = tl.arange(0, 32 * WARPS) % 32
+    chunk = tl.minimum(_chunk(part, s, WARPS, SLICES), K // 32 - 1)
+    ahead = ()
+    for tile in tl.static_range(2 * TILES):
+        row = tl.minimum(block * (16 * TILES) + tile * 8 + lane // 4, N - 1)
+        ahead += (  # type: ignore[assignment]
+            _ahead(
+                q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, chunk, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE
+            ),
+        )  # fmt: skip
+    return ahead
+
+
+_FETCH_ASM = tl.constexpr(
+    """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.gt.and.s32 p, $2, 0, p; mov.b32 $0, 0;
+    @p cp.async.bulk.prefetch.L2.global [$1], $2; }"""
+)
+
+
+@triton.jit
+def _fetched_ahead(
+    q_ptr, scale_ptr, block, N, K: tl.constexpr, BITS: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
+    WARPS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Words and scales of a block, which may be beyond the last, are to come to the GPU's cache, however far the program is: the
+    words by the copy engine."""
+    first = block * (16 * TILES)
+    rows = tl.minimum(N - first, 16 * TILES)
+    tl.inline_asm_elementwise(
+        _FETCH_ASM, "=r,l,r", [q_ptr + first * (K // 32 * BITS), rows * (K // 8 * BITS) & -16], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+    if NG > 1 and RG == 1:
+        EACH: tl.constexpr = 256 // scale_ptr.dtype.element_ty.primitive_bitwidth  # in 32 bytes
+        i = tl.arange(0, 32 * WARPS) * EACH
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; mov.b32 $0, 0; @p prefetch.global.L2 [$1]; }", "=r,l,r",
+            [scale_ptr + first * NG + i, rows * NG - i], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _chunk(part, s: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr):
+    """Which chunk each thread has of slice s of a part of K; may be beyond the last."""
+    thread = tl.arange(0, 32 * WARPS)
+    return (part * (WARPS * SLICES) + thread // 32 * SLICES + s) * _SLICE + thread % 4
+
+
+@triton.jit
+def _met(
+    x_ptr, part, M, s: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    """The 16 words of x that each thread has of slice s of a part of K, for each block of 8 tokens.
+
+    TURNED: as codes that are looked up, e and e + 16 in a word, so that words n and n + 8 become two others."""
+    U: tl.constexpr = K // 32
+    chunk = _chunk(part, s, WARPS, SLICES)
+    words = ()
+    for block in tl.static_range(BLOCKS):
+        token = tl.minimum(block * 8 + tl.arange(0, 32 * WARPS) % 32 // 4, M - 1)
+        at = x_ptr + (token * (U * 16) + tl.minimum(chunk, U - 1) * 16)
+        for i in tl.static_range(4):
+            # Not pure: it must stay behind the wait for the kernel that wrote x.
+            four = tl.inline_asm_elementwise(
+                "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at + 4 * i],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+            )  # fmt: skip
+            for j in tl.static_range(4):
+                if U % (_SLICE * WARPS * SLICES) == 0:
+                    words += (four[j],)  # type: ignore[assignment]
+                else:
+                    words += (tl.where(chunk < U, four[j], 0),)  # type: ignore[assignment]
+    if TURNED:
+        turned = ()
+        for i in tl.static_range(8 * BLOCKS):
+            first, second = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; prmt.b32 t, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632; mov.b32 $0, t; }", "=r,=r,r,r",
+                [words[i // 8 * 16 + i % 8], words[i // 8 * 16 + i % 8 + 8]], dtype=(tl.int32, tl.int32), is_pure=True,
+                pack=1,
+            )  # fmt: skip
+            turned += first, second  # type: ignore[assignment]
+        return turned
+    else:
+        return words
+
+
+@triton.jit
+def _table_of_lane(
+    table_ptr, place, KIND: tl.constexpr, BITS: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr,
+    FILL_ASM: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Puts the numbers of both codes of each byte in shared memory: where the copy of a lane is."""
+    thread = tl.arange(0, 32 * WARPS)
+    byte = thread % 256
+    low = _numbers(byte & 15, table_ptr, KIND, BITS, EXPONENT, SIGNED)
+    high = _numbers(byte >> 4, table_ptr, KIND, BITS, EXPONENT, SIGNED)
+    word = tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+    )
+    tl.inline_asm_elementwise(
+        FILL_ASM, "=r,r,r,r", [place + thread * 0, thread, word], dtype=tl.int32, is_pure=False, pack=1
+    )
+    tl.debug_barrier()
+    # After the barrier, so that what depends on it is, too.
+    return tl.inline_asm_elementwise(
+        "mad.lo.u32 $0, $2, 4, $1;", "=r,r,r", [place + thread * 0, thread % 32], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _times(
+    c, w, v, f, x, table, ASM: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """c and the sums of words w and v of two rows times x. f: factors and terms."""
+    if BLOCKS == 1:
+        return tl.inline_asm_elementwise(
+            ASM, _OPERANDS[1],
+            [c[0], c[1], c[2], c[3], w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], v[0], v[1], v[2], v[3], v[4], v[5],
+             v[6], v[7], f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], table[0], table[1], table[2], table[3],
+             table[4], table[5], table[6], table[7], x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
+             x[10], x[11], x[12], x[13], x[14], x[15]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            ASM, _OPERANDS[2],
+            [c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], v[0], v[1],
+             v[2], v[3], v[4], v[5], v[6], v[7], f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], table[0], table[1],
+             table[2], table[3], table[4], table[5], table[6], table[7], x[0], x[1], x[2], x[3], x[4], x[5], x[6],
+             x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15], x[16], x[17], x[18], x[19], x[20], x[21],
+             x[22], x[23], x[24], x[25], x[26], x[27], x[28], x[29], x[30], x[31]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _added(
+    acc, one, other, x, table, K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, SIGNED: tl.constexpr,
+    ZERO: tl.constexpr, OFFSET: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The sums of a tile, and those of a slice. one, other: what was read of both rows."""
+    f0, z0 = _factor_and_term(one[1], BITS, KIND, SIGNED, ZERO, OFFSET, SCALED, NESTED, SHIFT, POWER)
+    g0, y0 = _factor_and_term(other[1], BITS, KIND, SIGNED, ZERO, OFFSET, SCALED, NESTED, SHIFT, POWER)
+    f1, z1, g1, y1 = f0, z0, g0, y0
+    if K // NG % 32 != 0:
+        f1, z1 = _factor_and_term(one[2], BITS, KIND, SIGNED, ZERO, OFFSET, SCALED, NESTED, SHIFT, POWER)
+        g1, y1 = _factor_and_term(other[2], BITS, KIND, SIGNED, ZERO, OFFSET, SCALED, NESTED, SHIFT, POWER)
+    factors = (f0, z0, f1, z1, g0, y0, g1, y1)
+    if NG == 1 or SCALED:
+        return _times(acc, one[0], other[0], factors, x, table, ASM, BLOCKS)
+    else:  # a slice is in one group
+        none = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        c = _times(none, one[0], other[0], factors, x, table, ASM, BLOCKS)
+        scale0, scale1 = _scale(one[1], NESTED), _scale(other[1], NESTED)
+        added = ()
+        for i in tl.static_range(4 * BLOCKS):
+            added += (acc[i] + c[i] * (scale0 if i % 4 < 2 else scale1),)  # type: ignore[assignment]
+        return added
+
+
+@triton.jit
+def _sliced(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, first, programs,
+    K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr,
+    ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr,
+    NG2: tl.constexpr, SHIFT: tl.constexpr, POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr,
+    ASM: tl.constexpr, SUM_ASM: tl.constexpr, PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr,
+    WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
+    BUFFERS: tl.constexpr, EARLY: tl.constexpr, FETCH: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = sum of x[m] * w[n], rows n by program `first` of `programs`.
+
+    SCALED: whether scales multiply the numbers; otherwise the sums of groups of whole slices. LOOKUP: as `looks_up` says. WARPS:
+    of a program, K is cut among them and in SLICES each at a time. TILES: of 16 rows, in a block of rows. BLOCKS: of 8 tokens.
+    BUFFERS: of sums in shared memory, one or two. EARLY: whether it begins before the kernel before is done, and the next too.
+    FETCH: how many blocks ahead words come to the cache; none if 0.
+    """
+    PARTS: tl.constexpr = (K // 32 + _SLICE * WARPS * SLICES - 1) // (_SLICE * WARPS * SLICES)
+    SIZE: tl.constexpr = 512 * TILES * BLOCKS  # bytes of the sums of a warp
+    if EARLY:
+        gdc_launch_dependents()
+    x_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    # A lane puts its four sums, of token pair t and row pair g, where lanes with the same t follow each other, so that
+    # reading one token of 16 rows meets all banks, as writing does.
+    to = thread // 32 * SIZE + (lane % 4 * 8 + (lane // 4 ^ (lane % 4 * 2))) * 16
+    place = tl.inline_asm_elementwise(PLACE_ASM, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    ahead = ()
+    for s in tl.static_range(SLICES):
+        ahead += (  # type: ignore[assignment]
+            _block_ahead(
+                q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, first, 0, N, s, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
+                WIDE, WARPS, SLICES, TILES,
+            ),
+        )  # fmt: skip
+    if FETCH > 0:
+        if PARTS > 1:
+            _fetched_ahead(q_ptr, scale_ptr, first, N, K, BITS, RG, NG, WARPS, TILES)
+        for i in tl.static_range(1, FETCH):
+            _fetched_ahead(q_ptr, scale_ptr, first + i * programs, N, K, BITS, RG, NG, WARPS, TILES)
+    if LOOKUP:
+        own = _table_of_lane(table_ptr, place, KIND, BITS, EXPONENT, SIGNED, FILL_ASM, WARPS)
+        table = (own, own, own, own, own, own, own, own)
+        place += 256 * 128
+    else:
+        table = _table_words(table_ptr, KIND, BITS)
+    if EARLY:
+        gdc_wait()
+    met = ()
+    for s in tl.static_range(SLICES):
+        met += (_met(x_ptr, 0, M, s, K, WARPS, SLICES, BLOCKS, LOOKUP),)  # type: ignore[assignment]
+
+    turn = 0
+    for block in tl.range(first, tl.cdiv(N, 16 * TILES), programs):
+        if FETCH > 0:
+            _fetched_ahead(q_ptr, scale_ptr, block + FETCH * programs, N, K, BITS, RG, NG, WARPS, TILES)
+        acc = ()
+        for _ in tl.static_range(TILES):
+            zeros = ()
+            for _ in tl.static_range(4 * BLOCKS):
+                zeros += (tl.zeros((32 * WARPS,), tl.float32),)  # type: ignore[assignment]
+            acc += (zeros,)  # type: ignore[assignment]
+        for part in tl.range(0, PARTS):
+            next_part = 0 if PARTS == 1 else (part + 1) % PARTS
+            next_block = block + programs if PARTS == 1 else tl.where(next_part == 0, block + programs, block)
+            later = ()
+            later_met = ()
+            for s in tl.static_range(SLICES):
+                more = ()
+                for tile in tl.static_range(TILES):
+                    more += (  # type: ignore[assignment]
+                        _added(
+                            acc[tile], ahead[s][2 * tile], ahead[s][2 * tile + 1], met[s], table, K, BITS, KIND, SIGNED,
+                            ZERO, OFFSET, NG, NESTED, SHIFT, POWER, SCALED, ASM, BLOCKS,
+                        ),
+                    )  # fmt: skip
+                acc = more
+                later += (  # type: ignore[assignment]
+                    _block_ahead(
+                        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, next_block, next_part, N, s, K, BITS, ZERO, RG,
+                        NG, NESTED, RG2, NG2, WIDE, WARPS, SLICES, TILES,
+                    ),
+                )  # fmt: skip
+                if PARTS > 1:
+                    later_met += (_met(x_ptr, next_part, M, s, K, WARPS, SLICES, BLOCKS, LOOKUP),)  # type: ignore[assignment]
+            ahead = ()
+            for s in tl.static_range(SLICES):
+                ahead += (_held(later[s], M >> 31, BITS),)  # type: ignore[assignment]
+            if PARTS > 1:
+                met = later_met
+
+        base = place + turn * (WARPS * SIZE)
+        for tile in tl.static_range(TILES):
+            for b in tl.static_range(BLOCKS):
+                tl.inline_asm_elementwise(
+                    "st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,r,f,f,f,f",
+                    [base + to + (tile * BLOCKS + b) * 512, acc[tile][4 * b], acc[tile][4 * b + 1], acc[tile][4 * b + 2],
+                     acc[tile][4 * b + 3]],
+                    dtype=tl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
+        tl.debug_barrier()
+        r = tl.arange(0, 128 * TILES * BLOCKS)
+        g, t = r % 8, r // 32 % 4
+        at = r // 128 * 512 + (t * 8 + (g ^ (t * 2))) * 16 + r % 16 // 8 * 8 + r // 16 % 2 * 4
+        out = tl.inline_asm_elementwise(SUM_ASM, "=f,r", [base + at], dtype=tl.float32, is_pure=False, pack=1)
+        if BUFFERS == 2:
+            turn ^= 1
+        else:
+            tl.debug_barrier()
+        row = block * (16 * TILES) + r // (128 * BLOCKS) * 16 + r % 16
+        token = r // 128 % BLOCKS * 8 + r // 16 % 8
+        if NG == 1:
+            of_rows = _stored(
+                scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, tl.minimum(row, N - 1), 0, False, RG, NG, NESTED, RG2, NG2
+            )  # fmt: skip
+            out *= _scale(of_rows, NESTED)
+        if NESTED == _SCALED:
+            out *= tl.load(scale2_ptr).to(tl.float32)
+        if LAST_POWER != 0:
+            out *= 2.0**LAST_POWER
+        tl.store(out_ptr + token * N + row, out.to(out_ptr.dtype.element_ty), mask=(row < N) & (token < M))
+
+
+@triton.jit(do_not_specialize=["M"])
+def sliced_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, SUM_ASM: tl.constexpr,
+    PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
+    SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
+    FETCH: tl.constexpr,
+):  # fmt: skip
+    """`_sliced` of one weight."""
+    _sliced(
+        x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, tl.program_id(0),
+        tl.num_programs(0), K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER,
+        LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP, FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY, FETCH,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "n0", "n1", "n2", "p0", "p1", "p2"])
+def sliced_joined_kernel(
+    x_ptr, out_ptr, q0, scale0, zero0, table0, outer0, outer_zero0, n0, p0, q1, scale1, zero1, table1, outer1, outer_zero1,
+    n1, p1, q2, scale2, zero2, table2, outer2, outer_zero2, n2, p2, M, K: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
+    RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
+    POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, SUM_ASM: tl.constexpr,
+    PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
+    SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
+    FETCH: tl.constexpr,
+):  # fmt: skip
+    """`_sliced` of two or three weights one below the other, of n rows and with p programs each; of two, p2 is 0."""
+    i = tl.program_id(0)
+    first, second = p0, p0 + p1
+    _sliced(
+        x_ptr, of_three(i, first, second, q0, q1, q2), of_three(i, first, second, scale0, scale1, scale2),
+        of_three(i, first, second, zero0, zero1, zero2), of_three(i, first, second, table0, table1, table2),
+        of_three(i, first, second, outer0, outer1, outer2), of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
+        out_ptr + M * of_three(i, first, second, 0, n0, n0 + n1), M, of_three(i, first, second, n0, n1, n2),
+        i - of_three(i, first, second, 0, first, second), of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
+        SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP,
+        FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY, FETCH,
+    )  # fmt: skip
+
+
+class Cut(NamedTuple):
+    """How a product is cut.
+
+    warps: of a program, 8 or 16, among which K is cut. slices: of a warp at a time. tiles: of 16 rows, in a block of rows; a
+    power of two. programs: at a time on a multiprocessor. fetch: how many blocks before its turn the words of one come
+    to the GPU's cache, by the copy engine of Hopper.
+    """
+
+    warps: int
+    slices: int
+    tiles: int
+    programs: int = 1
+    fetch: int = 2
+
+
+@functools.cache
+def cut_for(reading: Reading, m: int, device: torch.device) -> Cut:
+    """For m tokens. reading: of all rows of a launch."""
+    slices = cdiv(reading.k, 128)
+    warps = 16 if slices >= 16 else 8
+    programs = 16 // warps
+    each = cdiv(slices, warps)
+    # x of one more slice costs registers, of which more tokens and codes of more bits leave fewer.
+    at_once = 2 if (each == 2 if m > 8 else each % 2 == 0) else 1
+    one_tile = (at_once == 2 and (m > 8 or reading.bits > 4)) or (m > 8 and looks_up(reading.kind, reading.bits))
+    places = multiprocessors(device) * programs
+    tiles = 1 if one_tile else min((2, 1), key=lambda t: cdiv(cdiv(reading.n, 16 * t), places) * t)
+    return Cut(warps, at_once, tiles, programs, 2 if each == at_once else 1)
+
+
+@functools.cache
+def _constants(
+    reading: Reading, zero: torch.dtype | None, wide: bool, blocks: int, cut: Cut, early: bool
+) -> dict[str, Any]:
+    scaled = reading.groups > 1 and reading.group % 128 != 0
+    constants, how = decoding(reading, zero, scaled)
+    lookup = looks_up(how[0], reading.bits)
+    if lookup:  # numbers are as they are
+        constants |= {"POWER": 0, "LAST_POWER": 0}
+    size, table = 512 * cut.tiles * blocks, _TABLE_BYTES if lookup else 0
+    buffers = 2 if table + 2 * size * cut.warps <= _ROOM else 1
+    return {
+        **constants, "SCALED": scaled, "ASM": products_asm(*how, blocks), "SUM_ASM": _sum_asm(cut.warps, size),
+        "PLACE_ASM": _place_asm(table + buffers * size * cut.warps), "LOOKUP": lookup,
+        "FILL_ASM": _fill_asm(cut.warps), "WIDE": wide, "WARPS": cut.warps, "SLICES": cut.slices,
+        "TILES": cut.tiles, "BLOCKS": blocks, "BUFFERS": buffers, "EARLY": early,
+        "FETCH": cut.fetch if early and wide else 0,
+    }  # fmt: skip
+
+
+def _programs(rows: Sequence[int], cut: Cut, device: torch.device) -> list[int]:
+    """The programs for each weight of a launch: as many rounds for each, and a program for each place if possible."""
+    blocks = [cdiv(n, 16 * cut.tiles) for n in rows]
+    places = multiprocessors(device) * cut.programs
+    rounds = cdiv(sum(blocks), places)
+    while sum(cdiv(b, rounds) for b in blocks) > max(places, len(blocks)):
+        rounds += 1
+    return [cdiv(b, rounds) for b in blocks]
+
+
+def _registers(cut: Cut) -> int:
+    return 65536 // (32 * cut.warps * cut.programs)
+
+
+def sliced(x: Tensor, reading: Reading, weights: Sequence[Fields], how: Cut | None = None) -> list[Tensor]:
+    """The products of x with one, two or three weights in one launch, whose readings are the same but for n.
+
+    x: (M, K) bfloat16, M up to 16, contiguous -> (M, N) of each.
+    """
+    m, fields = x.shape[0], weights[0]
+    rows = [each[0].shape[0] for each in weights]
+    how = how or cut_for(reading._replace(n=sum(rows)), m, x.device)
+    if x.data_ptr() % 16:
+        x = x.clone()
+    out = torch.empty(m * sum(rows), dtype=x.dtype, device=x.device)
+    programs, early = _programs(rows, how, x.device), is_hopper(x.device)
+    zero = None if fields[2] is None else fields[2].dtype
+    wide = all(each[0].data_ptr() % 16 == 0 for each in weights)
+    constants = _constants(reading, zero, wide, cdiv(m, 8), how, early)
+    if len(weights) == 1:
+        kernel, args = sliced_kernel, [x, *given(fields), out, m, rows[0]]
+    else:
+        parts = [(*given(each), n, p) for each, n, p in zip(weights, rows, programs)]
+        if len(parts) == 2:
+            parts.append((*given(weights[1]), 0, 0))
+        kernel, args = sliced_joined_kernel, [x, out, *itertools.chain(*parts), m]
+    launch(
+        kernel, (sum(programs) if m else 0,), *args, num_warps=how.warps, early=early, registers=_registers(how), **constants
+    )  # fmt: skip
+    return cut(out, m, rows)
+
+
+def sliced_launch(m: int, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
+    """`sliced` of m tokens for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once."""
+    device, n = fields[0].device, reading.n
+    how, early = cut_for(reading, m, device), is_hopper(device)
+    zero = None if fields[2] is None else fields[2].dtype
+    start = Launch(
+        sliced_kernel, tuple(_programs([n], how, device)), num_warps=how.warps, early=early, registers=_registers(how),
+        **_constants(reading, zero, True, cdiv(m, 8), how, early),
+    )  # fmt: skip
+
+    def run(x: Tensor, fields: Fields) -> Tensor:
+        if fields[0].data_ptr() % 16 or x.data_ptr() % 16:
+            (out,) = sliced(x.reshape(m, reading.k), reading, [fields])
+            return out.view(*x.shape[:-1], n)
+        out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
+        start(device.index, x, *given(fields), out, m, n)
+        return out
+
+    return run

@@ -12,7 +12,8 @@ brought together as four bytes, and `prmt` and `lop3` make two pairs of bfloat16
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -138,8 +139,9 @@ def pairs(
     if kind == "affine":
         assert shift is not None
         return _affine(r, bits, shift, scaled, g)
-    if kind != "table":
+    if kind in ("minifloat", "float"):
         return _minifloat(r, bits, exponent, kind == "float", g)
+    assert kind == "table", kind
     if bits == 4:
         lines = [_table16(r, g % 4, g // 4)]
     else:
@@ -178,18 +180,24 @@ def _shift(reading: Reading, zero: torch.dtype | None) -> int | None:
 
 
 How = tuple[str, int, int, bool, "int | None", bool]
-"""What `pairs_asm` wants to know of a format."""
+"""What `pairs_asm` wants to know of a format: kind, bits, exponent, signed, shift, scaled. Of codes that `products_asm` looks up,
+the kind is "lookup"."""
 
 
 @functools.cache
-def decoding(reading: Reading, zero: torch.dtype | None, scaled: bool) -> tuple[dict[str, Any], How]:
-    """What the kernels know of a format, as constants, and `How` its codes become pairs.
+def decoding(
+    reading: Reading, zero: torch.dtype | None, scaled: bool, in_shared: bool = False
+) -> tuple[Mapping[str, Any], How]:
+    """What the kernels know of a format, as constants that nobody can change, since all share them, and `How` its codes become
+    pairs.
 
-    zero: the dtype of the zero points, if there are any. scaled: whether scales multiply the numbers."""
+    zero: the dtype of the zero points, if there are any. scaled: whether scales multiply the numbers. in_shared: whether the
+    kernel looks up codes that `looks_up_pairs`; numbers in the table are as they are, without a power of two to come."""
+    lookup = in_shared and reading.looks_up_pairs
     integers = reading.kind in ("affine", "fixed")
     shift = _shift(reading, zero) if integers else 0
     power = last_power = 0
-    if reading.kind in ("minifloat", "float"):
+    if reading.kind in ("minifloat", "float") and not lookup:
         power, last_power = 128 - 2 ** (reading.exponent - 1) - HALF_POWER, HALF_POWER
     elif reading.kind == "fixed":
         last_power = 1 + reading.exponent - reading.bits
@@ -197,5 +205,5 @@ def decoding(reading: Reading, zero: torch.dtype | None, scaled: bool) -> tuple[
         last_power -= shift or 0
     kind = "affine" if integers else reading.kind
     constants = reading._replace(kind=kind).constants(zero is not None)
-    how = kind, reading.bits, reading.exponent, reading.signed, shift, scaled
-    return {**constants, "SHIFT": shift, "POWER": power, "LAST_POWER": last_power}, how
+    how = "lookup" if lookup else kind, reading.bits, reading.exponent, reading.signed, shift, scaled
+    return MappingProxyType({**constants, "SHIFT": shift, "POWER": power, "LAST_POWER": last_power}), how

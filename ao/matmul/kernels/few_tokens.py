@@ -1,5 +1,5 @@
-"""Triton kernels for a few tokens and a weight in any format that has an operand: see template.py. Up to 16 tokens of bfloat16
-are for slices_of_k.py.
+"""Triton kernels for a few tokens and a weight in any format that has an operand: see template.py. The fewest are for
+slices_of_k.py.
 
 Nothing of the weight goes through shared memory. A thread reads whole chunks of 32 codes by loads that Triton takes for
 arithmetic, so that it gives them the layout of the operand of the tensor cores, one step ahead; they become pairs of bfloat16
@@ -10,7 +10,7 @@ the same 4 neighbours of each at once: where a code goes among the places of K i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,16 +27,13 @@ from .launch import Launch, cdiv, launch, power_of_two, tile_reader
 from .read_once import _factor_and_term, _scale, _stored, _table_words, _words
 from .reading import Fields, Reading
 from .several import counted, cut, of_three
-from .slices_of_k import sliced, sliced_launch
+from .slices_of_k import sliced, sliced_launch, takes
 from .template import _SCALED, given
 
 _OPERANDS = tl.constexpr(OPERANDS)
 
 STEP = 256
 """Elements of K of a step."""
-
-SLICED = 16
-"""Up to so many tokens of bfloat16 are for slices_of_k.py."""
 
 
 @triton.jit
@@ -93,7 +90,7 @@ def _few(
     ASM3: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of x[m] * w[n], by the tensor cores that every GPU has: 8 tokens, or two warps, or a GPU before Hopper.
+    """out[m, n] = sum of x[m] * w[n], by the tensor cores that every GPU has.
 
     A program has BM tokens, BN rows of the weight and a part of K, for which it writes a sum of its own. A scale per row
     multiplies the sum. SHIFT, ASM0 to ASM3: see `pairs_asm`. POWER, LAST_POWER: of two, for what scales and the sum are
@@ -365,7 +362,7 @@ def some_joined_kernel(
 
 
 @functools.cache
-def _constants(reading: Reading, zero: torch.dtype | None) -> dict[str, Any]:
+def _constants(reading: Reading, zero: torch.dtype | None) -> Mapping[str, Any]:
     """zero: the dtype of the zero points, if there are any."""
     constants, how = decoding(reading, zero, reading.groups > 1)
     return {**constants, **{f"ASM{j}": pairs_asm(*how, j) for j in range(4)}}
@@ -394,18 +391,14 @@ class Tile(NamedTuple):
 @functools.cache
 def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
     """For m tokens. half: whether they are float16, which `few_kernel` takes apart in every warp."""
-    hopper = is_hopper(device) and (m > 8 or half)
-    tokens = max(8, min(32 if half else 64, power_of_two(m)))
-    # at_once: warps of a multiprocessor that K is cut for. Codes that take long to decode gain nothing by it.
-    if hopper:
-        # What a step loads of many tokens is large: fewer steps are ahead, and more rows share it.
-        rows, warps, stages, at_once = (128, 8, 2, 16) if tokens == 64 else (64, 4, 2 if tokens == 32 else 3, 16)
-    elif tokens > 8:
-        rows, warps, stages, at_once = 64, 4, 3, 16
-    else:
-        rows, warps, stages, at_once = (64, 2, 3, 4) if reading.bits > 4 else (128, 4, 3, 32)
+    hopper = is_hopper(device)
+    tokens = max(16, min(32 if half else 64, power_of_two(m)))
+    rows, warps, stages = 64, 4, 3
+    if hopper and tokens >= 32:  # what a step loads is large: fewer steps are ahead, and more rows share it
+        rows, warps, stages = (128, 8, 2) if tokens == 64 else (64, 4, 2)
     tiles = cdiv(reading.n, rows) * cdiv(m, tokens)
-    split = max(1, min(8, round(at_once // warps * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
+    # K is cut for 16 warps of a multiprocessor.
+    split = max(1, min(8, round(16 // warps * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
     # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which codes and scales whose loads share
     # lines need: shorter steps for these.
     large = stages * tokens * (2 if half else 1) * 2 * STEP > 48 * 1024
@@ -425,7 +418,7 @@ def few(x: Tensor, reading: Reading, fields: Fields, order: Tensor | None = None
 
 def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Tensor | None = None) -> list[Tensor]:
     """`few` of one, two or three weights in one launch, whose readings are the same but for n."""
-    if x.shape[0] <= SLICED and x.dtype == torch.bfloat16:
+    if takes(reading, x.shape[0], x.dtype == torch.float16):
         return sliced(x if order is None else gathered(x, order), reading, weights)
     whole = reading._replace(n=sum(fields[0].shape[0] for fields in weights))
     tile = _tile(whole, x.shape[0], x.dtype == torch.float16, x.device)
@@ -437,10 +430,11 @@ def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Te
 def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
     """`few` in one launch, K not cut in parts, for m tokens (16 at most) of `dtype`, x (..., K) -> (..., N), and weights of the
     form of these: what it decides is decided once."""
-    if dtype == torch.bfloat16 and m:
-        return sliced_launch(m, reading, fields)
+    half = dtype == torch.float16
+    if m and takes(reading, m, half):
+        return sliced_launch(m, half, reading, fields)
     device, n = fields[0].device, reading.n
-    tile = _tile(reading, m, True, device)._replace(hopper=False, tokens=8 if m <= 8 else 16, split=1)
+    tile = _tile(reading, m, half, device)._replace(hopper=False, split=1)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
         **_constants(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages,
@@ -499,11 +493,8 @@ def few_in_tiles(
             registers=tile.registers, early=True, **constants, PARTS=count, CHUNKS=tile.chunks, DOTS=tile.dots,
         )  # fmt: skip
     else:
-        # Three tables take registers that then lack for a fourth program of a multiprocessor.
-        most = tile.registers if joined and tile.rows == 128 else None
         launch(
-            few_joined_kernel if joined else few_kernel, grid, x, *args, num_warps=tile.warps, registers=most, **constants,
-            EARLY=early,
+            few_joined_kernel if joined else few_kernel, grid, x, *args, num_warps=tile.warps, **constants, EARLY=early
         )  # fmt: skip
     if split > 1:
         launch(

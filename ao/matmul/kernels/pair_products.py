@@ -22,14 +22,10 @@ def operands(blocks: int) -> str:
     return ",".join(["=f"] * (4 * blocks) + ["f"] * (4 * blocks) + ["r"] * (32 + 16 * blocks))
 
 
-def looks_up(kind: str, bits: int) -> bool:
-    """Whether codes are looked up in a table in shared memory, of which the first word of the table is the address: that of 256
-    words, 128 bytes apart, each the numbers of both codes of a byte."""
-    return bits == 4 and kind in ("table", "minifloat", "float")
-
-
 def _looked_up(r: Registers, other: str, scaled: bool, g: int) -> str:
-    """Codes 2 g, 2 g + 16, 2 g + 1 and 2 g + 17 of a chunk: the pairs a and b. other: the factor of the second half."""
+    """Codes 2 g, 2 g + 16, 2 g + 1 and 2 g + 17 of a chunk: the pairs a and b. other: the factor of the second half.
+
+    The first word of the table is the address of 256 words, 128 bytes apart, each the numbers of both codes of a byte."""
     lines = [f"prmt.b32 z, {r.factor}, {other}, 0x5410; mov.b32 o, 0x80008000;" if scaled else ""]
     for i, name in enumerate("ab"):
         lines.append(f"prmt.b32 t, {r.words[g // 2]}, 0, 0x444{2 * (g % 2) + i}; mad.lo.u32 t, t, 128, {r.table[0]};")
@@ -42,7 +38,7 @@ def _looked_up(r: Registers, other: str, scaled: bool, g: int) -> str:
 def products_asm(
     kind: str, bits: int, exponent: int, signed: bool, shift: int | None, scaled: bool, blocks: int
 ) -> str:
-    """The sums over chunks of 4 lanes, added to those before: see `operands`. kind to scaled: of `pairs_asm`."""
+    """The sums over chunks of 4 lanes, added to those before: see `operands`. kind to scaled: `How`."""
     sums = 4 * blocks
     first = 2 * sums
     table = [f"${first + 24 + i}" for i in range(8)]
@@ -55,7 +51,7 @@ def products_asm(
             for row, words in enumerate(rows):
                 at = first + 16 + 4 * row + 2 * half
                 r = Registers(words, f"${at}", f"${at + 1}", table)
-                if looks_up(kind, bits):
+                if kind == "lookup":
                     lines.append(_looked_up(r._replace(factor=f"${at - 2 * half}"), f"${at + 2 - 2 * half}", scaled, g))
                 else:
                     lines.append(pairs(r, kind, bits, exponent, signed, shift, scaled, g))

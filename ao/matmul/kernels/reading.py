@@ -77,6 +77,11 @@ class Reading(NamedTuple):
         return self.kind in ("table", "float")
 
     @property
+    def looks_up_pairs(self) -> bool:
+        """Whether the kernel for up to 16 tokens looks both codes of a byte up at once."""
+        return self.bits == 4 and self.kind in ("table", "minifloat", "float")
+
+    @property
     def text(self) -> str:
         """It as a word, for the schema of an operator."""
         return " ".join(map(str, self))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .bf16_pairs import decoding
 from .device import is_hopper, multiprocessors
 from .launch import Launch, cdiv, launch
-from .pair_products import looks_up, operands, products_asm
+from .pair_products import operands, products_asm
 from .read_once import _factor_and_term, _scale, _stored, _table_words, _words
 from .reading import Fields, Reading
 from .several import cut, of_three
 from .template import _SCALED, _numbers, given
 
 _OPERANDS = tl.constexpr(("", operands(1), operands(2)))
+
+_HALVES_ASM = tl.constexpr(
+    """{ .reg .b16 h, i; .reg .f32 a, b, c; .reg .b32 w, t; mov.b32 {h, i}, $2; cvt.f32.f16 a, h; cvt.f32.f16 b, i;
+    cvt.rn.bf16x2.f32 w, b, a; shl.b32 t, w, 16; mov.b32 c, t; sub.f32 a, a, c; and.b32 t, w, 0xffff0000; mov.b32 c, t;
+    sub.f32 b, b, c; cvt.rn.bf16x2.f32 $1, b, a; mov.b32 $0, w; }"""
+)
+"""Two float16, as the sums of two bfloat16 each."""
 
 _SLICE = tl.constexpr(4)
 """Chunks of a slice."""
@@ -125,34 +132,6 @@ def _block_ahead(
     return ahead
 
 
-_FETCH_ASM = tl.constexpr(
-    """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.gt.and.s32 p, $2, 0, p; mov.b32 $0, 0;
-    @p cp.async.bulk.prefetch.L2.global [$1], $2; }"""
-)
-
-
-@triton.jit
-def _fetched_ahead(
-    q_ptr, scale_ptr, block, N, K: tl.constexpr, BITS: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
-    WARPS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Words and scales of a block, which may be beyond the last, are to come to the GPU's cache, however far the program is: the
-    words by the copy engine."""
-    first = block * (16 * TILES)
-    rows = tl.minimum(N - first, 16 * TILES)
-    tl.inline_asm_elementwise(
-        _FETCH_ASM, "=r,l,r", [q_ptr + first * (K // 32 * BITS), rows * (K // 8 * BITS) & -16], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-    if NG > 1 and RG == 1:
-        EACH: tl.constexpr = 256 // scale_ptr.dtype.element_ty.primitive_bitwidth  # in 32 bytes
-        i = tl.arange(0, 32 * WARPS) * EACH
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.gt.s32 p, $2, 0; mov.b32 $0, 0; @p prefetch.global.L2 [$1]; }", "=r,l,r",
-            [scale_ptr + first * NG + i, rows * NG - i], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
 @triton.jit
 def _chunk(part, s: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr):
     """Which chunk each thread has of slice s of a part of K; may be beyond the last."""
@@ -163,15 +142,17 @@ def _chunk(part, s: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr):
 @triton.jit
 def _met(
     x_ptr, part, M, s: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
-    TURNED: tl.constexpr,
+    HALVES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """The 16 words of x that each thread has of slice s of a part of K, for each block of 8 tokens.
 
+    HALVES: of float16, which are the sums of two bfloat16 each: those of the first block and of the second.
     TURNED: as codes that are looked up, e and e + 16 in a word, so that words n and n + 8 become two others."""
     U: tl.constexpr = K // 32
     chunk = _chunk(part, s, WARPS, SLICES)
     words = ()
-    for block in tl.static_range(BLOCKS):
+    rest = ()
+    for block in tl.static_range(1 if HALVES else BLOCKS):
         token = tl.minimum(block * 8 + tl.arange(0, 32 * WARPS) % 32 // 4, M - 1)
         at = x_ptr + (token * (U * 16) + tl.minimum(chunk, U - 1) * 16)
         for i in tl.static_range(4):
@@ -181,10 +162,17 @@ def _met(
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
             )  # fmt: skip
             for j in tl.static_range(4):
-                if U % (_SLICE * WARPS * SLICES) == 0:
-                    words += (four[j],)  # type: ignore[assignment]
-                else:
-                    words += (tl.where(chunk < U, four[j], 0),)  # type: ignore[assignment]
+                word = four[j]
+                if U % (_SLICE * WARPS * SLICES) != 0:
+                    word = tl.where(chunk < U, word, 0)
+                if HALVES:
+                    word, low = tl.inline_asm_elementwise(
+                        _HALVES_ASM, "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+                    )
+                    rest += (low,)  # type: ignore[assignment]
+                words += (word,)  # type: ignore[assignment]
+    if HALVES:
+        words += rest
     if TURNED:
         turned = ()
         for i in tl.static_range(8 * BLOCKS):
@@ -283,17 +271,19 @@ def _sliced(
     NG2: tl.constexpr, SHIFT: tl.constexpr, POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr,
     ASM: tl.constexpr, SUM_ASM: tl.constexpr, PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr,
     WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
-    BUFFERS: tl.constexpr, EARLY: tl.constexpr, FETCH: tl.constexpr,
+    BUFFERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * w[n], rows n by program `first` of `programs`.
 
-    SCALED: whether scales multiply the numbers; otherwise the sums of groups of whole slices. LOOKUP: as `looks_up` says. WARPS:
-    of a program, K is cut among them and in SLICES each at a time. TILES: of 16 rows, in a block of rows. BLOCKS: of 8 tokens.
-    BUFFERS: of sums in shared memory, one or two. EARLY: whether it begins before the kernel before is done, and the next too.
-    FETCH: how many blocks ahead words come to the cache; none if 0.
+    SCALED: whether scales multiply the numbers; otherwise the sums of groups of whole slices. LOOKUP: as `looks_up_pairs` says.
+    WARPS: of a program, K is cut among them and in SLICES each at a time. TILES: of 16 rows, in a block of rows. BLOCKS: of 8
+    tokens, or of the two halves of 8 in float16. BUFFERS: of sums in shared memory, one or two. EARLY: whether it begins before
+    the kernel before is done, and the next too.
     """
     PARTS: tl.constexpr = (K // 32 + _SLICE * WARPS * SLICES - 1) // (_SLICE * WARPS * SLICES)
-    SIZE: tl.constexpr = 512 * TILES * BLOCKS  # bytes of the sums of a warp
+    HALVES: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+    OUT: tl.constexpr = 1 if HALVES else BLOCKS
+    SIZE: tl.constexpr = 512 * TILES * OUT  # bytes of the sums of a warp
     if EARLY:
         gdc_launch_dependents()
     x_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -311,11 +301,6 @@ def _sliced(
                 WIDE, WARPS, SLICES, TILES,
             ),
         )  # fmt: skip
-    if FETCH > 0:
-        if PARTS > 1:
-            _fetched_ahead(q_ptr, scale_ptr, first, N, K, BITS, RG, NG, WARPS, TILES)
-        for i in tl.static_range(1, FETCH):
-            _fetched_ahead(q_ptr, scale_ptr, first + i * programs, N, K, BITS, RG, NG, WARPS, TILES)
     if LOOKUP:
         own = _table_of_lane(table_ptr, place, KIND, BITS, EXPONENT, SIGNED, FILL_ASM, WARPS)
         table = (own, own, own, own, own, own, own, own)
@@ -326,12 +311,10 @@ def _sliced(
         gdc_wait()
     met = ()
     for s in tl.static_range(SLICES):
-        met += (_met(x_ptr, 0, M, s, K, WARPS, SLICES, BLOCKS, LOOKUP),)  # type: ignore[assignment]
+        met += (_met(x_ptr, 0, M, s, K, WARPS, SLICES, BLOCKS, HALVES, LOOKUP),)  # type: ignore[assignment]
 
     turn = 0
     for block in tl.range(first, tl.cdiv(N, 16 * TILES), programs):
-        if FETCH > 0:
-            _fetched_ahead(q_ptr, scale_ptr, block + FETCH * programs, N, K, BITS, RG, NG, WARPS, TILES)
         acc = ()
         for _ in tl.static_range(TILES):
             zeros = ()
@@ -360,7 +343,9 @@ def _sliced(
                     ),
                 )  # fmt: skip
                 if PARTS > 1:
-                    later_met += (_met(x_ptr, next_part, M, s, K, WARPS, SLICES, BLOCKS, LOOKUP),)  # type: ignore[assignment]
+                    later_met += (  # type: ignore[assignment]
+                        _met(x_ptr, next_part, M, s, K, WARPS, SLICES, BLOCKS, HALVES, LOOKUP),
+                    )  # fmt: skip
             ahead = ()
             for s in tl.static_range(SLICES):
                 ahead += (_held(later[s], M >> 31, BITS),)  # type: ignore[assignment]
@@ -369,15 +354,17 @@ def _sliced(
 
         base = place + turn * (WARPS * SIZE)
         for tile in tl.static_range(TILES):
-            for b in tl.static_range(BLOCKS):
+            for b in tl.static_range(OUT):
+                c = acc[tile]  # type: ignore[var-annotated]
+                if HALVES:
+                    c = (c[0] + c[4], c[1] + c[5], c[2] + c[6], c[3] + c[7])  # type: ignore[assignment]
                 tl.inline_asm_elementwise(
                     "st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,r,f,f,f,f",
-                    [base + to + (tile * BLOCKS + b) * 512, acc[tile][4 * b], acc[tile][4 * b + 1], acc[tile][4 * b + 2],
-                     acc[tile][4 * b + 3]],
+                    [base + to + (tile * OUT + b) * 512, c[4 * b], c[4 * b + 1], c[4 * b + 2], c[4 * b + 3]],
                     dtype=tl.int32, is_pure=False, pack=1,
                 )  # fmt: skip
         tl.debug_barrier()
-        r = tl.arange(0, 128 * TILES * BLOCKS)
+        r = tl.arange(0, 128 * TILES * OUT)
         g, t = r % 8, r // 32 % 4
         at = r // 128 * 512 + (t * 8 + (g ^ (t * 2))) * 16 + r % 16 // 8 * 8 + r // 16 % 2 * 4
         out = tl.inline_asm_elementwise(SUM_ASM, "=f,r", [base + at], dtype=tl.float32, is_pure=False, pack=1)
@@ -385,8 +372,8 @@ def _sliced(
             turn ^= 1
         else:
             tl.debug_barrier()
-        row = block * (16 * TILES) + r // (128 * BLOCKS) * 16 + r % 16
-        token = r // 128 % BLOCKS * 8 + r // 16 % 8
+        row = block * (16 * TILES) + r // (128 * OUT) * 16 + r % 16
+        token = r // 128 % OUT * 8 + r // 16 % 8
         if NG == 1:
             of_rows = _stored(
                 scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, tl.minimum(row, N - 1), 0, False, RG, NG, NESTED, RG2, NG2
@@ -407,13 +394,12 @@ def sliced_kernel(
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, SUM_ASM: tl.constexpr,
     PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
     SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
-    FETCH: tl.constexpr,
 ):  # fmt: skip
     """`_sliced` of one weight."""
     _sliced(
         x_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, tl.program_id(0),
         tl.num_programs(0), K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER,
-        LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP, FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY, FETCH,
+        LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP, FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY,
     )  # fmt: skip
 
 
@@ -426,7 +412,6 @@ def sliced_joined_kernel(
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr, SUM_ASM: tl.constexpr,
     PLACE_ASM: tl.constexpr, LOOKUP: tl.constexpr, FILL_ASM: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
     SLICES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BUFFERS: tl.constexpr, EARLY: tl.constexpr,
-    FETCH: tl.constexpr,
 ):  # fmt: skip
     """`_sliced` of two or three weights one below the other, of n rows and with p programs each; of two, p2 is 0."""
     i = tl.program_id(0)
@@ -438,7 +423,7 @@ def sliced_joined_kernel(
         out_ptr + M * of_three(i, first, second, 0, n0, n0 + n1), M, of_three(i, first, second, n0, n1, n2),
         i - of_three(i, first, second, 0, first, second), of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
         SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, SCALED, ASM, SUM_ASM, PLACE_ASM, LOOKUP,
-        FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY, FETCH,
+        FILL_ASM, WIDE, WARPS, SLICES, TILES, BLOCKS, BUFFERS, EARLY,
     )  # fmt: skip
 
 
@@ -446,49 +431,55 @@ class Cut(NamedTuple):
     """How a product is cut.
 
     warps: of a program, 8 or 16, among which K is cut. slices: of a warp at a time. tiles: of 16 rows, in a block of rows; a
-    power of two. programs: at a time on a multiprocessor. fetch: how many blocks before its turn the words of one come
-    to the GPU's cache, by the copy engine of Hopper.
+    power of two. programs: at a time on a multiprocessor.
     """
 
     warps: int
     slices: int
     tiles: int
     programs: int = 1
-    fetch: int = 2
+
+
+def takes(reading: Reading, m: int, half: bool) -> bool:
+    """Whether `sliced` is for m tokens. half: whether they are float16."""
+    if m <= 8 or half:
+        return m <= 8
+    # Shared memory does not hold a table and the sums of two tiles of more tokens, and K in many parts wants two tiles.
+    return m <= 16 and (reading.k <= 8192 or not reading.looks_up_pairs)
 
 
 @functools.cache
-def cut_for(reading: Reading, m: int, device: torch.device) -> Cut:
-    """For m tokens. reading: of all rows of a launch."""
+def cut_for(reading: Reading, m: int, half: bool, device: torch.device) -> Cut:
+    """For m tokens. reading: of all rows of a launch. half: whether they are float16, which takes as much as twice the tokens."""
     slices = cdiv(reading.k, 128)
     warps = 16 if slices >= 16 else 8
     programs = 16 // warps
     each = cdiv(slices, warps)
     # x of one more slice costs registers, of which more tokens and codes of more bits leave fewer.
-    at_once = 2 if (each == 2 if m > 8 else each % 2 == 0) else 1
-    one_tile = (at_once == 2 and (m > 8 or reading.bits > 4)) or (m > 8 and looks_up(reading.kind, reading.bits))
+    more = m > 8 or half
+    at_once = 2 if (each == 2 if more else each % 2 == 0) else 1
+    one_tile = (at_once == 2 and (more or reading.bits > 4)) or (m > 8 and reading.looks_up_pairs)
     places = multiprocessors(device) * programs
     tiles = 1 if one_tile else min((2, 1), key=lambda t: cdiv(cdiv(reading.n, 16 * t), places) * t)
-    return Cut(warps, at_once, tiles, programs, 2 if each == at_once else 1)
+    return Cut(warps, at_once, tiles, programs)
 
 
 @functools.cache
 def _constants(
-    reading: Reading, zero: torch.dtype | None, wide: bool, blocks: int, cut: Cut, early: bool
-) -> dict[str, Any]:
+    reading: Reading, zero: torch.dtype | None, wide: bool, m: int, half: bool, cut: Cut, early: bool
+) -> Mapping[str, Any]:
     scaled = reading.groups > 1 and reading.group % 128 != 0
-    constants, how = decoding(reading, zero, scaled)
-    lookup = looks_up(how[0], reading.bits)
-    if lookup:  # numbers are as they are
-        constants |= {"POWER": 0, "LAST_POWER": 0}
-    size, table = 512 * cut.tiles * blocks, _TABLE_BYTES if lookup else 0
+    constants, how = decoding(reading, zero, scaled, in_shared=True)
+    lookup = how[0] == "lookup"
+    sums = 2 if m > 8 else 1  # blocks of 8 tokens
+    blocks = 2 if half else sums
+    size, table = 512 * cut.tiles * sums, _TABLE_BYTES if lookup else 0
     buffers = 2 if table + 2 * size * cut.warps <= _ROOM else 1
     return {
         **constants, "SCALED": scaled, "ASM": products_asm(*how, blocks), "SUM_ASM": _sum_asm(cut.warps, size),
         "PLACE_ASM": _place_asm(table + buffers * size * cut.warps), "LOOKUP": lookup,
         "FILL_ASM": _fill_asm(cut.warps), "WIDE": wide, "WARPS": cut.warps, "SLICES": cut.slices,
         "TILES": cut.tiles, "BLOCKS": blocks, "BUFFERS": buffers, "EARLY": early,
-        "FETCH": cut.fetch if early and wide else 0,
     }  # fmt: skip
 
 
@@ -509,18 +500,19 @@ def _registers(cut: Cut) -> int:
 def sliced(x: Tensor, reading: Reading, weights: Sequence[Fields], how: Cut | None = None) -> list[Tensor]:
     """The products of x with one, two or three weights in one launch, whose readings are the same but for n.
 
-    x: (M, K) bfloat16, M up to 16, contiguous -> (M, N) of each.
+    x: (M, K), contiguous, bfloat16 with M up to 16, or float16 with M up to 8 -> (M, N) of each.
     """
     m, fields = x.shape[0], weights[0]
     rows = [each[0].shape[0] for each in weights]
-    how = how or cut_for(reading._replace(n=sum(rows)), m, x.device)
+    half = x.dtype == torch.float16
+    how = how or cut_for(reading._replace(n=sum(rows)), m, half, x.device)
     if x.data_ptr() % 16:
         x = x.clone()
     out = torch.empty(m * sum(rows), dtype=x.dtype, device=x.device)
     programs, early = _programs(rows, how, x.device), is_hopper(x.device)
     zero = None if fields[2] is None else fields[2].dtype
     wide = all(each[0].data_ptr() % 16 == 0 for each in weights)
-    constants = _constants(reading, zero, wide, cdiv(m, 8), how, early)
+    constants = _constants(reading, zero, wide, m, half, how, early)
     if len(weights) == 1:
         kernel, args = sliced_kernel, [x, *given(fields), out, m, rows[0]]
     else:
@@ -534,14 +526,16 @@ def sliced(x: Tensor, reading: Reading, weights: Sequence[Fields], how: Cut | No
     return cut(out, m, rows)
 
 
-def sliced_launch(m: int, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
-    """`sliced` of m tokens for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once."""
+def sliced_launch(m: int, half: bool, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
+    """`sliced` of m tokens for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once.
+
+    half: whether the tokens are float16."""
     device, n = fields[0].device, reading.n
-    how, early = cut_for(reading, m, device), is_hopper(device)
+    how, early = cut_for(reading, m, half, device), is_hopper(device)
     zero = None if fields[2] is None else fields[2].dtype
     start = Launch(
         sliced_kernel, tuple(_programs([n], how, device)), num_warps=how.warps, early=early, registers=_registers(how),
-        **_constants(reading, zero, True, cdiv(m, 8), how, early),
+        **_constants(reading, zero, True, m, half, how, early),
     )  # fmt: skip
 
     def run(x: Tensor, fields: Fields) -> Tensor:

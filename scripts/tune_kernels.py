@@ -1,8 +1,8 @@
 """Time the ways to run the Triton kernels whose constants are chosen by hand, and print which of them is the fastest.
 
-    few        a few tokens and a weight in any format (few_tokens.py; for one one_token.py, one_token_mma.py, or trits.py),
-               against bfloat16: tiles and the number of parts of K, for every format, shape and number of tokens; `_tile`,
-               `tile_of` and `_gemv_constants` choose those
+    few        a few tokens and a weight in any format (slices_of_k.py, few_tokens.py; for one one_token.py, one_token_mma.py,
+               or trits.py), against bfloat16: cuts, tiles and the number of parts of K, for every format, shape and number of
+               tokens; `cut_for`, `_tile`, `tile_of` and `_gemv_constants` choose those
     attention  one token and a quantized cache (decode_attention.py), against the fastest of PyTorch's kernels over bfloat16:
                warps, programs, registers and loads; `TILE_OF_KIND` chooses those
 
@@ -61,6 +61,9 @@ TILES_OF_ONE = [
 ]  # fmt: skip
 """Warps, programs of a multiprocessor, registers and slices ahead of one_token_mma.py."""
 
+CUTS = [(16, 2, 2, 1), (16, 2, 1, 1), (16, 1, 2, 1), (16, 1, 1, 1), (8, 2, 1, 2), (8, 1, 2, 2), (8, 1, 1, 2)]
+"""Of slices_of_k.py."""
+
 SHAPES = ["28672x4096", "4096x14336", "4096x4096"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64]
 TILES = {
@@ -90,10 +93,8 @@ def tiles(m: int) -> list[dict[str, Any]]:
     """The fields of the tiles to try for m tokens, but for the number of parts of K."""
     keys = ("hopper", "tokens", "rows", "warps", "stages", "chunks", "dots", "registers")
     each: list[tuple[Any, ...]]
-    if m <= 8:
-        each = [(False, 8, 64, 4, 3), (False, 8, 128, 4, 3), (False, 8, 64, 2, 3)]
-    elif m <= 16:
-        each = [(False, 8, 128, 4, 3), (False, 16, 32, 2, 3), (False, 16, 64, 2, 3), (True, 16, 64, 4, 3)]
+    if m <= 16:
+        each = [(False, 16, 32, 2, 3), (False, 16, 64, 2, 3), (True, 16, 64, 4, 3)]
     elif m <= 32:
         each = [(True, 32, 64, 4, 2), (True, 32, 64, 4, 3, 4, 2), (True, 32, 64, 4, 5, 4, 2), (True, 32, 128, 8, 2)]
     else:
@@ -106,28 +107,34 @@ def tiles(m: int) -> list[dict[str, Any]]:
 
 def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """How m tokens may meet a weight, by name, each a function of x and the fields. splits: in all numbers of parts of K."""
-    from ao.matmul.kernels import few_tokens, one_token, one_token_mma
+    from ao.matmul.kernels import few_tokens, one_token, one_token_mma, slices_of_k
 
     if reading.kind == "trits":
         yield from ways_of_trits(reading, m, splits)
         return
     if m == 1 and reading.for_one_token and one_token_mma.takes(reading):
-        for sizes in TILES_OF_ONE:
-            of_one = one_token_mma.Tile(*sizes)
+        for one in TILES_OF_ONE:
+            of_one = one_token_mma.Tile(*one)
             if reading.k <= 1024 * of_one.warps:  # x of 8 slices is in registers
                 name = f"gemv {of_one.warps}w {of_one.programs}p {of_one.registers}r {of_one.ahead}a"
                 yield name, lambda x, fields, tile=of_one: one_token_mma.gemv(x, reading, fields, tile)
     elif m <= 2 and reading.for_one_token:
         yield "gemv", lambda x, fields: one_token.gemv_each(x, reading, fields)
+    if slices_of_k.takes(reading, m, half=False):
+        for cut in CUTS:
+            how = slices_of_k.Cut(*cut)
+            name = f"slices {how.warps}w {how.slices}s {how.tiles}t {how.programs}p"
+            yield name, lambda x, fields, how=how: slices_of_k.sliced(x, reading, [fields], how)[0]
+        return
     at_once = (264, 528, 1056) if m <= 16 else (264, 528)  # programs on the GPU that K is cut for
-    for cut in tiles(m):
-        programs = cdiv(reading.n, cut["rows"]) * cdiv(m, cut["tokens"])
+    for sizes in tiles(m):
+        programs = cdiv(reading.n, sizes["rows"]) * cdiv(m, sizes["tokens"])
         most = max(1, cdiv(reading.k, few_tokens.STEP) // 2)
         parts = sorted({max(1, min(16, most, round(full / programs))) for full in at_once} | {1})
         for split in parts if splits else (1, 2):
-            tile = few_tokens.Tile(split=split, **cut)
+            tile = few_tokens.Tile(split=split, **sizes)
             name = f"{'wgmma' if tile.hopper else 'mma'} {tile.tokens}x{tile.rows} {tile.warps}w {tile.stages}s"
-            if "chunks" in cut:
+            if "chunks" in sizes:
                 name += f" {tile.chunks}c {tile.dots}d {tile.registers}r"
             yield (
                 f"{name} /{split}",

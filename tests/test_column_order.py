@@ -205,7 +205,7 @@ def test_a_graph_on_a_gpu(tokens, k, dynamic, by_kernel):
     torch.compiler.reset()
     got, code = run_and_get_code(torch.compile(block, fullgraph=True, dynamic=dynamic), x)
     assert sum(text.count("ao.gathered.default(") for text in code) == by_kernel
-    in_product = tokens in (16, 64) and is_hopper(x.device)
+    in_product = tokens == 64 and is_hopper(x.device)
     assert sum(text.count("ao.few_ordered.default(") for text in code) == in_product
     assert compute_error(block(x).float(), got.float()) > 35
 

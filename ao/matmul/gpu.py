@@ -143,7 +143,7 @@ ONE_PROGRAM = 8192
 than all programs of the product do. Beyond, it cuts the sum in parts, and what comes after it is a kernel of many programs."""
 
 
-ARRANGED = 8
+ARRANGED = 16
 """Tokens beyond which x is arranged before a product of few tokens on Hopper, in order at once."""
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel for up to 16 tokens and a weight in any format that has an operand: see template.py.
+"""The Triton kernel for up to 16 tokens (8 of float16) and a weight in any format that has an operand: see template.py.
 
 Each warp of a program has slices of K, of 4 chunks of 32 elements, one for every four lanes, and keeps x of these in registers,
 where the tensor cores of every GPU take both sides from (pair_products.py). It goes through tiles of 16 rows, whose words are on

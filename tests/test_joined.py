@@ -292,7 +292,7 @@ def test_on_a_gpu(spec, dtype):
         if not act and not codes[0].is_floating_point():
             order = torch.randperm(k).int().cuda()
             got = operators.gemv_joined(x[:, torch.argsort(order)], codes, scales, zeros, offset, act, order)
-            assert torch.equal(expected.view(-1), got), (k, sizes)
+            assert compute_error(expected.view(-1).float(), got.float()) > 45, (k, sizes)  # in other tiles
 
 
 TOKENS = (2, 8, 16, 17, 33, 64, 65)

@@ -226,15 +226,18 @@ def _on_gpu(x: Tensor, w: QTensor) -> Tensor:
     from .kernels import two_of_four
 
     read, places = _reading(w), operand.codes
-    if m <= FEW and w.spec.act is None and read is not None and two_of_four.for_one_token(*read):
+    one = m <= FEW and w.spec.act is None and read is not None and two_of_four.for_one_token(*read)
+    if one and read[0].bits == 4:
         return two_of_four.gemv(x.contiguous(), places, *read)
-    if (form := _unfolded(w)) is not None:
+    if (form := _unfolded(w)) is not None:  # 8 bits are faster with their zeros, for one token too
         if isinstance(form, QTensor):
             return F.linear(x, form)
         return F.linear(quantized_act(x, w), form.to(x.dtype))
     rows = quantized_act(x, w).contiguous()
     if read is None:
         return F.linear(rows, w.decode(x.dtype))
+    if one:
+        return two_of_four.gemv(rows, places, *read)
     if m <= 64:
         return two_of_four.few(rows, places, *read)
     return F.linear(rows, two_of_four.decoded(places, *read, x.dtype))

@@ -302,6 +302,19 @@ def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tenso
 
 
 @_operator(
+    "quantized_activation",
+    "(Tensor x, Tensor? other, str function, ScalarType dtype) -> (Tensor, Tensor)",
+    lambda x, other, function, dtype: (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(x.shape[0], 1, dtype=torch.float32),
+    ),
+)
+def quantized_activation(x: Tensor, other: Tensor | None, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes (M, K) of f(x), or of f(x) * other, and their scales (M, 1): `hopper.quantized`."""
+    return hopper.quantized(x, dtype, False, function, other)
+
+
+@_operator(
     "scaled_product",
     "(Tensor x, Tensor rows, Tensor qdata, Tensor columns, ScalarType dtype, Tensor? bias=None) -> Tensor",
     lambda x, rows, qdata, columns, dtype, bias=None: x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype),

@@ -510,7 +510,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(k: int) -> Tile:
-    """For rows of k elements."""
+    """For rows of k elements: enough warps for all slices of 128, up to 16."""
     return Tile(8, 2, 128, 2) if k <= 2048 else Tile(16, 1, 128, 2)
 
 

@@ -57,8 +57,7 @@ SPECS: dict[str, Any] = {
 """What differs in its decoding. The kernels take more formats; those of the same width are alike."""
 
 TILES_OF_ONE = [
-    (16, 2, 64, 1), (16, 1, 128, 1), (16, 1, 128, 2), (16, 1, 128, 3), (8, 3, 80, 1), (8, 2, 128, 1), (8, 2, 128, 3),
-    (32, 1, 64, 1),
+    (16, 2, 64, 1), (16, 1, 128, 1), (16, 1, 128, 2), (16, 1, 128, 3), (8, 3, 80, 1), (8, 2, 128, 2), (8, 2, 128, 3),
 ]  # fmt: skip
 """Warps, programs of a multiprocessor, registers and slices ahead of one_token_mma.py."""
 
@@ -113,7 +112,7 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
     if reading.kind == "trits":
         yield from ways_of_trits(reading, m, splits)
         return
-    if m == 1 and reading.for_one_token and one_token_mma.takes(reading):
+    if m == 1 and reading.for_one_token and not reading.in_integers:
         for sizes in TILES_OF_ONE:
             of_one = one_token_mma.Tile(*sizes)
             if reading.k <= 1024 * of_one.warps:  # x of 8 slices is in registers

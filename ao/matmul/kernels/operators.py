@@ -232,7 +232,7 @@ def few_joined(x: Tensor, *fields: Any) -> Tensor:
     rows = [w[0].shape[0] for w in weights]
     if x.shape[0] > FEW:
         return _as_one([few_at_once(x, w, reading._replace(n=n)) for w, n in zip(weights, rows)])
-    if x.shape[0] == 1 and reading.for_one_token:
+    if x.shape[0] == 1 and all(reading._replace(n=n).for_one_token for n in rows):
         return one_token.gemv_joined(x, reading, weights).view(-1)
     return _as_one(few_tokens.few_joined(x, reading, weights))
 

@@ -424,19 +424,23 @@ def few(path: Path) -> str:
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text())
-    rows = data["few"]
-    tokens = sorted({r["tokens"] for r in rows})
-    body = []
-    for name in dict.fromkeys(r["format"] for r in rows):
-        each = {r["tokens"]: r for r in rows if r["format"] == name}
-        body.append([name, *(times(each[m]["bf16_us"] / each[m]["us"]) for m in tokens)])
-    base = {r["tokens"]: r["bf16_us"] for r in rows}
-    body.append(["bf16, microseconds", *(f"{base[m]:.1f}" for m in tokens)])
-    shape = rows[0]["shape"].replace("x", " x ")
+    taken = [r for r in data["few"] if r["way"] == "as it is"]
+    tokens = sorted({r["tokens"] for r in taken})
+    parts = []
+    for shape in dict.fromkeys(r["shape"] for r in taken):
+        rows = [r for r in taken if r["shape"] == shape]
+        body = []
+        for name in dict.fromkeys(r["format"] for r in rows):
+            each = {r["tokens"]: r for r in rows if r["format"] == name}
+            body.append([name, *(times(each[m]["bf16_us"] / each[m]["us"]) for m in tokens)])
+        base = {r["tokens"]: r["bf16_us"] for r in rows}
+        body.append(["bf16, microseconds", *(f"{base[m]:.1f}" for m in tokens)])
+        parts.append(markdown([f"{shape.replace('x', ' x ')}, tokens", *map(str, tokens)], body))
     where = f"{data['device']}, torch {data['torch']}, triton {data['triton']}, {data['date']}: `{data['command']}`"
+    tables = "\n\n".join(parts)
     return (
-        f"{markdown(['tokens', *map(str, tokens)], body)}\n\nTimes bfloat16's speed, a layer of {shape}, of the way taken "
-        f"(g16, g32, g64, g128: groups of so many; j: zero points within the scales). {where}"
+        f"{tables}\n\nTimes bfloat16's speed, of the way taken (g16, g32, g64, g128: groups of so many; j: zero points in the "
+        f"scales). {where}"
     )
 
 

@@ -14,6 +14,7 @@ compares each with float32 arithmetic on the decoded weight (in dB; less than 40
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import os
@@ -56,8 +57,7 @@ SPECS: dict[str, Any] = {
 """What differs in its decoding. The kernels take more formats; those of the same width are alike."""
 
 TILES_OF_ONE = [
-    (16, 2, 64, 1), (16, 1, 128, 1), (16, 1, 128, 2), (16, 1, 128, 3), (8, 3, 80, 1), (8, 2, 128, 1), (8, 2, 128, 3),
-    (32, 1, 64, 1),
+    (16, 2, 64, 1), (16, 1, 128, 1), (16, 1, 128, 2), (16, 1, 128, 3), (8, 3, 80, 1), (8, 2, 128, 2), (8, 2, 128, 3),
 ]  # fmt: skip
 """Warps, programs of a multiprocessor, registers and slices ahead of one_token_mma.py."""
 
@@ -80,6 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=list(SPECS), choices=list(SPECS), metavar="F")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="M")
+    parser.add_argument("--as-it-is", action="store_true", help="few: time no other ways than those that are taken")
     parser.add_argument("--contexts", nargs="+", default=["1x32768", "1x131072"], metavar="BxL")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), metavar="P")
     parser.add_argument(
@@ -112,7 +113,7 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
     if reading.kind == "trits":
         yield from ways_of_trits(reading, m, splits)
         return
-    if m == 1 and reading.for_one_token and one_token_mma.takes(reading):
+    if m == 1 and reading.for_one_token and not reading.in_integers:
         for one in TILES_OF_ONE:
             of_one = one_token_mma.Tile(*one)
             if reading.k <= 1024 * of_one.warps:  # x of 8 slices is in registers
@@ -186,6 +187,20 @@ def compile_few(name: str, k: int, m: int) -> list[str]:
     return failed
 
 
+def compile_as_it_is(name: str, shape: str, m: int) -> list[str]:
+    """Run the way that m tokens take."""
+    n, k = map(int, shape.split("x"))
+    try:
+        F.linear(
+            torch.randn(m, k, device="cuda").bfloat16(),
+            SPECS[name].quantize(torch.randn(n, k, device="cuda").bfloat16()),
+        )
+        torch.cuda.synchronize()
+    except Exception as error:
+        return [f"{name}, {shape}, M = {m}: {str(error).strip().splitlines()[0][:120]}"]
+    return []
+
+
 def compile_attention(name: str, tile: str) -> list[str]:
     try:
         heads, kv_heads, dim = map(int, bench_kv_cache.HEADS.split("x"))
@@ -201,7 +216,9 @@ def compile_attention(name: str, tile: str) -> list[str]:
 def compiled(args: argparse.Namespace) -> None:
     """Compile all that is asked for, in many processes."""
     jobs: list[Callable[[], list[str]]] = []
-    if "few" in args.parts:
+    if "few" in args.parts and args.as_it_is:
+        jobs += [partial(compile_as_it_is, *each) for each in itertools.product(args.formats, args.shapes, args.tokens)]
+    elif "few" in args.parts:
         once = sorted({max(8, m) for m in args.tokens} | {m for m in args.tokens if m == 1})
         depths = {int(shape.split("x")[1]) for shape in args.shapes}
         jobs += [partial(compile_few, name, k, m) for m in once for k in depths for name in args.formats]
@@ -256,7 +273,7 @@ def tune_few(args: argparse.Namespace, shape: str, end: float, rows: list[dict[s
             expected = x.float() @ weight.t()
             error = decibels(expected, calls["as it is"][0]())
             wrong = [] if error > 40 else [f"as it is: {error:.0f} dB"]
-            for way, run in ways(reading, m):
+            for way, run in () if args.as_it_is else ways(reading, m):
                 try:
                     error = decibels(expected, run(x, first))
                 except Exception:

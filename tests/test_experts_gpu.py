@@ -12,7 +12,7 @@ from cases import weight
 from torch._inductor.utils import run_and_get_code
 
 from ao import compute_error, quantize_
-from ao.dtypes import MXFP4, MXFP8, NF4, NVFP4, Float8, Intx
+from ao.dtypes import FP6, MXFP4, MXFP8, MXINT8, NF4, NVFP4, Codebook, Float8, Intx
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +31,9 @@ SPECS = [
     NF4,
     MXFP4,
     NVFP4,
+    FP6,
+    MXFP8,
+    MXINT8,
 ]
 
 E, N, K = 5, 328, 768
@@ -38,10 +41,10 @@ ENDS = ([0, 2, 2, 6, 7], [0, 2, 2, 5, 5], [0, 0, 7, 7, 7], [0, 0, 0, 0, 0])
 """Where the rows of each expert end: experts without rows, rows of no expert, all rows of one expert, none of any."""
 
 
-def case(spec, dtype=torch.bfloat16, rows=7):
+def case(spec, dtype=torch.bfloat16, rows=7, n=N, k=K):
     """Rows that differ in size, and experts, (E, N, K)."""
-    x = weight((rows, K), 1) * torch.logspace(-1, 1, rows).unsqueeze(1)
-    return x.to(dtype).cuda(), spec.quantize(weight((E, N, K), 2, dtype=dtype).cuda())
+    x = weight((rows, k), 1) * torch.logspace(-1, 1, rows).unsqueeze(1)
+    return x.to(dtype).cuda(), spec.quantize(weight((E, n, k), 2, dtype=dtype).cuda())
 
 
 def ids(*experts):
@@ -170,6 +173,18 @@ def test_cuda_graph(spec):
         assert sqnr(x, q, experts, each) > 46
 
 
+@pytest.mark.parametrize(("n", "k"), [(17, 96), (48, 4096)])
+@pytest.mark.parametrize(
+    "spec", [Codebook(tuple(float(i**3) for i in range(-8, 8)), (1, 32)), NVFP4, FP6, MXFP8], ids=str
+)
+@torch.no_grad()
+def test_experts_that_begin_anywhere(spec, n, k):
+    """Codes and scales of an expert may begin where no word of 16 bytes does; and rows of more warps."""
+    x, q = case(spec, n=n, k=k)
+    for rows in ENDS:
+        assert sqnr(x, q, of_ends(rows, 7), grouped(x, q, ends(*rows))) > 46
+
+
 @torch.no_grad()
 def test_more_rows_than_a_launch():
     x, q = case(SPECS[0], rows=2**14 + 3)
@@ -182,7 +197,7 @@ def test_more_rows_than_a_launch():
 
 def test_what_the_kernels_do_not_take():
     """A format that they do not read, and gradients: decoded, as before."""
-    x, q = case(MXFP8)
+    x, q = case(Float8("e5m2", (1, 32)))
     with torch.no_grad():
         assert sqnr(x, q, of_ends(ENDS[0], 7), grouped(x, q, ends(*ENDS[0]))) > 42
         assert sqnr(x, q, [4, 0, 3, 3, 1, 0, 2], gathered(x, q, ids(4, 0, 3, 3, 1, 0, 2))) > 42

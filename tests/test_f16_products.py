@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from ao.dtypes import NF4, Codebook, Float8, Intx
 from ao.dtypes.bits import pack
 from ao.dtypes.floatx import minifloat
 from ao.matmul.kernels.f16_products import LOOKED_UP, TABLE, WORDS, X, elements, power_of, products_asm, way_of
+from ao.matmul.kernels.reading import reading_of
 
 LANE = np.arange(32)
 ROW, LANE_OF_ROW = LANE // 4, LANE % 4
@@ -91,6 +93,21 @@ def run(lines, operands, shared):
             to, *args = rest.split(", ")
             registers[to] = one[name](*args)
     return [registers[f"${i}"] for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "n", "k", "taken"),
+    [
+        (NF4, 16, 16384, True), (NF4, 8, 64, False), (NF4, 16, 16448, False), (Float8(block=(1, 32)), 16, 64, True),
+        (Float8("e5m2", (1, 32)), 16, 64, False), (Codebook((-1.0, -0.2, 0.1, 1.0), (1, 32)), 16, 64, False),
+        (Intx(3, (1, 64)), 8, 16448, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_which_weights_have_a_kernel_for_one_token(spec, n, k, taken):
+    """Tables and small floats of which a tile has rows enough and x of a row fits; integers of any rows."""
+    reading, _ = reading_of(spec.quantize(torch.ones(n, k)))
+    assert reading.for_one_token == taken
 
 
 CASES = [

@@ -257,11 +257,14 @@ def test_any_format_on_a_gpu(spec, dtype):
     for k, sizes in ((4096, (4096, 1024, 1024)), (1024, (24, 264)), (14336, (64, 8, 16)), (256, (8, 8, 8))):
         x = weight((1, k), 0, dtype).cuda()
         read = [reading_of(spec.quantize(weight((n, k), 1 + i, dtype)).cuda()) for i, n in enumerate(sizes)]
-        assert all(found is not None and found[0].for_one_token for found in read)
-        expected = torch.cat([operators.few(x, *fields, reading.text) for reading, fields in read], 1)
+        assert all(found is not None for found in read)
+        expected = torch.cat([operators.few(x, *fields, reading.text) for reading, fields in read], 1).view(-1)
         fields = [[t for t in each if t is not None] for each in zip(*(fields for _, fields in read))]
         got = operators.few_joined(x, *fields, read[0][0].text)
-        assert torch.equal(expected.view(-1), got), (k, sizes)
+        if all(reading.for_one_token for reading, _ in read):
+            assert torch.equal(expected, got), (k, sizes)
+        else:  # all go where those with the fewest rows go
+            assert compute_error(expected.float(), got.float()) > 45, (k, sizes)
 
 
 @pytest.mark.gpu
@@ -292,7 +295,7 @@ def test_on_a_gpu(spec, dtype):
         if not act and not codes[0].is_floating_point():
             order = torch.randperm(k).int().cuda()
             got = operators.gemv_joined(x[:, torch.argsort(order)], codes, scales, zeros, offset, act, order)
-            assert torch.equal(expected.view(-1), got), (k, sizes)
+            assert compute_error(expected.view(-1).float(), got.float()) > 45, (k, sizes)  # in other tiles
 
 
 TOKENS = (2, 8, 16, 17, 33, 64, 65)

@@ -339,7 +339,7 @@ def gemv_codes_accepts(x: Tensor, w: QTensor) -> bool:
 
 
 def gemv_codes(x: Tensor, w: QTensor) -> Tensor:
-    """As `gemv`, for integers of 1 to 7 bits, tables of 16 numbers, floats of 4 bits, with scales of any kind, and for trits."""
+    """As `gemv`, for integers of any width, tables and floats of 4 bits or more, with scales of any kind, and for trits."""
     return few(x, w)
 
 

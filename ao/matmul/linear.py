@@ -28,7 +28,7 @@ A product takes the first path in `PATHS` of its device that accepts it:
         gemv        one token, 4- and 8-bit weights: a Triton kernel that reads the packed weight once
         fused       2 to 64 tokens (512 on Hopper), 4- and 8-bit weights: Triton kernels that decode on the way to the tensor
                     cores, or feed them 8 bits
-        gemv_codes  one token, other integers of 1 to 7 bits, tables and floats of 4 bits: the kernel template; trits
+        gemv_codes  one token, other integers, tables and floats of 4 bits or more: the kernel template; trits
         sums        one token, compiled: sums over each group, then over the groups; nothing dense is stored
         scaled_product  8-bit activation x 8-bit weight: int_mm or scaled_mm with the scales in the same kernel
         int_mm      as on a CPU

@@ -41,7 +41,8 @@ KEPT_BYTES = 2**34
 """What is kept beside weights may take so much in all. Beyond, a weight is decoded at every call."""
 
 FEW = 2
-"""Up to so many tokens a GPU decodes integers in registers, one token after another; more are faster with a dense weight."""
+"""Up to so many tokens a GPU decodes integers in registers, one token after another; more are faster with a dense weight, and so
+are those of 8 bits where a dense weight is kept."""
 
 MANY = 256
 """From so many tokens on NVIDIA's sparse units may be faster than its dense ones."""
@@ -226,15 +227,19 @@ def _on_gpu(x: Tensor, w: QTensor) -> Tensor:
     from .kernels import two_of_four
 
     read, places = _reading(w), operand.codes
-    if m <= FEW and w.spec.act is None and read is not None and two_of_four.for_one_token(*read):
-        return two_of_four.gemv(x.contiguous(), places, *read)
-    if (form := _unfolded(w)) is not None:
+    few = m <= FEW and w.spec.act is None
+    one = read if few and read is not None and two_of_four.for_one_token(*read) else None
+    if one is not None and one[0].bits == 4:
+        return two_of_four.gemv(x.contiguous(), places, *one)
+    if (form := _unfolded(w)) is not None:  # 8 bits are faster with their zeros, for one token too
         if isinstance(form, QTensor):
             return F.linear(x, form)
         return F.linear(quantized_act(x, w), form.to(x.dtype))
     rows = quantized_act(x, w).contiguous()
     if read is None:
         return F.linear(rows, w.decode(x.dtype))
+    if one is not None:
+        return two_of_four.gemv(rows, places, *one)
     if m <= 64:
         return two_of_four.few(rows, places, *read)
     return F.linear(rows, two_of_four.decoded(places, *read, x.dtype))

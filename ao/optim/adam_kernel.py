@@ -41,11 +41,11 @@ SHARED = {1: 8448, 2: 1024}
 
 
 def _lookup_asm(bits: int, plane: int) -> str:
-    """Four numbers from the codes in a word. Operands: the word, where the number of code 0 is, the bytes to the next one."""
+    """Four numbers from the codes in a word. Operands: the word, where the number of code 0 is."""
     made = []
     for i in range(4):
         code = f"prmt.b32 t{i}, $4, 0, {0x4440 + i:#x};" if bits == 8 else f"bfe.u32 t{i}, $4, {8 * i + 4 * plane}, 4;"
-        made.append(f"{code} mad.lo.u32 t{i}, t{i}, $9, $5; ld.shared.f32 ${i}, [t{i}];")
+        made.append(f"{code} mad.lo.u32 t{i}, t{i}, 4, $5; ld.shared.f32 ${i}, [t{i}];")
     return "{ .reg .b32 t<4>; " + " ".join(made) + " }"
 
 
@@ -100,19 +100,10 @@ def _filled(image_ptr, WORDS: tl.constexpr, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _copy(COPIES: tl.constexpr):
-    """Where the copy of the first entry for this lane is, in a table of which each entry is there COPIES times in a row."""
+def _numbers(codes, values, PLANES: tl.constexpr, plane: tl.constexpr):
+    """The numbers of the codes of a plane. codes: bytes. values: where the table is in shared memory."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, $1; shl.b32 $0, l, 2; }", "=r,r", [COPIES - 1],
-        dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _numbers(codes, values, COPIES: tl.constexpr, PLANES: tl.constexpr, plane: tl.constexpr):
-    """The numbers of the codes of a plane. codes: bytes. values: where the table is in shared memory, for this lane."""
-    return tl.inline_asm_elementwise(
-        _LOOKUP_ASM[PLANES - 1 + plane], "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r", [codes, values, 4 * COPIES],
+        _LOOKUP_ASM[PLANES - 1 + plane], "=&f,=&f,=&f,=&f,r,r,r,r,r", [codes, values],
         dtype=tl.float32, is_pure=True, pack=4,
     )  # fmt: skip
 
@@ -171,16 +162,6 @@ def _store_scale(at, scale, there):
 
 
 @triton.jit
-def _fetch(at, rows, ROW: tl.constexpr):
-    """Bring so many rows of ROW bytes to the cache of the GPU, by one thread. None if rows is not positive."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p, q; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.gt.and.s32 q, $2, 0, p;"
-        " @q cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }", "=r,l,r",
-        [at.to(tl.int64), rows * ROW], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _mix(word):
     word = (word ^ ((word >> 16) & 0xFFFF)) * 0x21F0AAAD
     word = (word ^ ((word >> 15) & 0x1FFFF)) * 0x735A2D97
@@ -213,13 +194,12 @@ def adam_kernel(
     table_ptr, grads_ptr, owner_ptr, hyper_ptr, noise_ptr, image_ptr, tiles,
     PARAM: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
     WORDS: tl.constexpr, TOP1: tl.constexpr, LEAST1: tl.constexpr, FIRST1: tl.constexpr, LOW1: tl.constexpr,
-    MIRROR1: tl.constexpr, VALUES1: tl.constexpr, COPIES1: tl.constexpr, CELLS1: tl.constexpr, TOP2: tl.constexpr,
+    MIRROR1: tl.constexpr, VALUES1: tl.constexpr, CELLS1: tl.constexpr, TOP2: tl.constexpr,
     LEAST2: tl.constexpr, FIRST2: tl.constexpr, LOW2: tl.constexpr, MIRROR2: tl.constexpr, VALUES2: tl.constexpr,
-    COPIES2: tl.constexpr, CELLS2: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    AHEAD: tl.constexpr,
+    CELLS2: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """tiles: of ROWS rows, which a program takes one after the other. TOP: 1 / the largest entry of a map. VALUES, CELLS: where
-    the tables of a map are, in words. AHEAD: see there. hyper: as `_Adam.scalars` gives them."""
+    the tables of a map are, in words. hyper: as `_Adam.scalars` gives them."""
     pid = tl.program_id(0)
     owner = tl.load(owner_ptr + pid)
     at = table_ptr + owner * COLUMNS
@@ -237,7 +217,7 @@ def adam_kernel(
     one_minus_beta2, correction = tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)
     eps = tl.load(hyper_ptr + 6)
     tables = _filled(image_ptr, WORDS, PLANES)
-    values1, values2 = tables + 4 * VALUES1 + _copy(COPIES1), tables + 4 * VALUES2 + _copy(COPIES2)
+    values1, values2 = tables + 4 * VALUES1, tables + 4 * VALUES2
     cells1, cells2 = tables + 4 * CELLS1, tables + 4 * CELLS2
 
     NARROW: tl.constexpr = WIDTH // PLANES
@@ -247,21 +227,14 @@ def adam_kernel(
         there = (row < left)[:, None]
         near = tl.minimum(row, left - 1)  # so that loads need no mask
         codes = near[:, None] * NARROW + column
-        if AHEAD:
-            later = done + AHEAD * ROWS
-            more = tl.minimum(left - later, ROWS)
-            _fetch(q1_ptr + later * NARROW, more, NARROW)
-            _fetch(q2_ptr + later * NARROW, more, NARROW)
-            _fetch(grad_ptr + later * WIDTH, more, WIDTH * (GRAD.primitive_bitwidth // 8))
-            _fetch(param_ptr + later * WIDTH, more, WIDTH * (PARAM.primitive_bitwidth // 8))
         q1, q2 = tl.load(q1_ptr + codes), tl.load(q2_ptr + codes)
         scale1, scale2 = tl.load(s1_ptr + near)[:, None], tl.load(s2_ptr + near)[:, None]
         for plane in tl.static_range(PLANES):
             element = column if PLANES == 1 else column // 16 * 32 + column % 16 + 16 * plane
             element += near[:, None] * WIDTH
             grad, param = _wide(tl.load(grad_ptr + element)), _wide(tl.load(param_ptr + element))
-            m = _numbers(q1, values1, COPIES1, PLANES, plane) * scale1
-            v = _numbers(q2, values2, COPIES2, PLANES, plane) * scale2
+            m = _numbers(q1, values1, PLANES, plane) * scale1
+            v = _numbers(q2, values2, PLANES, plane) * scale2
             if MAXIMIZE:
                 grad = -grad
             if DECOUPLED:
@@ -309,7 +282,7 @@ def takes(plan: Plan, part: Large) -> bool:
         return False
     if not first.bits == second.bits == codes or any(views is None for views in part.views):
         return False
-    if sum(map(len, _tables(specs, part.device, part.planes))) > SHARED[part.planes]:
+    if sum(map(len, _tables(specs, part.device))) > SHARED[part.planes]:
         return False
     return all(t.data_ptr() % 16 == 0 for t in part.locals)
 
@@ -317,31 +290,29 @@ def takes(plan: Plan, part: Large) -> bool:
 TILES = {1: (2048, 8), 2: (2048, 4)}
 """Elements and warps of a tile, by planes."""
 
-COPIES = {1: (1, 1), 2: (1, 1)}
-"""How often each entry of the tables of numbers is there, side by side, by planes: so many lanes never wait for each other."""
-
-AHEAD = 0
-"""How many tiles ahead of what it computes a program brings numbers to the cache, on GPUs that have an instruction for it."""
+REGISTERS = 56
+"""Of a thread, at most, for parameters of 16 bits: as fast as 64 or faster on an H200, and 48 are slower."""
 
 
-def _tables(specs: Sequence[Spec | None], device: torch.device, planes: int) -> list[Tensor]:
+def _tables(specs: Sequence[Spec | None], device: torch.device) -> list[Tensor]:
     """What is in shared memory: the numbers and the cells of the first map, and those of the second. int32."""
     made = []
-    for spec, copies in zip(specs, COPIES[planes]):
+    for spec in specs:
         assert isinstance(spec, Mapped)
         tables = code_tables(spec, device)
-        made += [tables.values.view(torch.int32).repeat_interleave(copies), tables.cells]
+        made += [tables.values.view(torch.int32), tables.cells]
     return made
 
 
 class AdamLaunch:
     """The launch for the parameters of a part, and what does not change from step to step."""
 
-    def __init__(self, plan: Plan, part: Large, elements: int = 0, warps: int = 0, registers: int = 0) -> None:
+    def __init__(self, plan: Plan, part: Large) -> None:
         first, second = part.specs
         assert isinstance(first, Mapped) and isinstance(second, Mapped)
-        width, planes, device, usual = first.block[-1], part.planes, part.device, TILES[part.planes]
-        rows = max((elements or usual[0]) // width, 1)
+        width, planes, device = first.block[-1], part.planes, part.device
+        elements, warps = TILES[planes]
+        rows = elements // width
         counts = [mine.numel() // width for mine in part.locals]
         self.tiles = _tiles(sum(-(-count // rows) for count in counts), device)
         table: list[list[int]] = []
@@ -355,17 +326,16 @@ class AdamLaunch:
             device
         )
         self.grid = (sum(programs),)
-        tables = _tables(part.specs, device, planes)
+        tables = _tables(part.specs, device)
         self.image = torch.cat(tables)
         places = [0, *itertools.accumulate(map(len, tables))]
-        self.options = {"num_warps": warps or usual[1], **({"maxnreg": registers} if registers else {})}
+        short = part.dtype.itemsize == part.grad_dtype.itemsize == 2
+        self.options: dict[str, Any] = {"num_warps": warps, **({"maxnreg": REGISTERS} if short else {})}
         self.constants: dict[str, Any] = {
             "PARAM": _TYPES[part.dtype], "GRAD": _TYPES[part.grad_dtype], "ROWS": rows, "WIDTH": width, "PLANES": planes,
-            "WORDS": places[-1], "COPIES1": COPIES[planes][0], "COPIES2": COPIES[planes][1],
-            "VALUES1": places[0], "CELLS1": places[1], "VALUES2": places[2], "CELLS2": places[3],
+            "WORDS": places[-1], "VALUES1": places[0], "CELLS1": places[1], "VALUES2": places[2], "CELLS2": places[3],
             **_constants(first, code_tables(first, device), 1), **_constants(second, code_tables(second, device), 2),
             "DECOUPLED": dict(plan.options)["decoupled"], "MAXIMIZE": plan.maximize, "STOCHASTIC": plan.stochastic,
-            "AHEAD": AHEAD if torch.cuda.get_device_capability(device) >= (9, 0) else 0,
         }  # fmt: skip
 
     def __call__(self, grads: list[Tensor], hyper: Tensor, noise: Tensor | None) -> None:

@@ -63,7 +63,7 @@ def _fill_asm(entries: int, threads: int) -> str:
 _LOAD_ASM = tl.constexpr(tuple(_load_asm(bits, wide) for bits in range(9) for wide in (False, True)))
 _TOP_ASM = tl.constexpr(_top_asm())
 _ENTRIES = tl.constexpr((0, 0, 0, 0, 256, 32, 64, 128, 256))
-_FILL_ASM = tl.constexpr(tuple(_fill_asm(n, 32 * warps) for n in _ENTRIES.value for warps in (8, 16, 32)))
+_FILL_ASM = tl.constexpr(tuple(_fill_asm(n, 32 * warps) for n in _ENTRIES.value for warps in (8, 16)))
 _PLACE_ASM = tl.constexpr(
     tuple(
         f"{{ .reg .b64 a; .shared .align 128 .b8 ao_table[{128 * n}]; mov.u64 a, ao_table; cvt.u32.u64 $0, a; }}"
@@ -71,13 +71,13 @@ _PLACE_ASM = tl.constexpr(
     )
 )
 _TURN_ASM = tl.constexpr(("prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;"))
-_SHUFFLE_ASM = tl.constexpr(tuple(f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, 0xffffffff;" for mask in range(5)))
+_SHUFFLE_ASM = tl.constexpr(tuple(f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, 0xffffffff;" for mask in range(3)))
 _ROUNDS = tl.constexpr(8)
 """Tiles of which the sums of all warps stay in shared memory, until they are added."""
 _SUMS_ASM = tl.constexpr(
     tuple(
         f"{{ .reg .b64 a; .shared .align 128 .b8 ao_sums[{64 * _ROUNDS.value * warps}]; mov.u64 a, ao_sums; cvt.u32.u64 $0, a; }}"
-        for warps in (8, 16, 32)
+        for warps in (8, 16)
     )
 )
 
@@ -113,7 +113,7 @@ def _table_of_lane(
         low *= inverse
         high *= inverse
     tl.inline_asm_elementwise(
-        _FILL_ASM[BITS * 3 + WARPS // 16], "=r,r,r,r", [place + thread * 0, thread, _f16_pair(low, high)], dtype=tl.int32,
+        _FILL_ASM[BITS * 2 + WARPS // 16], "=r,r,r,r", [place + thread * 0, thread, _f16_pair(low, high)], dtype=tl.int32,
         is_pure=False, pack=1,
     )  # fmt: skip
     tl.debug_barrier()
@@ -349,12 +349,9 @@ def _gathered(place, thread, WARPS: tl.constexpr):
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
     )  # fmt: skip
     total = (a + b) + (c + d)
-    if WARPS > 4:
-        total += _from_lane(total, 1)
+    total += _from_lane(total, 1)
     if WARPS > 8:
         total += _from_lane(total, 2)
-    if WARPS > 16:
-        total += _from_lane(total, 4)
     return total
 
 
@@ -503,8 +500,8 @@ def gemv_halves_joined_kernel(
 
 
 class Tile(NamedTuple):
-    """How the product is cut: warps of a program, programs of a multiprocessor at a time, registers of a thread at most, and
-    slices read ahead."""
+    """How the product is cut: warps of a program, 8 or 16, programs of a multiprocessor at a time, registers of a thread at most,
+    and slices read ahead."""
 
     warps: int
     programs: int
@@ -512,22 +509,9 @@ class Tile(NamedTuple):
     ahead: int
 
 
-MOST = 16384
-"""The longest rows of which x is in registers."""
-
-
-def takes(reading: Reading) -> bool:
-    """Whether the kernel is for such a weight. A float8 e5m2 may be an infinity, which is NaN in the columns of other chunks."""
-    if reading.kind not in ("table", "minifloat", "float") or reading.k > MOST or reading.bits < 4 or reading.n < 16:
-        return False
-    return reading.kind != "float" or reading.exponent == 4
-
-
 def tile_of(k: int) -> Tile:
-    """For rows of k elements."""
-    if k <= 2048:
-        return Tile(8, 3, 80, 1)
-    return Tile(16, 2, 64, 1) if k <= 4096 else Tile(16, 1, 128, 2)
+    """For rows of k elements: enough warps for all slices of 128, up to 16."""
+    return Tile(8, 2, 128, 2) if k <= 2048 else Tile(16, 1, 128, 2)
 
 
 def programs_of(rows: Sequence[int], tile: Tile, device: torch.device, tokens: int = 1) -> list[int]:

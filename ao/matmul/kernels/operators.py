@@ -232,7 +232,7 @@ def few_joined(x: Tensor, *fields: Any) -> Tensor:
     rows = [w[0].shape[0] for w in weights]
     if x.shape[0] > FEW:
         return _as_one([few_at_once(x, w, reading._replace(n=n)) for w, n in zip(weights, rows)])
-    if x.shape[0] == 1 and reading.for_one_token:
+    if x.shape[0] == 1 and all(reading._replace(n=n).for_one_token for n in rows):
         return one_token.gemv_joined(x, reading, weights).view(-1)
     return _as_one(few_tokens.few_joined(x, reading, weights))
 
@@ -299,6 +299,19 @@ def routed_rows(x: Tensor, where: Tensor, ends: bool, *fields: Any) -> Tensor:
 def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tensor]:
     """The codes (M, K) of x and their scales (M, 1): `hopper.quantized`."""
     return hopper.quantized(x, dtype, whole)
+
+
+@_operator(
+    "quantized_activation",
+    "(Tensor x, Tensor? other, str function, ScalarType dtype) -> (Tensor, Tensor)",
+    lambda x, other, function, dtype: (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(x.shape[0], 1, dtype=torch.float32),
+    ),
+)
+def quantized_activation(x: Tensor, other: Tensor | None, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes (M, K) of f(x), or of f(x) * other, and their scales (M, 1): `hopper.quantized`."""
+    return hopper.quantized(x, dtype, False, function, other)
 
 
 @_operator(

@@ -5,8 +5,10 @@ weight that it meets. Where Inductor makes a graph of such products, it asks how
 
     after a norm    the rows are reduced already, so that their largest numbers are found, and codes are written, in the same
                     kernel, in place of the activation
-    elsewhere       by our kernel: Inductor would compute what makes the activation, such as a GELU, once for the largest number
-                    and once more for the codes
+    after a GELU or SiLU of a product, which another product may multiply
+                    by our kernel, which computes that too: Inductor would compute it once for the largest number and once
+                    more for the codes
+    elsewhere       by our kernel
 
 and what several products share, such as those of queries, keys and values, is quantized once.
 """
@@ -45,8 +47,8 @@ _MOVES = (
 _SUMS = (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var_mean.correction)
 """What norms are made of when Inductor sees them."""
 
-_lowered: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
-"""By graph: the codes and scales of what was quantized."""
+_lowered: WeakKeyDictionary[Any, tuple[dict[Any, Any], dict[Any, Any]]] = WeakKeyDictionary()
+"""By graph: the codes and scales of what was quantized, and the products by their nodes."""
 
 _registered = False
 
@@ -79,17 +81,24 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
     token, k = joined.viewed(node.args[0]), node.args[0].meta["val"].shape[1]
     if not isinstance(k, int):
         return call("dynamic_product", x, qdata, columns, whole, bias)
-    found, key = _lowered.setdefault(V.graph, {}), (token, k, dtype, whole)
+    found, products = _lowered.setdefault(V.graph, ({}, {}))
+    form = k, dtype, whole
+    key, alone = (token, *form), products_of(token, form) == _users_of(token)
     if key not in found:
         if not whole and k <= LONGEST and dtype in _RANGES and follows_norm(token, k):
             found[key] = quantized(x, dtype)
-        elif products_of(token, (k, dtype, whole)) > 1:
+        elif not whole and alone and (made := activation_of(token, products)) is not None:
+            function, *nodes = made
+            found[key] = call("quantized_activation", *(products.get(n) for n in nodes), function, dtype)
+        elif products_of(token, form) > 1:
             x = ExternKernel.require_contiguous(ExternKernel.realize_input(x))
             found[key] = call("quantized", x, dtype, whole)
-        else:
-            return call("dynamic_product", x, qdata, columns, whole, bias)
-    codes, rows = found[key]
-    return call("scaled_product", codes, rows, qdata, columns, x.get_dtype(), bias)
+    if key in found:
+        out = call("scaled_product", *found[key], qdata, columns, x.get_dtype(), bias)
+    else:
+        out = call("dynamic_product", x, qdata, columns, whole, bias)
+    products[node] = out
+    return out
 
 
 def quantized(x: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -129,6 +138,60 @@ def follows_norm(node: torch.fx.Node, k: int) -> bool:
 
 def _is_pointwise(node: torch.fx.Node) -> bool:
     return node.target in _MOVES or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def activation_of(token: torch.fx.Node, products: Any) -> tuple[str, torch.fx.Node, torch.fx.Node | None] | None:
+    """The activation function, as `hopper.quantized` names it, whose result `token` is; the product that it is of, one of
+    `products`; and the one that multiplies it, if any does. None where it is something else."""
+    found, other = _function_of(token), None
+    if found is None and token.target == aten.mul.Tensor:
+        for one, another in (token.args, reversed(token.args)):
+            if found is None and isinstance(one, torch.fx.Node) and isinstance(another, torch.fx.Node):
+                found, other = _function_of(joined.viewed(one)), joined.viewed(another)
+    if found is None:
+        return None
+    function, source = found[0], joined.viewed(found[1])
+    made = token.meta["val"]
+    for node in (source,) if other is None else (source, other):
+        if node not in products:
+            return None
+        given = node.meta["val"]
+        same = given.dtype == made.dtype and given.numel() == made.numel() and given.shape[-1] == made.shape[-1]
+        if not same or given.dtype not in (torch.bfloat16, torch.float16):
+            return None
+    return function, source, other
+
+
+_FUNCTIONS = {"aten.gelu.default": "gelu", "aten.silu.default": "silu"}
+"""By names: graphs hold copies of these operators."""
+
+
+def _function_of(node: torch.fx.Node) -> tuple[str, torch.fx.Node] | None:
+    """An activation function and what it is of, from the operators into which PyTorch took it apart."""
+    origin = _origin(node)
+    if origin not in _FUNCTIONS:
+        return None
+    given: list[torch.fx.Node] = []
+    parts = [node]
+    for part in parts:  # which grows meanwhile
+        for other in part.all_input_nodes:
+            same = parts if _origin(other) == origin else given
+            if other not in same:
+                same.append(other)
+    curves = [part.target for part in parts if part.target in (aten.erf.default, aten.tanh.default, aten.exp.default)]
+    if len(given) != 1 or len(curves) != 1:  # such as a GELU of a GELU
+        return None
+    return "gelu_tanh" if curves[0] == aten.tanh.default else _FUNCTIONS[origin], given[0]
+
+
+def _origin(node: torch.fx.Node) -> str:
+    """The operator that was called before PyTorch took it apart."""
+    return str(node.meta.get("original_aten"))
+
+
+def _users_of(token: torch.fx.Node) -> int:
+    """How many operators take it, through its views."""
+    return sum(_users_of(user) if user.target in joined.VIEWS else 1 for user in token.users)
 
 
 def products_of(token: torch.fx.Node, form: tuple[Any, ...]) -> int:

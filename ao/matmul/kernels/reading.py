@@ -60,21 +60,22 @@ class Reading(NamedTuple):
 
     @property
     def for_one_token(self) -> bool:
-        """Whether the kernel for one token, of one_token.py or trits.py, is for such a weight."""
-        if self.k > 65536:
-            return False
+        """Whether a kernel for one token is for such a weight: that of one_token.py, one_token_mma.py or trits.py."""
         if self.kind == "trits":
-            return self.by_row and self.k % 256 == 0  # rows are whole words
+            return self.k <= 65536 and self.by_row and self.k % 256 == 0  # rows are whole words
         if self.bits == 8 and self.by_row:
             return False  # others are as fast
-        return self.kind == "affine" or self.bits >= 4
+        if self.in_integers:
+            return self.k <= 65536 and (self.kind == "affine" or self.bits >= 4)
+        # In one_token_mma.py a tile has 16 rows, x of whole rows stays in registers, and every code also meets zeros in place of
+        # x, which makes NaN of the infinities of float8 e5m2.
+        infinite = self.kind == "float" and self.exponent == 5
+        return self.k <= 16384 and self.bits >= 4 and self.n >= 16 and not infinite
 
     @property
-    def looks_up(self) -> bool:
-        """Whether the kernel for one token looks codes up in a table."""
-        if self.kind == "minifloat":  # e2m1 and e3m0 are multiples of their smallest number that a byte holds
-            return self.bits != 4 or self.exponent == 1
-        return self.kind in ("table", "float")
+    def in_integers(self) -> bool:
+        """Whether one token is multiplied in integers, by one_token.py; tables and small floats become float16."""
+        return self.kind in ("affine", "fixed")
 
     @property
     def looks_up_pairs(self) -> bool:

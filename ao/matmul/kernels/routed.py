@@ -1,5 +1,6 @@
-"""Products of rows with the experts to which they were routed: a row is one token to a kernel of ampere.py or one_token.py, which
-reads the codes of its expert where they lie. So a step of generation reads the experts that it needs, and decodes none to memory.
+"""Products of rows with the experts to which they were routed: a row is one token to a kernel of ampere.py, one_token.py or
+one_token_mma.py, which reads the codes of its expert where they lie. So a step of generation reads the experts that it needs, and
+decodes none to memory.
 
 All rows run side by side, each on its part of the GPU: those of one expert find its codes in the cache.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from .ampere import _gemv_kernel, gemv_float_kernel, gemv_int_kernel
 from .launch import launch, power_of_two
 from .one_token import _gemv_constants, gemv_codes_kernel
+from .one_token_mma import aligned, constants_of, gemv_halves_kernel, is_wide, programs_of, tile_of
 from .reading import Fields, Reading
 from .template import given
 
@@ -81,7 +83,7 @@ def routed_codes_kernel(
     ENDS: tl.constexpr, QS: tl.constexpr, SS: tl.constexpr, ZS: tl.constexpr, SS2: tl.constexpr, ZS2: tl.constexpr,
     K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr,
     ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr,
-    RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr, LOOKUP: tl.constexpr,
+    RG2: tl.constexpr, NG2: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """`gemv_codes_kernel` of each row with its expert."""
     row = tl.program_id(1)  # which that kernel takes as well, for x and out
@@ -90,7 +92,28 @@ def routed_codes_kernel(
         gemv_codes_kernel(
             x_ptr, q_ptr + e * QS, scale_ptr + e * SS, zero_ptr + e * ZS, table_ptr, scale2_ptr + e * SS2,
             zero2_ptr + e * ZS2, out_ptr, N, K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG, NESTED, RG2, NG2, J,
-            LOOKUP,
+        )  # fmt: skip
+    else:
+        _zeros(out_ptr + row * N, N)
+
+
+@triton.jit
+def routed_halves_kernel(
+    x_ptr, where_ptr, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, N, EXPERTS: tl.constexpr,
+    ENDS: tl.constexpr, QS: tl.constexpr, SS: tl.constexpr, ZS: tl.constexpr, SS2: tl.constexpr, ZS2: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
+    NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, ASM: tl.constexpr, POWER: tl.constexpr,
+    LOOKUP: tl.constexpr, TURNED: tl.constexpr, FLOAT8: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
+    SLICES: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """`gemv_halves_kernel` of each row with its expert."""
+    row = tl.program_id(1)
+    e = _expert_of(where_ptr, row, EXPERTS, ENDS)
+    if (e >= 0) & (e < EXPERTS):
+        gemv_halves_kernel(
+            x_ptr, q_ptr + e * QS, scale_ptr + e * SS, zero_ptr + e * ZS, table_ptr, scale2_ptr + e * SS2,
+            zero2_ptr + e * ZS2, out_ptr, N, K, BITS, KIND, EXPONENT, RG, NG, NESTED, RG2, NG2, ASM, POWER, LOOKUP, TURNED,
+            FLOAT8, WIDE, WARPS, SLICES, AHEAD,
         )  # fmt: skip
     else:
         _zeros(out_ptr + row * N, N)
@@ -138,11 +161,12 @@ def routed(x: Tensor, where: Tensor, ends: bool, reading: Reading, fields: Field
     else:
         given_fields = given(fields)[: 3 if plain else 6]
     apart = [t.stride(0) if t.dim() == 3 and t.shape[0] > 1 else 0 for t in given_fields]
-    kernel, programs, constants = _form(reading, fields[2] is not None, r, plain, x.device)
+    wide = is_wide([fields]) and not any(a * t.itemsize % 16 for a, t in zip(apart, given_fields[:2]))
+    kernel, programs, constants = _form(reading, fields[2] is not None, r, plain, wide, x.device)
     del apart[3:4]  # a table is that of all experts
     places: dict[str, Any] = dict(zip(("QS", "SS", "ZS", "SS2", "ZS2"), apart))
     launch(
-        kernel, (programs, r), x, where, *given_fields, out, n, EXPERTS=experts,
+        kernel, (programs, r), aligned(x), where, *given_fields, out, n, EXPERTS=experts,
         ENDS=power_of_two(experts) if ends else 0, **places, **constants,
     )  # fmt: skip
     return out
@@ -150,11 +174,16 @@ def routed(x: Tensor, where: Tensor, ends: bool, reading: Reading, fields: Field
 
 @functools.cache
 def _form(
-    reading: Reading, zero: bool, rows: int, plain: bool, device: torch.device
+    reading: Reading, zero: bool, rows: int, plain: bool, wide: bool, device: torch.device
 ) -> tuple[Any, int, dict[str, Any]]:
-    """The kernel for so many rows, the programs of each, and the constants."""
+    """The kernel for so many rows, the programs of each, and the constants. wide: as of `constants_of`."""
+    if not plain and not reading.in_integers:
+        cut = tile_of(reading.k)
+        (programs,) = programs_of([reading.n], cut, device, rows)
+        constants = constants_of(reading, cut, wide, device)
+        return routed_halves_kernel, programs, constants | {"num_warps": cut.warps, "registers": cut.registers}
     if not plain:
-        (programs,), tile = _gemv_constants(reading.k, [reading.n], device, tokens=rows, looks_up=reading.looks_up)
+        (programs,), tile = _gemv_constants(reading.k, [reading.n], device, rows)
         return routed_codes_kernel, programs, reading.constants(zero) | tile
     codes = torch.float8_e4m3fn if reading.kind == "float" else torch.int8 if reading.signed else torch.uint8
     width, offset = reading.k * reading.bits // 8, int(reading.offset)

@@ -1,9 +1,9 @@
 """Triton kernels for a weight in any format that has an operand: a decoder to memory, and what such kernels share.
 
 ampere.py and hopper.py are for integers of 4 and 8 bits and float8, in which each step is laid out by hand. Here, for one token
-in one_token.py and for a few in slices_of_k.py and few_tokens.py, are the same products for codes of 1 to 8 bits of every kind,
-integers, small floats and tables, with scales per group of 16 or more, per row, per block of rows or for all, and scales that are
-quantized themselves. What a format is comes in as constants, a `Reading` (reading.py).
+in one_token.py and one_token_mma.py and for a few in slices_of_k.py and few_tokens.py, are the same products for codes of 1 to 8
+bits of every kind, integers, small floats and tables, with scales per group of 16 or more, per row, per block of rows or for all,
+and scales that are quantized themselves. What a format is comes in as constants, a `Reading` (reading.py).
 """
 
 from __future__ import annotations

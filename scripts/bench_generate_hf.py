@@ -177,7 +177,8 @@ class Bench:
             from ao.integrations.transformers import QuantizedCache
 
             most = max(length + new, self.args.prompt_length + self.args.new_tokens)  # another length compiles anew
-            more["past_key_values"] = QuantizedCache(self.model.config, mode.removeprefix(CACHE), max_cache_len=most)
+            cache = QuantizedCache(self.model.config, mode.removeprefix(CACHE), max_cache_len=most)
+            more["past_key_values"] = cache.initialize_for(self.model, batch)
         self.times = times = Times()
         self.synchronize()
         start = time.perf_counter()

@@ -81,16 +81,36 @@ def test_attention_that_reads_and_that_does_not(model, implementation):
     assert ao.compute_error(*found) > 60
 
 
-def test_first_tokens_in_a_graph(model):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_first_tokens_in_a_graph(model, ahead):
     """As `generate` reads a long prompt in chunks: the memory is no part of the graph, which may then take it for static."""
     torch.compiler.reset()
     caches = [QuantizedCache(model.config, "int8", 32) for _ in range(2)]
-    compiled = torch.compile(model, backend="aot_eager")
+    if ahead:
+        caches[1].initialize_for(model)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     with torch.no_grad():
         for part in IDS.split(5, 1):
             found = [call(part, past_key_values=cache).logits for call, cache in zip((model, compiled), caches)]
             assert ao.compute_error(*found) > 100
     assert all(hasattr(t, "_dynamo_static_input_type") for t in caches[1].layers[0].kv.tensors())
+    assert (len(graphs) == 1) == ahead
+
+
+def test_prompts_in_chunks(model):
+    """The same text, also of more sequences than the memory was made for."""
+    chunks = {"cache_implementation": "static", "prefill_chunk_size": 4}
+    enable_quantized_kv_cache(model, "int8")
+    try:
+        for more in ({}, {"num_beams": 3}):
+            assert torch.equal(text(model, **chunks, **more), text(model, cache_implementation="static", **more))
+    finally:
+        enable_quantized_kv_cache(model)
+    cache = QuantizedCache(model.config, "int8", 32).initialize_for(model, 7)
+    assert torch.equal(
+        text(model, past_key_values=cache), text(model, past_key_values=QuantizedCache(model.config, "int8", 32))
+    )
 
 
 def test_too_long(model):

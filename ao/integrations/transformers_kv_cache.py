@@ -46,6 +46,7 @@ class QuantizedLayer(CacheLayerMixin):
         self.config, self.model_config, self.max_cache_len = config, model_config, max_cache_len
         self.is_compileable = max_cache_len is not None
         self.seen = 0  # of a layer that grows
+        self.is_unused = True
 
     kv: KVCache
 
@@ -70,8 +71,11 @@ class QuantizedLayer(CacheLayerMixin):
 
         Raises ValueError for more tokens than `max_cache_len`, before anything is written.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if not self.is_initialized or (not self.kv.takes(key_states, value_states) and self.is_unused):
+            self.lazy_initialization(
+                key_states, value_states
+            )  # made ahead, it may be for fewer sequences, or other heads
+        self.is_unused = False
         tokens = key_states.shape[2]
         if self.max_cache_len is None:
             if self.seen + tokens > self.kv.max_length:
@@ -160,6 +164,7 @@ class QuantizedCache(Cache):
 
     Layers that see a window of tokens alone keep that window in floating point, as transformers does. Attention reads the codes
     with attn_implementation="sdpa", which is transformers' default; others get decoded keys and values, at their cost in memory.
+    Before `generate(prefill_chunk_size=...)` call `initialize_for`.
 
     Raises ValueError for an unknown scheme, and for an encoder-decoder model.
     """
@@ -192,6 +197,18 @@ class QuantizedCache(Cache):
             for i, layer in enumerate(own.layers)
         ]
         super().__init__(layers=layers)
+
+    def initialize_for(self, model: Any, batch_size: int = 1) -> QuantizedCache:
+        """Make the memory now, for `model` and so many sequences, rather than with the first tokens. Returns the cache.
+
+        With `prefill_chunk_size`, `generate` compiles how it reads a prompt too; a graph that is to make the memory is left for
+        that in every layer, which each layer then compiles by itself.
+        """
+        config = model.config.get_text_config(decoder=True)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.early_initialization(batch_size, heads, dim, model.dtype, model.device)
+        return self
 
     @property
     def nbytes_packed(self) -> int:
@@ -229,6 +246,10 @@ def enable_quantized_kv_cache(
         if kind == "static" and generation_config.max_cache_len is not None:
             max_length = max(max_length, generation_config.max_cache_len)
         cache = QuantizedCache(self.config, scheme, max_length if kind == "static" else None, k=k, v=v)
+        if kind == "static" and generation_config.prefill_chunk_size is not None:
+            cache.initialize_for(
+                self, batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            )
         model_kwargs["past_key_values"] = cache
         if generation_config.is_assistant:
             cache.activate_past_recording()

@@ -90,6 +90,11 @@ class KVCache:
         """Bytes of storage."""
         return sum(t.nbytes for t in self.tensors())
 
+    def takes(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether it is for keys and values of these sizes, whatever the number of tokens."""
+        wanted = [(self.batch, self.kv_heads, dim) for dim in self.dims]
+        return [(*x.shape[:2], x.shape[3]) for x in (keys, values)] == wanted
+
     def check(self, tokens: int) -> None:
         """Raise ValueError unless there is room for so many tokens more. It waits for the device."""
         if int(self.length) + tokens > self.max_length:

@@ -15,8 +15,7 @@ not how good), and autoquant with its choices. Layers whose shapes a format does
 Weights are random, of one seed. Every rung runs in a process of its own, since compiling is most of the time and takes one core:
 `--at-once N` lets N of them build, compile and make their first calls side by side, and then times one after the other, while the
 others wait. A first call beside others says little, so that `first s` is then left out, but for autoquant, which always runs
-alone. With --mode reduce-overhead compiled rungs, that of bf16 too, are CUDA graphs, for which a slow host does not matter. N
-models must fit in the memory of the device. Each row is in the file of --json as soon as it is known.
+alone. N models must fit in the memory of the device. Each row is in the file of --json as soon as it is known.
 """
 
 from __future__ import annotations
@@ -88,10 +87,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--at-once", type=int, default=1, metavar="N", help="so many rungs get ready side by side; default: 1"
     )
-    parser.add_argument(
-        "--mode", choices=["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
-        help="of torch.compile, for every compiled rung; default: its default",
-    )  # fmt: skip
     parser.add_argument("--calls", type=int, default=20, metavar="N", help="of which the median counts; default: 20")
     parser.add_argument("--min-sqnr", type=float, default=30.0, metavar="DB", help="of autoquant; default: 30")
     parser.add_argument("--small", action="store_true", help="a few narrow layers, to try the script")
@@ -130,7 +125,7 @@ class Rung:
             self._quantize()
         if self.compiles and not self.case.decodes:
             for part in self.case.compiled(self.module):
-                part.compile(mode=self.args.mode)
+                part.compile()
         self.inputs = self._inputs()
         self.first_s = self._autoquant() if rung == "autoquant" else 0.0
         self.first_s += self.seconds(self.call)

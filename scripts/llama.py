@@ -89,9 +89,10 @@ SHAPES = {
     "llama-3.1-8b": LlamaConfig(4096, 32, 32, 8, 128, 14336, 128256, 500000.0, _LLAMA3),
     "llama-3.2-1b": LlamaConfig(2048, 16, 32, 8, 64, 8192, 128256, 500000.0, _LLAMA3_SMALL, tied=True),
     "llama-2-7b": LlamaConfig(4096, 32, 32, 32, 128, 11008, 32000),
+    "llama-0.3b": LlamaConfig(1024, 16, 16, 8, 64, 4096, 32000),
     "tiny": LlamaConfig(128, 2, 4, 2, 32, 256, 512, tied=True),
 }
-"""Shapes of known models, by name, and one for tests."""
+"""Shapes of known models, by name, a small one for CPUs, and one for tests."""
 
 
 def rotary(config: LlamaConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .base import Elements, QTensor, Spec
 from .onnx_mode import reads_no_bits
-from .tracing import is_eager
 
 PLACES = 32
 """Zero points, from 0 to less than 2**bits."""
@@ -72,11 +71,12 @@ class JointTensor(QTensor, spec=Joint):
     @property
     def zero_point(self) -> JointZeroTensor:
         """The zero points, of codes that are not negative."""
-        eager = is_eager(self.words, or_recorded=False)
-        kept: Any = self.__dict__.get("kept_zero_point") if eager else None
+        # One object for all who ask, guards of compiled code among them, which tell tensors apart by where they are.
+        traced = torch.compiler.is_dynamo_compiling()
+        kept: Any = None if traced else self.__dict__.get("kept_zero_point")
         if kept is None or kept.words is not self.words:
             kept = JointZero(bits=self.spec.bits).wrap({"words": self.words}, torch.float32, self.shape)
-            if eager:
+            if not traced:
                 self.kept_zero_point = kept
         return kept
 

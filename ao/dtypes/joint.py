@@ -72,7 +72,8 @@ class JointTensor(QTensor, spec=Joint):
     def zero_point(self) -> JointZeroTensor:
         """The zero points, of codes that are not negative."""
         # One object for all who ask, guards of compiled code among them, which tell tensors apart by where they are.
-        traced = torch.compiler.is_dynamo_compiling()
+        recorded = torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
+        traced = torch.compiler.is_dynamo_compiling() or recorded
         kept: Any = None if traced else self.__dict__.get("kept_zero_point")
         if kept is None or kept.words is not self.words:
             kept = JointZero(bits=self.spec.bits).wrap({"words": self.words}, torch.float32, self.shape)

@@ -72,9 +72,8 @@ class QuantizedLayer(CacheLayerMixin):
         Raises ValueError for more tokens than `max_cache_len`, before anything is written.
         """
         if not self.is_initialized or (not self.kv.takes(key_states, value_states) and self.is_unused):
-            self.lazy_initialization(
-                key_states, value_states
-            )  # made ahead, it may be for fewer sequences, or other heads
+            # Made ahead, it may be for other sequences or heads.
+            self.lazy_initialization(key_states, value_states)
         self.is_unused = False
         tokens = key_states.shape[2]
         if self.max_cache_len is None:

@@ -290,7 +290,8 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
     if m > operators.SOME or n * k > LARGE or (m > ONE_LAUNCH and of_nibbles):
         return _launched(w, at_once)
     if m <= ONE_LAUNCH:
-        soon = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
+        soon = operators.nibbles_launch(m, n, k, qdata, scale, zero_point, offset)
+        soon = soon or ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
     else:
         soon = ampere.decode_launch(x.dtype, n, k, qdata, scale, zero_point, offset)
     return _launched(w, lambda *args: at_once(*args) if records() else soon(*args))

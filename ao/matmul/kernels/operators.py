@@ -16,7 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integers import enough_rows
-from . import ampere, column_order, few_tokens, hopper, joined, one_token, quantize_in_graphs, routed, template, trits
+from . import (
+    ampere,
+    column_order,
+    few_tokens,
+    hopper,
+    joined,
+    one_token,
+    quantize_in_graphs,
+    routed,
+    slices_of_k,
+    template,
+    trits,
+)
 from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
 
@@ -159,6 +171,18 @@ def _reading_of_nibbles(n: int, k: int, width: int, groups: int, offset: int) ->
     if width != k // 2 or k % 32 or (groups > 1 and k // groups % 16):
         return None
     return Reading(n, k, 4, "affine", 0, False, float(offset), 1, groups)
+
+
+def nibbles_launch(
+    m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
+) -> Callable[..., Tensor] | None:
+    """`fused` of m tokens and 4-bit codes by slices of K, in one launch, for weights of the form of these: decided once. None where
+    that kernel is not for them."""
+    reading = _reading_of_nibbles(n, k, qdata.shape[1], scale.shape[1], offset)
+    if reading is None or not slices_of_k.takes(reading, m, half=False):
+        return None
+    run = slices_of_k.sliced_launch(m, False, reading, (qdata, scale, zero_point, None, None, None))
+    return lambda x, qdata, scale, zero_point: run(x, (qdata, scale, zero_point, None, None, None))
 
 
 FEW = 64

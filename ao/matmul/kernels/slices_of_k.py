@@ -535,12 +535,12 @@ def sliced_launch(m: int, half: bool, reading: Reading, fields: Fields) -> Calla
     zero = None if fields[2] is None else fields[2].dtype
     start = Launch(
         sliced_kernel, tuple(_programs([n], how, device)), num_warps=how.warps, early=early, registers=_registers(how),
-        **_constants(reading, zero, True, m, half, how, early),
+        views={1: torch.int32}, **_constants(reading, zero, True, m, half, how, early),
     )  # fmt: skip
 
     def run(x: Tensor, fields: Fields) -> Tensor:
         if fields[0].data_ptr() % 16 or x.data_ptr() % 16:
-            (out,) = sliced(x.reshape(m, reading.k), reading, [fields])
+            (out,) = sliced(x.reshape(m, reading.k), reading, [(fields[0].view(torch.int32), *fields[1:])])
             return out.view(*x.shape[:-1], n)
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=device)
         start(device.index, x, *given(fields), out, m, n)

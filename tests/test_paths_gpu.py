@@ -159,7 +159,7 @@ def test_more_tokens_on_hopper(spec):
 @HOPPER
 @pytest.mark.parametrize("spec", [Intx(8), Intx(8, (-1, -1)), Float8(), Float8(block=(-1, -1))], ids=str)
 def test_the_operator_quantizes_as_the_spec_does(spec):
-    from ao.matmul.kernels.hopper import quantized
+    from ao.matmul.kernels.quantize_rows import quantized
 
     for m, k in ((1, 128), (7, 1280), (700, 4096)):
         x = activation(m, k)

@@ -270,8 +270,9 @@ def fused(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
 def fused_launch(x: Tensor, w: QTensor) -> Product:
     """`fused` for eager mode.
 
-    There the GPU waits for the host, unless a weight is large: so one launch for up to 128 tokens; beyond, for 8 bits and up to
-    512 tokens, a decoder and the dense product, which the host is done with sooner than with the three launches of a faster one.
+    There the GPU waits for the host, unless a weight is large: so one launch for up to 128 tokens, which of 4 bits and up to 16
+    tokens is the fastest way too; beyond, for 8 bits and up to 512 tokens, a decoder and the dense product, which the host is done
+    with sooner than with the three launches of a faster one.
     While a CUDA graph records, the time of the host does not count.
     """
     from .kernels import ampere, operators
@@ -287,11 +288,13 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
         return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, bias)
 
     of_nibbles = of_hopper and qdata.shape[1] < k
+    soon = operators.nibbles_launch(m, n, k, qdata, scale, zero_point, offset) if m <= ONE_LAUNCH else None
+    if soon is not None:
+        return _launched(w, soon)
     if m > operators.SOME or n * k > LARGE or (m > ONE_LAUNCH and of_nibbles):
         return _launched(w, at_once)
     if m <= ONE_LAUNCH:
-        soon = operators.nibbles_launch(m, n, k, qdata, scale, zero_point, offset)
-        soon = soon or ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
+        soon = ampere.fused_launch(m, n, k, qdata, scale, zero_point, offset)
     else:
         soon = ampere.decode_launch(x.dtype, n, k, qdata, scale, zero_point, offset)
     return _launched(w, lambda *args: at_once(*args) if records() else soon(*args))
@@ -380,7 +383,7 @@ def few(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
 
 def few_launch(x: Tensor, w: QTensor) -> Product:
     """`few` for eager mode: up to 16 tokens in one launch, as in `fused_launch`; of trits in the two that they take."""
-    from .kernels import few_tokens, operators
+    from .kernels import few_tokens, operators, slices_of_k
 
     reading, fields = _reading(w)
     m, records = x.shape[0], torch._C._cuda_isCurrentStreamCapturing
@@ -388,7 +391,8 @@ def few_launch(x: Tensor, w: QTensor) -> Product:
     def at_once(x: Tensor, fields: Any, bias: Tensor | None = None) -> Tensor:
         return operators.few_at_once(x, fields, reading, bias)
 
-    if m > 16 or w.numel() > LARGE or reading.kind == "trits":
+    one_launch = w.numel() <= LARGE or slices_of_k.takes(reading, m, x.dtype == torch.float16)
+    if m > 16 or not one_launch or reading.kind == "trits":
         return _read_anew(w, at_once)
     soon = few_tokens.few_launch(m, x.dtype, reading, fields)
     return _read_anew(w, lambda x, fields: at_once(x, fields) if records() else soon(x, fields))

@@ -352,10 +352,10 @@ def _units_win(x: Tensor, w: QTensor, operand: Operand) -> bool:
 def _quantized_rows(x: Tensor, w: QTensor, codes: Operand) -> tuple[Tensor, Tensor]:
     """The codes of an activation (M, K) and its scales (M, 1) or (1, 1), on Hopper by one kernel."""
     if is_default_act(w, codes) and is_hopper(x.device) and x.shape[1] <= 65536:
-        from .kernels import hopper
+        from .kernels import quantize_rows
 
         assert w.spec.act is not None
-        return hopper.quantized(x.contiguous(), codes.codes.dtype, w.spec.act.block == (-1, -1))
+        return quantize_rows.quantized(x.contiguous(), codes.codes.dtype, w.spec.act.block == (-1, -1))
     q = quantize_act(x, w)
     return q.codes.contiguous(), q.scale
 

@@ -129,74 +129,6 @@ def split_kernel(x_ptr, parts_ptr, step_ptr, K: tl.constexpr, BM: tl.constexpr, 
     tl.store(parts + BM * K, low, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["M"])
-def amax_kernel(x_ptr, top_ptr, M, K: tl.constexpr, B: tl.constexpr):
-    """The largest magnitude of the rows of x (M, K) that are the program's, as an integer (see `_magnitude`)."""
-    gdc_launch_dependents()
-    k = tl.arange(0, B)
-    top = tl.zeros((B,), tl.int32)
-    for m in tl.range(tl.program_id(0), M, tl.num_programs(0)):
-        x = tl.load(x_ptr + tl.cast(m, tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-        top = tl.maximum(top, _magnitude(x))
-    tl.store(top_ptr + tl.program_id(0), tl.max(top, 0))
-
-
-@triton.jit
-def _activated(x, FUNCTION: tl.constexpr):
-    """f(x) of float32, of `FUNCTIONS`."""
-    if (
-        FUNCTION == 1
-    ):  # GELU: erfc(|x| / sqrt(2)) / 2 by Abramowitz and Stegun, 7.1.26, in a fifth of the time of an exact one
-        z = tl.abs(x) * 0.7071067811865476
-        t = 1.0 / (1.0 + 0.3275911 * z)
-        tail = t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
-        half = 0.5 * t * (0.254829592 + tail) * tl.exp(-z * z)
-        return x * tl.where(x > 0, 1.0 - half, half)
-    elif FUNCTION == 2:  # its approximation by tanh: (1 + tanh(u)) / 2 is the sigmoid of 2 u
-        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    elif FUNCTION == 3:  # SiLU
-        return x / (1.0 + tl.exp(-x))
-    else:
-        return x
-
-
-@triton.jit(do_not_specialize=["TOPS"])
-def quantize_kernel(
-    x_ptr, other_ptr, top_ptr, q_ptr, scale_ptr, TOPS, K: tl.constexpr, B: tl.constexpr, FLOAT: tl.constexpr,
-    WHOLE: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """One token of f(x) (M, K), times `other` where it is GATED, as `Intx(8)` or `Float8()` quantizes it, to the bit: q (M, K),
-    scale (M,).
-
-    WHOLE: with one scale for all of x, from the TOPS (at most 1024) numbers of `amax_kernel`.
-    """
-    gdc_launch_dependents()
-    m = tl.program_id(0)
-    k = tl.arange(0, B)
-    x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-    if FUNCTION != 0:
-        x = _activated(x, FUNCTION)
-        if GATED:
-            x *= tl.load(other_ptr + m.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
-    if WHOLE:
-        i = tl.arange(0, 1024)
-        gdc_wait()
-        top = tl.max(tl.load(top_ptr + i, mask=i < TOPS, other=0), 0).to(tl.float32, bitcast=True)
-    else:
-        top = tl.max(_magnitude(x), 0).to(tl.float32, bitcast=True)
-    scale = top * (1 / 448 if FLOAT else 1 / 127.5)
-    inverse = tl.where(scale < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))
-    y = x * inverse
-    if FLOAT:
-        q = tl.clamp(y, -448.0, 448.0).to(tl.float8e4nv)
-    else:
-        # Half to even, by a sum that has no bits to the right of the point.
-        q = ((tl.clamp(y, -128.0, 127.0) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-    tl.store(q_ptr + m.to(tl.int64) * K + k, q, mask=k < K)
-    tl.store(scale_ptr + m, scale)
-
-
 @triton.jit
 def _parts(
     parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, block, tile, M, N, TOTAL, K: tl.constexpr, BM: tl.constexpr,
@@ -445,47 +377,6 @@ def _parts_launch(
         K=k, BM=tokens, PARTS=parts, BN=height, BK=128, SPLIT=split, STAGES=stages, FLOAT=dtype.is_floating_point, **more,
     )  # fmt: skip
     return start, split
-
-
-FUNCTIONS = ("", "gelu", "gelu_tanh", "silu")
-"""What may be done to an activation before it is quantized."""
-
-
-def quantized(
-    x: Tensor, dtype: torch.dtype, whole: bool, function: str = "", other: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x (M, K) quantized to int8 or float8 e4m3, as `Intx(8)` or `Float8()` do: codes (M, K) and scales (M, 1).
-
-    whole: with one scale for all of x, which is then the scale of every row.
-    function: one of `FUNCTIONS`; not "": f(x), times `other` (M, K) if there is one, rounded to x's dtype, is quantized, and then
-        not as a whole.
-    """
-    m, k = x.shape
-    device = x.device.index
-    codes = torch.empty(m, k, dtype=dtype, device=x.device)
-    scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    gated = other is not None
-    largest, quantize, count = _quantize_launches(m, k, dtype, x.dtype, whole, function, gated, device)
-    tops = scale
-    if whole:
-        tops = torch.empty(count, dtype=torch.int32, device=x.device)
-        largest(device, x, tops, m)
-    quantize(device, x, x if other is None else other, tops, codes, scale, count)
-    return codes, scale
-
-
-@functools.lru_cache(4096)
-def _quantize_launches(
-    m: int, k: int, dtype: torch.dtype, x: torch.dtype, whole: bool, function: str, gated: bool, device: int
-) -> tuple[Launch, Launch, int]:  # fmt: skip
-    block = power_of_two(k)
-    count = min(m, 4 * multiprocessors(torch.device("cuda", device))) if whole else 0
-    largest = Launch(amax_kernel, (count,), num_warps=8, K=k, B=block)
-    quantize = Launch(
-        quantize_kernel, (m,), num_warps=8, early=whole, K=k, B=block, FLOAT=dtype.is_floating_point, WHOLE=whole,
-        FUNCTION=FUNCTIONS.index(function), GATED=gated,
-    )  # fmt: skip
-    return largest, quantize, count
 
 
 def codes_product(

@@ -24,6 +24,7 @@ from . import (
     joined,
     one_token,
     quantize_in_graphs,
+    quantize_rows,
     routed,
     slices_of_k,
     template,
@@ -176,8 +177,8 @@ def _reading_of_nibbles(n: int, k: int, width: int, groups: int, offset: int) ->
 def nibbles_launch(
     m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, offset: int
 ) -> Callable[..., Tensor] | None:
-    """`fused` of m tokens and 4-bit codes by slices of K, in one launch, for weights of the form of these: decided once. None where
-    that kernel is not for them."""
+    """`fused` of m tokens and 4-bit codes by slices of K, in one launch, for weights of the form of these. None where that kernel
+    is not for them."""
     reading = _reading_of_nibbles(n, k, qdata.shape[1], scale.shape[1], offset)
     if reading is None or not slices_of_k.takes(reading, m, half=False):
         return None
@@ -321,8 +322,8 @@ def routed_rows(x: Tensor, where: Tensor, ends: bool, *fields: Any) -> Tensor:
     lambda x, dtype, whole: (torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32)),
 )
 def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tensor]:
-    """The codes (M, K) of x and their scales (M, 1): `hopper.quantized`."""
-    return hopper.quantized(x, dtype, whole)
+    """The codes (M, K) of x and their scales (M, 1): `quantize_rows.quantized`."""
+    return quantize_rows.quantized(x, dtype, whole)
 
 
 @_operator(
@@ -334,8 +335,8 @@ def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tenso
     ),
 )
 def quantized_activation(x: Tensor, other: Tensor | None, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The codes (M, K) of f(x), or of f(x) * other, and their scales (M, 1): `hopper.quantized`."""
-    return hopper.quantized(x, dtype, False, function, other)
+    """The codes (M, K) of f(x), or of f(x) * other, and their scales (M, 1): `quantize_rows.quantized`."""
+    return quantize_rows.quantized(x, dtype, False, function, other)
 
 
 @_operator(
@@ -369,7 +370,7 @@ def dynamic_product(x: Tensor, qdata: Tensor, columns: Tensor, whole: bool, bias
 
     whole: whether all of x has one scale, rather than every row its own.
     """
-    codes, rows = hopper.quantized(x, qdata.dtype, whole)
+    codes, rows = quantize_rows.quantized(x, qdata.dtype, whole)
     return _scaled_product(codes, rows, qdata, columns, x.dtype, bias)
 
 
@@ -383,7 +384,7 @@ def dynamic_product_joined(
 ) -> Tensor:  # fmt: skip
     """`dynamic_product` of two or three weights of one format: x is quantized once, and up to `FEW` tokens meet all in one
     launch."""
-    codes, rows = hopper.quantized(x, qdata[0].dtype, whole)
+    codes, rows = quantize_rows.quantized(x, qdata[0].dtype, whole)
     if x.shape[0] <= FEW and all(_is_for_copies(codes, q, x.dtype) for q in qdata):
         return _as_one(hopper.codes_product(codes, rows, qdata, columns, x.dtype))
     return _as_one([_scaled_product(codes, rows, q, c, x.dtype, None) for q, c in zip(qdata, columns)])

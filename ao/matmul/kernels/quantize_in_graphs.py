@@ -141,7 +141,7 @@ def _is_pointwise(node: torch.fx.Node) -> bool:
 
 
 def activation_of(token: torch.fx.Node, products: Any) -> tuple[str, torch.fx.Node, torch.fx.Node | None] | None:
-    """The activation function, as `hopper.quantized` names it, whose result `token` is; the product that it is of, one of
+    """The activation function, as `quantize_rows.quantized` names it, whose result `token` is; the product that it is of, one of
     `products`; and the one that multiplies it, if any does. None where it is something else."""
     found, other = _function_of(token), None
     if found is None and token.target == aten.mul.Tensor:

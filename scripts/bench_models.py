@@ -13,9 +13,10 @@ not how good), and autoquant with its choices. Layers whose shapes a format does
     dB             signal to noise of the output against that of bf16
 
 Weights are random, of one seed. Every rung runs in a process of its own, since compiling is most of the time and takes one core:
-`--at-once N` lets N of them build, compile and make their first calls side by side, and then times one after the other, while the
-others wait. A first call beside others says little, so that `first s` is then left out, but for autoquant, which always runs
-alone. N models must fit in the memory of the device. Each row is in the file of --json as soon as it is known.
+`--at-once N` lets N of them, of any of the models, build, compile and make their first calls side by side, and then times one
+after the other, while the others wait. A first call beside others says little, so that `first s` is then left out, but for
+autoquant, which always runs alone. They must fit in the memory of the device. Each row is in the file of --json as soon as it is
+known.
 """
 
 from __future__ import annotations
@@ -87,6 +88,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--at-once", type=int, default=1, metavar="N", help="so many rungs get ready side by side; default: 1"
     )
+    parser.add_argument(
+        "--mode", choices=("default", "reduce-overhead"), default="default", metavar="MODE",
+        help="of torch.compile: reduce-overhead, by CUDA graphs, leaves the time of the host out, which for small models or a "
+        "slow host is more than that of the GPU",
+    )  # fmt: skip
     parser.add_argument("--calls", type=int, default=20, metavar="N", help="of which the median counts; default: 20")
     parser.add_argument("--min-sqnr", type=float, default=30.0, metavar="DB", help="of autoquant; default: 30")
     parser.add_argument("--small", action="store_true", help="a few narrow layers, to try the script")
@@ -125,7 +131,7 @@ class Rung:
             self._quantize()
         if self.compiles and not self.case.decodes:
             for part in self.case.compiled(self.module):
-                part.compile()
+                part.compile(mode=args.mode)
         self.inputs = self._inputs()
         self.first_s = self._autoquant() if rung == "autoquant" else 0.0
         self.first_s += self.seconds(self.call)
@@ -182,8 +188,7 @@ class Rung:
 
     def output(self) -> Tensor:
         """What the model computes."""
-        with torch.no_grad():
-            out = self.module(**self.inputs)
+        out = self.forward()
         first = out if isinstance(out, Tensor) else next(iter(out.values())) if hasattr(out, "values") else out[0]
         return first.clone()
 
@@ -191,8 +196,12 @@ class Rung:
         if self.case.decodes:
             self.generate()
         else:
-            with torch.no_grad():
-                self.module(**self.inputs)
+            self.forward()
+
+    def forward(self) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # what was computed before may be overwritten
+        with torch.no_grad():
+            return self.module(**self.inputs)
 
     def generate(self) -> float:
         """Some tokens. Returns the seconds between two of them, the median: without what a call of generate begins with."""
@@ -252,6 +261,7 @@ def serve(connection: Connection, name: str, rung: str, batch: int, folder: Path
         import torch._inductor.config as inductor
 
         inductor.compile_threads = max(1, min(inductor.compile_threads, (os.cpu_count() or 1) // args.at_once))
+    torch.backends.cudnn.benchmark = True  # else cuDNN takes a kernel without tensor cores for SAM's convolutions
     try:
         made = Rung(name, rung, batch, folder, args)
         connection.send("ready")
@@ -269,7 +279,7 @@ class Process:
 
     def __init__(self, name: str, rung: str, batch: int, folder: Path, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
-        self.rung, self.batch = rung, batch
+        self.name, self.rung, self.batch = name, rung, batch
         self.connection, its = context.Pipe()
         self.process = context.Process(target=serve, args=(its, name, rung, batch, folder, args))
         self.process.start()
@@ -297,18 +307,20 @@ class Process:
         self.process.join()
 
 
-def rows_of(name: str, folder: Path, args: argparse.Namespace) -> Generator[tuple[str, int, dict[str, Any] | str]]:
-    """Rung, batch size, and the row or the reason why there is none, each as soon as it is known."""
+def rows_of(folder: Path, args: argparse.Namespace) -> Generator[tuple[str, str, int, dict[str, Any] | str]]:
+    """Model, rung, batch size, and the row or the reason why there is none, each as soon as it is known."""
     # The others are held against bf16. Autoquant measures by itself, so that nothing may run beside it.
     order = sorted(args.rungs, key=lambda rung: rung != "bf16")
-    units = [(rung, batch) for batch in args.batch or MODELS[name].batches for rung in order]
-    together = [unit for unit in units if unit[0] != "autoquant"]
+    units = [
+        (name, rung, batch) for name in args.models for batch in args.batch or MODELS[name].batches for rung in order
+    ]
+    together = [unit for unit in units if unit[1] != "autoquant"]
     groups = [together[i : i + args.at_once] for i in range(0, len(together), args.at_once)]
-    groups += [[unit] for unit in units if unit[0] == "autoquant"]
+    groups += [[unit] for unit in units if unit[1] == "autoquant"]
     for group in groups:
         with contextlib.ExitStack() as ends:
             processes = []
-            for rung, batch in group:
+            for name, rung, batch in group:
                 processes.append(Process(name, rung, batch, folder, args))
                 ends.callback(processes[-1].end)
             ready = []
@@ -317,13 +329,13 @@ def rows_of(name: str, folder: Path, args: argparse.Namespace) -> Generator[tupl
                     each.answer()
                     ready.append(each)
                 except RuntimeError as error:
-                    yield each.rung, each.batch, str(error)
+                    yield each.name, each.rung, each.batch, str(error)
             for each in ready:
                 try:
                     each.connection.send("go")
-                    yield each.rung, each.batch, each.answer()
+                    yield each.name, each.rung, each.batch, each.answer()
                 except (RuntimeError, OSError) as error:
-                    yield each.rung, each.batch, str(error)
+                    yield each.name, each.rung, each.batch, str(error)
                 each.end(patience=10)
 
 
@@ -357,28 +369,24 @@ def save(path: Path, data: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    runs: dict[str, dict[str, Any]] = {}
+    runs = {name: {"unit": MODELS[name].unit, "rows": [], "errors": {}} for name in args.models}
     data = {"runs": [{**measure.facts(torch.device(args.device)), "at_once": args.at_once}], "models": runs}
-    name = ""
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in args.models:
-                run = runs[name] = {"unit": MODELS[name].unit, "rows": [], "errors": {}}
-                with contextlib.closing(rows_of(name, Path(folder), args)) as found:
-                    for rung, batch, row in found:
-                        if isinstance(row, str):
-                            run["errors"][f"{rung}, batch {batch}"] = row
-                        else:
-                            run["rows"].append(row)
-                        said = row if isinstance(row, str) else f"{row['ms']:.2f} ms"
-                        print(f"{name}, batch {batch}, {rung}: {said}", file=sys.stderr, flush=True)
-                        if args.json is not None:
-                            save(args.json, data)
-                print(tables(name, run["rows"], args), flush=True)
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(rows_of(Path(folder), args)) as found:
+            for name, rung, batch, row in found:
+                if isinstance(row, str):
+                    runs[name]["errors"][f"{rung}, batch {batch}"] = row
+                else:
+                    runs[name]["rows"].append(row)
+                said = row if isinstance(row, str) else f"{row['ms']:.2f} ms"
+                print(f"{name}, batch {batch}, {rung}: {said}", file=sys.stderr, flush=True)
+                if args.json is not None:
+                    save(args.json, data)
     except KeyboardInterrupt:
-        if name in runs:
-            print(tables(name, runs[name]["rows"], args), flush=True)
         return 130
+    finally:
+        for name, run in runs.items():
+            print(tables(name, run["rows"], args), flush=True)
     return 0 if any(run["rows"] for run in runs.values()) else 1
 
 

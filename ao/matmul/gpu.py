@@ -270,8 +270,8 @@ def fused(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
 def fused_launch(x: Tensor, w: QTensor) -> Product:
     """`fused` for eager mode.
 
-    There the GPU waits for the host, unless a weight is large: so one launch for up to 128 tokens, which of 4 bits and up to 16
-    tokens is the fastest way too; beyond, for 8 bits and up to 512 tokens, a decoder and the dense product, which the host is done
+    There the GPU waits for the host, unless a weight is large: so one launch for up to 128 tokens, which is the fastest way too of
+    4 bits and up to 16 tokens; beyond, for 8 bits and up to 512 tokens, a decoder and the dense product, which the host is done
     with sooner than with the three launches of a faster one.
     While a CUDA graph records, the time of the host does not count.
     """

@@ -3,8 +3,8 @@
 `ao::dynamic_product` quantizes an activation by a kernel of its own, which reads all of it once more, and does so anew for each
 weight that it meets. Where Inductor makes a graph of such products, it asks how to lower each of them:
 
-    after a norm    the rows are reduced already, so that their largest numbers are found, and codes are written, in the same
-                    kernel, in place of the activation
+    after a norm    of rows that are not long: they are reduced already, so that their largest numbers are found, and codes are
+                    written, in the same kernel, in place of the activation
     after a GELU or SiLU of a product, which another product may multiply
                     by our kernel, which computes that too: Inductor would compute it once for the largest number and once
                     more for the codes
@@ -24,8 +24,9 @@ import torch
 
 from . import joined
 
-LONGEST = 8192
-"""Numbers of a row, at most: Inductor cuts longer ones in parts, each a kernel of its own."""
+LONGEST = 1024
+"""Numbers of a row, at most: Inductor reads longer ones anew for each thing that it computes of them, which takes longer than our
+kernel."""
 
 SEARCHED = 64
 """Operators of a graph that are looked at for a norm, at most."""

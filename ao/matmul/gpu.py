@@ -270,9 +270,9 @@ def fused(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
 def fused_launch(x: Tensor, w: QTensor) -> Product:
     """`fused` for eager mode.
 
-    There the GPU waits for the host, unless a weight is large: so one launch for up to 128 tokens, which is the fastest way too of
-    4 bits and up to 16 tokens; beyond, for 8 bits and up to 512 tokens, a decoder and the dense product, which the host is done
-    with sooner than with the three launches of a faster one.
+    There the GPU waits for the host, unless a weight is large: so one launch for up to 128 tokens, which is the fastest way too
+    for up to 16 and 4 bits; beyond, for 8 bits and up to 512 tokens, a decoder and the dense product, which the host is done with
+    sooner than with the three launches of a faster one.
     While a CUDA graph records, the time of the host does not count.
     """
     from .kernels import ampere, operators

@@ -80,8 +80,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=f"Rungs: {', '.join((*RUNGS[:3], 'autoquant', *SPARSE))}, and every format:\n{formats.help_text()}",
     )
     parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="M", help=", ".join(MODELS)
-    )
+        "--models", nargs="+", default=list(MODELS), metavar="M",
+        help=f"{', '.join(MODELS)}; vit-l:64 is that one at batch 64 alone",
+    )  # fmt: skip
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), metavar="R", help="in this order")
     parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="default: those of the model")
     parser.add_argument("--layers", type=int, metavar="L", help="only so many blocks")
@@ -99,6 +100,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save there")
     args = parser.parse_args(argv)
+    named = [model.partition(":") for model in args.models]
+    for name, colon, batch in named:
+        if name not in MODELS or (colon and not batch.isdecimal()):
+            parser.error(
+                f"--models: no model {name + colon + batch!r}; there are {', '.join(MODELS)}, and vit-l:64 is of batch 64"
+            )
+    args.models = list(dict.fromkeys(name for name, *_ in named))
+    args.batches = [
+        (name, b)
+        for name, colon, batch in named
+        for b in ([int(batch)] if colon else args.batch or MODELS[name].batches)
+    ]
     if args.at_once < 1:
         parser.error(f"--at-once must be 1 or more, got {args.at_once}")
     known = {*RUNGS[:3], "autoquant", *SPARSE}
@@ -311,9 +324,7 @@ def rows_of(folder: Path, args: argparse.Namespace) -> Generator[tuple[str, str,
     """Model, rung, batch size, and the row or the reason why there is none, each as soon as it is known."""
     # The others are held against bf16. Autoquant measures by itself, so that nothing may run beside it.
     order = sorted(args.rungs, key=lambda rung: rung != "bf16")
-    units = [
-        (name, rung, batch) for name in args.models for batch in args.batch or MODELS[name].batches for rung in order
-    ]
+    units = [(name, rung, batch) for name, batch in args.batches for rung in order]
     together = [unit for unit in units if unit[1] != "autoquant"]
     groups = [together[i : i + args.at_once] for i in range(0, len(together), args.at_once)]
     groups += [[unit] for unit in units if unit[1] == "autoquant"]

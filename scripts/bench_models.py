@@ -380,7 +380,9 @@ def save(path: Path, data: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    runs = {name: {"unit": MODELS[name].unit, "rows": [], "errors": {}} for name in args.models}
+    runs: dict[str, dict[str, Any]] = {
+        name: {"unit": MODELS[name].unit, "rows": [], "errors": {}} for name in args.models
+    }
     data = {"runs": [{**measure.facts(torch.device(args.device)), "at_once": args.at_once}], "models": runs}
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.closing(rows_of(Path(folder), args)) as found:

@@ -27,7 +27,8 @@ class WholeModel:
     batches: what people run it with.
     unit: what one call does.
     decodes: a call is one step of `generate`, rather than `module(**inputs)`.
-    compiled: the parts that are compiled: the whole module, or its blocks where compiling all of it makes it slow.
+    compiled: the parts that are compiled: the whole module, or each of its blocks, which takes a tenth of the time where many are
+        alike, as one graph serves all of these.
     """
 
     build: Callable[[bool, int | None], nn.Module]
@@ -190,6 +191,10 @@ def _tokens(length: int) -> Callable[[Any, int, bool], dict[str, Tensor]]:
     return inputs
 
 
+def _layers(module: Any) -> Any:
+    return module.layers
+
+
 def random_model(model: WholeModel, small: bool, layers: int | None, dtype: torch.dtype, seed: int = 0) -> Any:
     """The module, with weights that keep numbers as large as they come: normal, each row of length 1; those of norms are 1.
 
@@ -221,19 +226,26 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 MODELS = {
-    "sam-vit-h": WholeModel(_sam, _image, (1, 8, 32), "an image of 1024 x 1024 through SAM's encoder"),
-    # Compiled whole, it makes a mask that lets every token see all, for which PyTorch has no fast attention over 197 of them.
-    "vit-l": WholeModel(
-        _vit, _image, (1, 64), "an image of 224 x 224 through ViT-L/16", compiled=lambda module: module.layers
+    "sam-vit-h": WholeModel(
+        _sam, _image, (1, 8, 32), "an image of 1024 x 1024 through SAM's encoder", compiled=_layers
     ),
+    # Compiled whole, it makes a mask that lets every token see all, for which PyTorch has no fast attention over 197 of them.
+    "vit-l": WholeModel(_vit, _image, (1, 64), "an image of 224 x 224 through ViT-L/16", compiled=_layers),
     "dinov2-l": WholeModel(_dinov2, _image, (1, 64), "an image of 518 x 518 through DINOv2-L/14"),
     "sdxl": WholeModel(_sdxl, _sdxl_step, (1, 2), "a step of SDXL's UNet at 1024 x 1024"),
-    "flux": WholeModel(_flux, _flux_step, (1,), "a step of Flux's transformer at 1024 x 1024"),
+    "flux": WholeModel(
+        _flux,
+        _flux_step,
+        (1,),
+        "a step of Flux's transformer at 1024 x 1024",
+        compiled=lambda module: (*module.transformer_blocks, *module.single_transformer_blocks),
+    ),
     "whisper-encoder": WholeModel(
         lambda small, layers: _whisper(small, layers).encoder,
         _speech,
         (1, 16),
         "30 s of speech through Whisper-large-v3's encoder",
+        compiled=_layers,
     ),
     "llama-prefill": WholeModel(_llama, _tokens(2048), (1,), "a prompt of 2,048 tokens through Llama-3.1-8B"),
     "llama-decode": WholeModel(_llama, _tokens(16), (1,), "a token of Llama-3.1-8B by generate", decodes=True),

@@ -45,6 +45,29 @@ def test_two_of_four(values, act, dtype, units, monkeypatch):
         assert compute_error(F.linear(x, q), compiled(x, q)) > 40
 
 
+@pytest.mark.parametrize(("values", "act"), [(None, None), (Intx(8), None), (Intx(8), Intx(8))], ids=str)
+def test_forms_made_while_graphs_warm_up(values, act):
+    """A form that outlives the call is no memory of the graph's own, which refuses that and would overwrite it."""
+    torch.compiler.reset()
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(3)])
+    for i, layer in enumerate(model):
+        q = Sparse24(values, prune=True, act=act).quantize(weight((1024, 1024), i, torch.bfloat16).cuda())
+        layer.weight = torch.nn.Parameter(q, requires_grad=False)
+    x = weight((512, 1024), 9, torch.bfloat16).cuda()
+    for part in model:
+        part.compile(mode="reduce-overhead")
+    with torch.no_grad():
+        outs = []
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            outs.append(model(x).clone())
+        expected = x
+        for layer in model:
+            rows = expected if act is None else act.fake_quantize(expected)
+            expected = (rows.float() @ layer.weight.dequantize().float().t() + layer.bias.float()).bfloat16()
+    assert all(compute_error(expected.float(), out.float()) > 35 for out in outs)
+
+
 @pytest.mark.parametrize("values", [None, Intx(8), Intx(4, (1, 32), symmetric=True), Intx(4, (1, 32))], ids=str)
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_kept_blocks(values, size):

@@ -20,6 +20,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -80,11 +81,32 @@ def _beside(w: QTensor, name: str, make: Any) -> Tensor | None:
     kept = forms.get(name)
     if kept is None or kept.of != of:
         forms.pop(name, None)
-        if _Kept.total >= KEPT_BYTES or _is_recorded(tensors[0].device):
+        device = tensors[0].device
+        if _Kept.total >= KEPT_BYTES or _is_recorded(device):
             return None
-        with torch.no_grad():
-            kept = forms[name] = _Kept(of, make())
+        kept = forms[name] = _Kept(of, _apart(make, device))
     return kept.form
+
+
+def _apart(make: Callable[[], Tensor | None], device: torch.device) -> Tensor | None:
+    """`make()` without gradients; on a GPU in a thread of its own: what the thread that warms a CUDA graph up allocates is memory
+    of PyTorch's graphs, which write over it, and refuse it where it outlives the call."""
+    if device.type != "cuda":
+        with torch.no_grad():
+            return make()
+    stream = torch.cuda.current_stream(device)
+
+    def run() -> Tensor | None:
+        with torch.cuda.stream(stream), torch.no_grad():
+            return make()
+
+    return _thread().submit(run).result()
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    """One for all forms: cuSPARSELt is set up anew in every thread."""
+    return ThreadPoolExecutor(1, "ao-sparse-forms")
 
 
 def _is_recorded(device: torch.device) -> bool:

@@ -8,7 +8,8 @@ not how good), and autoquant with its choices. Layers whose shapes a format does
 
     ms             the median call, or the median token of a model that decodes by `generate` with a static cache
     of float32     how many times faster than eager float32, and of bf16, compiled
-    GB             the most memory that a call needs, weights and all, but not what it took to build and to quantize
+    GB             the most memory that a call needs, weights and all, but not what it took to build and to quantize, nor what
+                   CUDA graphs hold
     first s        the first call, with what it compiles; for autoquant with what it measures
     dB             signal to noise of the output against that of bf16
 

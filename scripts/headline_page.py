@@ -46,8 +46,10 @@ def ladders(data: dict[str, Any]) -> str:
 
 
 README_ROWS = (
-    ("sam-vit-h", "2:4 int8-dynamic"),
-    ("flux", "int8-dynamic"),
+    ("sam-vit-h", "int8-dynamic"),
+    ("vit-l", "int8-dynamic"),
+    ("whisper-encoder", "int8-dynamic"),
+    ("flux", "2:4 int8-dynamic"),
     ("mixtral-decode", "int4-g128"),
 )
 """The models of the README, each in the form that is fastest."""

@@ -559,8 +559,10 @@ def test_misuse():
         IntxWeightOnlyConfig(torch.uint4)
     with pytest.raises(ValueError, match="layout must be one of PlainLayout"):
         Int8DynamicActivationInt8WeightConfig(layout=Int4CPULayout())
-    with pytest.raises(ValueError, match="granularity must be PerTensor"):
-        Float8DynamicActivationFloat8WeightConfig(granularity=PerGroup(32))
+    message = "granularity must be one of None, PerTensor, PerRow, PerToken, or a pair of them"
+    for wrong in (PerGroup(32), (PerRow(), PerGroup(32)), (PerRow(),), (PerRow(),) * 3, ((PerRow(),) * 2, PerRow())):
+        with pytest.raises(ValueError, match=message):
+            Float8DynamicActivationFloat8WeightConfig(granularity=wrong)
     with pytest.raises(TypeError, match="lays out weights for cuda"):
         quantize_(network(), Int4WeightOnlyConfig(layout=TensorCoreTiledLayout()))
     assert PlainLayout() == Int4WeightOnlyConfig().layout

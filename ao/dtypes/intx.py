@@ -269,15 +269,16 @@ class Intx(Spec):
         blocks = to_blocks(x, scale.shape)
         steps = in_blocks(reciprocal(scale) if inverse is None else inverse)
         # In place: no fresh memory.
-        if self.is_binary:
-            q = blocks.clone().lt_(0).neg_()
+        if zero_point is None:
+            if self.is_binary:
+                return blocks.clone().lt_(0).neg_()
+            q = blocks * steps
+        elif zero_point.is_floating_point():
+            # Not x * steps + zero_point, which a compiler may or may not contract into one rounding.
+            q = (blocks + in_blocks(product(zero_point, scale))).mul_(steps)
         else:
-            if zero_point is None or not zero_point.is_floating_point():
-                q = blocks * steps
-            else:
-                # Not x * steps + zero_point, which a compiler may or may not contract into one rounding.
-                q = (blocks + in_blocks(product(zero_point, scale))).mul_(steps)
-            q = q.round_() if self.rounding == "nearest" else stochastic_round(q.clamp_(-255, 255), blocks)
+            q = blocks * steps
+        q = q.round_() if self.rounding == "nearest" else stochastic_round(q.clamp_(-255, 255), blocks)
         if zero_point is not None and not zero_point.is_floating_point():
             q.add_(in_blocks(zero_point.float()))
         return q.clamp_(self.qmin, self.qmax)

@@ -77,6 +77,7 @@ def quantize_folder(
                 if watch is not None:
                     watch(names[name], t, q)
                 t = q
+                report.quantized_bytes += done
             shards.add(names[name] if isinstance(t, QTensor) else name, t)
             mapped.read(read)
             if progress is not None:

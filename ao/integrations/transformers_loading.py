@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from ..dtypes import QTensor
 from ..dtypes.checkpoint import quantized_entries, stored_names, unflatten
 from ..quant.quantize import Job, check_values
-from ..quant.report import Report
+from ..quant.report import Report, Row
 from .foreign.checkpoint import ForeignCheckpoint
 from .joined_parameters import Joined, joined_parameters
 from .mapped_memory import MappedFiles
@@ -74,7 +74,7 @@ def quantize_named(job: Job, name: str, value: Tensor, report: Report) -> QTenso
     and infinite values, and for those that are beyond the format's range."""
     check_values(name, value, job)
     q, found = job.quantize(value)
-    report.add(name, job.spec, value, q, job.recipe.label)
+    report.rows.append(Row(name, tuple(value.shape), repr(job.spec), value.nbytes, q.nbytes, job.recipe.label))
     report.notes.extend(f"{name}: {note}" for note in (found.notes if found is not None else ()))
     return q
 

@@ -60,7 +60,7 @@ def parse_recipe(algorithm: str, who: str = "algorithm") -> Recipe:
 
 Allowed = Mapping[str, tuple[Any, ...]]
 """What parameters of a config may be, by name: values, and types of values. An `int` is the size of a group: 1 or more, or -1 for
-the whole row."""
+the whole row. A `tuple` is a pair of the others, (of the activation, of the weight)."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,15 @@ class Config:
     def __post_init__(self) -> None:
         self.recipe  # noqa: B018  which raises for a name that is none
         for name, allowed in self.allowed.items():
-            value, is_size = getattr(self, name), int in allowed
-            fits = value in allowed or any(isinstance(a, type) and isinstance(value, a) for a in allowed)
+            value, is_size, is_pair = getattr(self, name), int in allowed, tuple in allowed
+            kinds = tuple(a for a in allowed if isinstance(a, type) and a is not tuple)
+            each = value if is_pair and isinstance(value, (tuple, list)) else (value, value)
+            fits = len(each) == 2 and all(v in allowed or isinstance(v, kinds) for v in each)
             if fits and is_size and value is not None:
                 fits = not isinstance(value, bool) and (value >= 1 or value == -1)
             if not fits:
-                shown = ", ".join(a.__name__ if isinstance(a, type) else str(a) for a in allowed)
+                shown = ", ".join(a.__name__ if isinstance(a, type) else str(a) for a in allowed if a is not tuple)
+                shown += ", or a pair of them for (activation, weight)" if is_pair else ""
                 what = "a number such as 128, or -1 for the whole row" if is_size else f"one of {shown}"
                 raise ValueError(f"{type(self).__name__}: {name} must be {what}, got {value!r}")
 

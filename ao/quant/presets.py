@@ -89,15 +89,10 @@ def _say_hqq(config: Config) -> None:
     object.__setattr__(config, "algorithm", "hqq")
 
 
-def _pair(config: Config, granularity: Any) -> tuple[Granularity, Granularity]:
-    """(activation, weight) granularity from one or two of them. Both PerTensor or PerRow."""
-    pair = tuple(granularity) if isinstance(granularity, (tuple, list)) else (granularity, granularity)
-    if len(pair) != 2 or not all(isinstance(g, (PerTensor, PerRow, PerToken)) for g in pair):
-        raise ValueError(
-            f"{type(config).__name__}: granularity must be PerTensor() or PerRow(), or a pair of them for "
-            f"(activation, weight), got {granularity!r}"
-        )
-    return pair
+def _pair(granularity: Granularity | tuple[Granularity, Granularity] | None) -> tuple[Granularity, Granularity]:
+    """(activation, weight) granularity from one or two of them; None is PerTensor()."""
+    act, weight = granularity if isinstance(granularity, (tuple, list)) else (granularity, granularity)
+    return act or PerTensor(), weight or PerTensor()
 
 
 def _sparse(layout: Layout, values: Spec) -> Spec:
@@ -197,17 +192,14 @@ class Int8DynamicActivationInt8WeightConfig(Config):
     allowed: ClassVar[Allowed] = {
         "layout": (PlainLayout, SemiSparseLayout, BlockSparseLayout),
         "act_mapping_type": tuple(MappingType),
+        "granularity": (PerTensor, PerRow, PerToken, tuple),
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _pair(self, self.granularity)
-
     def weight(self, shape: tuple[int, ...]) -> Spec:
-        return _sparse(self.layout, Intx(8, _pair(self, self.granularity)[1].block()))
+        return _sparse(self.layout, Intx(8, _pair(self.granularity)[1].block()))
 
     def act(self) -> Spec:
-        return Intx(8, _pair(self, self.granularity)[0].block(), **_mapping(self.act_mapping_type))
+        return Intx(8, _pair(self.granularity)[0].block(), **_mapping(self.act_mapping_type))
 
 
 @dataclass(frozen=True)
@@ -393,18 +385,14 @@ class Float8DynamicActivationFloat8WeightConfig(Config):
         "layout": (PlainLayout, SemiSparseLayout),
         "activation_dtype": tuple(FLOAT8_FORMATS),
         "weight_dtype": tuple(FLOAT8_FORMATS),
+        "granularity": (None, PerTensor, PerRow, PerToken, tuple),
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _pair(self, self.granularity or PerTensor())
-
     def weight(self, shape: tuple[int, ...]) -> Spec:
-        block = _pair(self, self.granularity or PerTensor())[1].block()
-        return _sparse(self.layout, Float8(FLOAT8_FORMATS[self.weight_dtype], block))
+        return _sparse(self.layout, Float8(FLOAT8_FORMATS[self.weight_dtype], _pair(self.granularity)[1].block()))
 
     def act(self) -> Spec:
-        return Float8(FLOAT8_FORMATS[self.activation_dtype], _pair(self, self.granularity or PerTensor())[0].block())
+        return Float8(FLOAT8_FORMATS[self.activation_dtype], _pair(self.granularity)[0].block())
 
 
 def _static_scale(config: Config) -> None:

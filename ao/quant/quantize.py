@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -231,17 +231,22 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             spec = _spec_of(config, shape, kernel)
         except TypeError:  # a config that holds a list has no hash
             spec = _spec_of.__wrapped__(config, shape, kernel)
-        linear, takes_act = all(isinstance(owner, nn.Linear) for owner in owners), spec.act is not None
-        if takes_act:
-            if not _quantizes_input(owners, config):
-                spec = replace(spec, act=None)
+        linear = [isinstance(owner, nn.Linear) for owner in owners]
+        act_scale = act_range = None
+        if takes_act := spec.act is not None:
+            act_scale, act_range = config.act_scale(), config.act_range()
+            if act_range not in (None, "minmax") and recipe.scales:
+                raise ValueError(f"algorithm={recipe.label!r} scales the activation, and needs range_method='minmax'")
+            # Only linear layers quantize their input; others take the weight half. What a linear layer is tied to, such as an
+            # embedding, does not mind a dynamic scale.
+            dynamic = act_scale is None and act_range is None
+            if not (all(linear) or (any(linear) and dynamic)):
+                spec, act_scale, act_range = replace(spec, act=None), None, None
                 if chosen.asked and any(by_default(slot, asked=True) for slot in slots):
                     raise ValueError(
                         f"{type(config).__name__} quantizes activations, and only nn.Linear layers do that"
                     )
-            if config.act_range() not in (None, "minmax") and recipe.scales:
-                raise ValueError(f"algorithm={recipe.label!r} scales the activation, and needs range_method='minmax'")
-        if not linear and recipe.needs:
+        if not all(linear) and recipe.needs:
             other = next(owner for owner in owners if not isinstance(owner, nn.Linear))
             raise ValueError(
                 f"algorithm={recipe.name!r} needs the inputs of a linear layer, and this is {type(other).__name__}; "
@@ -267,10 +272,7 @@ def _job(chosen: Chosen, report: Report) -> Job | None:
             "do that"
         )
         report.notes += [note] if note not in report.notes else []
-    act: dict[str, Any] = {}
-    if linear and spec.act is not None:
-        act = {"act_scale": config.act_scale(), "act_range": config.act_range()}
-    return Job(**vars(slots[0]), slots=slots, spec=spec, recipe=recipe, **act)
+    return Job(**vars(slots[0]), slots=slots, spec=spec, recipe=recipe, act_scale=act_scale, act_range=act_range)
 
 
 @functools.lru_cache(maxsize=256)
@@ -283,14 +285,6 @@ def _spec_of(config: Config, shape: tuple[int, ...], kernel: bool) -> Spec:
         spec = replace(spec, block=(*spec.block, *([-1] * (len(shape) - 2))))  # type: ignore[call-arg]
     blank(spec, shape)
     return spec if act is None else replace(spec, act=act)
-
-
-def _quantizes_input(owners: list[nn.Module], config: Config) -> bool:
-    """Whether the layers of a parameter quantize their activations, where the config says so. Only linear layers do; others
-    take the weight half. What a linear layer is tied to, such as an embedding, does not mind a dynamic one."""
-    linear = [isinstance(owner, nn.Linear) for owner in owners]
-    dynamic = config.act_scale() is None and config.act_range() is None
-    return all(linear) or (any(linear) and dynamic)
 
 
 def _in_words_of(config: object, error: str) -> str:
@@ -346,7 +340,8 @@ def quantize_job(job: Job, seen: Statistics | None, device: torch.device | None,
             report.notes.append(f"{job.fqn}: its bias is not corrected: it would be beyond the range of {old.dtype}")
     new._is_param = True  # as `nn.Parameter(new)` does, after it has made a view: nobody else holds this one
     job.install(new)  # type: ignore[arg-type]
-    report.add(job.fqn, job.spec, old, new, job.recipe.label)
+    report.rows.append(Row(job.fqn, tuple(old.shape), repr(job.spec), old.nbytes, new.nbytes, job.recipe.label))
+    report.quantized_bytes += old.nbytes
 
 
 def _add_to_bias(job: Job, bias: Tensor) -> bool:

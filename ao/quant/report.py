@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import QTensor, Spec
+from ..dtypes import QTensor
 
 T = TypeVar("T")
 
@@ -59,12 +59,6 @@ class Report:
     notes: list[str] = field(default_factory=list)
     model_bytes: int = 0
     quantized_bytes: int = 0
-
-    def add(self, name: str, spec: Spec, before: Tensor, after: Tensor, algorithm: str) -> None:
-        """A row for a parameter, as it was and as it is."""
-        self.rows.append(Row(name, tuple(before.shape), repr(spec), before.nbytes, after.nbytes, algorithm))
-        if isinstance(after, QTensor):
-            self.quantized_bytes += before.nbytes
 
     def add_stored(self, name: str, q: QTensor, before: int) -> None:
         """A row for a parameter that was quantized as it was found, in `before` bytes."""

@@ -11,7 +11,7 @@ from ..algorithms.recipe import RoundToNearest
 from ..choice import Filter, slots_of
 from ..config import Config
 from ..quantize import Job, check_values, jobs_of
-from ..report import Report
+from ..report import Report, Row
 from ..rules import FqnToConfig
 from .layers import PLAIN, FakeQuantized
 from .prepare import linear_by_default
@@ -46,7 +46,8 @@ def convert(model: nn.Module, config: Config | Spec | None, filter_fn: Filter | 
         for layer in layers:
             _plain(layer)
         job.install(new)
-        report.add(job.fqn, job.spec, old, new, "qat")
+        report.rows.append(Row(job.fqn, tuple(old.shape), repr(job.spec), old.nbytes, new.nbytes, "qat"))
+    report.measure(model)
     return report
 
 

@@ -16,7 +16,7 @@ from ..calibration.statistics import Statistics
 from ..choice import Filter, Slot, by_default
 from ..config import Config
 from ..quantize import Job, check_values, jobs_of, static_scale
-from ..report import Report
+from ..report import Report, Row
 from .layers import PREPARED, FakeQuantized
 
 
@@ -84,7 +84,8 @@ def prepare(
     for job in jobs:
         job.install(originals[job.fqn])
         _set_up(job, starts[job.fqn], adapter)
-        report.add(job.fqn, job.spec, job.parameter, job.parameter, "qat")
+        p = job.parameter
+        report.rows.append(Row(job.fqn, tuple(p.shape), repr(job.spec), p.nbytes, p.nbytes, "qat"))
     return report
 
 

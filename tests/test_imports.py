@@ -26,7 +26,7 @@ PURE = {
     "cpp_vectors",
     "rounding",
     "layouts",
-    "onnx_mode",
+    "onnx_integers",
     "operand",
     "pairs",
     "pieces",

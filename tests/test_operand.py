@@ -42,7 +42,7 @@ ROOMS = {
     "caching",
     "cpp",
     "lattice",
-    "onnx_mode",
+    "onnx_integers",
     "operand",
     "ops",
     "pairs",

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import onnx_mode
-from .tracing import is_eager
+from .onnx_integers import shift
+from .tracing import exporting, is_eager
 
 CHUNK = 32
 
@@ -130,11 +130,11 @@ def _unpack_chunks(packed: Tensor, bits: int, chunk: int, shape: Sequence[int] |
         width = chunk * section // 8
         word = packed[..., start : start + width].unsqueeze(-2)  # (..., chunks, 1, width)
         shifts = torch.arange(0, 8, section, device=packed.device, dtype=torch.uint8).unsqueeze(-1)
-        shifted = onnx_mode.shift(word, shifts) if onnx_mode.exporting() else word >> shifts
+        shifted = shift(word, shifts) if exporting() else word >> shifts
         part = shifted & (2**section - 1)  # (..., chunks, 8 // section, width)
         part = part.reshape((*lead, size) if shape is None else tuple(shape))
-        if offset and onnx_mode.exporting():
-            part = onnx_mode.shift(part, torch.tensor(offset, dtype=torch.uint8, device=part.device), "LEFT")
+        if offset and exporting():
+            part = shift(part, torch.tensor(offset, dtype=torch.uint8, device=part.device), "LEFT")
         elif offset:
             part = part << offset
         codes = part if codes is None else codes | part
@@ -174,7 +174,7 @@ def unpack_trits(packed: Tensor, dim: int = -1) -> Tensor:
     """The inverse of `pack_trits`: (..., K * 13 / 64, ...) uint8 -> (..., K, ...) uint8 of 0, 1 and 2."""
     b = packed.movedim(dim, -1)
     lead, chunks = b.shape[:-1], b.shape[-1] // TRIT_BYTES
-    word = torch.int32 if onnx_mode.exporting() else torch.int16  # onnxruntime shifts no signed numbers of 16 bits
+    word = torch.int32 if exporting() else torch.int16  # onnxruntime shifts no signed numbers of 16 bits
     powers = torch.tensor([1, 3, 9, 27, 81], dtype=word, device=b.device).unsqueeze(-1)
     b = b.reshape(*lead, chunks, 1, TRIT_BYTES).to(word)
     digits = ((b * powers & 255) * 3) >> 8  # (..., chunks, 5, 13)

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from .mapped import Mapped
-from .onnx_mode import reads_no_bits
 from .operand import look_up
-from .tracing import is_eager
+from .tracing import is_eager, reads_no_bits
 
 
 def _bits(x: float) -> int:

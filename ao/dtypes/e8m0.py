@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .base import Elements, QTensor, Spec, dense
 from .blocks import in_blocks
-from .onnx_mode import exponent_of, reads_no_bits
 from .operand import look_up
-from .rounding import reciprocal
+from .rounding import exponent_of, reciprocal
+from .tracing import reads_no_bits
 
 _MANTISSA = 23
 """Of float32."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .base import Elements, PerBlock, QTensor, Spec
 from .blocks import amax_abs, in_blocks, to_blocks
-from .onnx_mode import exporting
 from .operand import Cast, Element, Operand
 from .rounding import narrow, power_of_two_above, reciprocal
+from .tracing import exporting
 
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

@@ -19,9 +19,9 @@ from .bits import pack, pack_dim, packed_dim, unpack
 from .blocks import amax_abs, blocks_shape, in_blocks, to_blocks
 from .e8m0 import E8M0, RULES, Rule, inverse_of, shared_exponent, wide
 from .float8 import Float8
-from .onnx_mode import exponent_of, reads_no_bits
 from .operand import Element, Operand, minifloat
-from .rounding import narrow, random_words, round_to
+from .rounding import exponent_of, narrow, random_words, round_to
+from .tracing import reads_no_bits
 
 _MANTISSA, _BIAS = 23, 127
 """Of float32."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import Elements, QTensor, Spec
-from .onnx_mode import reads_no_bits
+from .tracing import reads_no_bits
 
 PLACES = 32
 """Zero points, from 0 to less than 2**bits."""

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .bits import signed_trits
-from .onnx_mode import exporting, reads_no_bits
-from .tracing import is_eager
+from .tracing import exporting, is_eager, reads_no_bits
 
 Kind = Literal["affine", "trits", "shifted", "float", "minifloat", "fixed", "table", "int4pack", "sparse24", "blocks"]
 

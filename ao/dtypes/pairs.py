@@ -12,7 +12,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .onnx_mode import shifted_right
+from .onnx_integers import shifted_right
 
 UNIT = 64
 """The elements of a chunk of packed codes."""

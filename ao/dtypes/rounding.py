@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .onnx_mode import exponent_of, exporting, reads_no_bits
-from .tracing import is_eager
+from .tracing import exporting, is_eager, reads_no_bits
 
 FEW = 2**16
 """Numbers that take a GPU less time in float64 than a launch does."""
@@ -99,6 +98,12 @@ def power_of_two_above(x: Tensor) -> Tensor:
         return torch.where((x > 0) & (x < torch.inf), power, x)
     bits = (x.view(torch.int32) + 0x7FFFFF) & 0x7F800000
     return torch.where(x.isfinite(), bits.view(torch.float32), x)
+
+
+def exponent_of(x: Tensor) -> Tensor:
+    """floor(log2(x)) of numbers that are not negative, in their dtype, without a look at their bits; -infinity of 0."""
+    guess = x.log2().floor()  # a logarithm may be off to either side of an integer
+    return guess - (torch.exp2(guess) > x).to(x.dtype) + (torch.exp2(guess + 1) <= x).to(x.dtype)
 
 
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,9 @@
-"""Words to the compiler: whether it is there, which of our functions it takes for programs, and what it knows of a shape."""
+"""Words to whoever traces: whether one is there, which of our functions it takes for programs, what it knows of a shape, and
+what its graph may hold.
+
+ONNX's operators see numbers, not bits: nothing there reads a float32 as an integer, and none of a compiler's own operators has
+a translation. So code that does either asks here, and writes plain arithmetic instead.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +59,16 @@ def is_eager(x: torch.Tensor, or_recorded: bool = True, on_meta: bool = False) -
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
     return torch._guards.TracingContext.try_get() is None
+
+
+def exporting() -> bool:
+    """Whether `torch.onnx.export(..., dynamo=True)` is tracing."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def reads_no_bits() -> bool:
+    """Whether a graph is traced that cannot take the bits of an integer for a float: for ONNX, or by torch.jit.trace."""
+    return exporting() or torch._C._get_tracing_state() is not None
 
 
 def known(condition: bool | torch.SymBool | torch.Tensor, otherwise: bool = False) -> bool:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dtypes import onnx_mode
 from ..dtypes.bits import packed_dim, unpack
+from ..dtypes.onnx_integers import packs_int4
 
 OPSET = 21
 """The first with 4-bit types and with blocks of `DequantizeLinear`."""
@@ -57,11 +57,11 @@ def export(
             "torch.onnx.export(..., dynamo=True) exports quantized models for older ones"
         )
     given = {"kwargs": kwargs, "opset_version": opset_version, "verbose": False, **options, "dynamo": True}
-    token = onnx_mode.packs_int4.set(True)
+    token = packs_int4.set(True)
     try:
         program = torch.onnx.export(model, args, **given)
     finally:
-        onnx_mode.packs_int4.reset(token)
+        packs_int4.reset(token)
     assert program is not None
     if not _fill_int4(program.model):
         program = torch.onnx.export(model, args, **given)  # codes that are computed on the way are taken apart there

@@ -63,11 +63,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..dtypes import onnx_mode
 from ..dtypes.base import OPS, QTensor, as_bytes, has_scale_by_row
 from ..dtypes.ops import gather
 from ..dtypes.rounding import range_power
-from ..dtypes.tracing import fresh, is_eager
+from ..dtypes.tracing import exporting, fresh, is_eager
 from . import anywhere, cpu, gpu, onnx, sparse
 from .form import key_of
 from .kernels.device import has_kernels
@@ -92,7 +91,7 @@ def path_name(x: Tensor, w: QTensor) -> str:
 
 def _path(x: Tensor, w: QTensor) -> Path:
     """The first path that accepts. x: (M, K), w: (N, K)."""
-    own = PATHS.get("onnx" if onnx_mode.exporting() else x.device.type, ())
+    own = PATHS.get("onnx" if exporting() else x.device.type, ())
     if torch.compiler.is_exporting():
         any_number = isinstance(x.shape[0], torch.SymInt)
         own = tuple(p for p in own if not (p.operator or (p.few and any_number)))

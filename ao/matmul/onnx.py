@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import onnx_mode
 from ..dtypes.base import QTensor
+from ..dtypes.onnx_integers import packs_int4
 from ..dtypes.operand import Operand
+from ..dtypes.tracing import exporting
 from . import anywhere
 from .path import Path
 
@@ -63,7 +64,7 @@ def weight(w: QTensor, dtype: torch.dtype) -> Tensor:
 
 def decodes_table(w: QTensor) -> bool:
     """Whether an embedding decodes all rows before it looks some up: onnxruntime gathers no float8."""
-    if not onnx_mode.exporting():
+    if not exporting():
         return False
     operand = w.spec.operand(w)
     return operand is not None and operand.kind == "float"
@@ -81,7 +82,7 @@ def _linear_fields(w: QTensor) -> tuple[Tensor, Tensor, Tensor | None, dict[str,
     if zero_point is not None and zero_point.is_floating_point():
         return None
     rows, groups = scale.shape
-    if (bits == 4 or groups > 1) and not onnx_mode.packs_int4.get():
+    if (bits == 4 or groups > 1) and not packs_int4.get():
         return None
     if rows not in (1, w.shape[0]) or (rows == 1 and groups > 1):
         return None

@@ -41,7 +41,7 @@ def journey(call: Callable[[], object]) -> tuple[set[tuple[str, str]], set[str]]
         (ao.Int8WeightOnlyConfig, 43, 10),
         (ao.Float8WeightOnlyConfig, 41, 10),
         (ao.Int8DynamicActivationInt8WeightConfig, 45, 10),
-        (ao.NF4WeightOnlyConfig, 65, 12),
+        (ao.NF4WeightOnlyConfig, 64, 12),
     ],
 )
 def test_quantize_one_layer(config, functions, files):

@@ -291,11 +291,6 @@ class Intx(Spec):
             q = q + 0.5
         return q * in_blocks(scale.float())
 
-    def codes(self, qdata: Tensor, shape: Sequence[int], view: Sequence[int] | None = None) -> Tensor:
-        """The integers, int8 or uint8, that `qdata` holds for data of `shape`, as that shape or another view of it."""
-        codes = unpack(qdata, self.bits, packed_dim(qdata.shape, torch.Size(shape)), view)
-        return codes if self.bits == 8 or not self.signed else codes.to(torch.int8) - 2 ** (self.bits - 1)
-
 
 class IntxTensor(QTensor, spec=Intx):
     """x = (q - zero_point) * scale.
@@ -313,7 +308,9 @@ class IntxTensor(QTensor, spec=Intx):
 
     def codes(self, shape: Sequence[int] | None = None) -> Tensor:
         """The integers, int8 or uint8, of the shape of the tensor, or another view of it."""
-        return self.spec.codes(self.qdata, self.shape, shape)
+        bits, signed = self.spec.bits, self.spec.signed
+        codes = unpack(self.qdata, bits, packed_dim(self.qdata.shape, self.shape), shape)
+        return codes if bits == 8 or not signed else codes.to(torch.int8) - 2 ** (bits - 1)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = self.codes(blocks_shape(self.scale.shape, self.shape)).float()

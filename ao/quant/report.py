@@ -60,11 +60,6 @@ class Report:
     model_bytes: int = 0
     quantized_bytes: int = 0
 
-    def add_stored(self, name: str, q: QTensor, before: int) -> None:
-        """A row for a parameter that was quantized as it was found, in `before` bytes."""
-        self.rows.append(Row(name, tuple(q.shape), repr(q.spec), before, q.nbytes_packed))
-        self.quantized_bytes += q.nbytes_packed
-
     def measure(self, model: nn.Module) -> None:
         """Count the bytes of a model, and of what is quantized in it."""
         found = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()

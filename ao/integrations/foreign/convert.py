@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ...dtypes import QTensor
 from ...quant import FqnToConfig, Report
+from ...quant.report import Row
 from ..command_line.safetensors_header import weight_files
 from ..joined_parameters import joined_parameters
 from ..model_folder import read_config, skeleton
@@ -67,10 +68,12 @@ def convert_folder(
     model.to(_dtype_of(model))
     with stored, written_folder(source, target, max_shard_bytes) as shards:
         for name, joined in made_of.items():
-            before = report.model_bytes
+            read = report.model_bytes
             made = joined.make(name, model, checkpoint, stored.get)
             if isinstance(made, QTensor):
-                report.add_stored(name, made, report.model_bytes - before)
+                before = report.model_bytes - read
+                report.rows.append(Row(name, tuple(made.shape), repr(made.spec), before, made.nbytes))
+                report.quantized_bytes += made.nbytes
                 table[name] = made.spec
             shards.add(name, made)
         for name in sorted(checkpoint.plain):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...dtypes import QTensor
 from ...quant import FqnToConfig, Report
+from ...quant.report import Row
 from ..target_folder import check_absent, new_folder
 from ..transformers import AoConfig
 from ..written_folder import Shards
@@ -49,7 +50,8 @@ def convert_gguf(
         shards = Shards(part, max_shard_bytes)
         for name, made, stored in file.tensors(progress):
             if isinstance(made, QTensor):
-                report.add_stored(name, made, stored)
+                report.rows.append(Row(name, tuple(made.shape), repr(made.spec), stored, made.nbytes))
+                report.quantized_bytes += made.nbytes
                 table[name] = made.spec
             shards.add(name, made)
             report.model_bytes += made.nbytes

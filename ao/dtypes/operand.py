@@ -125,11 +125,7 @@ def stored_scale(a: Operand) -> StoredScale | None:
     inner = scale.spec.operand(scale)
     if inner is None or not inner.linear or inner.bits != 8 or inner.offset or hasattr(inner.scale, "spec"):
         return None
-    return (
-        StoredScale("quantized", inner.codes, inner.scale, inner.zero_point)
-        if inner.codes.shape == scale.shape
-        else None
-    )
+    return StoredScale("quantized", inner.codes, inner.scale, inner.zero_point)
 
 
 class Cast(NamedTuple):

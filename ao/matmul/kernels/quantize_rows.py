@@ -194,6 +194,10 @@ def quantized(
     """
     m, k = x.shape
     device = x.device.index
+    if x.data_ptr() % 16:
+        x = x.clone()
+    if other is not None and other.data_ptr() % 16:
+        other = other.clone()
     codes = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     largest, quantize, count = _launches(m, k, dtype, x.dtype, whole, function, other is not None, device)

@@ -169,7 +169,9 @@ def test_the_operator_quantizes_as_the_spec_does(spec):
         assert torch.equal(codes.view(torch.uint8), expected.qdata.view(torch.uint8))
         assert torch.equal(scale, expected.scale.expand(m, 1))
         apart = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(m, k)  # which begins where no word does
-        assert torch.equal(quantized(apart, codes.dtype, spec.block == (-1, -1))[0].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(
+            quantized(apart, codes.dtype, spec.block == (-1, -1))[0].view(torch.uint8), codes.view(torch.uint8)
+        )
     assert not quantized(torch.zeros(3, 128, device="cuda", dtype=torch.bfloat16), codes.dtype, False)[0].float().any()
 
 

@@ -87,7 +87,7 @@ class Shifted(Spec):
         """Codes for `x` (float32) under the given scale and shift."""
         codes = self._codes(x, scale, shift).reshape(x.shape).to(torch.uint8)
         return {
-            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, str(self))),
+            "qdata": pack(codes, self.bits, pack_dim(x.shape, self.bits, self)),
             "scale": scale,
             "shift": shift,
         }

@@ -220,7 +220,7 @@ def _compile(plan: Plan, args: Sequence[Tensor]) -> Callable[..., None]:
         cpu = args[0].device.type == "cpu"
         graph = make_fx(step, decomposition_table={} if cpu else _ON_GPU, tracing_mode="symbolic")(*fakes)
     graph.shape_env = None  # which the compiler's cache on disk would take for a part of the program, and not read
-    options: dict[str, Any] = {"size_asserts": False}  # the rows are ours
+    options: dict[str, Any] = {}  # with checks of sizes: without them torch 2.14 forgets the number of rows
     if cpu:
         options["cpp.enable_floating_point_contract_flag"] = "fast"  # products and sums in one instruction
         # What shall be in memory is said by `in_memory`: values in between are not, however long it takes to compute them.

@@ -305,7 +305,7 @@ class QModuleMixin:
         qparams = affine_qparams(scale, stored["_shift"], grid)
         codes = unpacked(stored["_data._data"], self.weight_qtype.bits).flatten()[: shape.numel()].reshape(shape)
         bits = cast(Intx, spec).bits
-        qdata = codes if bits == 8 else pack(codes, bits, pack_dim(shape, bits, str(spec)))
+        qdata = codes if bits == 8 else pack(codes, bits, pack_dim(shape, bits, spec))
         return spec.wrap({"qdata": qdata, **qparams}, scale.dtype, shape)
 
     def extra_repr(self) -> str:

@@ -270,7 +270,7 @@ class QBitsTensor(metaclass=_Class):
         grouped = group_size is not None and axis == -1
         codes = data.reshape(group_size, shape[1], -1).permute(2, 0, 1) if grouped else data  # type: ignore[arg-type]
         codes = codes.reshape(shape)
-        packed = codes if spec.bits == 8 else pack(codes, spec.bits, pack_dim(shape, spec.bits, str(spec)))
+        packed = codes if spec.bits == 8 else pack(codes, spec.bits, pack_dim(shape, spec.bits, spec))
         fields = {"qdata": packed, **_bits_qparams(spec, axis, scale, shift, shape)}
         return _classed(spec.wrap(fields, scale.dtype, shape))
 

@@ -177,7 +177,7 @@ def _compiled_as(plain, model, x):
             outs = [each(x[:n]) for n in (len(x), 3, 1)]
             assert not counters["graph_break"]
             graphs.append(counters["stats"]["unique_graphs"])
-    assert all(map(torch.equal, outs, expected)) and graphs[0] == graphs[1]
+    assert all(compute_error(a, b) > 100 for a, b in zip(expected, outs)) and graphs[0] == graphs[1]
 
 
 @pytest.mark.filterwarnings(

@@ -123,7 +123,7 @@ class Spec:
         """Qparams (float32) as a QTensor stores them: as `choose_qparams` gives them, in its dtype, rounded to integers
         within their range, or quantized themselves."""
         grid = tuple(next(iter(qparams.values())).shape)
-        kinds = self.choose_qparams(torch.empty(grid, device="meta"), grid)
+        kinds = self.choose_qparams(torch.empty(grid, dtype=torch.float32, device="meta"), grid)
         return {name: _stored(t.float(), kinds.get(name, t)) for name, t in qparams.items()}
 
     def block_of(self, qparam: str) -> tuple[int, ...]:
@@ -346,7 +346,7 @@ def blank(spec: Spec, shape: tuple[int, ...], grid: tuple[int, ...] | None = Non
 
 @functools.lru_cache(maxsize=256)
 def _blank(spec: Spec, shape: tuple[int, ...], grid: tuple[int, ...] | None) -> QTensor:
-    x = torch.empty(shape, device="meta")
+    x = torch.empty(shape, dtype=torch.float32, device="meta")
     fields = spec.encode(x, **spec.choose_qparams(x, spec.grid(shape) if grid is None else grid))
     return spec.wrap(fields, x.dtype, shape)
 
@@ -387,7 +387,7 @@ def _quantize_pieces(
         else:
             if x.dtype != torch.float32:
                 # One buffer for all pieces: memory that is warm, and that malloc does not hand back in between.
-                buffer = torch.empty(piece.numel(), device=x.device) if buffer is None else buffer
+                buffer = torch.empty(piece.numel(), dtype=torch.float32, device=x.device) if buffer is None else buffer
                 piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
             if pre_scale is not None:
                 piece = piece / expand(part(pre_scale.float(), box, x.shape), piece.shape)

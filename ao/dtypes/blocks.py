@@ -105,4 +105,4 @@ def is_finite(x: Tensor) -> bool:
 
 
 def _zeros(x: Tensor, grid: Sequence[int]) -> Tensor:
-    return torch.zeros(tuple(grid), device=x.device)
+    return torch.zeros(tuple(grid), dtype=torch.float32, device=x.device)

@@ -129,7 +129,7 @@ class DynamicTree(Mapped):
         if is_eager(codes, or_recorded=False):
             return _table(self.bits, self.signed, codes.device)[codes.int()]
         if reads_no_bits():
-            return look_up(torch.tensor(self.values, device=codes.device), codes)
+            return look_up(torch.tensor(self.values, dtype=torch.float32, device=codes.device), codes)
         form = _MAPS[self.bits, self.signed]
         rank = codes.float() - form.zero if self.signed else codes.float()
         r = rank.abs() - form.center if self.signed else rank - form.center
@@ -169,4 +169,4 @@ def _outermost(choose: Callable[[Tensor, Tensor], Tensor], x: Tensor, lines: Seq
 @functools.lru_cache(maxsize=64)
 def _table(bits: int, signed: bool, device: torch.device) -> Tensor:
     """The entries on a device."""
-    return torch.tensor(_MAPS[bits, signed].entries, device=device)
+    return torch.tensor(_MAPS[bits, signed].entries, dtype=torch.float32, device=device)

@@ -54,7 +54,7 @@ class E8M0Tensor(QTensor, spec=E8M0):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if reads_no_bits():
             powers = [*(2.0 ** (byte - 127) for byte in range(255)), math.nan]
-            return look_up(torch.tensor(powers, device=self.qdata.device), self.qdata).to(dtype)
+            return look_up(torch.tensor(powers, dtype=torch.float32, device=self.qdata.device), self.qdata).to(dtype)
         byte = self.qdata.to(torch.int32)
         # Byte 0 is no normal number of float32.
         bits = torch.where(byte == 0, 1 << (_MANTISSA - 1), byte << _MANTISSA) | (byte == 255)

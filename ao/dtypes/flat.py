@@ -103,7 +103,7 @@ def _copy(target: FlatTensor, source: Tensor, non_blocking: bool = False) -> Ten
 
 @_implements(aten.view.default, aten._unsafe_view.default)
 def _view(q: FlatTensor, size: Sequence[int]) -> QTensor:
-    return _with(q, torch.empty(q.shape, device="meta").view(size).shape, aten.alias(q.blocks))
+    return _with(q, torch.empty(q.shape, dtype=torch.float32, device="meta").view(size).shape, aten.alias(q.blocks))
 
 
 @_implements(aten.slice.Tensor)

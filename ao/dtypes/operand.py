@@ -150,7 +150,7 @@ def minifloat(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
     """Sign, exponent and mantissa, from the high bit down, as float32: the bits of the magnitude moved to their places there, and
     then a power of two for the difference of the biases. Numbers below the normal ones come out right as well."""
     if reads_no_bits():
-        return look_up(torch.tensor(_numbers(exponent, mantissa), device=codes.device), codes)
+        return look_up(torch.tensor(_numbers(exponent, mantissa), dtype=torch.float32, device=codes.device), codes)
     word = codes.to(torch.int32)
     size = (word & (2 ** (exponent + mantissa) - 1)) << (23 - mantissa)
     value = size.view(torch.float32) * 2.0 ** (128 - 2 ** (exponent - 1))

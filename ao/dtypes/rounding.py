@@ -31,7 +31,7 @@ def reciprocal(x: Tensor) -> Tensor:
         return x.double().reciprocal().float().masked_fill(x.abs() < tiny, 0.0)
     if exporting():
         return torch.where(
-            x.abs() < tiny, 0.0, torch.ones((), device=x.device) / x
+            x.abs() < tiny, 0.0, torch.ones((), dtype=torch.float32, device=x.device) / x
         )  # there a division is correctly rounded
     quotient = x.reciprocal()
     bits = x.view(torch.int32)

@@ -83,7 +83,7 @@ def token_windows(folder: Path, texts: Iterable[str], length: int, most: int | N
                 return windows
             window = ids[start : start + length]
             if len(window) > 1:
-                windows.append(torch.tensor([window]))
+                windows.append(torch.tensor([window], dtype=torch.int64))
     if not windows:
         raise ValueError("the texts have fewer than two tokens; give longer ones")
     return windows

@@ -294,7 +294,7 @@ def _get_merged_weights(self: TrainableTokensLayer, active_adapters: Any) -> Ten
         return _merged_weights(self, active_adapters)
     w: Tensor = self.base_layer.weight.detach().dequantize()
     for name in active_adapters:
-        index = torch.tensor(self.token_indices[name], device=w.device)
+        index = torch.tensor(self.token_indices[name], dtype=torch.int64, device=w.device)
         w = w.index_copy(0, index, self.trainable_tokens_delta[name].to(w))
     return w
 

@@ -150,7 +150,7 @@ class AoLinearMethod(LinearMethodBase):
         spec = self.spec(shape)
         act_scale = None
         if isinstance(self.choice, Config) and self.choice.act_scale() is not None:
-            act_scale = torch.empty((), device="meta")
+            act_scale = torch.empty((), dtype=torch.float32, device="meta")
         form = spec.quantize(torch.empty(shape, dtype=params_dtype, device="meta"), act_scale=act_scale)
         whole = len(output_partition_sizes) == 1 and (output_size, input_size) == shape
         layer.ao_entry = entry_of(form)

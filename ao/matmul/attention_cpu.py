@@ -55,7 +55,7 @@ def decode(
     keys, values = _heads(k, *_readable(k_scale, k_zero), d), _heads(v, *_readable(v_scale, v_zero), d)
     queries = (q if q.dtype in SCALES else q.float()).contiguous()
     threads, rows = torch.get_num_threads(), h // kv_heads * t
-    scores = torch.empty(b, h, t, last - begin)
+    scores = torch.empty(b, h, t, last - begin, dtype=torch.float32)
     of_k.scores(keys, queries.data_ptr(), SCALES[queries.dtype], scale, rows, begin, last, scores.data_ptr(), threads)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -71,7 +71,7 @@ def decode(
     # One for each row of each key head.
     others = None if sinks is None else sinks.float().repeat_interleave(t)
     out = torch.empty(b, h, t, d, dtype=q.dtype if q.dtype in DTYPES else torch.float32)
-    logs = torch.empty(b, h, t)
+    logs = torch.empty(b, h, t, dtype=torch.float32)
     of_v.values(
         values, scores.data_ptr(), None if others is None else others.data_ptr(), rows, begin, last, out.data_ptr(),
         DTYPES[out.dtype], logs.data_ptr(), threads,

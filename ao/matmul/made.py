@@ -112,7 +112,7 @@ def _kind(operand: Operand) -> Kind | None:
 @functools.cache
 def _one_number(value: float) -> Tensor:
     """A float32, (1,), that lives as long as the process."""
-    return torch.tensor([value], device="cpu")
+    return torch.tensor([value], dtype=torch.float32, device="cpu")
 
 
 @functools.cache

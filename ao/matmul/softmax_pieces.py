@@ -103,11 +103,15 @@ def first_state(q: Tensor, kv_heads: int, width: int, sinks: Tensor | None) -> S
     """Before the first piece. width: of a value."""
     b, h, t, _ = q.shape
     shape = (b, kv_heads, h // kv_heads, t)
-    out = torch.zeros(*shape, width, device=q.device)
+    out = torch.zeros(*shape, width, dtype=torch.float32, device=q.device)
     if sinks is None:
-        return State(torch.full(shape, -math.inf, device=q.device), torch.zeros(shape, device=q.device), out)
+        return State(
+            torch.full(shape, -math.inf, dtype=torch.float32, device=q.device),
+            torch.zeros(shape, dtype=torch.float32, device=q.device),
+            out,
+        )
     top = sinks.float().reshape(1, kv_heads, -1, 1).expand(shape)
-    return State(top, torch.ones(shape, device=q.device), out)
+    return State(top, torch.ones(shape, dtype=torch.float32, device=q.device), out)
 
 
 def pieces(q: Tensor, length: int, sight: Sight) -> Iterator[tuple[int, int]]:

@@ -163,7 +163,7 @@ def blocks(x: Tensor, w: QTensor) -> Tensor:
     made = torch.bmm(
         rows.unflatten(1, (-1, size)).transpose(0, 1).index_select(0, operand.codes), part
     )  # (kept, M, size)
-    out = torch.zeros(n // size, x.shape[0], size, device=x.device)
+    out = torch.zeros(n // size, x.shape[0], size, dtype=torch.float32, device=x.device)
     out = out.index_add(0, at, made.float())
     return out.transpose(0, 1).reshape(x.shape[0], n).to(x.dtype)
 
@@ -483,8 +483,8 @@ def transposable_mask(w: Tensor) -> Tensor:
     """The mask of two of four along both dims that keeps the largest sum of magnitudes of each 4 x 4: (N, K) bool. NaN counts as
     the largest."""
     (n, k), highest = w.shape, torch.finfo(torch.float32).max / 16  # so that sums are finite
-    rows = torch.tensor([[i in pair for i in range(4)] for pair in TWO_OF_FOUR], device=w.device)
-    patterns = rows[torch.tensor(TRANSPOSABLE, device=w.device)].flatten(1)  # (90, 16)
+    rows = torch.tensor([[i in pair for i in range(4)] for pair in TWO_OF_FOUR], dtype=torch.bool, device=w.device)
+    patterns = rows[torch.tensor(TRANSPOSABLE, dtype=torch.int64, device=w.device)].flatten(1)  # (90, 16)
     size = w.detach().float().abs().nan_to_num(highest, highest).clamp(max=highest)
     tiles = size.view(n // 4, 4, k // 4, 4).transpose(1, 2).reshape(-1, 16)  # (tiles, 16)
     best = (tiles @ patterns.float().t()).argmax(1)

@@ -84,7 +84,7 @@ class Adagrad8bit(LowBitOptimizer):
         start = float(group["initial_accumulator_value"])
         if start:
             total = local(state["sum"])
-            total.copy_(torch.full(total.shape, start, device=total.device))
+            total.copy_(torch.full(total.shape, start, dtype=torch.float32, device=total.device))
         return state
 
     def scalars(self, group: dict[str, Any], lr: float | Tensor, step: float) -> dict[str, float | Tensor]:

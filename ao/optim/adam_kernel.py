@@ -322,9 +322,9 @@ class AdamLaunch:
             table.append([*addresses, sum(programs), count])
             programs.append(-(-count // (rows * self.tiles)))
         self.table = torch.tensor(table, dtype=torch.int64).to(device)
-        self.owner = torch.repeat_interleave(torch.arange(len(programs), dtype=torch.int32), torch.tensor(programs)).to(
-            device
-        )
+        self.owner = torch.repeat_interleave(
+            torch.arange(len(programs), dtype=torch.int32), torch.tensor(programs, dtype=torch.int64)
+        ).to(device)
         self.grid = (sum(programs),)
         tables = _tables(part.specs, device)
         self.image = torch.cat(tables)

@@ -48,7 +48,7 @@ class CodeTables:
 
         NaN is taken for the least number: its bits are beyond the cells.
         """
-        size = torch.fmax(x.abs() if self.mirror else x, torch.tensor(self.least, device=x.device))
+        size = torch.fmax(x.abs() if self.mirror else x, torch.tensor(self.least, dtype=torch.float32, device=x.device))
         bits = size.view(torch.int32)
         if self.mirror:
             bits = bits ^ (x.view(torch.int32) >> 31 & self.mirror)
@@ -59,13 +59,14 @@ class CodeTables:
 @functools.cache
 def code_tables(spec: Mapped, device: torch.device) -> CodeTables:
     """The tables of the map of `spec`, on a device."""
-    values = torch.tensor(spec.values)
+    values = torch.tensor(spec.values, dtype=torch.float32)
     signed = spec.values[0] < 0
     zero = spec.values.index(0.0) if signed else 0
     places = _places(spec, torch.arange(zero + 1, 2**spec.bits))
     low = next(n for n in range(FRACTION, 0, -1) if (places >> n).unique().numel() == places.numel())
     upper = places >> low
-    first, top = int(upper[0]) - 1, int(torch.tensor(1.001 * spec.values[-1]).view(torch.int32)) >> low
+    largest = torch.tensor(1.001 * spec.values[-1], dtype=torch.float32)
+    first, top = int(upper[0]) - 1, int(largest.view(torch.int32)) >> low
     cell = torch.arange(first, max(int(upper[-1]), top) + 1)
     before = torch.searchsorted(upper, cell)  # places in the cells before
     within = torch.zeros_like(cell)  # how many of the numbers of a cell are from its place on
@@ -91,7 +92,8 @@ def _wrapped(x: Tensor) -> Tensor:
 
 def _places(spec: Mapped, codes: Tensor) -> Tensor:
     """The bits of the least number, from 0 on, whose code is at least each of `codes`."""
-    top = torch.tensor(2 * spec.values[-1]).view(torch.int32)  # no number of a block is larger than the largest entry
+    # No number of a block is larger than the largest entry.
+    top = torch.tensor(2 * spec.values[-1], dtype=torch.float32).view(torch.int32)
     low, high = torch.zeros_like(codes), top.to(codes).expand_as(codes)
     while bool((low < high).any()):
         middle = (low + high) // 2

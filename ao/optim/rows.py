@@ -48,7 +48,7 @@ class Rows:
 
 def row(spec: Spec, device: torch.device) -> QTensor:
     """One row of zeros."""
-    return spec.quantize(torch.zeros(1, spec.block[-1], device=device))
+    return spec.quantize(torch.zeros(1, spec.block[-1], dtype=torch.float32, device=device))
 
 
 @functools.cache

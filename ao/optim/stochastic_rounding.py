@@ -40,7 +40,7 @@ def stochastic_round_e4m3(q: Tensor) -> Tensor:
     stays at least 2**-9, since a second moment that becomes 0 makes the next step explode.
     """
     size = q.abs()
-    shift = torch.where(size < 2.0**-6, 2.0**-6, 0.0)  # the steps of subnormal numbers are those of the next binade
+    shift = _shift(size)
     bits = (size + shift).view(torch.int32)
     noise = (bits >> 6) * -0x61C88647 >> 12 & 0xFFFFF  # the last bits differ between compiled and eager code
     rounded = (((bits + noise) & -0x100000).view(torch.float32) - shift).clamp(min=2.0**-9)
@@ -50,13 +50,18 @@ def stochastic_round_e4m3(q: Tensor) -> Tensor:
 def stochastic_bytes_e4m3(q: Tensor) -> Tensor:
     """The bytes (int32) of `stochastic_round_e4m3(q)`, from the sum that rounds it. Larger numbers than 448 are taken for it."""
     size = q.abs().clamp(max=448)
-    shift = torch.where(size < 2.0**-6, 2.0**-6, 0.0)
+    shift = _shift(size)
     bits = (size + shift).view(torch.int32)
     noise = (bits >> 6) * -0x61C88647 >> 12 & 0xFFFFF
     bias = (shift.view(torch.int32) >> 20).clamp(min=120 << 3)  # of the exponent, or the binade of the shift
     code = ((bits + noise) >> 20) - bias
     least = size.view(torch.int32).clamp(max=1)  # 0 for 0 alone
     return torch.maximum(code, least).clamp(max=127) | (q.view(torch.int32) >> 24 & 128)
+
+
+def _shift(size: Tensor) -> Tensor:
+    """What is added to sizes: the steps of subnormal numbers are those of the next binade."""
+    return torch.where(size < 2.0**-6, torch.scalar_tensor(2.0**-6, dtype=torch.float32, device=size.device), 0.0)
 
 
 def _mix(word: Tensor) -> Tensor:

@@ -21,19 +21,19 @@ _ONE_PRODUCT: tuple[Any, ...] = (
 """Layers whose forward is one product with the weight."""
 
 _SMALL: dict[type[nn.Module], Callable[[], tuple[Tensor, ...]]] = {
-    nn.RNN: lambda: (torch.zeros(1, 2, 4, device="cpu"),),
-    nn.LSTM: lambda: (torch.zeros(1, 2, 4, device="cpu"),),
-    nn.GRU: lambda: (torch.zeros(1, 2, 4, device="cpu"),),
-    nn.RNNCell: lambda: (torch.zeros(1, 4, device="cpu"),),
-    nn.LSTMCell: lambda: (torch.zeros(1, 4, device="cpu"),),
-    nn.GRUCell: lambda: (torch.zeros(1, 4, device="cpu"),),
+    nn.RNN: lambda: (torch.zeros(1, 2, 4, dtype=torch.float32, device="cpu"),),
+    nn.LSTM: lambda: (torch.zeros(1, 2, 4, dtype=torch.float32, device="cpu"),),
+    nn.GRU: lambda: (torch.zeros(1, 2, 4, dtype=torch.float32, device="cpu"),),
+    nn.RNNCell: lambda: (torch.zeros(1, 4, dtype=torch.float32, device="cpu"),),
+    nn.LSTMCell: lambda: (torch.zeros(1, 4, dtype=torch.float32, device="cpu"),),
+    nn.GRUCell: lambda: (torch.zeros(1, 4, dtype=torch.float32, device="cpu"),),
 }
 """Layers that PyTorch computes by one operator, which differs from device to device, and an input of four features."""
 
 
 def can_try() -> bool:
     """Whether tensors are real here: under a mode that fakes them, nothing that is made may be kept."""
-    return type(torch.empty(0, device="cpu")) is Tensor and not torch.compiler.is_compiling()
+    return type(torch.empty(0, dtype=torch.float32, device="cpu")) is Tensor and not torch.compiler.is_compiling()
 
 
 def why_it_cannot(owner: nn.Module, leaf: str, p: Tensor, spec: Spec) -> str:
@@ -69,7 +69,7 @@ def _try_small(cls: Any) -> str:
     layer: nn.Module = cls(4, 4, device="meta").to_empty(device="cpu")
     for name, p in layer._parameters.items():
         assert p is not None
-        values = torch.zeros(p.shape, device="cpu")
+        values = torch.zeros(p.shape, dtype=torch.float32, device="cpu")
         layer._parameters[name] = nn.Parameter(Intx(8).quantize(values) if p.dim() > 1 else values, requires_grad=False)
     return _error(lambda: layer(*_SMALL[cls]()))
 

@@ -62,7 +62,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
     """float32 (256,), in order: even steps from -1, or 0, to 1."""
     lost = signed and (add_zero or total_bits < 8)  # one value, so that the middle one is 0
-    values = torch.linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - lost).tolist()
+    values = torch.linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - lost, dtype=torch.float32).tolist()
     half = len(values) // 2
     return torch.tensor([*values[:half], *[0.0] * (256 - len(values)), *values[half:]], dtype=torch.float32)
 
@@ -84,7 +84,7 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
     """float32 (256,), in order: quantiles of a normal distribution between 1 - offset and offset, over the largest, and 0."""
     ends = 9 if use_extra_value else 8
-    above = torch.special.ndtri(torch.linspace(offset, 0.5, ends)[:-1])
-    below = -torch.special.ndtri(torch.linspace(offset, 0.5, 8)[:-1])
+    above = torch.special.ndtri(torch.linspace(offset, 0.5, ends, dtype=torch.float32)[:-1])
+    below = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float32)[:-1])
     found = _padded([*above.tolist(), *below.tolist()])
     return found / found.max()

@@ -93,7 +93,7 @@ class QuantState:
             raise ValueError(f"the state lacks {sorted(lacking)}; give all entries of QuantState.as_dict")
         offset, state2 = None, None
         if "nested_absmax" in found:
-            offset = torch.tensor(float(found["nested_offset"]), device=device)
+            offset = torch.tensor(float(found["nested_offset"]), dtype=torch.float32, device=device)
             state2 = cls(
                 found["nested_absmax"].to(device),
                 code=found["nested_quant_map"].to(device),

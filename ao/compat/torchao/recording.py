@@ -120,7 +120,7 @@ def prepare_for_loading(model: nn.Module, config: Config, filter_fn: Callable[[n
         if isinstance(module, nn.Linear) and filter_fn(module, name):
             weight = module.weight.detach()
             spec = config.weight(tuple(weight.shape))
-            ones = torch.ones(1, weight.shape[1], device=weight.device)
+            ones = torch.ones(1, weight.shape[1], dtype=torch.float32, device=weight.device)
             q = replace(spec, act=config.act() or spec.act).quantize(weight, pre_scale=ones)
             set_parameter(module, "weight", nn.Parameter(q, requires_grad=False))
             report.notes.append(f"{name}: waits for its weight")

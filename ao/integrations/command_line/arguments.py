@@ -222,7 +222,7 @@ def check_device(name: str) -> str:
     import torch
 
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, dtype=torch.float32, device=name)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise ValueError(f"--device {name} is not there: {reason}") from error

@@ -271,7 +271,7 @@ def _compressed(q: Any, shared: Tensor | None) -> Parts:
     parts = {
         "weight_packed": to_words(codes, spec.bits),
         "weight_scale": dense(q.scale),
-        "weight_shape": torch.tensor(q.shape),
+        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
     }
     if zeros is not None:
         parts["weight_zero_point"] = to_words(zeros.t().contiguous(), spec.bits).t().contiguous()

@@ -76,7 +76,7 @@ def _search(weight: Tensor, spec: Spec) -> Qparams:
     scale, zero = start["scale"].float(), start.get("zero_point")
     middle = (blocks.amin(inside) + blocks.amax(inside)) / 2
     middle = torch.where(scale == 0, 0.0, middle / scale)
-    least = torch.full(grid, torch.inf, device=weight.device)
+    least = torch.full(grid, torch.inf, dtype=torch.float32, device=weight.device)
     factor, moved = torch.ones_like(least), torch.zeros_like(least)
 
     def attempt(f: Tensor, move: Tensor) -> None:

@@ -22,8 +22,8 @@ class Factored:
         self.size = h.shape[0]
         self.m = h
         self.order = order
-        self.damp = torch.zeros((), device=h.device)
-        self.pivots = torch.empty(self.size, device=h.device)
+        self.damp = torch.zeros((), dtype=torch.float32, device=h.device)
+        self.pivots = torch.empty(self.size, dtype=torch.float32, device=h.device)
         _permute(self.m, order)
         self.diagonal = self.m.diagonal().clone()
 
@@ -66,7 +66,7 @@ class Factored:
     def within(self, start: int, stop: int) -> Tensor:
         """U[start:stop, start:stop], upper triangular with ones on its diagonal."""
         lower = self.m[start:stop, start:stop].tril(-1)
-        return lower.t() + torch.eye(stop - start, device=self.m.device)
+        return lower.t() + torch.eye(stop - start, dtype=torch.float32, device=self.m.device)
 
     def product(self, x: Tensor) -> Tensor:
         """x @ H. x: (rows, K)."""

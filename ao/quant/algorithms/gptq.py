@@ -119,7 +119,7 @@ class Solver:
         n, k = weight.shape
         by_row = self.spec.grid(weight.shape)[0] == n
         step = max(min(PIECE // k, n), 1) if by_row else n
-        values = torch.empty(n, k, device=weight.device) if target is None else target
+        values = torch.empty(n, k, dtype=torch.float32, device=weight.device) if target is None else target
         found: list[Qparams] = []
         order = self.h.order
         for start in range(0, n, step):
@@ -206,7 +206,7 @@ class Solver:
         """
         fitted = {name: dense(t).clone() for name, t in qparams.items()}
         fitted = {name: t.float() if t.is_floating_point() else t for name, t in fitted.items()}
-        group = torch.tensor(self.group, device=q.device)
+        group = torch.tensor(self.group, dtype=torch.int64, device=q.device)
         size = magnitude(q, (1, 1))[0, 0]
         for i in range(fitted["scale"].shape[1]):
             columns = (group == i).nonzero()[:, 0]

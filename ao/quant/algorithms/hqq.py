@@ -66,7 +66,7 @@ class HQQ(Recipe):
 
 def check_scaled(spec: Spec, shape: tuple[int, ...], who: str) -> None:
     """Raise ValueError unless the qparams of `spec` are a scale and perhaps a zero point per block."""
-    qparams = spec.choose_qparams(torch.empty(shape, device="meta"), spec.grid(shape))
+    qparams = spec.choose_qparams(torch.empty(shape, dtype=torch.float32, device="meta"), spec.grid(shape))
     if not {"scale"} <= qparams.keys() <= {"scale", "zero_point"}:
         raise ValueError(f"{who} finds scales, and {spec} has none; use algorithm='rtn'")
 
@@ -112,7 +112,7 @@ def search(
     blocks = to_blocks(weight, grid)
     inside = tuple(range(1, blocks.dim(), 2))
     lo, hi = blocks.amin(inside, keepdim=True), blocks.amax(inside, keepdim=True)
-    best = torch.full(grid, torch.inf, device=weight.device)
+    best = torch.full(grid, torch.inf, dtype=torch.float32, device=weight.device)
     qparams = {name: dense(t).clone() for name, t in spec.choose_qparams(weight, grid).items()}
     low, high = torch.ones_like(best), torch.ones_like(best)
     unit = expand(1 / magnitude(weight, grid), weight.shape)

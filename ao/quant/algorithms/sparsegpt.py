@@ -72,7 +72,7 @@ class SparseGPT(Pruner):
         assert seen is not None
         hessian: Hessian = seen.observers["hessian"]
         values = spec.values if isinstance(spec, Sparse24) else None
-        importance = hessian.diagonal() if hessian.tokens else torch.zeros(())
+        importance = hessian.diagonal() if hessian.tokens else torch.zeros((), dtype=torch.float32)
         h = None
         if hessian.tokens and torch.isfinite(importance).all() and (importance > 0).any():
             h = hessian.factored(False, self.damping)

@@ -338,7 +338,7 @@ class Linear8bitLt(_Int8, QuantizedLayer, nn.Linear):
     ) -> None:
         own = (f"{prefix}SCB", f"{prefix}weight_format")
         if own[0] in state_dict:
-            if int(state_dict.get(own[1], torch.tensor(0))) != 0:
+            if int(state_dict.get(own[1], torch.tensor(0, dtype=torch.int64))) != 0:
                 raise ValueError(
                     f"{prefix}weight_format must be 0, rows, got {state_dict[own[1]]}; save with a newer version"
                 )

@@ -134,7 +134,7 @@ class AffineQuantizedFixedQParamObserver(AffineQuantizedObserverBase):
         self, *args: Any, scale: Tensor | None = None, zero_point: Tensor | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.set_qparams(torch.ones(1) if scale is None else scale, zero_point)
+        self.set_qparams(torch.ones(1, dtype=torch.float32) if scale is None else scale, zero_point)
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Know these."""

@@ -161,7 +161,9 @@ class Codebook(Spec):
         nested = self.scale_spec
         if self.offset or self.bits > 4 or not (nested is None or (len(nested.block) == 2 and nested.block[0] == 1)):
             return None
-        middles = torch.tensor([(a + b) / 2 for a, b in zip(self.values, self.values[1:])], dtype=torch.float32)
+        middles = torch.tensor(
+            [(a + b) / 2 for a, b in zip(self.values, self.values[1:])], dtype=torch.float32, device="cpu"
+        )
         # Those that the bits of a code compare with, the highest first: which of them is next is said by the bits before.
         levels = [middles[2**bit - 1 :: 2 ** (bit + 1)].clone() for bit in reversed(range(self.bits))]
 
@@ -173,7 +175,11 @@ class Codebook(Spec):
             return code
 
         def fields(scale: Tensor) -> dict[str, Tensor | None]:
-            return {"scale": scale, "offset": None, "table": torch.tensor(self.values, dtype=torch.float32)}
+            return {
+                "scale": scale,
+                "offset": None,
+                "table": torch.tensor(self.values, dtype=torch.float32, device="cpu"),
+            }
 
         return Element(self.bits, lambda scale: (reciprocal(dense(scale)),), code, fields)
 

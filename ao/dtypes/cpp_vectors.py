@@ -246,7 +246,7 @@ def cpp_function(name: str, function: Callable[..., Any], inputs: Sequence[torch
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    graph = make_fx(lambda *given: function(*given))(*(torch.ones(2, dtype=dtype) for dtype in inputs))
+    graph = make_fx(lambda *given: function(*given))(*(torch.ones(2, dtype=dtype, device="cpu") for dtype in inputs))
     tables: list[str] = []
     lines: list[str] = []
     arguments: list[str] = []

@@ -83,7 +83,7 @@ def token_windows(folder: Path, texts: Iterable[str], length: int, most: int | N
                 return windows
             window = ids[start : start + length]
             if len(window) > 1:
-                windows.append(torch.tensor([window], dtype=torch.int64))
+                windows.append(torch.tensor([window], dtype=torch.int64, device="cpu"))
     if not windows:
         raise ValueError("the texts have fewer than two tokens; give longer ones")
     return windows
@@ -115,4 +115,4 @@ def perplexity(model: Any, windows: Iterable[Tensor], progress: Callable[[int], 
         count += ids.shape[1] - 1
         if progress is not None:
             progress(1)
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+    return float(torch.tensor(total / count, dtype=torch.float64, device="cpu").exp())

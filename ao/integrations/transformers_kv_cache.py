@@ -131,7 +131,7 @@ class QuantizedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence so many times."""
         if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.kv.batch).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.kv.batch, device=self.kv.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""

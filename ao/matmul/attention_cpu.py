@@ -55,12 +55,12 @@ def decode(
     keys, values = _heads(k, *_readable(k_scale, k_zero), d), _heads(v, *_readable(v_scale, v_zero), d)
     queries = (q if q.dtype in SCALES else q.float()).contiguous()
     threads, rows = torch.get_num_threads(), h // kv_heads * t
-    scores = torch.empty(b, h, t, last - begin, dtype=torch.float32)
+    scores = torch.empty(b, h, t, last - begin, dtype=torch.float32, device="cpu")
     of_k.scores(keys, queries.data_ptr(), SCALES[queries.dtype], scale, rows, begin, last, scores.data_ptr(), threads)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if end is not None and (t > 1 or window is not None):
-        positions, own = torch.arange(begin, last), torch.arange(first, first + t)[:, None]
+        positions, own = torch.arange(begin, last, device="cpu"), torch.arange(first, first + t, device="cpu")[:, None]
         seen = positions <= own
         if window is not None:
             seen = seen & (positions > own - window)
@@ -70,8 +70,8 @@ def decode(
     scores = scores.contiguous()
     # One for each row of each key head.
     others = None if sinks is None else sinks.float().repeat_interleave(t)
-    out = torch.empty(b, h, t, d, dtype=q.dtype if q.dtype in DTYPES else torch.float32)
-    logs = torch.empty(b, h, t, dtype=torch.float32)
+    out = torch.empty(b, h, t, d, dtype=q.dtype if q.dtype in DTYPES else torch.float32, device="cpu")
+    logs = torch.empty(b, h, t, dtype=torch.float32, device="cpu")
     of_v.values(
         values, scores.data_ptr(), None if others is None else others.data_ptr(), rows, begin, last, out.data_ptr(),
         DTYPES[out.dtype], logs.data_ptr(), threads,

@@ -184,7 +184,7 @@ def _codes_512(w: Operand) -> Tensor:
 
 
 def arange(*args: int) -> Tensor:
-    return torch.arange(*args, dtype=torch.int32)
+    return torch.arange(*args, dtype=torch.int32, device="cpu")
 
 
 def _two_words(words: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _one_number(value: float) -> Tensor:
 @functools.cache
 def _minifloats(bits: int, exponent: int) -> Tensor:
     """What all codes stand for, float32: (2**bits,)."""
-    codes = torch.arange(2**bits, dtype=torch.int32)
+    codes = torch.arange(2**bits, dtype=torch.int32, device="cpu")
     return Operand(codes, codes, kind="minifloat", bits=bits, exponent=exponent).read(codes)
 
 

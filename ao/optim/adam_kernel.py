@@ -321,9 +321,10 @@ class AdamLaunch:
             addresses = [t.data_ptr() for t in (mine, q1, s1, q2, s2)]
             table.append([*addresses, sum(programs), count])
             programs.append(-(-count // (rows * self.tiles)))
-        self.table = torch.tensor(table, dtype=torch.int64).to(device)
+        self.table = torch.tensor(table, dtype=torch.int64, device="cpu").to(device)
         self.owner = torch.repeat_interleave(
-            torch.arange(len(programs), dtype=torch.int32), torch.tensor(programs, dtype=torch.int64)
+            torch.arange(len(programs), dtype=torch.int32, device="cpu"),
+            torch.tensor(programs, dtype=torch.int64, device="cpu"),
         ).to(device)
         self.grid = (sum(programs),)
         tables = _tables(part.specs, device)
@@ -344,7 +345,9 @@ class AdamLaunch:
             g if g.is_contiguous() and g.data_ptr() % 16 == 0 else g.clone(memory_format=torch.contiguous_format)
             for g in grads
         ]
-        addresses = torch.tensor([g.data_ptr() for g in held], dtype=torch.int64).to(hyper.device, non_blocking=True)
+        addresses = torch.tensor([g.data_ptr() for g in held], dtype=torch.int64, device="cpu").to(
+            hyper.device, non_blocking=True
+        )
         noise = self.owner if noise is None else noise
         adam_kernel[self.grid](
             self.table, addresses, self.owner, hyper, noise, self.image, self.tiles, **self.constants, **self.options

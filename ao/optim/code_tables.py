@@ -59,15 +59,15 @@ class CodeTables:
 @functools.cache
 def code_tables(spec: Mapped, device: torch.device) -> CodeTables:
     """The tables of the map of `spec`, on a device."""
-    values = torch.tensor(spec.values, dtype=torch.float32)
+    values = torch.tensor(spec.values, dtype=torch.float32, device="cpu")
     signed = spec.values[0] < 0
     zero = spec.values.index(0.0) if signed else 0
-    places = _places(spec, torch.arange(zero + 1, 2**spec.bits))
+    places = _places(spec, torch.arange(zero + 1, 2**spec.bits, device="cpu"))
     low = next(n for n in range(FRACTION, 0, -1) if (places >> n).unique().numel() == places.numel())
     upper = places >> low
-    largest = torch.tensor(1.001 * spec.values[-1], dtype=torch.float32)
+    largest = torch.tensor(1.001 * spec.values[-1], dtype=torch.float32, device="cpu")
     first, top = int(upper[0]) - 1, int(largest.view(torch.int32)) >> low
-    cell = torch.arange(first, max(int(upper[-1]), top) + 1)
+    cell = torch.arange(first, max(int(upper[-1]), top) + 1, device="cpu")
     before = torch.searchsorted(upper, cell)  # places in the cells before
     within = torch.zeros_like(cell)  # how many of the numbers of a cell are from its place on
     within[upper - first] = 2**low - (places & (2**low - 1))
@@ -79,9 +79,9 @@ def code_tables(spec: Mapped, device: torch.device) -> CodeTables:
         least = zero - before << low
         start = torch.cat([start, (least - within).clamp(min=0)])
         cell = torch.cat([cell, cell ^ flipped])
-    cells = torch.zeros(int(cell.max() - cell.min()) + 1, dtype=torch.int64)
+    cells = torch.zeros(int(cell.max() - cell.min()) + 1, dtype=torch.int64, device="cpu")
     cells[cell - cell.min()] = start - (cell << low) << 24 - low
-    least_number = float(torch.tensor(first << low, dtype=torch.int32).view(torch.float32))
+    least_number = float(torch.tensor(first << low, dtype=torch.int32, device="cpu").view(torch.float32))
     return CodeTables(values.to(device), _wrapped(cells).to(device), int(cell.min()), low, least_number, mirror)
 
 
@@ -93,7 +93,7 @@ def _wrapped(x: Tensor) -> Tensor:
 def _places(spec: Mapped, codes: Tensor) -> Tensor:
     """The bits of the least number, from 0 on, whose code is at least each of `codes`."""
     # No number of a block is larger than the largest entry.
-    top = torch.tensor(2 * spec.values[-1], dtype=torch.float32).view(torch.int32)
+    top = torch.tensor(2 * spec.values[-1], dtype=torch.float32, device="cpu").view(torch.int32)
     low, high = torch.zeros_like(codes), top.to(codes).expand_as(codes)
     while bool((low < high).any()):
         middle = (low + high) // 2

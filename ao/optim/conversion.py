@@ -102,7 +102,7 @@ def torch_form(
 ) -> dict[str, Any]:
     """What `torch_class` loads, from the state dict of a LowBitOptimizer. names: the states that it knows."""
     build: Any = torch_class
-    defaults = build([torch.zeros(1, dtype=torch.float32)]).defaults
+    defaults = build([torch.zeros(1, dtype=torch.float32, device="cpu")]).defaults
     known = (*defaults, "params", "param_names", "initial_lr")
     groups = [{**defaults, **{k: v for k, v in group.items() if k in known}} for group in state_dict["param_groups"]]
     states = {

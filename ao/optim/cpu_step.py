@@ -143,7 +143,9 @@ def _source(plan: Plan, dtype: torch.dtype, grad_dtype: torch.dtype) -> str:
 def _decode(spec: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """From codes (int32) and their scale to numbers, as `read` in rows.py."""
     entries = (
-        spec.numbers(torch.arange(256)) if isinstance(spec, Float8) else torch.tensor(spec.values, dtype=torch.float32)
+        spec.numbers(torch.arange(256, device="cpu"))
+        if isinstance(spec, Float8)
+        else torch.tensor(spec.values, dtype=torch.float32, device="cpu")
     )
     return lambda codes, scale: entries[codes.long()] * scale
 

@@ -176,7 +176,7 @@ def _pieces(plan: Plan, item: Rows, size: int) -> Iterable[Sequence[Tensor]]:
     parts = [t.split(length) if by_row else [t] * len(starts) for t, by_row in zip(tensors, plan.by_row)]
     if item.noise is not None:
         positions = [(start * width + 2**31) % 2**32 - 2**31 for start in starts]  # they wrap around
-        moved = torch.tensor([[0, position] for position in positions], dtype=torch.int32)
+        moved = torch.tensor([[0, position] for position in positions], dtype=torch.int32, device="cpu")
         parts[-1] = (item.noise + moved.to(item.noise.device)).unbind()
     return zip(*parts)
 

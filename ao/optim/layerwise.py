@@ -48,7 +48,7 @@ class Layer(Part):
         ratio = _ratio(shard_like(self._values, p), shard_like(self._new, p), most)
         new = self._values * (1 - lr * decay) - self._new * (lr * ratio)
         if stochastic and mine.dtype == torch.bfloat16:
-            new = stochastic_round(new, int(torch.randint(2**31 - 1, ())))
+            new = stochastic_round(new, int(torch.randint(2**31 - 1, (), device="cpu")))
         mine.copy_(new)
         del self._values, self._new
 

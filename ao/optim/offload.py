@@ -42,7 +42,7 @@ class _Offloaded:
         self.hook: Any = None
 
     def _host(self, p: Tensor) -> Tensor:
-        return torch.empty(p.shape, dtype=p.dtype, pin_memory=self.cuda)
+        return torch.empty(p.shape, dtype=p.dtype, pin_memory=self.cuda, device="cpu")
 
     def upload(self) -> None:
         """Take the parameter over as it is on the device."""
@@ -122,7 +122,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         self._arrived: dict[Tensor, None] = {}  # in their order
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._inner_kwargs = kwargs
-        defaults = optimizer_class([nn.Parameter(torch.zeros(1, dtype=torch.float32))], **kwargs).defaults
+        defaults = optimizer_class([nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **kwargs).defaults
         super().__init__(params, defaults)
 
     # Parameters.
@@ -300,7 +300,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                     self._add_up(entry)
                     grads.append(entry.grad)
         if not grads:
-            return torch.zeros((), dtype=torch.float32)
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32).cpu() for g in grads]
         total = torch.linalg.vector_norm(torch.stack(norms))
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)

@@ -152,7 +152,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def new_state(self, p: Tensor, specs: Iterable[tuple[str, Spec | None]]) -> dict[str, Any]:
         """The states of a parameter before the first step."""
-        state = {"step": torch.zeros((), dtype=torch.float32)}
+        state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         return {**state, **{name: self._zeros(p, spec) for name, spec in specs}}
 
     def _zeros(self, p: Tensor, spec: Spec | None) -> Tensor:
@@ -240,14 +240,14 @@ class LowBitOptimizer(torch.optim.Optimizer):
             stochastic,
         )
         values = [0.0 if isinstance(value, Tensor) else value for value in scalars.values()]
-        hyper = torch.tensor(values, dtype=torch.float32).to(part.device, non_blocking=True)
+        hyper = torch.tensor(values, dtype=torch.float32, device="cpu").to(part.device, non_blocking=True)
         for i, value in enumerate(scalars.values()):
             if isinstance(value, Tensor):  # without waiting for the device
                 hyper[i].copy_(value)
         noise = None
         if stochastic:
-            noise = torch.zeros(part.kernels, 2, dtype=torch.int32)
-            noise[:, 0] = torch.randint(2**31 - 1, (part.kernels,))
+            noise = torch.zeros(part.kernels, 2, dtype=torch.int32, device="cpu")
+            noise[:, 0] = torch.randint(2**31 - 1, (part.kernels,), device="cpu")
             noise = noise.to(part.device, non_blocking=True)
         run(plan, part, hyper, noise, self.compile)
 

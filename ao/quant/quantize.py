@@ -366,7 +366,7 @@ def static_scale(job: Job, seen: Statistics | None, pre_scale: Tensor | None = N
     if job.act_range is None:
         return None
     assert job.spec.act is not None
-    amax = torch.zeros((), dtype=torch.float32)
+    amax = torch.zeros((), dtype=torch.float32, device="cpu")
     if seen is not None and seen.calls and pre_scale is None:
         amax = seen.amax(job.act_range, job.spec.act)
     elif seen is not None and seen.calls and pre_scale is not None:

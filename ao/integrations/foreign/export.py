@@ -271,7 +271,7 @@ def _compressed(q: Any, shared: Tensor | None) -> Parts:
     parts = {
         "weight_packed": to_words(codes, spec.bits),
         "weight_scale": dense(q.scale),
-        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+        "weight_shape": torch.tensor(q.shape, dtype=torch.int64, device="cpu"),
     }
     if zeros is not None:
         parts["weight_zero_point"] = to_words(zeros.t().contiguous(), spec.bits).t().contiguous()
@@ -284,7 +284,7 @@ def _gptq(q: Any) -> Parts:
     bits, groups = q.spec.bits, q.scale.shape[1]
     if (codes.shape[1] * bits) % 32 or (codes.shape[0] * bits) % 32:
         raise ValueError(f"a weight of shape {tuple(q.shape)} in {bits} bits fills no whole words, as GPTQ needs")
-    zeros = torch.full(q.scale.shape, 2 ** (bits - 1), dtype=torch.uint8) if zeros is None else zeros
+    zeros = torch.full(q.scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device="cpu") if zeros is None else zeros
     scales = dense(q.scale).half()
     if not scales.isfinite().all() or bool(((scales == 0) & (q.scale != 0)).any()):
         raise ValueError("float16, in which GPTQ has its scales, does not hold those of this weight")
@@ -292,5 +292,5 @@ def _gptq(q: Any) -> Parts:
         "qweight": to_words(codes, bits).t().contiguous(),
         "qzeros": to_words(zeros.t().contiguous(), bits),
         "scales": scales.t().contiguous(),
-        "g_idx": (torch.arange(codes.shape[1]) // (codes.shape[1] // groups)).int(),
+        "g_idx": (torch.arange(codes.shape[1], device="cpu") // (codes.shape[1] // groups)).int(),
     }

@@ -61,7 +61,7 @@ def _shifted(spec: Shifted, codes: Tensor, scale: Tensor, shift: Tensor | None, 
 
 def _fifth(octets: Tensor, nibbles: Tensor) -> Tensor:
     """Nibbles (..., 32) with the bits of four bytes on top."""
-    bits = (octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1  # (..., 4, 8)
+    bits = (octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1  # (..., 4, 8)
     return nibbles | (bits.flatten(-2) << 4)
 
 
@@ -107,7 +107,7 @@ def q2_k(blocks: Tensor, dtype: torch.dtype) -> QTensor:
     """blocks: (N, B, 84) bytes. Bits 2 i of 32 bytes are run i of 32 elements, of each half of 128."""
     spec = Shifted(2, (1, 16), scale_spec=_NIBBLES, shift_spec=_NIBBLES)
     scales, quants = blocks[..., :16], blocks[..., 16:80].unflatten(-1, (2, 1, 32))
-    codes = (quants >> torch.arange(0, 8, 2, dtype=torch.uint8).unsqueeze(-1)) & 3  # (N, B, 2, 4, 32)
+    codes = (quants >> torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu").unsqueeze(-1)) & 3  # (N, B, 2, 4, 32)
     scale = _nested(_NIBBLES, scales & 15, _half(blocks, 80))
     shift = _nested(_NIBBLES, scales >> 4, _half(blocks, 82))
     return _shifted(spec, _rows(codes), scale, shift, dtype)
@@ -116,11 +116,11 @@ def q2_k(blocks: Tensor, dtype: torch.dtype) -> QTensor:
 def q3_k(blocks: Tensor, dtype: torch.dtype) -> QTensor:
     """blocks: (N, B, 110) bytes. The third bit is the complement of what is taken off: q - 4 * (1 - bit)."""
     high, quants, packed = blocks[..., :32], blocks[..., 32:96].unflatten(-1, (2, 1, 32)), blocks[..., 96:108]
-    low = (quants >> torch.arange(0, 8, 2, dtype=torch.uint8).unsqueeze(-1)) & 3  # (N, B, 2, 4, 32)
-    third = (high.unsqueeze(-2) >> torch.arange(8, dtype=torch.uint8).unsqueeze(-1)) & 1  # (N, B, 8, 32)
+    low = (quants >> torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu").unsqueeze(-1)) & 3  # (N, B, 2, 4, 32)
+    third = (high.unsqueeze(-2) >> torch.arange(8, dtype=torch.uint8, device="cpu").unsqueeze(-1)) & 1  # (N, B, 8, 32)
     codes = low.flatten(-3, -2) | (third << 2)
     first = torch.cat([packed[..., :8] & 15, packed[..., :8] >> 4], -1)  # (N, B, 16): low four bits
-    second = (packed[..., 8:].unsqueeze(-2) >> torch.arange(0, 8, 2, dtype=torch.uint8).unsqueeze(-1)) & 3
+    second = (packed[..., 8:].unsqueeze(-2) >> torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu").unsqueeze(-1)) & 3
     inner = Intx(6, (1, 16), symmetric=True, scale_dtype="float16")
     scale = _nested(inner, first | (second.flatten(-2) << 4), _half(blocks, 108))
     return _shifted(Shifted(3, (1, 16), symmetric=True, scale_spec=inner), _rows(codes), scale, None, dtype)
@@ -150,7 +150,7 @@ def q4_k(blocks: Tensor, dtype: torch.dtype) -> QTensor:
 def q5_k(blocks: Tensor, dtype: torch.dtype) -> QTensor:
     """blocks: (N, B, 176) bytes. Bit i of the 32 bytes of high bits is that of run i of 32 elements."""
     scale, shift = _pairs_of_six(blocks[..., 4:16])
-    fifth = (blocks[..., 16:48].unsqueeze(-2) >> torch.arange(8, dtype=torch.uint8).unsqueeze(-1)) & 1
+    fifth = (blocks[..., 16:48].unsqueeze(-2) >> torch.arange(8, dtype=torch.uint8, device="cpu").unsqueeze(-1)) & 1
     codes = _runs_of_32(blocks[..., 48:]) | (fifth.flatten(-2) << 4)
     spec = Shifted(5, (1, 32), scale_spec=_NESTED, shift_spec=_NESTED)
     nested = _nested(_NESTED, scale, _half(blocks, 0)), _nested(_NESTED, shift, _half(blocks, 2))
@@ -162,7 +162,7 @@ def q6_k(blocks: Tensor, dtype: torch.dtype) -> QTensor:
     low = blocks[..., :128].unflatten(-1, (2, 64))
     high = blocks[..., 128:192].unflatten(-1, (2, 1, 32))
     nibbles = torch.cat([low & 15, low >> 4], -1)  # (N, B, 2, 128)
-    pairs = ((high >> torch.arange(0, 8, 2, dtype=torch.uint8).unsqueeze(-1)) & 3).flatten(-2)
+    pairs = ((high >> torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu").unsqueeze(-1)) & 3).flatten(-2)
     inner = Intx(8, (1, 16), scale_dtype="float16")
     scale = _nested(inner, blocks[..., 192:208].contiguous().view(torch.int8), _half(blocks, 208))
     spec = Shifted(6, (1, 16), symmetric=True, scale_spec=inner)
@@ -182,7 +182,7 @@ def iq4_nl(blocks: Tensor, dtype: torch.dtype) -> QTensor:
 
 def iq4_xs(blocks: Tensor, dtype: torch.dtype) -> QTensor:
     """blocks: (N, B, 136) bytes."""
-    high = blocks[..., 2:4].unsqueeze(-1) >> torch.arange(0, 8, 2, dtype=torch.uint8) & 3  # (N, B, 2, 4)
+    high = blocks[..., 2:4].unsqueeze(-1) >> torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu") & 3  # (N, B, 2, 4)
     low = torch.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], -1).flatten(-2)  # (N, B, 8)
     inner = Intx(6, (1, 8), symmetric=True, scale_dtype="float16")
     scale = _nested(inner, low | (high.flatten(-2) << 4), _half(blocks, 0))

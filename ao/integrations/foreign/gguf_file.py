@@ -187,7 +187,7 @@ def _rows_of(tensor: Any, processor: Any, mapping: dict[str, str], parsed: dict[
     order = torch.from_numpy(np.ascontiguousarray(rows.weights)).flatten().long()
     # A matrix of one column hides what happens to columns: a second look at two rows of the right width.
     wide = np.arange(2 * width, dtype=np.float64).reshape(2, width)
-    kept = bool((order == torch.arange(count)).all())
+    kept = bool((order == torch.arange(count, device="cpu")).all())
     if kept:
         try:
             other = processor.process(
@@ -197,7 +197,7 @@ def _rows_of(tensor: Any, processor: Any, mapping: dict[str, str], parsed: dict[
             return None
         if other.weights.shape != wide.shape or not np.array_equal(other.weights, wide):
             return None
-    return order if torch.equal(order.sort().values, torch.arange(count)) else None
+    return order if torch.equal(order.sort().values, torch.arange(count, device="cpu")) else None
 
 
 def _save_tokenizer(source: Path, part: Path, report: Report) -> None:

@@ -16,13 +16,13 @@ def random_hadamard(n: int, seed: int = 0) -> Tensor:
     rest = n
     while rest % 2 == 0 and paley(rest) is None:
         rest //= 2
-    core = torch.ones(1, 1, dtype=torch.float64) if rest == 1 else paley(rest)
+    core = torch.ones(1, 1, dtype=torch.float64, device="cpu") if rest == 1 else paley(rest)
     if core is None:
-        q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+        q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64, device="cpu"))
         return q * r.diagonal().sign()
     while core.shape[0] < n:
         core = torch.cat([torch.cat([core, core], 1), torch.cat([core, -core], 1)])
-    signs = torch.randint(0, 2, (n, 1), generator=generator).double() * 2 - 1
+    signs = torch.randint(0, 2, (n, 1), generator=generator, device="cpu").double() * 2 - 1
     return signs * core / n**0.5
 
 
@@ -37,22 +37,22 @@ def paley(n: int) -> Tensor | None:
         p = n - 1
         skew = _bordered(p)
         skew[1:, 0] = -1
-        return skew + torch.eye(n, dtype=torch.float64)
+        return skew + torch.eye(n, dtype=torch.float64, device="cpu")
     p = n // 2 - 1
     if p % 4 == 1 and _is_prime(p):
         symmetric = _bordered(p)
-        a = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-        b = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-        return torch.kron(symmetric, a) + torch.kron(torch.eye(p + 1, dtype=torch.float64), b)
+        a = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
+        b = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu")
+        return torch.kron(symmetric, a) + torch.kron(torch.eye(p + 1, dtype=torch.float64, device="cpu"), b)
     return None
 
 
 def _bordered(p: int) -> Tensor:
     """The matrix of chi(i - j), with a row and a column of ones before it and 0 in the corner. (p + 1, p + 1)."""
     residues = {i * i % p for i in range(1, p)}
-    chi = torch.tensor([0] + [1 if i in residues else -1 for i in range(1, p)], dtype=torch.float64)
-    index = torch.arange(p)
-    made = torch.ones(p + 1, p + 1, dtype=torch.float64)
+    chi = torch.tensor([0] + [1 if i in residues else -1 for i in range(1, p)], dtype=torch.float64, device="cpu")
+    index = torch.arange(p, device="cpu")
+    made = torch.ones(p + 1, p + 1, dtype=torch.float64, device="cpu")
     made[0, 0] = 0
     made[1:, 1:] = chi[(index[:, None] - index) % p]
     return made

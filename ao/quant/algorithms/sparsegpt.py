@@ -72,7 +72,7 @@ class SparseGPT(Pruner):
         assert seen is not None
         hessian: Hessian = seen.observers["hessian"]
         values = spec.values if isinstance(spec, Sparse24) else None
-        importance = hessian.diagonal() if hessian.tokens else torch.zeros((), dtype=torch.float32)
+        importance = hessian.diagonal() if hessian.tokens else torch.zeros((), dtype=torch.float32, device="cpu")
         h = None
         if hessian.tokens and torch.isfinite(importance).all() and (importance > 0).any():
             h = hessian.factored(False, self.damping)
@@ -111,7 +111,7 @@ class _SparseSolver(Solver):
     def __init__(self, spec: Any, h: Factored, loop: GPTQ, importance: Tensor, pattern: Sparsity) -> None:
         super().__init__(spec, h, loop, importance)
         self.pattern = pattern
-        self.keep = torch.empty(0, dtype=torch.bool)
+        self.keep = torch.empty(0, dtype=torch.bool, device="cpu")
 
     def start(self, w: Tensor) -> Qparams:
         self.keep = torch.ones_like(w, dtype=torch.bool)

@@ -82,14 +82,14 @@ class Histogram:
     @property
     def centers(self) -> Tensor:
         """The middle of each bin, (bins,) float32."""
-        return (torch.arange(self.bins, dtype=torch.float32) + 0.5) * (self.top / self.bins)
+        return (torch.arange(self.bins, dtype=torch.float32, device="cpu") + 0.5) * (self.top / self.bins)
 
     def percentile(self, fraction: float) -> Tensor:
         """The magnitude below which `fraction` of the numbers lie, a float32 scalar."""
         assert self.counts is not None
         share = self.counts.cumsum(0) / self.counts.sum()
         index = int(torch.searchsorted(share, min(fraction, 1.0) - 1e-12))
-        return torch.tensor((min(index, self.bins - 1) + 1) * self.top / self.bins, dtype=torch.float32)
+        return torch.tensor((min(index, self.bins - 1) + 1) * self.top / self.bins, dtype=torch.float32, device="cpu")
 
     def best(self, spec: Spec, steps: int = 100) -> Tensor:
         """The largest magnitude to represent for which `spec`, per tensor, has the least mean squared error."""
@@ -98,9 +98,9 @@ class Histogram:
         tops = [self.top * i / steps for i in range(1, steps + 1)]
         errors = []
         for top in tops:
-            qparams = spec.choose_qparams(torch.tensor([[top]], dtype=torch.float32), (1, 1))
+            qparams = spec.choose_qparams(torch.tensor([[top]], dtype=torch.float32, device="cpu"), (1, 1))
             errors.append(float(((spec.round(x, **qparams) - x)[0].square() * weight).sum()))
-        return torch.tensor(tops[min(range(steps), key=errors.__getitem__)], dtype=torch.float32)
+        return torch.tensor(tops[min(range(steps), key=errors.__getitem__)], dtype=torch.float32, device="cpu")
 
 
 class Channels:

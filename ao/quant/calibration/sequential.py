@@ -346,7 +346,10 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 
 def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The tokens of a call: rows of its first tensor, or elements if those are ids."""
-    x = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.empty(0, dtype=torch.float32))
+    x = next(
+        (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
+        torch.empty(0, dtype=torch.float32, device="cpu"),
+    )
     return x.numel() // (x.shape[-1] if x.is_floating_point() and x.dim() else 1)
 
 

@@ -1,4 +1,4 @@
-"""Nothing depends on PyTorch's default dtype, which scripts set to bfloat16 to build a model in it."""
+"""Nothing depends on PyTorch's default dtype and device, which scripts set to build a model in bfloat16 on a GPU."""
 
 import ast
 import hashlib
@@ -17,20 +17,39 @@ from ao.dtypes import Intx
 from ao.optim import AdamW4bit, AdamW8bit, AdamWFp8, Lion8bit, SGD8bit
 from ao.quant.kv_cache import KVCache
 
-CREATORS = ("empty", "zeros", "ones", "full", "rand", "randn", "linspace", "eye", "tensor", "empty_strided")
+CREATORS = (
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "rand",
+    "randn",
+    "linspace",
+    "eye",
+    "tensor",
+    "empty_strided",
+    "scalar_tensor",
+)
 """Functions of torch whose result has the default dtype where it is of floats."""
+
+INTEGERS = ("arange", "randint", "randperm")
+"""Others that make something on the default device."""
 
 
 OPTIMIZERS = [AdamW8bit, AdamW4bit, AdamWFp8, Lion8bit, SGD8bit]
 
 
 def equal_in_every_default(make):
-    """`make()`, tensors, is the same to the bit with other default dtypes. It may not create numbers without a dtype itself."""
+    """`make()`, tensors on the CPU, is the same to the bit with other default dtypes, and another default device. It may not make
+    numbers without a dtype and a device itself."""
     before = torch.get_default_dtype()
     found = []
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             torch.set_default_dtype(dtype)
+            found.append([t.clone() for t in make()])
+        torch.set_default_dtype(before)
+        with torch.device("meta"):
             found.append([t.clone() for t in make()])
     finally:
         torch.set_default_dtype(before)
@@ -82,7 +101,7 @@ def test_tables_that_are_made_first():
     """They are kept: so each default has a process of its own."""
     program = (
         "import sys, torch; torch.set_default_dtype(getattr(torch, sys.argv[1]))\n"
-        "import test_default_dtype; print(test_default_dtype.digest())"
+        "import test_defaults; print(test_defaults.digest())"
     )
     found = {
         subprocess.run(
@@ -98,7 +117,7 @@ def test_attention_to_a_cache(name):
     q, k, v = (weight((1, heads, 72, 32), heads, torch.bfloat16) for heads in (4, 2, 2))
 
     def make():
-        cache = KVCache(name, 1, 2, 96, 32, dtype=torch.bfloat16)
+        cache = KVCache(name, 1, 2, 96, 32, dtype=torch.bfloat16, device="cpu")
         outs = []
         for some in (slice(0, 70), slice(70, 71), slice(71, 72)):  # a prompt, and tokens
             cache.update(k[:, :, some], v[:, :, some])
@@ -113,7 +132,7 @@ def test_algorithms(algorithm):
     x, state = weight((32, 64), 3), {"0.weight": weight((64, 64)), "0.bias": weight((64,), 1)}
 
     def make():
-        model = nn.Sequential(nn.Linear(64, 64, dtype=torch.float32))
+        model = nn.Sequential(nn.Linear(64, 64, dtype=torch.float32, device="cpu"))
         model.load_state_dict(state)
         ao.quantize_(model, ao.SpecConfig(Intx(4, (1, 32)), algorithm=algorithm), calibration_data=[x])
         with torch.no_grad():
@@ -122,19 +141,25 @@ def test_algorithms(algorithm):
     equal_in_every_default(make)
 
 
-def test_every_tensor_that_is_made_names_its_dtype():
+def test_every_tensor_that_is_made_names_its_dtype_and_device():
     root = Path(ao.__file__).parent
-    found = []
+    without: dict[str, list[str]] = {"dtype": [], "device": []}
     for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        places = {
-            id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "device"
-        }
+        asked = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "device"}
         for node in ast.walk(tree):
             match node:
-                case ast.Call(func=ast.Attribute(value=ast.Name("torch"), attr=name)) if name in CREATORS:
+                case ast.Call(func=ast.Attribute(value=ast.Name("torch"), attr=name)) if name in CREATORS + INTEGERS:
                     given = {keyword.arg for keyword in node.keywords}
-                    if not given & {"dtype", None} and id(node) not in places:  # None: of **kwargs
-                        found.append(f"{path.relative_to(root)}:{node.lineno}")
+                    if None in given or id(node) in asked:  # None: of **kwargs
+                        continue
+                    if "dtype" not in given and name in CREATORS:
+                        without["dtype"].append(f"{place}:{node.lineno}")
+                    if "device" not in given:
+                        without["device"].append(f"{place}:{node.lineno}")
     # Where nothing is given, bitsandbytes makes an empty parameter of the default dtype.
-    assert [place for place in found if not place.startswith("compat/bitsandbytes/parameters.py")] == []
+    assert [place for place in without["dtype"] if not place.startswith("compat/bitsandbytes/parameters.py")] == []
+    # vLLM builds its layers within a default device; an empty tensor of bytes is asked for its kind alone.
+    chosen = ("compat/", "integrations/vllm.py", "dtypes/checkpoint.py")
+    assert [place for place in without["device"] if not place.startswith(chosen)] == []

@@ -27,8 +27,8 @@ class WholeModel:
     batches: what people run it with.
     unit: what one call does.
     decodes: a call is one step of `generate`, rather than `module(**inputs)`.
-    compiled: the parts that are compiled: the whole module, or each of its blocks, which takes a tenth of the time where many are
-        alike, as one graph serves all of these.
+    compiled: the parts that are compiled: the whole module, or each of its blocks, which takes less time to compile where many
+        are alike, as one graph serves all of these.
     """
 
     build: Callable[[bool, int | None], nn.Module]

@@ -288,9 +288,9 @@ def fused_launch(x: Tensor, w: QTensor) -> Product:
         return operators.fused_at_once(x, qdata, scale, zero_point, offset, of_hopper, bias)
 
     of_nibbles = of_hopper and qdata.shape[1] < k
-    soon = operators.nibbles_launch(m, n, k, qdata, scale, zero_point, offset) if m <= ONE_LAUNCH else None
-    if soon is not None:
-        return _launched(w, soon)
+    sliced = operators.nibbles_launch(m, n, k, qdata, scale, zero_point, offset)
+    if sliced is not None:
+        return _launched(w, sliced)
     if m > operators.SOME or n * k > LARGE or (m > ONE_LAUNCH and of_nibbles):
         return _launched(w, at_once)
     if m <= ONE_LAUNCH:

@@ -78,10 +78,8 @@ class BitsAndBytes(Reader):
             return parts["absmax"].float().reshape(grid), None
         size, nested = int(state["nested_blocksize"]), parts["nested_absmax"].float()
         values = parts["nested_quant_map"].float()
-        codes, offset = (
-            parts["absmax"].flatten(),
-            torch.tensor(state["nested_offset"], dtype=torch.float32, device="cpu"),
-        )
+        codes = parts["absmax"].flatten()
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device="cpu")
         blocks = _blocks_of(grid, size)
         if blocks is None:  # of 256 neighbours that are no rectangle: as the numbers that they are
             return (values[codes.long()] * nested.repeat_interleave(size)[: codes.numel()] + offset).reshape(grid), None

@@ -641,10 +641,8 @@ def decode(
     splits = splits_of(b * kv_heads * blocks, length, q.device, tile)
     pieces, rows = splits * tile.warps, b * kv_heads * blocks * 8
     out, top, total = (torch.empty(rows, pieces, n, dtype=torch.float32, device=q.device) for n in (d, 1, 1))
-    merged, logs = (
-        torch.empty(b, h, t, d, dtype=q.dtype, device=q.device),
-        torch.empty(b, h, t, dtype=torch.float32, device=q.device),
-    )
+    merged = torch.empty(b, h, t, d, dtype=q.dtype, device=q.device)
+    logs = torch.empty(b, h, t, dtype=torch.float32, device=q.device)
     words = [x.view(torch.uint8).view(torch.int32) for x in (q.contiguous(), k, v)]
     none, early = top, is_hopper(q.device)
     mask_strides = (0, 0, 0)

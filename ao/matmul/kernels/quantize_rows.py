@@ -115,6 +115,19 @@ def largest_kernel(words_ptr, top_ptr, SIZE, B: tl.constexpr):
     tl.store(top_ptr + tl.program_id(0), tl.max(tl.maximum(top & 0xFFFF, (top >> 16) & 0xFFFF), 0))
 
 
+@triton.jit
+def _words(row, at, WORDS: tl.constexpr, WIDTH: tl.constexpr):
+    """All WORDS words of rows, WIDTH at a time. row: where they begin, (ROWS, 1). at: (1, WIDTH)."""
+    words = ()
+    for i in tl.static_range((WORDS + WIDTH - 1) // WIDTH):
+        if WIDTH * (i + 1) <= WORDS:
+            word = tl.load(row + (WIDTH * i + at))
+        else:
+            word = tl.load(row + (WIDTH * i + at), mask=at < WORDS - WIDTH * i, other=0)
+        words += (word,)  # type: ignore[assignment]
+    return words
+
+
 @triton.jit(do_not_specialize=["M", "TOPS"])
 def quantize_kernel(
     words_ptr, other_ptr, top_ptr, codes_ptr, scale_ptr, M, TOPS, WORDS: tl.constexpr, ROWS: tl.constexpr,
@@ -131,24 +144,10 @@ def quantize_kernel(
     m = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1)[:, None]  # the last row may be done twice
     at = tl.arange(0, WIDTH)[None, :]
     row = m.to(tl.int64) * WORDS
-    words = ()
-    for i in tl.static_range(PIECES):
-        there = (at < WORDS - WIDTH * i) & (m >= 0)
-        if WIDTH * (i + 1) <= WORDS:
-            word = tl.load(words_ptr + row + (WIDTH * i + at))
-        else:
-            word = tl.load(words_ptr + row + (WIDTH * i + at), mask=there, other=0)
-        words += (word,)  # type: ignore[assignment]
+    words = _words(words_ptr + row, at, WORDS, WIDTH)
     others = words
     if GATED:
-        others = ()
-        for i in tl.static_range(PIECES):
-            there = (at < WORDS - WIDTH * i) & (m >= 0)
-            if WIDTH * (i + 1) <= WORDS:
-                word = tl.load(other_ptr + row + (WIDTH * i + at))
-            else:
-                word = tl.load(other_ptr + row + (WIDTH * i + at), mask=there, other=0)
-            others += (word,)  # type: ignore[assignment]
+        others = _words(other_ptr + row, at, WORDS, WIDTH)
     if FUNCTION_ASM != "":
         done = ()
         for i in tl.static_range(PIECES):
@@ -177,7 +176,7 @@ def quantize_kernel(
         if WIDTH * (i + 1) <= WORDS:
             tl.store(to, codes)
         else:
-            tl.store(to, codes, mask=(at < WORDS - WIDTH * i) & (m >= 0))
+            tl.store(to, codes, mask=at < WORDS - WIDTH * i)
     tl.store(scale_ptr + tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1), scale)
 
 

@@ -56,10 +56,8 @@ SPECS: dict[str, Any] = {
 }
 """What differs in its decoding. The kernels take more formats; those of the same width are alike."""
 
-TILES_OF_ONE = [
-    (16, 2, 64, 1), (16, 1, 128, 1), (16, 1, 128, 2), (16, 1, 128, 3), (8, 3, 80, 1), (8, 2, 128, 2), (8, 2, 128, 3),
-]  # fmt: skip
-"""Warps, programs of a multiprocessor, registers and slices ahead of one_token_mma.py."""
+TILES_OF_ONE = [(16, 1, 128, 8, 4), (16, 1, 128, 4, 4), (16, 1, 128, 8, 1), (8, 2, 128, 8, 4), (8, 2, 128, 8, 1)]
+"""Warps, programs of a multiprocessor, registers, chunks of rows ahead and sets of x in registers of one_token_mma.py."""
 
 CUTS = [(16, 2, 2, 1), (16, 2, 1, 1), (16, 1, 2, 1), (16, 1, 1, 1), (8, 2, 1, 2), (8, 1, 2, 2), (8, 1, 1, 2)]
 """Of slices_of_k.py."""
@@ -116,8 +114,8 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
     if m == 1 and reading.for_one_token and not reading.in_integers:
         for one in TILES_OF_ONE:
             of_one = one_token_mma.Tile(*one)
-            if reading.k <= 1024 * of_one.warps:  # x of 8 slices is in registers
-                name = f"gemv {of_one.warps}w {of_one.programs}p {of_one.registers}r {of_one.ahead}a"
+            if reading.k <= 1024 * of_one.warps:  # x of 8 slices has room
+                name = f"gemv {of_one.warps}w {of_one.programs}p {of_one.registers}r {of_one.ahead}a {of_one.kept}x"
                 yield name, lambda x, fields, tile=of_one: one_token_mma.gemv(x, reading, fields, tile)
     elif m <= 2 and reading.for_one_token:
         yield "gemv", lambda x, fields: one_token.gemv_each(x, reading, fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from ao.dtypes import NF4, Codebook, Float8, Intx
 from ao.dtypes.bits import pack
 from ao.dtypes.floatx import minifloat
-from ao.matmul.kernels.f16_products import LOOKED_UP, TABLE, WORDS, X, elements, power_of, products_asm, way_of
+from ao.matmul.kernels.f16_products import LOOKED_UP, TABLE, WORDS, X, elements, places, power_of, products_asm, way_of
 from ao.matmul.kernels.reading import reading_of
 
 LANE = np.arange(32)
@@ -55,7 +56,7 @@ def _float8(pairs):
 
 
 def run(lines, operands, shared):
-    """The four sums. shared: the words of shared memory."""
+    """The sums. shared: the words of shared memory."""
     registers = {f"${i}": value for i, value in operands.items()}
 
     def value(name):
@@ -92,7 +93,7 @@ def run(lines, operands, shared):
         elif name and name != ".reg":
             to, *args = rest.split(", ")
             registers[to] = one[name](*args)
-    return [registers[f"${i}"] for i in range(4)]
+    return [registers[f"${i}"] for i in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,8 @@ CASES = [
 @pytest.mark.parametrize("float8", [True, False], ids=["float8", "no float8"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sums_of_chunks(case, float8):
-    """Each lane gets the sums of both parts of its chunks of two rows, and they are halves where these have scales."""
+    """Each lane gets the sums of its columns, of both parts of chunks of two rows: of its own, which may be halves with scales,
+    or of those of the lanes that it is together with, for each of as many slices."""
     kind, bits, exponent, halves = case
     way = way_of(*case, float8)
     parts = [[e for step in range(4) for e in elements(way, part, step)] for part in range(2)]
@@ -135,18 +137,33 @@ def test_sums_of_chunks(case, float8):
     table = table.astype(np.float16)
     words = pack(torch.from_numpy(codes), bits).numpy().view(WORD)  # (16, 4, bits)
     operands = {WORDS + 8 * r + i: words[ROW + 8 * r, LANE_OF_ROW, i] for r in range(2) for i in range(bits)}
-    x = random.standard_normal((4, 32)).astype(np.float16)
-    for step in range(4):
-        of_part = np.array([elements(way, part, step) for part in range(2)])
-        mine = np.where((ROW // 2 == LANE_OF_ROW)[:, None], x[LANE_OF_ROW[:, None], of_part[ROW % 2]], 0)
-        operands |= {X + 2 * step + r: _words(mine[:, 2 * r], mine[:, 2 * r + 1]) for r in range(2)}
     shared = None
     if way in LOOKED_UP:
         place = np.arange(256 if bits == 4 else 2**bits)
         entries = _words(table[place & 15], table[place >> 4]) if bits == 4 else _words(table, table)
         operands[TABLE], shared = (LANE * 4).astype(WORD), np.repeat(entries, 32)
+    for together in (1,) if halves else (1, 2, 4):
+        x = random.standard_normal((together, 4, 32)).astype(np.float16)  # of each slice
+        slices, part_of = np.array([places(together, column)[:2] for column in range(8)]).T
+        mine = np.array([lane % 4 in places(together, lane // 4)[2] for lane in LANE])
+        for step in range(4):
+            of_part = np.array([elements(way, part, step) for part in range(2)])
+            met = x[slices[ROW][:, None], LANE_OF_ROW[:, None], of_part[part_of[ROW]]] * mine[:, None]  # (32, 4)
+            operands |= {X + 2 * step + r: _words(met[:, 2 * r], met[:, 2 * r + 1]) for r in range(2)}
+        sums = np.stack(run(products_asm(way, bits, exponent), operands, shared)) * 2.0 ** power_of(way, exponent)
+        for lane, row, column in itertools.product(range(32), range(2), range(2)):
+            of, part, lanes = places(together, lane % 4 * 2 + column)
+            at = lane // 4 + 8 * row
+            expected = sum(
+                table[codes[at, one, e]].astype(np.float64) * x[of, one, e] for one in lanes for e in parts[part]
+            )
+            assert abs(sums[4 * part + 2 * row + column, lane] - expected) < 1e-9
 
-    found = np.stack(run(products_asm(way, bits, exponent), operands, shared)) * 2.0 ** power_of(way, exponent)
-    products = table[codes].astype(np.float64) * x  # (16, 4, 32)
-    expected = np.stack([products[ROW + 8 * r, LANE_OF_ROW][:, part].sum(1) for r in range(2) for part in parts])
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+def test_places_of_x():
+    """Of as many slices as lanes are together, every part of the chunks of all lanes is in a column, once."""
+    for together in (1, 2, 4):
+        found = [
+            (of, part, lane) for column in range(8) for of, part, lanes in [places(together, column)] for lane in lanes
+        ]
+        assert sorted(found) == sorted(itertools.product(range(together), range(2), range(4)))

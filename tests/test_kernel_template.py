@@ -135,9 +135,11 @@ def test_tiles_of_a_few_tokens(spec, name):
 
 
 TILES_OF_ONE = {
-    "a slice": (1408, 16, 2, 64, 1),
-    "ahead of a tile": (1920, 8, 2, 128, 2),
-    "many slices": (8448, 16, 1, 128, 2),
+    "a slice": (1408, 16, 1, 128, 8, 4),
+    "ahead of two tiles": (1920, 8, 2, 128, 8, 4),
+    "a tile ahead": (1920, 8, 2, 128, 4, 1),
+    "many slices": (8448, 16, 1, 128, 8, 4),
+    "x in shared memory": (6656, 8, 1, 128, 8, 0),
 }
 """K, and the tile."""
 

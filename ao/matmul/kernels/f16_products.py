@@ -3,7 +3,9 @@
 A lane has a chunk of 32 codes, `bits` words (bits.py), of each of two rows. One `mma` takes four codes of either row from each
 of the four lanes that share these rows: 16 places of K. Columns of x keep the chunks of these lanes apart: a column has x of one
 lane and zeros at the places of the others, so that its sums are those of one chunk. Of the eight columns, a lane gets back two:
-in one stands x of the first part of its chunk, in the other that of the second.
+in one stands x of the first part of its chunk, in the other that of the second. Lanes whose chunks have the same scale need not
+be kept apart, and where two or four are together, x of as many slices of K has room in the eight columns (`places`): those of
+other slices than that of the codes have sums that nobody wants.
 
     minifloat  codes become bytes, the sign above, that are the high byte of float16 (two bits of mantissa or fewer), or a
                float8 e4m3 (three), which is converted
@@ -16,11 +18,12 @@ import functools
 
 from ...dtypes.bits import _SECTIONS
 
-SUMS, WORDS, X, TABLE = 0, 4, 20, 28
-"""The first operands of each kind that `products_asm` takes. The results: the sums of both parts of the chunk of the first row,
-and of the second. 8 words of either row, of which the first `bits` count; 8 words of x; where the table of this lane begins."""
+WORDS, X, TABLE = 8, 24, 32
+"""The first operands of each kind that `products_asm` takes. The results: the sums of the first part of the chunks, of the first
+row with both columns and of the second, and likewise of the second part. 8 words of either row, of which the first `bits` count;
+8 words of x; where the table of this lane begins."""
 
-OPERANDS = ",".join(["=f"] * 4 + ["r"] * (TABLE + 1 - WORDS))
+OPERANDS = ",".join(["=f"] * WORDS + ["r"] * (TABLE + 1 - WORDS))
 
 LOOKED_UP = ("pairs", "halves", "table")
 """The ways by a table."""
@@ -53,6 +56,15 @@ def elements(how: str, part: int, step: int) -> tuple[int, int, int, int]:
         return first, first + 16, first + 1, first + 17
     first = 16 * part + 4 * step
     return first, first + 1, first + 2, first + 3
+
+
+def places(together: int, column: int) -> tuple[int, int, range]:
+    """What a column has of x: of which slice of as many as lanes are together, which part of chunks, and of which lanes.
+
+    A slice is what four lanes have. The sums of a column go back to lane `column // 2`."""
+    lane, second = divmod(column, 2)
+    of = range(lane // together * together, (lane // together + 1) * together)
+    return {1: (0, second, of), 2: (second, lane % 2, of), 4: (lane, second, of)}[together]
 
 
 class _Lines(list[str]):
@@ -142,5 +154,6 @@ def products_asm(how: str, bits: int, exponent: int) -> str:
             codes = ", ".join(f"{name}{i}" for i in range(4))
             lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{to}}}, {{{codes}}}, {x}, ")
             lines.append(f"{{{to if step else 'f, f, f, f'}}};")
-    lines.append("mov.f32 $0, p0; mov.f32 $1, q1; mov.f32 $2, p2; mov.f32 $3, q3; }")
+    lines += [f"mov.f32 ${i + 4 * part}, {name}{i};" for part, name in enumerate("pq") for i in range(4)]
+    lines.append("}")
     return " ".join(lines)

@@ -8,28 +8,38 @@ import triton.language as tl
 from .joint_words import scale_number, zero_number
 from .template import _AFFINE, _INTEGERS, _PLAIN, _POWER, _TABLE, _e4m3
 
+_FETCH_ASM = tl.constexpr(
+    tuple(f"ld.global{how}.{kind} $0, [$1];" for how in (".nc", "") for kind in ("s8", "u8", "u16", "b16", "b32"))
+)
+
 
 @triton.jit
-def _fetched(at):
-    """What is at these addresses: of one byte, two or four."""
-    if at.dtype.element_ty.primitive_bitwidth == 8:
-        if at.dtype.element_ty == tl.int8:
-            return tl.inline_asm_elementwise(
-                "ld.global.nc.s8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "ld.global.nc.u8 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
-            )
+def _fetched(at, EARLY: tl.constexpr = False):
+    """What is at these addresses: of one byte, two or four. EARLY: before `_no_later` where that is asked for after it."""
+    FIRST: tl.constexpr = 5 if EARLY else 0
+    if at.dtype.element_ty == tl.int8:
+        return tl.inline_asm_elementwise(_FETCH_ASM[FIRST], "=r,l", [at], dtype=tl.int32, is_pure=not EARLY, pack=1)
+    elif at.dtype.element_ty.primitive_bitwidth == 8:
+        return tl.inline_asm_elementwise(_FETCH_ASM[FIRST + 1], "=r,l", [at], dtype=tl.int32, is_pure=not EARLY, pack=1)
+    elif at.dtype.element_ty == tl.uint16:
+        return tl.inline_asm_elementwise(_FETCH_ASM[FIRST + 2], "=r,l", [at], dtype=tl.int32, is_pure=not EARLY, pack=1)
     elif at.dtype.element_ty.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise(
-            "ld.global.nc.b16 $0, [$1];", "=h,l", [at], dtype=at.dtype.element_ty, is_pure=True, pack=1
+            _FETCH_ASM[FIRST + 3], "=h,l", [at], dtype=at.dtype.element_ty, is_pure=not EARLY, pack=1
         )
     else:
         return tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [at.to(tl.pointer_type(tl.int32), bitcast=True)], dtype=tl.int32,
-            is_pure=True, pack=1,
+            _FETCH_ASM[FIRST + 4], "=r,l", [at.to(tl.pointer_type(tl.int32), bitcast=True)], dtype=tl.int32,
+            is_pure=not EARLY, pack=1,
         ).to(at.dtype.element_ty, bitcast=True)  # fmt: skip
+
+
+@triton.jit
+def _no_later():
+    """The loads before this stay before it: the assembler would put them off to where their registers are free."""
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

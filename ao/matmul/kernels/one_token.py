@@ -18,9 +18,10 @@ from .ampere import _bytes, _fixed_point, _largest
 from .device import multiprocessors
 from .joint_words import zero_number
 from .launch import Launch, cdiv, launch, power_of_two
+from .read_once import _fetched, _no_later
 from .reading import Fields, Reading
 from .several import of_three
-from .template import _FIXED, _outer, _scale_of, _scales, given
+from .template import _E4M3, _FIXED, _PLAIN, _outer, _scale_of, given
 
 
 def _integers_asm(bits: int, signed: bool = False) -> str:
@@ -142,20 +143,49 @@ def _ahead(
     row = tl.minimum(row, N - 1)
     words = _words(q_ptr, row, unit, U, BITS)
     if NG == 1:
-        return words, 0, 0, 0, 0, (0,), (0,)
+        scale = tl.load(scale_ptr + row // RG)
+        zero = _zero_at(zero_ptr + row // RG) if ZERO else scale
+        return words, scale, zero, scale, zero, _outer(scale2_ptr, zero2_ptr, row, 0, NG, NESTED, RG2, NG2), (0,)
+    elif K // NG == 16 and (NESTED == _PLAIN or NESTED == _E4M3):  # noqa: SIM109
+        at = row // RG * NG
+        scale0, scale1 = _of_both_halves(scale_ptr + at, unit, U)
+        zero0, zero1 = scale0, scale1
+        if ZERO and zero_ptr.dtype.element_ty.primitive_bitwidth == 8:
+            first = at + _group_of(unit, 0, K, NG)
+            zero0, zero1 = _zero_at(zero_ptr + first), _zero_at(zero_ptr + first + 1)
+        elif ZERO:
+            zero0, zero1 = _of_both_halves(zero_ptr + at, unit, U)
+        return words, scale0, zero0, scale1, zero1, (0,), (0,)
     else:
         at = row // RG * NG
         there = unit < U
         first, second = at + _group_of(unit, 0, K, NG), at + _group_of(unit, 1, K, NG)
         scale0 = tl.load(scale_ptr + first, mask=there, other=0)
-        zero0 = tl.load(zero_ptr + first, mask=there, other=0) if ZERO else scale0
+        zero0 = _zero_at(zero_ptr + first) if ZERO else scale0
         outer0 = _outer(scale2_ptr, zero2_ptr, row, _group_of(unit, 0, K, NG), NG, NESTED, RG2, NG2)
         scale1, zero1, outer1 = scale0, zero0, outer0
         if K // NG % 32 != 0:
             scale1 = tl.load(scale_ptr + second, mask=there, other=0)
-            zero1 = tl.load(zero_ptr + second, mask=there, other=0) if ZERO else scale1
+            zero1 = _zero_at(zero_ptr + second) if ZERO else scale1
             outer1 = _outer(scale2_ptr, zero2_ptr, row, _group_of(unit, 1, K, NG), NG, NESTED, RG2, NG2)
         return words, scale0, zero0, scale1, zero1, outer0, outer1
+
+
+@triton.jit
+def _zero_at(at):
+    """Zero points as they are stored. Of one byte each has a register: the compiler would wait for two to put them in one."""
+    if at.dtype.element_ty.primitive_bitwidth == 8:
+        return _fetched(at, EARLY=True)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def _of_both_halves(at, unit, U: tl.constexpr):
+    """What is stored of the groups of both halves of units, at once. at: where a row begins."""
+    J: tl.constexpr = unit.shape[0]
+    half = tl.arange(0, 2 * J)
+    return tl.split(tl.reshape(tl.load(at + half, mask=half < 2 * U, other=0), (J, 2)))
 
 
 @triton.jit
@@ -166,21 +196,12 @@ def _group_of(unit, half: tl.constexpr, K: tl.constexpr, NG: tl.constexpr):
 
 @triton.jit
 def _row(
-    ahead, row, high, low, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K: tl.constexpr,
-    BITS: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, RG: tl.constexpr,
-    NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
+    ahead, high, low, step, total0, total1, K: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr,
+    OFFSET: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """What each unit adds to the product with a row: (J,)."""
-    HALVES: tl.constexpr = NG > 1 and K // NG % 32 != 0
-    row = tl.minimum(row, N - 1)
+    """What each unit adds to the product with a row: (J,). ahead: of `_ahead`."""
     d0, d1 = _unit_sums(ahead[0], high, low, BITS, SIGNED)
-    if NG == 1:
-        d = (d0 + d1) * step
-        zero = zero_number(tl.load(zero_ptr + row // RG), BITS) + OFFSET if ZERO else OFFSET
-        if ZERO or OFFSET != 0:
-            d -= zero * (total0 + total1)
-        return d * _scales(scale_ptr, scale2_ptr, zero2_ptr, row, 0, True, RG, NG, NESTED, RG2, NG2)
-    elif HALVES:
+    if NG > 1 and K // NG % 32 != 0:
         d0 = d0 * step - _taken_off(ahead[2], total0, BITS, ZERO, OFFSET)
         d1 = d1 * step - _taken_off(ahead[4], total1, BITS, ZERO, OFFSET)
         d = d0 * _scale_of(ahead[1], ahead[5], NESTED)
@@ -193,7 +214,12 @@ def _row(
 @triton.jit
 def _taken_off(zero, total, BITS: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr):
     """Zero points times the sums of x."""
-    return (zero_number(zero, BITS) + OFFSET) * total if ZERO else OFFSET * total
+    if ZERO:
+        return (zero_number(zero, BITS) + OFFSET) * total
+    elif OFFSET != 0:
+        return OFFSET * total
+    else:
+        return 0.0
 
 
 @triton.jit
@@ -213,22 +239,18 @@ def _gemv_codes(
     """
     U: tl.constexpr = K // 32
     unit = tl.arange(0, J)
-    after = first * 4
-    ahead0 = _ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-    )  # fmt: skip
-    ahead1 = _ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-    )  # fmt: skip
-    ahead2 = _ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-    )  # fmt: skip
-    ahead3 = _ahead(
-        q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-    )  # fmt: skip
-
+    # What is needed first is asked for first.
     at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
-    x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0)
+    ahead = ()
+    for k in tl.static_range(4):
+        row = first * 4 + k
+        ahead += (  # type: ignore[assignment]
+            _ahead(q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2),
+        )  # fmt: skip
+    _no_later()
+
+    x = x.to(tl.float32)
     top = _largest(tl.abs(x))
     i = _fixed_point(x, tl.where(top > 0, 32512.0 / top, 0.0))
     step = top * (1 / 32512)
@@ -242,36 +264,23 @@ def _gemv_codes(
 
     for tile in tl.range(first, tl.cdiv(N, 4), programs):
         r = tile * 4
-        w0, w1, w2, w3 = ahead0, ahead1, ahead2, ahead3
-        after = r + programs * 4
-        ahead0 = _ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-        )  # fmt: skip
-        ahead1 = _ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 1, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-        )  # fmt: skip
-        ahead2 = _ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 2, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-        )  # fmt: skip
-        ahead3 = _ahead(
-            q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after + 3, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2,
-        )  # fmt: skip
-        d0 = _row(
-            w0, r, high, low, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS, SIGNED,
-            ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
-        )  # fmt: skip
-        d1 = _row(
-            w1, r + 1, high, low, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS, SIGNED,
-            ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
-        )  # fmt: skip
-        d2 = _row(
-            w2, r + 2, high, low, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS, SIGNED,
-            ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
-        )  # fmt: skip
-        d3 = _row(
-            w3, r + 3, high, low, step, total0, total1, N, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, K, BITS, SIGNED,
-            ZERO, OFFSET, RG, NG, NESTED, RG2, NG2,
-        )  # fmt: skip
+        sums = ()
+        for k in tl.static_range(4):
+            one = ahead[0]  # type: ignore[misc]
+            d = tl.zeros((J,), tl.float32)
+            # It always is, or there is no such row. Because the assembler cannot know, it asks for this row of the next tile
+            # before it goes on; it would put that off to the end of all rows.
+            if k < N:
+                d = _row(one, high, low, step, total0, total1, K, BITS, SIGNED, ZERO, OFFSET, NG, NESTED)
+                after = r + programs * 4 + k
+                one = _ahead(
+                    q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, after, unit, N, K, BITS, ZERO, RG, NG, NESTED, RG2,
+                    NG2,
+                )  # fmt: skip
+                _no_later()
+            sums += (d,)  # type: ignore[assignment]
+            ahead = ahead[1:] + (one,)  # type: ignore[assignment] # noqa: RUF005
+        d0, d1, d2, d3 = sums  # type: ignore[misc]
         four = tl.join(tl.join(d0, d2), tl.join(d1, d3))  # (J, 2, 2): row 2 a + b at [a, b]
         out = tl.sum(four, 0)
         at_row = r + tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
@@ -326,7 +335,8 @@ def _gemv_constants(
         at_once, len(tiles)
     ):  # each weight has a last program that is done sooner
         rounds += 1
-    return [cdiv(t, rounds) for t in tiles], {"J": units, "num_warps": warps}
+    # More registers would be those of warps that are to be there at the same time.
+    return [cdiv(t, rounds) for t in tiles], {"J": units, "num_warps": warps, "registers": 96 if warps <= 4 else 128}
 
 
 def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:

@@ -8,7 +8,7 @@ the driver about a tensor.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+_STARTS: dict[tuple[Any, ...], _Start] = {}
 
 
 def launch(
@@ -32,7 +32,8 @@ def launch(
     """
     kinds: list[Any] = []
     given: list[Any] = []
-    for arg in args:
+    described: list[int] = []
+    for i, arg in enumerate(args):
         if isinstance(arg, Tensor):
             address = arg.data_ptr()
             kinds.append((arg.dtype, address & 15 == 0))
@@ -43,13 +44,18 @@ def launch(
         else:
             kinds.append((arg.base.dtype, *arg.block_shape))
             given.append(arg)
+            described.append(i)
     device = torch.cuda.current_device()
     key = (kernel, device, num_warps, early, registers, *constants.values(), *kinds)
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        _COMPILED[key] = _compiled(kernel, grid, args, num_warps, early, constants, registers)
-    else:
-        _run(compiled, (*grid, 1, 1)[:3], device, given, constants.values())
+    start = _STARTS.get(key)
+    if start is None:
+        compiled = _compiled(kernel, grid, args, num_warps, early, constants, registers)
+        _STARTS[key] = _start_of(compiled, [{} if i in described else None for i in range(len(args))])
+        return
+    for i in reversed(described):
+        given[i : i + 1] = start.encode(given[i], i)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    start.call(*(*grid, 1, 1)[:3], stream, *start.between, *given, *constants.values())
 
 
 class Launch:
@@ -170,12 +176,6 @@ def _compiled(
     more: dict[str, Any] = {"launch_pdl": True} if early else {}  # an option that GPUs before Hopper do not have
     more |= {} if registers is None else {"maxnreg": registers}
     return kernel[grid](*args, num_warps=num_warps, **constants, **more)
-
-
-def _run(compiled: Any, grid: tuple[int, ...], device: int, given: Sequence[Any], constants: Iterable[Any]) -> None:
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    # No launch metadata and no hooks: they are for Triton's own profiler.
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given, *constants)
 
 
 _READERS: dict[tuple[Any, ...], TensorDescriptor] = {}

@@ -56,8 +56,12 @@ SPECS: dict[str, Any] = {
 }
 """What differs in its decoding. The kernels take more formats; those of the same width are alike."""
 
-TILES_OF_ONE = [(16, 1, 128, 8, 4), (16, 1, 128, 4, 4), (16, 1, 128, 8, 1), (8, 2, 128, 8, 4), (8, 2, 128, 8, 1)]
-"""Warps, programs of a multiprocessor, registers, chunks of rows ahead and sets of x in registers of one_token_mma.py."""
+TILES_OF_ONE = [
+    (16, 1, 128, 8, 4, True), (16, 1, 128, 4, 4, True), (16, 1, 128, 4, 4, False), (16, 1, 128, 8, 1, True),
+    (8, 2, 128, 8, 4, True), (8, 2, 128, 4, 4, False),
+]  # fmt: skip
+"""Warps, programs of a multiprocessor, registers, chunks of rows ahead and sets of x in registers of one_token_mma.py, and whether
+slices are multiplied one after the other."""
 
 CUTS = [(16, 2, 2, 1), (16, 2, 1, 1), (16, 1, 2, 1), (16, 1, 1, 1), (8, 2, 1, 2), (8, 1, 2, 2), (8, 1, 1, 2)]
 """Of slices_of_k.py."""
@@ -116,6 +120,7 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
             of_one = one_token_mma.Tile(*one)
             if reading.k <= 1024 * of_one.warps:  # x of 8 slices has room
                 name = f"gemv {of_one.warps}w {of_one.programs}p {of_one.registers}r {of_one.ahead}a {of_one.kept}x"
+                name += " apart" * of_one.apart
                 yield name, lambda x, fields, tile=of_one: one_token_mma.gemv(x, reading, fields, tile)
     elif m <= 2 and reading.for_one_token:
         yield "gemv", lambda x, fields: one_token.gemv_each(x, reading, fields)

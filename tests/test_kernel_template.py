@@ -135,11 +135,12 @@ def test_tiles_of_a_few_tokens(spec, name):
 
 
 TILES_OF_ONE = {
-    "a slice": (1408, 16, 1, 128, 8, 4),
-    "ahead of two tiles": (1920, 8, 2, 128, 8, 4),
-    "a tile ahead": (1920, 8, 2, 128, 4, 1),
-    "many slices": (8448, 16, 1, 128, 8, 4),
-    "x in shared memory": (6656, 8, 1, 128, 8, 0),
+    "a slice": (1408, 16, 1, 128, 8, 4, True),
+    "ahead of two tiles": (1920, 8, 2, 128, 8, 4, True),
+    "a tile ahead": (1920, 8, 2, 128, 4, 1, False),
+    "many slices": (8448, 16, 1, 128, 8, 4, True),
+    "many slices, not apart": (8448, 16, 1, 128, 4, 4, False),
+    "x in shared memory": (6656, 8, 1, 128, 8, 0, True),
 }
 """K, and the tile."""
 

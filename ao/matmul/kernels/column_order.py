@@ -9,22 +9,29 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .device import multiprocessors
+from .device import is_hopper, multiprocessors
 from .launch import Launch, cdiv, power_of_two
 
 
 @triton.jit(do_not_specialize=["M"])
-def gather_kernel(x_ptr, order_ptr, out_ptr, M, K: tl.constexpr, B: tl.constexpr, PAIRS: tl.constexpr):
+def gather_kernel(
+    x_ptr, order_ptr, out_ptr, M, K: tl.constexpr, B: tl.constexpr, PAIRS: tl.constexpr, EARLY: tl.constexpr
+):
     """out[m, k] = x[m, order[k]] of 16 bits, row after row, or two rows after two, as words of a number of each.
 
     A row goes through shared memory, which takes a quarter of the time that the cache takes for numbers from all over a row, and
-    no longer for a word than for a number.
+    no longer for a word than for a number. EARLY: whether it begins before the kernel before is done, and the next too.
     """
+    if EARLY:
+        gdc_launch_dependents()
     ROWS: tl.constexpr = 2 if PAIRS else 1
     k = tl.arange(0, B)
     there = k < K
     order = tl.load(order_ptr + k, mask=there, other=0).to(tl.int32)
+    if EARLY:
+        gdc_wait()
     x_ptr += tl.program_id(0) * (ROWS * K)
     out_ptr += tl.program_id(0) * (ROWS * K)
     for m in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
@@ -62,7 +69,11 @@ def _gather_launch(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """dtypes: of x and the order. A `Launch` is for one of each."""
     block = max(256, power_of_two(k))
-    start = Launch(gather_kernel, (programs,), K=k, B=block, PAIRS=pairs, num_warps=min(32, max(4, block // 512)))
+    early = is_hopper(device)
+    start = Launch(
+        gather_kernel, (programs,), num_warps=min(32, max(4, block // 512)), early=early, K=k, B=block, PAIRS=pairs,
+        EARLY=early,
+    )  # fmt: skip
     index = device.index
 
     def run(x: Tensor, order: Tensor) -> Tensor:

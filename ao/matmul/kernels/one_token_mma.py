@@ -1,9 +1,9 @@
 """The Triton kernel for one token by the tensor cores, for tables and small floats, which become float16: see f16_products.py.
 
 A warp has some slices of K, 4 chunks of 32 elements each, of which x stays in registers, or in shared memory where there are too
-few, and goes through tiles of 16 rows. Each lane reads whole chunks of two rows and gets the sums of these alone, or of those with
-the same scale, which it multiplies with the scales that it has read itself. As soon as it has multiplied a chunk, it asks for one
-of a later slice in the same registers, so that as many are always on their way.
+few, and goes through tiles of 16 rows. Each lane reads whole chunks of two rows and gets the sums of these alone, or of those
+with the same scale, which it multiplies with the scales that it has read itself. As soon as it has multiplied a chunk, it asks
+for one of a later slice in the same registers, so that as many are always on their way.
 x is multiplied with a power of two for the lanes whose sums are one, so that float16 holds it.
 """
 
@@ -431,8 +431,8 @@ def _gemv_halves(
     BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
     NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, ASM: tl.constexpr, POWER: tl.constexpr,
     LOOKUP: tl.constexpr, TURNED: tl.constexpr, FLOAT8: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
-    SLICES: tl.constexpr, TOGETHER: tl.constexpr, KEPT: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
-    ROUNDS: tl.constexpr, PLACE_ASM: tl.constexpr,
+    SLICES: tl.constexpr, TOGETHER: tl.constexpr, KEPT: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
+    UNROLL: tl.constexpr, ROUNDS: tl.constexpr, PLACE_ASM: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over groups of (sum over the group of x * number[n]) * scale[n], by program `first` of `programs`.
     N: at least 16.
@@ -441,8 +441,9 @@ def _gemv_halves(
     memory. TURNED: whether that is of both codes of a byte. WIDE: whether codes and scales begin at multiples of 16 bytes.
     SLICES: of a warp. TOGETHER: lanes whose chunks have the same scale, of which x has so many slices in a set of 8 words.
     KEPT: sets in registers; the others are in shared memory, from where each lane gets its own. AHEAD: chunks of rows that are
-    on their way. UNROLL: tiles of a turn of the loop, in which chunks of rows are a multiple of those ahead, or registers would
-    be moved and wait for what they get. ROUNDS: tiles of which the sums of all warps stay in shared memory, until they are added.
+    on their way. APART: whether slices are multiplied one after the other. UNROLL: tiles of a turn of the loop, in which chunks
+    of rows are a multiple of those ahead, or registers would be moved and wait for what they get.
+    ROUNDS: tiles of which the sums of all warps stay in shared memory, until they are added.
     """
     U: tl.constexpr = K // 32
     HALVES: tl.constexpr = NG > 1 and K // NG % 32 != 0
@@ -518,9 +519,8 @@ def _gemv_halves(
         total1 = tl.zeros((32 * WARPS,), tl.float32)
         for s in tl.static_range(SLICES):
             a, b = ahead[0], ahead[1]  # type: ignore[misc]
-            # It always is. Because the assembler cannot know, it is done with a slice before it begins with the next: it would
-            # want more registers than there are for both.
-            if s < N:
+            # It always is. With N, which the assembler does not know, that is done with a slice before it begins with the next.
+            if s < (N if APART else SLICES):
                 w, v = a[0], b[0]
                 if s // TOGETHER < KEPT:
                     x = met[s // TOGETHER]  # type: ignore[var-annotated]
@@ -576,15 +576,15 @@ def gemv_halves_kernel(
     KIND: tl.constexpr, EXPONENT: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr,
     RG2: tl.constexpr, NG2: tl.constexpr, ASM: tl.constexpr, POWER: tl.constexpr, LOOKUP: tl.constexpr,
     TURNED: tl.constexpr, FLOAT8: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr,
-    TOGETHER: tl.constexpr, KEPT: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr, ROUNDS: tl.constexpr,
-    PLACE_ASM: tl.constexpr,
+    TOGETHER: tl.constexpr, KEPT: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr, UNROLL: tl.constexpr,
+    ROUNDS: tl.constexpr, PLACE_ASM: tl.constexpr,
 ):  # fmt: skip
     """`_gemv_halves` of one weight, for each token."""
     token = tl.program_id(1)
     _gemv_halves(
         x_ptr + token * K, q_ptr, scale_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr + token * N, N, tl.program_id(0),
         tl.num_programs(0), K, BITS, KIND, EXPONENT, RG, NG, NESTED, RG2, NG2, ASM, POWER, LOOKUP, TURNED, FLOAT8, WIDE,
-        WARPS, SLICES, TOGETHER, KEPT, AHEAD, UNROLL, ROUNDS, PLACE_ASM,
+        WARPS, SLICES, TOGETHER, KEPT, AHEAD, APART, UNROLL, ROUNDS, PLACE_ASM,
     )  # fmt: skip
 
 
@@ -595,7 +595,8 @@ def gemv_halves_joined_kernel(
     EXPONENT: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr,
     NG2: tl.constexpr, ASM: tl.constexpr, POWER: tl.constexpr, LOOKUP: tl.constexpr, TURNED: tl.constexpr,
     FLOAT8: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, TOGETHER: tl.constexpr,
-    KEPT: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr, ROUNDS: tl.constexpr, PLACE_ASM: tl.constexpr,
+    KEPT: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr, UNROLL: tl.constexpr, ROUNDS: tl.constexpr,
+    PLACE_ASM: tl.constexpr,
 ):  # fmt: skip
     """`_gemv_halves` of two or three weights one below the other, of n rows and with p programs each; of two, p2 is 0."""
     i = tl.program_id(0)
@@ -607,26 +608,29 @@ def gemv_halves_joined_kernel(
         out_ptr + of_three(i, first, second, 0, n0, n0 + n1), of_three(i, first, second, n0, n1, n2),
         i - of_three(i, first, second, 0, first, second), of_three(i, first, second, p0, p1, p2), K, BITS, KIND, EXPONENT,
         RG, NG, NESTED, RG2, NG2, ASM, POWER, LOOKUP, TURNED, FLOAT8, WIDE, WARPS, SLICES, TOGETHER, KEPT,
-        AHEAD, UNROLL, ROUNDS, PLACE_ASM,
+        AHEAD, APART, UNROLL, ROUNDS, PLACE_ASM,
     )  # fmt: skip
 
 
 class Tile(NamedTuple):
     """How the product is cut: warps of a program, 8 or 16, programs of a multiprocessor at a time, registers of a thread at most,
-    chunks of rows read ahead at most, and sets of words of x in registers at most."""
+    chunks of rows read ahead at most, sets of words of x in registers at most, and whether slices are multiplied one after the
+    other, which takes fewer registers."""
 
     warps: int
     programs: int
     registers: int | None
     ahead: int
     kept: int
+    apart: bool
 
 
 def tile_of(reading: Reading) -> Tile:
     """For a weight: enough warps for all slices of 128, up to 16. More bits and scales take more registers."""
     words = reading.bits + (0 if reading.by_row else 1 if reading.group % 32 == 0 else 2)
-    ahead, kept = 8 if words < 10 else 4, 4 if words < 6 else 2 if words < 9 else 0
-    return Tile(8, 2, 128, ahead, kept) if reading.k <= 2048 else Tile(16, 1, 128, ahead, kept)
+    kept, apart = 4 if words < 6 else 2 if words < 9 else 0, reading.k > (8192 if words < 9 else 4096)
+    ahead = 8 if apart and words < 9 else 4
+    return Tile(8, 2, 128, ahead, kept, apart) if reading.k <= 2048 else Tile(16, 1, 128, ahead, kept, apart)
 
 
 def _ring(slices: int, most: int) -> tuple[int, int]:
@@ -635,11 +639,10 @@ def _ring(slices: int, most: int) -> tuple[int, int]:
     return max((n, -t) for n in range(1, most + 1) for t in turns if 2 * slices * t % n == 0)
 
 
-def _together(reading: Reading) -> int:
-    """Lanes of which neighbours have the same scale, in every slice."""
-    if reading.by_row:
-        return 4
-    return next(n for n in (4, 2, 1) if n == 1 or reading.group % (32 * n) == 0)
+def _together(reading: Reading, slices: int) -> int:
+    """Lanes of which neighbours have the same scale, in every slice: as few as there can be for two sets of words of x."""
+    alike = [n for n in (1, 2, 4) if n == 1 or reading.by_row or reading.group % (32 * n) == 0]
+    return next((n for n in alike if cdiv(slices, n) <= 2), alike[-1])
 
 
 def programs_of(rows: Sequence[int], tile: Tile, device: torch.device, tokens: int = 1) -> list[int]:
@@ -654,7 +657,8 @@ def programs_of(rows: Sequence[int], tile: Tile, device: torch.device, tokens: i
 
 def constants_of(reading: Reading, tile: Tile, wide: bool, device: torch.device) -> dict[str, Any]:
     """Those of the kernels, in the order of their parameters; wide: whether codes and scales begin at multiples of 16 bytes."""
-    float8, slices, together = has_float8(device), cdiv(reading.k, 128 * tile.warps), _together(reading)
+    float8, slices = has_float8(device), cdiv(reading.k, 128 * tile.warps)
+    together = _together(reading, slices)
     halves = not reading.by_row and reading.group % 32 != 0
     way = way_of(reading.kind, reading.bits, reading.exponent, halves, float8)
     known = reading.constants(False)
@@ -671,7 +675,7 @@ def constants_of(reading: Reading, tile: Tile, wide: bool, device: torch.device)
         **{name: known[name] for name in ("K", "BITS", "KIND", "EXPONENT", "RG", "NG", "NESTED", "RG2", "NG2")},
         "ASM": products_asm(way, reading.bits, reading.exponent), "POWER": power_of(way, reading.exponent), "LOOKUP": lookup,
         "TURNED": way == "pairs", "FLOAT8": float8, "WIDE": wide, "WARPS": tile.warps, "SLICES": slices,
-        "TOGETHER": together, "KEPT": kept, "AHEAD": ahead, "UNROLL": -turns, "ROUNDS": rounds,
+        "TOGETHER": together, "KEPT": kept, "AHEAD": ahead, "APART": tile.apart, "UNROLL": -turns, "ROUNDS": rounds,
         "PLACE_ASM": _place_asm(rounds * sums + table + others),
     }  # fmt: skip
 

@@ -60,7 +60,7 @@ TILES_OF_ONE = [
     (16, 1, 128, 8, 4, True), (16, 1, 128, 4, 4, True), (16, 1, 128, 4, 4, False), (16, 1, 128, 8, 1, True),
     (8, 2, 128, 8, 4, True), (8, 2, 128, 4, 4, False),
 ]  # fmt: skip
-"""Warps, programs of a multiprocessor, registers, chunks of rows ahead and sets of x in registers of one_token_mma.py, and whether
+"""Warps, programs of a multiprocessor, registers, chunks of rows ahead, sets of x in registers of one_token_mma.py, and whether
 slices are multiplied one after the other."""
 
 CUTS = [(16, 2, 2, 1), (16, 2, 1, 1), (16, 1, 2, 1), (16, 1, 1, 1), (8, 2, 1, 2), (8, 1, 2, 2), (8, 1, 1, 2)]

@@ -382,8 +382,9 @@ def few(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
 
 
 def few_launch(x: Tensor, w: QTensor) -> Product:
-    """`few` for eager mode: up to 16 tokens in one launch, as in `fused_launch`; of trits in the two that they take."""
-    from .kernels import few_tokens, operators, slices_of_k
+    """`few` for eager mode: up to 16 tokens in one launch, and beyond `FEW` by the weight in memory, as in `fused_launch`; of
+    trits in the two that they take."""
+    from .kernels import few_tokens, operators, slices_of_k, template
 
     reading, fields = _reading(w)
     m, records = x.shape[0], torch._C._cuda_isCurrentStreamCapturing
@@ -392,10 +393,13 @@ def few_launch(x: Tensor, w: QTensor) -> Product:
         return operators.few_at_once(x, fields, reading, bias)
 
     one_launch = w.numel() <= LARGE or slices_of_k.takes(reading, m, x.dtype == torch.float16)
-    if m > 16 or not one_launch or reading.kind == "trits":
+    if reading.kind != "trits" and m > FEW:
+        soon: Callable[..., Tensor] = template.decode_launch(x.dtype, reading, fields)
+    elif reading.kind != "trits" and m <= 16 and one_launch:
+        soon = few_tokens.few_launch(m, x.dtype, reading, fields)
+    else:
         return _read_anew(w, at_once)
-    soon = few_tokens.few_launch(m, x.dtype, reading, fields)
-    return _read_anew(w, lambda x, fields: at_once(x, fields) if records() else soon(x, fields))
+    return _read_anew(w, lambda x, *given: at_once(x, *given) if records() else soon(x, *given))
 
 
 def block_scaled_accepts(x: Tensor, w: QTensor) -> bool:

@@ -8,13 +8,17 @@ and scales that are quantized themselves. What a format is comes in as constants
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .joint_words import scale_number, zero_number
-from .launch import cdiv, launch, power_of_two
+from .launch import Launch, cdiv, launch, power_of_two
 from .reading import KINDS, NESTED, Fields, Reading
 
 _AFFINE, _TABLE, _MINIFLOAT, _FLOAT, _FIXED = (tl.constexpr(i) for i in range(len(KINDS)))
@@ -226,13 +230,32 @@ def _run(reading: Reading, most: int) -> int:
 
 def decoded(reading: Reading, fields: Fields, dtype: torch.dtype) -> Tensor:
     """The weight (N, K) as `dtype`."""
-    n, k = reading.n, reading.k
-    out = torch.empty(n, k, dtype=dtype, device=fields[0].device)
+    out = torch.empty(reading.n, reading.k, dtype=dtype, device=fields[0].device)
     if out.numel():
-        wide = min(512, power_of_two(k))
-        height = 4096 // wide
-        launch(
-            decode_any_kernel, (cdiv(n, height), cdiv(k, wide)), *given(fields), out, n,
-            **reading.constants(fields[2] is not None), BN=height, BK=wide, RUN=_run(reading, wide), num_warps=8,
-        )  # fmt: skip
+        grid, constants = _decode_kernel(reading, fields)
+        launch(decode_any_kernel, grid, *given(fields), out, reading.n, **constants)
     return out
+
+
+def _decode_kernel(reading: Reading, fields: Fields) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid and the constants of `decode_any_kernel`."""
+    wide = min(512, power_of_two(reading.k))
+    height = 4096 // wide
+    known = reading.constants(fields[2] is not None)
+    return (cdiv(reading.n, height), cdiv(reading.k, wide)), {
+        **known, "BN": height, "BK": wide, "RUN": _run(reading, wide), "num_warps": 8,
+    }  # fmt: skip
+
+
+def decode_launch(dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[..., Tensor]:
+    """x @ decoded(w).T + bias for weights of the form of these and x of `dtype`, the kernel being decided once."""
+    device, n, k = fields[0].device, reading.n, reading.k
+    grid, constants = _decode_kernel(reading, fields)
+    start = Launch(decode_any_kernel, grid, **constants)
+
+    def run(x: Tensor, fields: Fields, bias: Tensor | None = None) -> Tensor:
+        w = torch.empty(n, k, dtype=dtype, device=device)
+        start(device.index, *given(fields), w, n)
+        return F.linear(x, w, None if bias is None else bias.to(dtype))
+
+    return run

@@ -145,7 +145,7 @@ class Rung:
             self._quantize()
         if self.compiles and not self.case.decodes:
             for part in self.case.compiled(self.module):
-                part.compile(mode=args.mode)
+                part.compile(mode=args.mode, dynamic=False)
         self.inputs = self._inputs()
         self.first_s = self._autoquant() if rung == "autoquant" else 0.0
         self.first_s += self.seconds(self.call)
@@ -275,6 +275,7 @@ def serve(connection: Connection, name: str, rung: str, batch: int, folder: Path
         import torch._inductor.config as inductor
 
         inductor.compile_threads = max(1, min(inductor.compile_threads, (os.cpu_count() or 1) // args.at_once))
+    torch._dynamo.config.recompile_limit = 64  # the blocks of a UNet have more shapes than PyTorch compiles by itself
     torch.backends.cudnn.benchmark = True  # else cuDNN takes a kernel without tensor cores for SAM's convolutions
     try:
         made = Rung(name, rung, batch, folder, args)

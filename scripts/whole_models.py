@@ -195,6 +195,11 @@ def _layers(module: Any) -> Any:
     return module.layers
 
 
+def _named(module: nn.Module, *names: str) -> list[nn.Module]:
+    """The parts of a module whose classes have these names."""
+    return [part for part in module.modules() if type(part).__name__ in names]
+
+
 def random_model(model: WholeModel, small: bool, layers: int | None, dtype: torch.dtype, seed: int = 0) -> Any:
     """The module, with weights that keep numbers as large as they come: normal, each row of length 1; those of norms are 1.
 
@@ -231,8 +236,20 @@ MODELS = {
     ),
     # Compiled whole, it makes a mask that lets every token see all, for which PyTorch has no fast attention over 197 of them.
     "vit-l": WholeModel(_vit, _image, (1, 64), "an image of 224 x 224 through ViT-L/16", compiled=_layers),
-    "dinov2-l": WholeModel(_dinov2, _image, (1, 64), "an image of 518 x 518 through DINOv2-L/14"),
-    "sdxl": WholeModel(_sdxl, _sdxl_step, (1, 2), "a step of SDXL's UNet at 1024 x 1024"),
+    "dinov2-l": WholeModel(
+        _dinov2,
+        _image,
+        (1, 64),
+        "an image of 518 x 518 through DINOv2-L/14",
+        compiled=lambda module: module.encoder.layer,
+    ),
+    "sdxl": WholeModel(
+        _sdxl,
+        _sdxl_step,
+        (1, 2),
+        "a step of SDXL's UNet at 1024 x 1024",
+        compiled=lambda module: _named(module, "BasicTransformerBlock", "ResnetBlock2D"),
+    ),
     "flux": WholeModel(
         _flux,
         _flux_step,

@@ -18,31 +18,18 @@ Queries, keys and values are read where the projection has put them, and the out
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..relative_positions import WINDOW, halves
 from .launch import cdiv, launch, power_of_two
 
-LARGEST = 128
-"""The longest side of an image: a query's product with a table has 256 numbers."""
+QUERIES = 64
+"""Of a program."""
 
-WINDOW = 16
-"""The longest side of a window for `window_kernel`."""
-
-_LOG2E = math.log2(math.e)
-
-
-def halves(head_dim: int) -> tuple[int, int] | None:
-    """Two powers of two that make head_dim, the second 0 where one does; a tile has as many columns. None where none make it."""
-    low = 1 << (head_dim.bit_length() - 1)
-    high = head_dim - low
-    if low < 16 or (high and (high < 16 or high & (high - 1))):
-        return None
-    return low, high
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -70,8 +57,8 @@ def _scores(
 @triton.jit
 def rows_kernel(
     qkv_ptr, table_h_ptr, table_w_ptr, by_row_ptr, out_ptr, heads, stride, H: tl.constexpr, W: tl.constexpr,
-    COLUMNS: tl.constexpr, SPAN_H: tl.constexpr, SPAN_W: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, HIGH_TILE: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+    SCALE: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, HIGH_TILE: tl.constexpr,
+    SPAN_H: tl.constexpr, SPAN_W: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of BM queries of a head, and all keys, one row of the image at a time.
 
@@ -81,10 +68,11 @@ def rows_kernel(
     T: tl.constexpr = H * W
     MASKED: tl.constexpr = COLUMNS != W
     ragged: tl.constexpr = T % BM != 0
-    head = tl.program_id(1)
-    image = tl.program_id(2)
+    TILES: tl.constexpr = (T + BM - 1) // BM
+    head = tl.program_id(0) // TILES % heads
+    image = tl.program_id(0) // TILES // heads
     qkv_ptr += image.to(tl.int64) * T * stride + head * D
-    query = tl.program_id(0) * BM + tl.arange(0, BM)
+    query = tl.program_id(0) % TILES * BM + tl.arange(0, BM)
     inside = query < T
     q_low = _tile(qkv_ptr, query, inside, stride, 0, LOW, ragged)
     q_high = _tile(qkv_ptr, query, inside, stride, D - HIGH_TILE, HIGH_TILE, ragged)
@@ -94,14 +82,14 @@ def rows_kernel(
     row = (query // W)[:, None] + (H - 1) - span[None, :]
     by_row_ptr += (image * heads + head).to(tl.int64) * H * T
     needed = (row >= 0) & (row < H) & inside[:, None]
-    by_row = (products * 1.4426950408889634).to(by_row_ptr.dtype.element_ty)
+    by_row = (products * _LOG2E).to(by_row_ptr.dtype.element_ty)
     tl.store(by_row_ptr + row * T + query[:, None], by_row, mask=needed)
 
     span = tl.arange(0, SPAN_W)
     products = _scores(q_low, q_high, table_w_ptr, span, span < 2 * W - 1, D, LOW, HIGH, HIGH_TILE, True)
     key = tl.arange(0, COLUMNS)
     place = tl.maximum((query % W)[:, None] + (W - 1) - key[None, :], 0)
-    by_column = tl.gather(products, place, 1) * 1.4426950408889634
+    by_column = tl.gather(products, place, 1) * _LOG2E
     if MASKED:
         by_column = tl.where((key < W)[None, :], by_column, float("-inf"))
     tl.debug_barrier()  # what other threads of this program have stored is read from here on
@@ -118,7 +106,7 @@ def rows_kernel(
     for i in tl.range(0, H, num_stages=STAGES):
         rows = i * W + key
         scores = _scores(q_low, q_high, k_ptr, rows, there, stride, LOW, HIGH, HIGH_TILE, MASKED)
-        scores = scores * (SCALE * 1.4426950408889634) + by_column
+        scores = scores * (SCALE * _LOG2E) + by_column
         shift = of_row.to(tl.float32)
         of_row_ptr += T
         of_row = tl.load(of_row_ptr, mask=inside & (i + 1 < H), other=0.0)
@@ -160,10 +148,11 @@ def window_kernel(
     """A tile of BM queries of a head, and all keys of its window, ROWS rows of 16 columns at a time. H and W are at most 16."""
     T: tl.constexpr = H * W
     dtype = qkv_ptr.dtype.element_ty
-    head = tl.program_id(1)
-    image = tl.program_id(2)
+    TILES: tl.constexpr = (T + BM - 1) // BM
+    head = tl.program_id(0) // TILES % heads
+    image = tl.program_id(0) // TILES // heads
     qkv_ptr += image.to(tl.int64) * T * stride + head * D
-    query = tl.program_id(0) * BM + tl.arange(0, BM)
+    query = tl.program_id(0) % TILES * BM + tl.arange(0, BM)
     inside = query < T
     q_low = _tile(qkv_ptr, query, inside, stride, 0, LOW, True)
     q_high = _tile(qkv_ptr, query, inside, stride, D - HIGH_TILE, HIGH_TILE, True)
@@ -181,7 +170,7 @@ def window_kernel(
     key = tl.arange(0, 16 * ROWS)
     key_row, key_column = key // 16, key % 16
     place = tl.maximum((query % W)[:, None] + (W - 1) - key_column[None, :], 0)
-    by_column = tl.gather(products, place, 1) * 1.4426950408889634
+    by_column = tl.gather(products, place, 1) * _LOG2E
     by_column = tl.where((key_column < W)[None, :], by_column, float("-inf"))
 
     top = tl.full([BM], float("-inf"), tl.float32)
@@ -196,7 +185,7 @@ def window_kernel(
         there = (key_column < W) & (i * ROWS + key_row < H)
         scores = _scores(q_low, q_high, k_ptr, keys, there, stride, LOW, HIGH, HIGH_TILE, True)
         scores = tl.dot(tl.where(row // ROWS == i, by_row, none), of_rows, scores)
-        scores = scores * (SCALE * 1.4426950408889634) + by_column
+        scores = scores * (SCALE * _LOG2E) + by_column
         new = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - new[:, None])
         kept = tl.exp2(top - new)
@@ -210,11 +199,6 @@ def window_kernel(
     _store(out_ptr, out_low, out_high, total, query, inside, image, head, heads, T, D, LOW, HIGH, HIGH_TILE)
 
 
-def takes(height: int, width: int, head_dim: int) -> bool:
-    """Whether there is a kernel for images of this size and heads of this dimension."""
-    return max(height, width) <= LARGEST and halves(head_dim) is not None
-
-
 def relative_attention(
     qkv: Tensor, table_h: Tensor, table_w: Tensor, heads: int, height: int, width: int, scale: float
 ) -> Tensor:
@@ -225,22 +209,20 @@ def relative_attention(
     """
     b, tokens, features = qkv.shape
     d = features // (3 * heads)
-    parts = halves(d)
-    assert parts is not None and tokens == height * width
-    low, high = parts
+    low, high = halves(d)
     out = torch.empty(b, tokens, heads * d, dtype=qkv.dtype, device=qkv.device)
-    sizes = {"D": d, "LOW": low, "HIGH": high, "HIGH_TILE": high or 16}
+    grid = (cdiv(tokens, QUERIES) * heads * b,)
+    sizes = {"H": height, "W": width, "SCALE": scale, "D": d, "LOW": low, "HIGH": high, "HIGH_TILE": high or 16}
     if max(height, width) <= WINDOW:
         launch(
-            window_kernel, (cdiv(tokens, 64), heads, b), qkv, table_h, table_w, out, heads, features, H=height, W=width,
-            SCALE=scale, **sizes, BM=64, ROWS=4, STAGES=2, num_warps=4,
+            window_kernel, grid, qkv, table_h, table_w, out, heads, features, **sizes, BM=QUERIES, ROWS=4, STAGES=2,
+            num_warps=4,
         )  # fmt: skip
         return out
     by_row = torch.empty(b, heads, height, tokens, dtype=qkv.dtype, device=qkv.device)
-    columns = max(power_of_two(width), 16)
+    spans = {"SPAN_H": max(power_of_two(2 * height - 1), 16), "SPAN_W": max(power_of_two(2 * width - 1), 16)}
     launch(
-        rows_kernel, (cdiv(tokens, 64), heads, b), qkv, table_h, table_w, by_row, out, heads, features, H=height, W=width,
-        COLUMNS=columns, SPAN_H=max(power_of_two(2 * height - 1), 16), SPAN_W=max(power_of_two(2 * width - 1), 16),
-        SCALE=scale, **sizes, BM=64, STAGES=2, num_warps=4,
+        rows_kernel, grid, qkv, table_h, table_w, by_row, out, heads, features, **sizes, **spans,
+        COLUMNS=max(power_of_two(width), 16), BM=QUERIES, STAGES=2, num_warps=4,
     )  # fmt: skip
     return out

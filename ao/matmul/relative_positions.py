@@ -15,7 +15,7 @@ WINDOW = 16
 
 _LONGEST = 128
 _TILE = 64 * 128
-"""Numbers of a row of keys, its columns rounded up to a power of two: what the shared memory of any GPU has room for."""
+"""Numbers of a tile of keys, at most: what registers and the shared memory of any GPU have room for."""
 
 
 def halves(head_dim: int) -> tuple[int, int]:
@@ -28,13 +28,13 @@ def halves(head_dim: int) -> tuple[int, int]:
 
 def takes_relative_attention(x: Tensor, head_dim: int, height: int, width: int) -> bool:
     """Whether `relative_attention` is there for activations of the dtype and on the device of x, and images of height x width."""
-    columns = 1 << (width - 1).bit_length()
+    keys = max(1 << (width - 1).bit_length(), 64)
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and has_kernels(x.device)
         and halves(head_dim) != (0, 0)
         and max(height, width) <= _LONGEST
-        and columns * head_dim <= _TILE
+        and keys * head_dim <= _TILE
     )
 
 
@@ -53,4 +53,4 @@ def relative_attention(
     from .kernels import operators  # Triton is there only with a GPU build of PyTorch
 
     tables = (t.to(qkv.dtype).contiguous() for t in (table_h, table_w))
-    return operators.relative_attention(qkv.contiguous(), *tables, heads, height, width, scale)
+    return operators.image_attention(qkv.contiguous(), *tables, heads, height, width, scale)

@@ -25,7 +25,7 @@ from . import (
     one_token,
     quantize_in_graphs,
     quantize_rows,
-    relative_attention as relative,
+    relative_attention,
     routed,
     slices_of_k,
     template,
@@ -449,10 +449,10 @@ def _is_aligned(a: Tensor, b: Tensor) -> bool:
 
 
 @_operator(
-    "relative_attention",
+    "image_attention",
     "(Tensor qkv, Tensor table_h, Tensor table_w, int heads, int height, int width, float scale) -> Tensor",
     lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
 )
-def relative_attention(qkv: Tensor, *more: Any) -> Tensor:
+def image_attention(qkv: Tensor, *more: Any) -> Tensor:
     """Attention with decomposed relative positions -> (B, H * W, heads * D): `relative_attention.relative_attention`."""
-    return relative.relative_attention(qkv, *more)
+    return relative_attention.relative_attention(qkv, *more)

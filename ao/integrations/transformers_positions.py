@@ -42,7 +42,7 @@ def fuse_relative_positions(model: nn.Module) -> int:
             "it is for models with an image encoder such as that of SAM, SAM-HQ or GOT-OCR2, with use_rel_pos=True"
         )
     for module in found:
-        module.__class__ = _class_of(type(module))
+        module.__class__ = _class_of(type(module))  # type: ignore[arg-type]
     return len(found)
 
 
@@ -96,7 +96,7 @@ def _table(positions: Tensor, size: int) -> Tensor:
 
 def _remade(own_class: type[nn.Module]) -> nn.Module:
     """A fused layer, to which its attributes come."""
-    cls = _class_of(own_class)
+    cls = _class_of(own_class)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

@@ -10,13 +10,16 @@ is a part of it, in reverse order, from a place that follows from where the quer
 - `rows_kernel`, for images of many columns: a tile of keys is a row of the image, so that the part of the columns is the same
   for all tiles and stays in registers. That of the rows is one number of a query for each tile. It joins what is subtracted
   before the exponential. These numbers wait in memory, (B, heads, H, T), where threads find them by query.
-- `window_kernel`, for windows of up to 16 x 16: a tile of keys has any number of them. Both parts, of up to 16 numbers, are
-  multiplied by which key is in which row and column, ones and zeros, on the tensor cores: two steps more of q.k.
+- `window_kernel`, for windows of up to 16 x 16: a tile of keys is some rows of 16 columns, of which those past the end count
+  nothing. The part of the columns is as before. That of the rows, 16 numbers of a query, is multiplied by which key is in which
+  row, ones and zeros, on the tensor cores: one step more of q.k.
 
 Queries, keys and values are read where the projection has put them, and the output is written as the next one reads it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -212,7 +215,15 @@ def relative_attention(
     low, high = halves(d)
     out = torch.empty(b, tokens, heads * d, dtype=qkv.dtype, device=qkv.device)
     grid = (cdiv(tokens, QUERIES) * heads * b,)
-    sizes = {"H": height, "W": width, "SCALE": scale, "D": d, "LOW": low, "HIGH": high, "HIGH_TILE": high or 16}
+    sizes: dict[str, Any] = {
+        "H": height,
+        "W": width,
+        "SCALE": scale,
+        "D": d,
+        "LOW": low,
+        "HIGH": high,
+        "HIGH_TILE": high or 16,
+    }
     if max(height, width) <= WINDOW:
         launch(
             window_kernel, grid, qkv, table_h, table_w, out, heads, features, **sizes, BM=QUERIES, ROWS=4, STAGES=2,
@@ -220,7 +231,10 @@ def relative_attention(
         )  # fmt: skip
         return out
     by_row = torch.empty(b, heads, height, tokens, dtype=qkv.dtype, device=qkv.device)
-    spans = {"SPAN_H": max(power_of_two(2 * height - 1), 16), "SPAN_W": max(power_of_two(2 * width - 1), 16)}
+    spans: dict[str, Any] = {
+        "SPAN_H": max(power_of_two(2 * height - 1), 16),
+        "SPAN_W": max(power_of_two(2 * width - 1), 16),
+    }
     launch(
         rows_kernel, grid, qkv, table_h, table_w, by_row, out, heads, features, **sizes, **spans,
         COLUMNS=max(power_of_two(width), 16), BM=QUERIES, STAGES=2, num_warps=4,

@@ -28,14 +28,11 @@ def halves(head_dim: int) -> tuple[int, int]:
 
 def takes_relative_attention(x: Tensor, head_dim: int, height: int, width: int) -> bool:
     """Whether `relative_attention` is there for activations of the dtype and on the device of x, and images of height x width."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or not has_kernels(x.device):
+        return False
+    height, width = int(height), int(width)  # a graph is for one size of images
     keys = max(1 << (width - 1).bit_length(), 64)
-    return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and has_kernels(x.device)
-        and halves(head_dim) != (0, 0)
-        and max(height, width) <= _LONGEST
-        and keys * head_dim <= _TILE
-    )
+    return halves(head_dim) != (0, 0) and max(height, width) <= _LONGEST and keys * head_dim <= _TILE
 
 
 def relative_attention(
@@ -52,5 +49,5 @@ def relative_attention(
     """
     from .kernels import operators  # Triton is there only with a GPU build of PyTorch
 
-    tables = (t.to(qkv.dtype).contiguous() for t in (table_h, table_w))
-    return operators.image_attention(qkv.contiguous(), *tables, heads, height, width, scale)
+    tables = (t.to(qkv.dtype) for t in (table_h, table_w))
+    return operators.image_attention(qkv, *tables, heads, int(height), int(width), scale)

@@ -453,6 +453,7 @@ def _is_aligned(a: Tensor, b: Tensor) -> bool:
     "(Tensor qkv, Tensor table_h, Tensor table_w, int heads, int height, int width, float scale) -> Tensor",
     lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
 )
-def image_attention(qkv: Tensor, *more: Any) -> Tensor:
+def image_attention(qkv: Tensor, table_h: Tensor, table_w: Tensor, *more: Any) -> Tensor:
     """Attention with decomposed relative positions -> (B, H * W, heads * D): `relative_attention.relative_attention`."""
-    return relative_attention.relative_attention(qkv, *more)
+    given = (t.contiguous() for t in (qkv, table_h, table_w))
+    return relative_attention.relative_attention(*given, *more)

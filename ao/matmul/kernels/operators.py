@@ -455,5 +455,4 @@ def _is_aligned(a: Tensor, b: Tensor) -> bool:
 )
 def image_attention(qkv: Tensor, table_h: Tensor, table_w: Tensor, *more: Any) -> Tensor:
     """Attention with decomposed relative positions -> (B, H * W, heads * D): `relative_attention.relative_attention`."""
-    given = (t.contiguous() for t in (qkv, table_h, table_w))
-    return relative_attention.relative_attention(*given, *more)
+    return relative_attention.relative_attention(qkv.contiguous(), table_h.contiguous(), table_w.contiguous(), *more)

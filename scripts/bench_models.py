@@ -4,7 +4,8 @@
 
 Per model and batch a row for each rung: float32 (as PyTorch comes, without TF32 in products) and bf16 in eager mode, bf16
 compiled, each format compiled, 2:4 sparsity or blocks of zeros (the weights pruned by magnitude first, which says how fast it is,
-not how good), and autoquant with its choices. Layers whose shapes a format does not take stay as they are. Columns:
+not how good), and autoquant with its choices. Layers whose shapes a format does not take stay as they are. In all but the first
+three SAM's attention adds its relative positions by our kernel. Columns:
 
     ms             the median call, or the median token of a model that decodes by `generate` with a static cache
     of float32     how many times faster than eager float32, and of bf16, compiled
@@ -141,6 +142,8 @@ class Rung:
         with self.device:
             self.module: Any = random_model(self.case, args.small, args.layers, self.dtype)
         self.module.eval().requires_grad_(False)
+        if rung not in RUNGS[:3]:
+            self.case.fuse(self.module)
         if self.compiles and rung not in ("compiled", "autoquant"):
             self._quantize()
         if self.compiles and not self.case.decodes:

@@ -29,6 +29,7 @@ class WholeModel:
     decodes: a call is one step of `generate`, rather than `module(**inputs)`.
     compiled: the parts that are compiled: the whole module, or each of its blocks, which takes less time to compile where many
         are alike, as one graph serves all of these.
+    fuse: what our rungs do to the module besides giving it a format.
     """
 
     build: Callable[[bool, int | None], nn.Module]
@@ -37,6 +38,7 @@ class WholeModel:
     unit: str
     decodes: bool = False
     compiled: Callable[[Any], Iterable[nn.Module]] = lambda module: (module,)
+    fuse: Callable[[nn.Module], object] = lambda module: None
 
 
 def _sam(small: bool, layers: int | None) -> nn.Module:
@@ -57,6 +59,12 @@ def _sam(small: bool, layers: int | None) -> nn.Module:
     return SamVisionEncoder(
         SamVisionConfig(num_hidden_layers=depth, global_attn_indexes=whole, use_rel_pos=True, **size)
     )
+
+
+def _fuse_positions(module: nn.Module) -> None:
+    from ao.integrations.transformers import fuse_relative_positions
+
+    fuse_relative_positions(module)
 
 
 def _vit(small: bool, layers: int | None) -> nn.Module:
@@ -232,7 +240,12 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 MODELS = {
     "sam-vit-h": WholeModel(
-        _sam, _image, (1, 8, 32), "an image of 1024 x 1024 through SAM's encoder", compiled=_layers
+        _sam,
+        _image,
+        (1, 8, 32),
+        "an image of 1024 x 1024 through SAM's encoder",
+        compiled=_layers,
+        fuse=_fuse_positions,
     ),
     # Compiled whole, it makes a mask that lets every token see all, for which PyTorch has no fast attention over 197 of them.
     "vit-l": WholeModel(_vit, _image, (1, 64), "an image of 224 x 224 through ViT-L/16", compiled=_layers),

@@ -59,6 +59,7 @@ KERNELS = {
     "pair_products",
     "read_once",
     "reading",
+    "relative_attention",
     "routed",
     "slices_of_k",
     "template",

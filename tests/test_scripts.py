@@ -454,6 +454,15 @@ def test_sparse_rungs_leave_what_does_not_fit(tmp_path, monkeypatch, name, rung)
     assert len(quantized) == made.facts["layers"] > 4 and not any("expert" in n or "gate." in n for n in quantized)
 
 
+def test_only_our_rungs_fuse(tmp_path, monkeypatch):
+    """What others' rungs show is what they give."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
+    args = bench_models.parse(["--small", "--models", "sam-vit-h", "--calls", "1", "--device", "cpu"])
+    for rung in ("bf16", "compiled", "int8-dynamic"):
+        layer = bench_models.Rung("sam-vit-h", rung, 1, tmp_path, args).module.layers[0].attn
+        assert hasattr(layer, "own_class") == (rung == "int8-dynamic")
+
+
 def test_random_models_have_one_set_of_weights_in_every_dtype():
     """bfloat16 is float32, rounded."""
     one, other = (

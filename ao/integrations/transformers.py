@@ -46,6 +46,7 @@ from .stored_tensors import StoredTensors, only_safetensors
 from .transformers_kv_cache import QuantizedCache, enable_quantized_kv_cache
 from .transformers_layers import embedding_names, plan_for
 from .transformers_loading import Fields, Plan, Quantize, Stored
+from .transformers_positions import fuse_relative_positions
 
 __all__ = [
     "AoConfig",
@@ -53,6 +54,7 @@ __all__ = [
     "QuantizationMethod",
     "QuantizedCache",
     "enable_quantized_kv_cache",
+    "fuse_relative_positions",
     "mark_quantized",
 ]
 

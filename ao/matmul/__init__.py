@@ -15,12 +15,14 @@ from .sparse import both_pruned, pruned_both, semi_sparse_product, transposable_
 if TYPE_CHECKING:
     from .attention import attend
     from .attention_fields import attend_fields, encode_fields, register_form
+    from .relative_positions import relative_attention, takes_relative_attention
     from .softmax_pieces import Exact, Sight
 else:
     _LATER = {
         "attend": ".attention",
         **dict.fromkeys(("Exact", "Sight"), ".softmax_pieces"),
         **dict.fromkeys(("attend_fields", "encode_fields", "register_form"), ".attention_fields"),
+        **dict.fromkeys(("relative_attention", "takes_relative_attention"), ".relative_positions"),
     }
 
     def __getattr__(name: str) -> Any:
@@ -48,10 +50,12 @@ __all__ = [
     "path_name",
     "pruned_both",
     "register_form",
+    "relative_attention",
     "scaled_product",
     "semi_sparse_product",
     "set_parameter",
     "swizzle",
+    "takes_relative_attention",
     "tensor_of",
     "transposable_mask",
     "unswizzle",

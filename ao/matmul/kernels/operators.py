@@ -25,6 +25,7 @@ from . import (
     one_token,
     quantize_in_graphs,
     quantize_rows,
+    relative_attention,
     routed,
     slices_of_k,
     template,
@@ -445,3 +446,13 @@ def _scaled_product(
 def _is_aligned(a: Tensor, b: Tensor) -> bool:
     """Whether the copy engine can read both: it wants addresses that are multiples of 16 bytes."""
     return (a.data_ptr() | b.data_ptr()) % 16 == 0
+
+
+@_operator(
+    "image_attention",
+    "(Tensor qkv, Tensor table_h, Tensor table_w, int heads, int height, int width, float scale) -> Tensor",
+    lambda qkv, *_: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
+)
+def image_attention(qkv: Tensor, table_h: Tensor, table_w: Tensor, *more: Any) -> Tensor:
+    """Attention with decomposed relative positions -> (B, H * W, heads * D): `relative_attention.relative_attention`."""
+    return relative_attention.relative_attention(qkv.contiguous(), table_h.contiguous(), table_w.contiguous(), *more)

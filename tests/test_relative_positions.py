@@ -23,9 +23,10 @@ def formula(qkv, table_h, table_w, heads, height, width, scale):
     b, tokens, features = qkv.shape
     q, k, v = qkv.float().view(b, tokens, 3, heads, features // (3 * heads)).permute(2, 0, 3, 1, 4)
     y, x = (i.flatten() for i in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
-    by_row = table_h.float()[(y[:, None] - y + height - 1).to(qkv.device)]
-    by_column = table_w.float()[(x[:, None] - x + width - 1).to(qkv.device)]
-    bias = torch.einsum("bhqd,qkd->bhqk", q, by_row + by_column)
+    bias = 0
+    for table, at, size in ((table_h, y, height), (table_w, x, width)):
+        positions = table.float()[(at[:, None] - torch.arange(size) + size - 1).to(qkv.device)]
+        bias = bias + torch.einsum("bhqd,qsd->bhqs", q, positions)[..., at.to(qkv.device)]
     return (((q @ k.mT) * scale + bias).softmax(-1) @ v).transpose(1, 2).reshape(b, tokens, -1)
 
 

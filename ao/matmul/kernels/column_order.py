@@ -26,12 +26,11 @@ def gather_kernel(
     """
     if EARLY:
         gdc_launch_dependents()
+        gdc_wait()
     ROWS: tl.constexpr = 2 if PAIRS else 1
     k = tl.arange(0, B)
     there = k < K
     order = tl.load(order_ptr + k, mask=there, other=0).to(tl.int32)
-    if EARLY:
-        gdc_wait()
     x_ptr += tl.program_id(0) * (ROWS * K)
     out_ptr += tl.program_id(0) * (ROWS * K)
     for m in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):

@@ -628,8 +628,9 @@ class Tile(NamedTuple):
 def tile_of(reading: Reading) -> Tile:
     """For a weight: enough warps for all slices of 128, up to 16. More bits and scales take more registers."""
     words = reading.bits + (0 if reading.by_row else 1 if reading.group % 32 == 0 else 2)
-    kept, apart = 4 if words < 6 else 2 if words < 9 else 0, reading.k > (8192 if words < 9 else 4096)
+    apart = reading.k > (8192 if words < 9 else 4096)
     ahead = 8 if apart and words < 9 else 4
+    kept = 4 if words < 6 or ahead == 4 else 2
     return Tile(8, 2, 128, ahead, kept, apart) if reading.k <= 2048 else Tile(16, 1, 128, ahead, kept, apart)
 
 
@@ -639,10 +640,11 @@ def _ring(slices: int, most: int) -> tuple[int, int]:
     return max((n, -t) for n in range(1, most + 1) for t in turns if 2 * slices * t % n == 0)
 
 
-def _together(reading: Reading, slices: int) -> int:
-    """Lanes of which neighbours have the same scale, in every slice: as few as there can be for two sets of words of x."""
-    alike = [n for n in (1, 2, 4) if n == 1 or reading.by_row or reading.group % (32 * n) == 0]
-    return next((n for n in alike if cdiv(slices, n) <= 2), alike[-1])
+def _together(reading: Reading) -> int:
+    """Lanes of which neighbours have the same scale, in every slice."""
+    if reading.by_row:
+        return 4
+    return next(n for n in (4, 2, 1) if n == 1 or reading.group % (32 * n) == 0)
 
 
 def programs_of(rows: Sequence[int], tile: Tile, device: torch.device, tokens: int = 1) -> list[int]:
@@ -657,8 +659,7 @@ def programs_of(rows: Sequence[int], tile: Tile, device: torch.device, tokens: i
 
 def constants_of(reading: Reading, tile: Tile, wide: bool, device: torch.device) -> dict[str, Any]:
     """Those of the kernels, in the order of their parameters; wide: whether codes and scales begin at multiples of 16 bytes."""
-    float8, slices = has_float8(device), cdiv(reading.k, 128 * tile.warps)
-    together = _together(reading, slices)
+    float8, slices, together = has_float8(device), cdiv(reading.k, 128 * tile.warps), _together(reading)
     halves = not reading.by_row and reading.group % 32 != 0
     way = way_of(reading.kind, reading.bits, reading.exponent, halves, float8)
     known = reading.constants(False)

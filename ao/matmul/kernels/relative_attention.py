@@ -19,7 +19,7 @@ Queries, keys and values are read where the projection has put them, and the out
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,8 +29,20 @@ from torch import Tensor
 from ..relative_positions import WINDOW, halves
 from .launch import cdiv, launch, power_of_two
 
-QUERIES = 64
-"""Of a program."""
+
+class Tile(NamedTuple):
+    """Queries of a program, its warps, tiles of keys on their way, registers of a thread at most, rows of a window in a tile."""
+
+    queries: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    rows: int = 1
+
+
+IN_ROWS = Tile(64, 4, 2)
+IN_WINDOWS = Tile(64, 4, 2, rows=4)
+"""Of the two kernels."""
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -214,29 +226,27 @@ def relative_attention(
     d = features // (3 * heads)
     low, high = halves(d)
     out = torch.empty(b, tokens, heads * d, dtype=qkv.dtype, device=qkv.device)
-    grid = (cdiv(tokens, QUERIES) * heads * b,)
+    in_windows = max(height, width) <= WINDOW
+    tile = IN_WINDOWS if in_windows else IN_ROWS
+    grid = (cdiv(tokens, tile.queries) * heads * b,)
     sizes: dict[str, Any] = {
-        "H": height,
-        "W": width,
-        "SCALE": scale,
-        "D": d,
-        "LOW": low,
-        "HIGH": high,
-        "HIGH_TILE": high or 16,
-    }
-    if max(height, width) <= WINDOW:
+        "H": height, "W": width, "SCALE": scale, "D": d, "LOW": low, "HIGH": high, "HIGH_TILE": high or 16,
+    }  # fmt: skip
+    if in_windows:
         launch(
-            window_kernel, grid, qkv, table_h, table_w, out, heads, features, **sizes, BM=QUERIES, ROWS=4, STAGES=2,
-            num_warps=4,
+            window_kernel, grid, qkv, table_h, table_w, out, heads, features, **sizes, BM=tile.queries, ROWS=tile.rows,
+            STAGES=tile.stages, num_warps=tile.warps, registers=tile.registers,
         )  # fmt: skip
         return out
     by_row = torch.empty(b, heads, height, tokens, dtype=qkv.dtype, device=qkv.device)
-    spans: dict[str, Any] = {
-        "SPAN_H": max(power_of_two(2 * height - 1), 16),
-        "SPAN_W": max(power_of_two(2 * width - 1), 16),
-    }
     launch(
-        rows_kernel, grid, qkv, table_h, table_w, by_row, out, heads, features, **sizes, **spans,
-        COLUMNS=max(power_of_two(width), 16), BM=QUERIES, STAGES=2, num_warps=4,
+        rows_kernel, grid, qkv, table_h, table_w, by_row, out, heads, features, **sizes,
+        SPAN_H=_span(2 * height - 1), SPAN_W=_span(2 * width - 1), COLUMNS=_span(width), BM=tile.queries, STAGES=tile.stages,
+        num_warps=tile.warps, registers=tile.registers,
     )  # fmt: skip
     return out
+
+
+def _span(size: int) -> int:
+    """A power of two that the tensor cores take, `size` or more."""
+    return max(power_of_two(size), 16)

@@ -104,8 +104,8 @@ def routed_halves_kernel(
     K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
     NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, ASM: tl.constexpr, POWER: tl.constexpr,
     LOOKUP: tl.constexpr, TURNED: tl.constexpr, FLOAT8: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
-    SLICES: tl.constexpr, TOGETHER: tl.constexpr, KEPT: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
-    ROUNDS: tl.constexpr, PLACE_ASM: tl.constexpr,
+    SLICES: tl.constexpr, TOGETHER: tl.constexpr, KEPT: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
+    UNROLL: tl.constexpr, ROUNDS: tl.constexpr, PLACE_ASM: tl.constexpr,
 ):  # fmt: skip
     """`gemv_halves_kernel` of each row with its expert."""
     row = tl.program_id(1)
@@ -114,7 +114,7 @@ def routed_halves_kernel(
         gemv_halves_kernel(
             x_ptr, q_ptr + e * QS, scale_ptr + e * SS, zero_ptr + e * ZS, table_ptr, scale2_ptr + e * SS2,
             zero2_ptr + e * ZS2, out_ptr, N, K, BITS, KIND, EXPONENT, RG, NG, NESTED, RG2, NG2, ASM, POWER, LOOKUP, TURNED,
-            FLOAT8, WIDE, WARPS, SLICES, TOGETHER, KEPT, AHEAD, UNROLL, ROUNDS, PLACE_ASM,
+            FLOAT8, WIDE, WARPS, SLICES, TOGETHER, KEPT, AHEAD, APART, UNROLL, ROUNDS, PLACE_ASM,
         )  # fmt: skip
     else:
         _zeros(out_ptr + row * N, N)

@@ -161,12 +161,12 @@ class Rung:
 
     def _quantize(self) -> None:
         """Quantize the layers whose shapes the format takes; the others stay as they are."""
-        keep = None
+        keep = chosen = self.case.quantized
         if self.rung == "block-sparse":
-            keep = linear_layers(BLOCK)
+            keep = linear_layers(BLOCK, chosen)
             ao.sparsity.prune_(self.module, "magnitude", sparsity=BLOCKS_OF_ZEROS, filter_fn=keep, block=BLOCK)
         elif self.rung in SPARSE:
-            keep = linear_layers(16)
+            keep = linear_layers(16, chosen)
             ao.sparsity.prune_(self.module, "magnitude", sparsity="2:4", filter_fn=keep)
         config = format_of(SPARSE.get(self.rung, self.rung))
         config = SpecConfig(config) if isinstance(config, ao.Spec) else config
@@ -266,9 +266,15 @@ class Rung:
         return row
 
 
-def linear_layers(multiple: int) -> Callable[[nn.Module, str], bool]:
-    """A filter: linear layers whose inputs and outputs are so many, or a multiple. No experts, which are never pruned."""
-    return lambda module, name: isinstance(module, nn.Linear) and all(n % multiple == 0 for n in module.weight.shape)
+def linear_layers(multiple: int, chosen: Callable[[nn.Module, str], bool] | None) -> Callable[[nn.Module, str], bool]:
+    """A filter: linear layers, of those that are `chosen`, whose inputs and outputs are so many, or a multiple. No experts, which
+    are never pruned."""
+
+    def keep(module: nn.Module, name: str) -> bool:
+        fits = isinstance(module, nn.Linear) and all(n % multiple == 0 for n in module.weight.shape)
+        return fits and (chosen is None or chosen(module, name))
+
+    return keep
 
 
 def serve(connection: Connection, name: str, rung: str, batch: int, folder: Path, args: argparse.Namespace) -> None:

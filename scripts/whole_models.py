@@ -29,6 +29,7 @@ class WholeModel:
     decodes: a call is one step of `generate`, rather than `module(**inputs)`.
     compiled: the parts that are compiled: the whole module, or each of its blocks, which takes less time to compile where many
         are alike, as one graph serves all of these.
+    quantized: (module, name) -> whether a format is for this layer; None for all that it takes.
     fuse: what our rungs do to the module besides giving it a format.
     """
 
@@ -38,6 +39,7 @@ class WholeModel:
     unit: str
     decodes: bool = False
     compiled: Callable[[Any], Iterable[nn.Module]] = lambda module: (module,)
+    quantized: Callable[[nn.Module, str], bool] | None = None
     fuse: Callable[[nn.Module], object] = lambda module: None
 
 
@@ -269,6 +271,10 @@ MODELS = {
         (1,),
         "a step of Flux's transformer at 1024 x 1024",
         compiled=lambda module: (*module.transformer_blocks, *module.single_transformer_blocks),
+        # Those of norms are for one token, and what they compute multiplies all others: they cost accuracy, and no time.
+        quantized=lambda layer, name: (
+            isinstance(layer, nn.Linear) and "transformer_blocks" in name and "norm" not in name
+        ),
     ),
     "whisper-encoder": WholeModel(
         lambda small, layers: _whisper(small, layers).encoder,

@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     rows: int = 1
 
 
-IN_ROWS = Tile(64, 4, 2)
+IN_ROWS = Tile(64, 4, 3, registers=168)
 IN_WINDOWS = Tile(64, 4, 2, rows=4)
 """Of the two kernels."""
 

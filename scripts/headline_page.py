@@ -49,7 +49,7 @@ README_ROWS = (
     ("sam-vit-h", "int8-dynamic"),
     ("vit-l", "int8-dynamic"),
     ("whisper-encoder", "int8-dynamic"),
-    ("flux", "2:4 int8-dynamic"),
+    ("flux", "int8-dynamic"),
     ("mixtral-decode", "int4-g128"),
 )
 """The models of the README, each in the form that is fastest."""

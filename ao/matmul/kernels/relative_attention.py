@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
 
 IN_ROWS = Tile(64, 4, 3, registers=168)
-IN_WINDOWS = Tile(64, 4, 2, rows=4)
+IN_WINDOWS = Tile(64, 4, 3, registers=168, rows=4)
 """Of the two kernels."""
 
 _LOG2E = tl.constexpr(1.4426950408889634)

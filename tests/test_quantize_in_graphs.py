@@ -150,6 +150,14 @@ AFTER_A_FUNCTION = {
     "a number": (lambda h, g: F.silu(h) * 2, False),
     "a row": (lambda h, g: F.silu(h) * g[:, :1], False),
     "a part of a row": (lambda h, g: F.silu(torch.cat([h, g], -1)[..., 8:72]), False),
+    "halves": (lambda h, g: (lambda a, b: F.silu(a) * b)(*h.chunk(2, -1)), True),
+    "halves, the second through GELU": (lambda h, g: (lambda a, b: a * F.gelu(b))(*h.chunk(2, -1)), True),
+    "parts of two": (lambda h, g: F.gelu(h[..., 16:48]) * g[..., :32], True),
+    "some columns": (lambda h, g: F.gelu(h.split([24, 40], -1)[0]), True),
+    "columns that are not aligned": (lambda h, g: F.gelu(h[..., 4:36]), False),
+    "every other column": (lambda h, g: F.gelu(h[..., ::2]), False),
+    "halves of tokens": (lambda h, g: F.silu(h[:, :1]) * h[:, 1:2], False),
+    "halves of heads": (lambda h, g: F.gelu(h.unflatten(-1, (4, 16))[..., :8].flatten(-2)), False),
 }
 
 
@@ -157,7 +165,8 @@ AFTER_A_FUNCTION = {
 def test_an_activation_function_is_part_of_what_quantizes(called, name):
     calls, _ = called
     function, fused = AFTER_A_FUNCTION[name]
-    up, gate, down = (Product(64, 64, torch.int8, i).bfloat16() for i in range(3))
+    k = function(*torch.zeros(2, 2, 3, 64)).shape[-1]
+    up, gate, down = (Product(64, k if i == 2 else 64, torch.int8, i).bfloat16() for i in range(3))
     for layer in (up, gate, down):
         layer.scale = layer.scale.float()
 
@@ -170,6 +179,19 @@ def test_an_activation_function_is_part_of_what_quantizes(called, name):
     got = torch.compile(network, fullgraph=True)(x)
     assert ("quantized_activation" in calls) == fused
     assert compute_error(expected.float(), got.float()) > 30
+
+
+def test_columns_of_a_product_are_read_where_they_are(called):
+    up, down = Product(64, 64), Product(64, 32)
+    up.bias, down.bias = up.bias.bfloat16(), down.bias.bfloat16()
+
+    def network(x: Tensor) -> Tensor:
+        hidden, gate = up(x).chunk(2, -1)
+        return down(hidden * F.gelu(gate))
+
+    _, code = run_and_get_code(torch.compile(network), weight((2, 3, 64), dtype=torch.bfloat16))
+    (line,) = [line for line in code[0].splitlines() if "ops.ao.quantized_activation.default(" in line]
+    assert "(6, 32), (64, 1), 32)" in line and "(6, 32), (64, 1), 0)" in line
 
 
 def test_what_several_products_share_is_quantized_once(called):
@@ -318,7 +340,7 @@ def test_the_codes_on_a_gpu_are_those_of_the_spec(dtype, k, monkeypatch):
 @pytest.mark.gpu
 @HOPPER
 @pytest.mark.parametrize("function", list(FUNCTIONS))
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", ["", "by another", "by other columns"])
 @pytest.mark.parametrize("dtype", list(SPECS), ids=str)
 def test_activation_functions_on_a_gpu(function, gated, dtype):
     """To less than rounding to bfloat16 loses, also far from zero."""
@@ -328,6 +350,8 @@ def test_activation_functions_on_a_gpu(function, gated, dtype):
         x = torch.cat([weight((33, k), 0) * 2, weight((2, k), 1) * 20, torch.zeros(1, k)]).bfloat16().cuda()
         x[3, 5] = float("nan")
         other = weight((36, k), 2, torch.bfloat16).cuda() if gated else None
+        if gated == "by other columns":
+            other, x = torch.cat([other, x], 1).chunk(2, 1)
         exact = FUNCTIONS[function](x.float())
         expected = SPECS[dtype].quantize((exact if other is None else exact * other).bfloat16())
         codes, scale = operators.quantized_activation(x, other, function, dtype)

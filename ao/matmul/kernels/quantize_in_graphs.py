@@ -5,7 +5,7 @@ weight that it meets. Where Inductor makes a graph of such products, it asks how
 
     after a norm    of rows that are not long: they are reduced already, so that their largest numbers are found, and codes are
                     written, in the same kernel, in place of the activation
-    after a GELU or SiLU of a product, which another product may multiply
+    after a GELU or SiLU of a product or of some of its columns, which another product or others of its columns may multiply
                     by our kernel, which computes that too: Inductor would compute it once for the largest number and once
                     more for the codes
     elsewhere       by our kernel
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -89,8 +89,8 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
         if not whole and k <= LONGEST and dtype in _RANGES and follows_norm(token, k):
             found[key] = quantized(x, dtype)
         elif not whole and alone and (made := activation_of(token, products)) is not None:
-            function, *nodes = made
-            found[key] = call("quantized_activation", *(products.get(n) for n in nodes), function, dtype)
+            function, *parts = made
+            found[key] = call("quantized_activation", *(_lowered_part(p, products) for p in parts), function, dtype)
         elif products_of(token, form) > 1:
             x = ExternKernel.require_contiguous(ExternKernel.realize_input(x))
             found[key] = call("quantized", x, dtype, whole)
@@ -141,27 +141,80 @@ def _is_pointwise(node: torch.fx.Node) -> bool:
     return node.target in _MOVES or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def activation_of(token: torch.fx.Node, products: Any) -> tuple[str, torch.fx.Node, torch.fx.Node | None] | None:
-    """The activation function, as `quantize_rows.quantized` names it, whose result `token` is; the product that it is of, one of
-    `products`; and the one that multiplies it, if any does. None where it is something else."""
+class Columns(NamedTuple):
+    """`size` columns of a product (M, N), from `first` on."""
+
+    product: torch.fx.Node
+    first: int
+    size: int
+
+
+def activation_of(token: torch.fx.Node, products: Any) -> tuple[str, Columns, Columns | None] | None:
+    """The activation function, as `quantize_rows.quantized` names it, whose result `token` is; the columns of one of `products`
+    that it is of; and those that multiply it, if any do. None where it is something else."""
     found, other = _function_of(token), None
     if found is None and token.target == aten.mul.Tensor:
         for one, another in (token.args, reversed(token.args)):
             if found is None and isinstance(one, torch.fx.Node) and isinstance(another, torch.fx.Node):
-                found, other = _function_of(joined.viewed(one)), joined.viewed(another)
+                found, other = _function_of(joined.viewed(one)), another
     if found is None:
         return None
-    function, source = found[0], joined.viewed(found[1])
-    made = token.meta["val"]
+    function, source = found
+    made, parts = token.meta["val"], []
     for node in (source,) if other is None else (source, other):
-        if node not in products:
+        part = columns_of(node, products)
+        if part is None:
             return None
-        given = node.meta["val"]
-        same = given.dtype == made.dtype and given.numel() == made.numel() and given.shape[-1] == made.shape[-1]
+        given = part.product.meta["val"]
+        same = given.dtype == made.dtype and given.shape[0] * part.size == made.numel() and part.size == made.shape[-1]
         if not same or given.dtype not in (torch.bfloat16, torch.float16):
             return None
-    return function, source, other
+        parts.append(part)
+    return function, parts[0], None if other is None else parts[1]
 
+
+def columns_of(node: torch.fx.Node, products: Any) -> Columns | None:
+    """Which columns of which of `products` a node is; they begin where 16 bytes do, as a kernel reads them."""
+    node, first = joined.viewed(node), 0
+    size = node.meta["val"].shape[-1] if isinstance(node.meta["val"], torch.Tensor) else None
+    whole = node
+    if node.target == operator.getitem and node.args[0].target in _SPLITS:  # type: ignore[union-attr]
+        split, index = node.args
+        whole, dim = split.args[0], _argument(split, 2, "dim", 0)  # type: ignore[union-attr]
+        first = sum(part.shape[-1] for part in split.meta["val"][:index])  # type: ignore[union-attr,misc]
+    elif node.target == aten.slice.Tensor:
+        whole, dim = node.args[0], _argument(node, 1, "dim", 0)  # type: ignore[assignment]
+        first = _argument(node, 2, "start", None) or 0
+        if _argument(node, 4, "step", 1) != 1 or first < 0:
+            return None
+    if whole is not node:
+        shown, whole = whole.meta["val"], joined.viewed(whole)
+        if dim not in (-1, shown.dim() - 1) or whole not in products or shown.shape[-1] != whole.meta["val"].shape[-1]:
+            return None
+    if whole not in products or not isinstance(size, int):
+        return None
+    n = whole.meta["val"].shape[-1]
+    apart = isinstance(n, int) and isinstance(first, int) and first % 8 == 0 and n % 8 == 0
+    return Columns(whole, first, size) if apart or size == n else None
+
+
+def _argument(node: torch.fx.Node, index: int, name: str, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _lowered_part(part: Columns | None, products: Any) -> Any:
+    """Columns of a product as the compiler knows them: where they are, not copied."""
+    from torch._inductor.lowering import lowerings
+
+    if part is None:
+        return None
+    product = products[part.product]
+    if part.size == part.product.meta["val"].shape[-1]:
+        return product
+    return lowerings[aten.slice.Tensor](product, 1, part.first, part.first + part.size)
+
+
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 _FUNCTIONS = {"aten.gelu.default": "gelu", "aten.silu.default": "silu"}
 """By names: graphs hold copies of these operators."""

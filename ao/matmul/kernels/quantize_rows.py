@@ -130,24 +130,25 @@ def _words(row, at, WORDS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "TOPS"])
 def quantize_kernel(
-    words_ptr, other_ptr, top_ptr, codes_ptr, scale_ptr, M, TOPS, WORDS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, FLOAT: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
+    words_ptr, other_ptr, top_ptr, codes_ptr, scale_ptr, M, TOPS, WORDS: tl.constexpr, STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, FLOAT: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
     FUNCTION_ASM: tl.constexpr, CODES_ASM: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of f(x), times `other` where it is GATED, as `Intx(8)` or `Float8()` quantizes them: codes (M, K), scale (M,).
 
-    A row has WORDS words of two numbers, and WIDTH of them are loaded at a time. FUNCTION_ASM: f, or nothing.
+    A row has WORDS words of two numbers, STRIDE words after the row before, and WIDTH of them are loaded at a time.
+    FUNCTION_ASM: f, or nothing.
     WHOLE: with one scale for all of x, from the TOPS (at most 1024) numbers of `largest_kernel`.
     """
     PIECES: tl.constexpr = (WORDS + WIDTH - 1) // WIDTH
     gdc_launch_dependents()
     m = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1)[:, None]  # the last row may be done twice
     at = tl.arange(0, WIDTH)[None, :]
-    row = m.to(tl.int64) * WORDS
-    words = _words(words_ptr + row, at, WORDS, WIDTH)
+    row = m.to(tl.int64)
+    words = _words(words_ptr + row * STRIDE, at, WORDS, WIDTH)
     others = words
     if GATED:
-        others = _words(other_ptr + row, at, WORDS, WIDTH)
+        others = _words(other_ptr + row * STRIDE, at, WORDS, WIDTH)
     if FUNCTION_ASM != "":
         done = ()
         for i in tl.static_range(PIECES):
@@ -172,7 +173,7 @@ def quantize_kernel(
         codes = tl.inline_asm_elementwise(
             CODES_ASM, "=r,r,r,f,f", [words[i], inverse], dtype=tl.int16, is_pure=True, pack=2
         )
-        to = codes_ptr + row + (WIDTH * i + at)
+        to = codes_ptr + row * WORDS + (WIDTH * i + at)
         if WIDTH * (i + 1) <= WORDS:
             tl.store(to, codes)
         else:
@@ -189,17 +190,19 @@ def quantized(
 
     whole: with one scale for all of x, which is then the scale of every row.
     function: one of `FUNCTIONS`; not "": f(x), times `other` (M, K) if there is one, rounded to x's dtype, is quantized, and then
-        not as a whole.
+        not as a whole. Both may be columns of a larger matrix.
     """
     m, k = x.shape
     device = x.device.index
-    if x.data_ptr() % 16:
-        x = x.clone()
-    if other is not None and other.data_ptr() % 16:
-        other = other.clone()
+    given = (x,) if other is None else (x, other)
+    stride = x.stride(0) if m > 1 else k
+    apart = any(t.data_ptr() % 16 or t.stride(1) != 1 or (m > 1 and t.stride(0) != stride) for t in given)
+    if apart or stride % 8 or (whole and stride != k):
+        x, *others = (t.clone(memory_format=torch.contiguous_format) for t in given)
+        other, stride = (others[0] if others else None), k
     codes = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    largest, quantize, count = _launches(m, k, dtype, x.dtype, whole, function, other is not None, device)
+    largest, quantize, count = _launches(m, k, stride, dtype, x.dtype, whole, function, other is not None, device)
     tops = scale
     if whole:
         tops = torch.empty(count, dtype=torch.int32, device=x.device)
@@ -227,7 +230,7 @@ def share_of(words: int) -> Share:
 
 @functools.lru_cache(4096)
 def _launches(
-    m: int, k: int, dtype: torch.dtype, x: torch.dtype, whole: bool, function: str, gated: bool, device: int
+    m: int, k: int, stride: int, dtype: torch.dtype, x: torch.dtype, whole: bool, function: str, gated: bool, device: int
 ) -> tuple[Launch, Launch, int]:  # fmt: skip
     block = 2048
     count = min(cdiv(m * k, 2 * block), 4 * multiprocessors(torch.device("cuda", device)), 1024) if whole else 0
@@ -235,8 +238,8 @@ def _launches(
     half, float8, share = x == torch.float16, dtype.is_floating_point, share_of(k // 2)
     quantize = Launch(
         quantize_kernel, (cdiv(m, share.rows),), num_warps=share.warps, early=whole,
-        views={0: torch.int32, 1: torch.int32, 3: torch.int16}, WORDS=k // 2, ROWS=share.rows, WIDTH=share.width,
-        FLOAT=float8, HALF=half, WHOLE=whole, GATED=gated, FUNCTION_ASM=_function_asm(half, function, gated) if function else "",
-        CODES_ASM=_codes_asm(half, float8),
+        views={0: torch.int32, 1: torch.int32, 3: torch.int16}, WORDS=k // 2, STRIDE=stride // 2, ROWS=share.rows,
+        WIDTH=share.width, FLOAT=float8, HALF=half, WHOLE=whole, GATED=gated,
+        FUNCTION_ASM=_function_asm(half, function, gated) if function else "", CODES_ASM=_codes_asm(half, float8),
     )  # fmt: skip
     return largest, quantize, count

@@ -263,7 +263,7 @@ MODELS = {
         _sdxl_step,
         (1, 2),
         "a step of SDXL's UNet at 1024 x 1024",
-        compiled=lambda module: _named(module, "BasicTransformerBlock", "ResnetBlock2D"),
+        compiled=lambda module: _named(module, "Transformer2DModel", "ResnetBlock2D"),
     ),
     "flux": WholeModel(
         _flux,

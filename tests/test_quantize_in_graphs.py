@@ -17,7 +17,8 @@ from ao.matmul.kernels import joined, quantize_in_graphs
 
 SCHEMAS = {
     "quantized": "(Tensor x, ScalarType dtype, bool whole) -> (Tensor, Tensor)",
-    "quantized_activation": "(Tensor x, Tensor? other, str function, ScalarType dtype) -> (Tensor, Tensor)",
+    "quantized_activation": "(Tensor x, Tensor? other, str function, ScalarType dtype, Tensor? before=None)"
+    " -> (Tensor, Tensor)",
     "scaled_product": "(Tensor x, Tensor rows, Tensor qdata, Tensor columns, ScalarType dtype, Tensor? bias=None) -> Tensor",
     "dynamic_product": "(Tensor x, Tensor qdata, Tensor columns, bool whole, Tensor? bias=None) -> Tensor",
 }
@@ -33,9 +34,10 @@ def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tenso
 FUNCTIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
 
-def quantized_activation(x, other, function, dtype):
+def quantized_activation(x, other, function, dtype, before=None):
     out = FUNCTIONS[function](x.float())
-    return quantized((out if other is None else out * other).to(x.dtype), dtype, False)
+    out = (out if other is None else out * other).to(x.dtype)
+    return quantized(out if before is None else torch.cat([before, out], 1), dtype, False)
 
 
 def scaled_product(x, rows, qdata, columns, dtype, bias=None):
@@ -52,8 +54,8 @@ FAKES = {
         torch.empty_like(x, dtype=dtype),
         x.new_empty(len(x), 1, dtype=torch.float32),
     ),
-    "quantized_activation": lambda x, other, function, dtype: (
-        torch.empty_like(x, dtype=dtype),
+    "quantized_activation": lambda x, other, function, dtype, before=None: (
+        x.new_empty(len(x), x.shape[1] + (0 if before is None else before.shape[1]), dtype=dtype),
         x.new_empty(len(x), 1, dtype=torch.float32),
     ),
     "scaled_product": lambda x, rows, qdata, columns, dtype, bias=None: x.new_empty(len(x), len(qdata), dtype=dtype),
@@ -157,6 +159,11 @@ AFTER_A_FUNCTION = {
     "columns that are not aligned": (lambda h, g: F.gelu(h[..., 4:36]), False),
     "every other column": (lambda h, g: F.gelu(h[..., ::2]), False),
     "halves of tokens": (lambda h, g: F.silu(h[:, :1]) * h[:, 1:2], False),
+    "after columns": (lambda h, g: torch.cat([torch.tanh(g), F.gelu(h)], -1), True),
+    "after columns, and a gate": (lambda h, g: torch.cat([h[..., 8:16], F.silu(h) * g], -1), True),
+    "before columns": (lambda h, g: torch.cat([F.gelu(h), g], -1), False),
+    "after tokens": (lambda h, g: torch.cat([g, F.gelu(h)], 1), False),
+    "after columns that are not aligned": (lambda h, g: torch.cat([g[..., :4], F.gelu(h)], -1), False),
     "halves of heads": (lambda h, g: F.gelu(h.unflatten(-1, (4, 16))[..., :8].flatten(-2)), False),
 }
 
@@ -192,6 +199,20 @@ def test_columns_of_a_product_are_read_where_they_are(called):
     _, code = run_and_get_code(torch.compile(network), weight((2, 3, 64), dtype=torch.bfloat16))
     (line,) = [line for line in code[0].splitlines() if "ops.ao.quantized_activation.default(" in line]
     assert "(6, 32), (64, 1), 32)" in line and "(6, 32), (64, 1), 0)" in line
+
+
+def test_columns_that_others_come_after_are_not_copied(called):
+    up, down = Product(64, 64), Product(64, 96)
+    up.bias, down.bias = up.bias.bfloat16(), down.bias.bfloat16()
+
+    def network(x: Tensor, first: Tensor) -> Tensor:
+        return down(torch.cat([first, F.gelu(up(x))], -1))
+
+    inputs = weight((2, 3, 64), dtype=torch.bfloat16), weight((2, 3, 32), 1, torch.bfloat16)
+    _, code = run_and_get_code(torch.compile(network), *inputs)
+    (line,) = [line for line in code[0].splitlines() if "ops.ao.quantized_activation.default(" in line]
+    assert line.endswith("torch.int8, reinterpret_tensor(arg4_1, (6, 32), (32, 1), 0))"), line
+    assert "96)" not in code[0].split("def call")[1].split("quantized_activation")[0]  # no rows that are both
 
 
 def test_what_several_products_share_is_quantized_once(called):
@@ -340,21 +361,23 @@ def test_the_codes_on_a_gpu_are_those_of_the_spec(dtype, k, monkeypatch):
 @pytest.mark.gpu
 @HOPPER
 @pytest.mark.parametrize("function", list(FUNCTIONS))
-@pytest.mark.parametrize("gated", ["", "by another", "by other columns"])
+@pytest.mark.parametrize("form", ["", "gated", "gated by other columns", "after columns", "gated, after columns"])
 @pytest.mark.parametrize("dtype", list(SPECS), ids=str)
-def test_activation_functions_on_a_gpu(function, gated, dtype):
+def test_activation_functions_on_a_gpu(function, form, dtype):
     """To less than rounding to bfloat16 loses, also far from zero."""
     from ao.matmul.kernels import operators
 
     for k in (96, 4096, 14336):
         x = torch.cat([weight((33, k), 0) * 2, weight((2, k), 1) * 20, torch.zeros(1, k)]).bfloat16().cuda()
         x[3, 5] = float("nan")
-        other = weight((36, k), 2, torch.bfloat16).cuda() if gated else None
-        if gated == "by other columns":
+        other = weight((36, k), 2, torch.bfloat16).cuda() if "gated" in form else None
+        before = weight((36, 1032), 3, torch.bfloat16).cuda() if "after" in form else None
+        if "other columns" in form:
             other, x = torch.cat([other, x], 1).chunk(2, 1)
         exact = FUNCTIONS[function](x.float())
-        expected = SPECS[dtype].quantize((exact if other is None else exact * other).bfloat16())
-        codes, scale = operators.quantized_activation(x, other, function, dtype)
+        made = (exact if other is None else exact * other).bfloat16()
+        expected = SPECS[dtype].quantize(made if before is None else torch.cat([before, made], 1))
+        codes, scale = operators.quantized_activation(x, other, function, dtype, before)
         there = torch.arange(36, device="cuda") != 3
         assert compute_error(expected.scale[there], scale[there]) > 50 and scale[3].isnan().all()
         assert compute_error(expected.dequantize()[there].float(), (codes.float() * scale)[there]) > 45

@@ -329,15 +329,18 @@ def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tenso
 
 @_operator(
     "quantized_activation",
-    "(Tensor x, Tensor? other, str function, ScalarType dtype) -> (Tensor, Tensor)",
-    lambda x, other, function, dtype: (
-        torch.empty_like(x, dtype=dtype),
+    "(Tensor x, Tensor? other, str function, ScalarType dtype, Tensor? before=None) -> (Tensor, Tensor)",
+    lambda x, other, function, dtype, before=None: (
+        x.new_empty(x.shape[0], x.shape[1] + (0 if before is None else before.shape[1]), dtype=dtype),
         x.new_empty(x.shape[0], 1, dtype=torch.float32),
     ),
 )
-def quantized_activation(x: Tensor, other: Tensor | None, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The codes (M, K) of f(x), or of f(x) * other, and their scales (M, 1): `quantize_rows.quantized`."""
-    return quantize_rows.quantized(x, dtype, False, function, other)
+def quantized_activation(
+    x: Tensor, other: Tensor | None, function: str, dtype: torch.dtype, before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The codes (M, K) of f(x), or of f(x) * other, after the columns of `before`, and their scales (M, 1):
+    `quantize_rows.quantized`."""
+    return quantize_rows.quantized(x, dtype, False, function, other, before)
 
 
 @_operator(

@@ -5,7 +5,8 @@ weight that it meets. Where Inductor makes a graph of such products, it asks how
 
     after a norm    of rows that are not long: they are reduced already, so that their largest numbers are found, and codes are
                     written, in the same kernel, in place of the activation
-    after a GELU or SiLU of a product or of some of its columns, which another product or others of its columns may multiply
+    after a GELU or SiLU of a product or of some of its columns, which another product or others of its columns may multiply,
+    and which may come after other columns
                     by our kernel, which computes that too: Inductor would compute it once for the largest number and once
                     more for the codes
     elsewhere       by our kernel
@@ -15,6 +16,7 @@ and what several products share, such as those of queries, keys and values, is q
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from typing import Any, NamedTuple
@@ -48,8 +50,17 @@ _MOVES = (
 _SUMS = (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var_mean.correction)
 """What norms are made of when Inductor sees them."""
 
-_lowered: WeakKeyDictionary[Any, tuple[dict[Any, Any], dict[Any, Any]]] = WeakKeyDictionary()
-"""By graph: the codes and scales of what was quantized, and the products by their nodes."""
+
+class _Lowered(NamedTuple):
+    """Of a graph: the codes and scales of what was quantized, the products by their nodes, and what comes before others by the
+    nodes where these follow it."""
+
+    found: dict[Any, Any]
+    products: dict[Any, Any]
+    befores: dict[Any, Any]
+
+
+_lowered: WeakKeyDictionary[Any, _Lowered] = WeakKeyDictionary()
 
 _registered = False
 
@@ -82,15 +93,18 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
     token, k = joined.viewed(node.args[0]), node.args[0].meta["val"].shape[1]
     if not isinstance(k, int):
         return call("dynamic_product", x, qdata, columns, whole, bias)
-    found, products = _lowered.setdefault(V.graph, ({}, {}))
+    if V.graph not in _lowered:
+        _lowered[V.graph] = _Lowered({}, {}, {})
+        _put_columns_off(node.graph)
+    found, products, befores = _lowered[V.graph]
     form = k, dtype, whole
     key, alone = (token, *form), products_of(token, form) == _users_of(token)
     if key not in found:
         if not whole and k <= LONGEST and dtype in _RANGES and follows_norm(token, k):
             found[key] = quantized(x, dtype)
         elif not whole and alone and (made := activation_of(token, products)) is not None:
-            function, *parts = made
-            found[key] = call("quantized_activation", *(_lowered_part(p, products) for p in parts), function, dtype)
+            parts = (_lowered_columns(part, products) for part in (made.source, made.other))
+            found[key] = call("quantized_activation", *parts, made.function, dtype, _rows(befores.get(made.before)))
         elif products_of(token, form) > 1:
             x = ExternKernel.require_contiguous(ExternKernel.realize_input(x))
             found[key] = call("quantized", x, dtype, whole)
@@ -149,9 +163,21 @@ class Columns(NamedTuple):
     size: int
 
 
-def activation_of(token: torch.fx.Node, products: Any) -> tuple[str, Columns, Columns | None] | None:
-    """The activation function, as `quantize_rows.quantized` names it, whose result `token` is; the columns of one of `products`
-    that it is of; and those that multiply it, if any do. None where it is something else."""
+class Activation(NamedTuple):
+    """What `quantize_rows.quantized` computes: the function, as it names it, the columns that it is of, those that multiply it,
+    and the node in which others come before."""
+
+    function: str
+    source: Columns
+    other: Columns | None
+    before: torch.fx.Node | None
+
+
+def activation_of(token: Any, products: Any) -> Activation | None:
+    """How `token` comes from columns of `products`; None where it is something else."""
+    before = None
+    if token.target == _columns:
+        before, token = token, joined.viewed(token.args[1])
     found, other = _function_of(token), None
     if found is None and token.target == aten.mul.Tensor:
         for one, another in (token.args, reversed(token.args)):
@@ -170,31 +196,32 @@ def activation_of(token: torch.fx.Node, products: Any) -> tuple[str, Columns, Co
         if not same or given.dtype not in (torch.bfloat16, torch.float16):
             return None
         parts.append(part)
-    return function, parts[0], None if other is None else parts[1]
+    return Activation(function, parts[0], None if other is None else parts[1], before)
 
 
-def columns_of(node: torch.fx.Node, products: Any) -> Columns | None:
+def columns_of(node: Any, products: Any) -> Columns | None:
     """Which columns of which of `products` a node is; they begin where 16 bytes do, as a kernel reads them."""
-    node, first = joined.viewed(node), 0
-    size = node.meta["val"].shape[-1] if isinstance(node.meta["val"], torch.Tensor) else None
-    whole = node
-    if node.target == operator.getitem and node.args[0].target in _SPLITS:  # type: ignore[union-attr]
+    node = whole = joined.viewed(node)
+    size, first = getattr(node.meta["val"], "shape", (None,))[-1], 0
+    if node.target == operator.getitem and node.args[0].target in _SPLITS:
         split, index = node.args
-        whole, dim = split.args[0], _argument(split, 2, "dim", 0)  # type: ignore[union-attr]
-        first = sum(part.shape[-1] for part in split.meta["val"][:index])  # type: ignore[union-attr,misc]
+        whole, dim = split.args[0], _argument(split, 2, "dim", 0)
+        first = sum(part.shape[-1] for part in split.meta["val"][:index])
     elif node.target == aten.slice.Tensor:
-        whole, dim = node.args[0], _argument(node, 1, "dim", 0)  # type: ignore[assignment]
+        whole, dim = node.args[0], _argument(node, 1, "dim", 0)
         first = _argument(node, 2, "start", None) or 0
-        if _argument(node, 4, "step", 1) != 1 or first < 0:
+        if _argument(node, 4, "step", 1) != 1:
             return None
     if whole is not node:
         shown, whole = whole.meta["val"], joined.viewed(whole)
         if dim not in (-1, shown.dim() - 1) or whole not in products or shown.shape[-1] != whole.meta["val"].shape[-1]:
             return None
-    if whole not in products or not isinstance(size, int):
+    if whole not in products:
         return None
     n = whole.meta["val"].shape[-1]
-    apart = isinstance(n, int) and isinstance(first, int) and first % 8 == 0 and n % 8 == 0
+    if not (isinstance(first, int) and isinstance(size, int) and isinstance(n, int)):
+        return None
+    apart = first >= 0 and first % 8 == 0 and n % 8 == 0
     return Columns(whole, first, size) if apart or size == n else None
 
 
@@ -202,7 +229,7 @@ def _argument(node: torch.fx.Node, index: int, name: str, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _lowered_part(part: Columns | None, products: Any) -> Any:
+def _lowered_columns(part: Columns | None, products: Any) -> Any:
     """Columns of a product as the compiler knows them: where they are, not copied."""
     from torch._inductor.lowering import lowerings
 
@@ -212,6 +239,51 @@ def _lowered_part(part: Columns | None, products: Any) -> Any:
     if part.size == part.product.meta["val"].shape[-1]:
         return product
     return lowerings[aten.slice.Tensor](product, 1, part.first, part.first + part.size)
+
+
+def _put_columns_off(graph: torch.fx.Graph) -> None:
+    """Where products take such columns after others, let them not be put together, unless one asks for that."""
+    products = [
+        node for node in graph.nodes if node.target == torch.ops.ao.dynamic_product.default and not node.args[3]
+    ]
+    for token in dict.fromkeys(joined.viewed(node.args[0]) for node in products):
+        if token.target != aten.cat.default or not _come_after(token, products):
+            continue
+        if _users_of(token) == sum(joined.viewed(node.args[0]) is token for node in products):
+            token.target, token.args, token.kwargs = _columns, tuple(token.args[0]), {}  # type: ignore[arg-type]
+
+
+def _come_after(token: Any, products: Any) -> bool:
+    """Whether two tensors are put together by columns, of which the kernel may compute the second."""
+    if len(token.args[0]) != 2 or _argument(token, 1, "dim", 0) not in (-1, token.meta["val"].dim() - 1):
+        return False
+    first, second = (node.meta["val"] for node in token.args[0])
+    aligned = isinstance(first.shape[-1], int) and first.shape[-1] % 8 == 0 and first.dtype == second.dtype
+    return aligned and activation_of(joined.viewed(token.args[0][1]), products) is not None
+
+
+def _columns(before: Any, last: Any) -> Any:
+    """Columns after others, which are computed where they are read."""
+    from torch._inductor.lowering import pointwise_cat
+    from torch._inductor.virtualized import V
+
+    _lowered[V.graph].befores[V.graph.current_node] = before
+    return pointwise_cat([before, last], len(last.get_size()) - 1)
+
+
+_columns._inductor_lowering_function = True  # type: ignore[attr-defined]
+
+
+def _rows(x: Any) -> Any:
+    """What the compiler knows (..., J) as rows that follow each other."""
+    from torch._inductor.ir import ExternKernel
+    from torch._inductor.lowering import lowerings
+
+    if x is None:
+        return None
+    *shape, columns = x.get_size()
+    rows = lowerings[aten.reshape.default](x, [math.prod(shape), columns])
+    return ExternKernel.require_contiguous(ExternKernel.realize_input(rows))
 
 
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)

@@ -116,28 +116,32 @@ def largest_kernel(words_ptr, top_ptr, SIZE, B: tl.constexpr):
 
 
 @triton.jit
-def _words(row, at, WORDS: tl.constexpr, WIDTH: tl.constexpr):
-    """All WORDS words of rows, WIDTH at a time. row: where they begin, (ROWS, 1). at: (1, WIDTH)."""
+def _words(row, at, FIRST: tl.constexpr, LAST: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr):
+    """Of the WORDS words of rows, WIDTH at a time, those from FIRST to LAST, and zeros for the others. row: where word 0 is or
+    would be, (ROWS, 1). at: (1, WIDTH)."""
     words = ()
     for i in tl.static_range((WORDS + WIDTH - 1) // WIDTH):
-        if WIDTH * (i + 1) <= WORDS:
+        if WIDTH * i >= FIRST and WIDTH * (i + 1) <= LAST:
             word = tl.load(row + (WIDTH * i + at))
+        elif WIDTH * i >= FIRST:
+            word = tl.load(row + (WIDTH * i + at), mask=at < LAST - WIDTH * i, other=0)
         else:
-            word = tl.load(row + (WIDTH * i + at), mask=at < WORDS - WIDTH * i, other=0)
+            there = (at >= FIRST - WIDTH * i) & (at < LAST - WIDTH * i)
+            word = tl.load(row + (WIDTH * i + at), mask=there, other=0)
         words += (word,)  # type: ignore[assignment]
     return words
 
 
 @triton.jit(do_not_specialize=["M", "TOPS"])
 def quantize_kernel(
-    words_ptr, other_ptr, top_ptr, codes_ptr, scale_ptr, M, TOPS, WORDS: tl.constexpr, STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, FLOAT: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
-    FUNCTION_ASM: tl.constexpr, CODES_ASM: tl.constexpr,
+    words_ptr, other_ptr, before_ptr, top_ptr, codes_ptr, scale_ptr, M, TOPS, WORDS: tl.constexpr, BEFORE: tl.constexpr,
+    STRIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, FLOAT: tl.constexpr, HALF: tl.constexpr,
+    WHOLE: tl.constexpr, GATED: tl.constexpr, FUNCTION_ASM: tl.constexpr, CODES_ASM: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of f(x), times `other` where it is GATED, as `Intx(8)` or `Float8()` quantizes them: codes (M, K), scale (M,).
 
-    A row has WORDS words of two numbers, STRIDE words after the row before, and WIDTH of them are loaded at a time.
-    FUNCTION_ASM: f, or nothing.
+    A row has WORDS words of two numbers, WIDTH of which are loaded at a time: BEFORE of them are those of `before`, then those of
+    f(x). A row of x and of `other` is STRIDE words after the row before. FUNCTION_ASM: f, or nothing.
     WHOLE: with one scale for all of x, from the TOPS (at most 1024) numbers of `largest_kernel`.
     """
     PIECES: tl.constexpr = (WORDS + WIDTH - 1) // WIDTH
@@ -145,18 +149,25 @@ def quantize_kernel(
     m = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1)[:, None]  # the last row may be done twice
     at = tl.arange(0, WIDTH)[None, :]
     row = m.to(tl.int64)
-    words = _words(words_ptr + row * STRIDE, at, WORDS, WIDTH)
+    words = _words(words_ptr + (row * STRIDE - BEFORE), at, BEFORE, WORDS, WORDS, WIDTH)
     others = words
     if GATED:
-        others = _words(other_ptr + row * STRIDE, at, WORDS, WIDTH)
+        others = _words(other_ptr + (row * STRIDE - BEFORE), at, BEFORE, WORDS, WORDS, WIDTH)
     if FUNCTION_ASM != "":
+        first = words
+        if BEFORE > 0:
+            first = _words(before_ptr + row * BEFORE, at, 0, BEFORE, WORDS, WIDTH)
         done = ()
         for i in tl.static_range(PIECES):
-            done += (  # type: ignore[assignment]
-                tl.inline_asm_elementwise(
+            if WIDTH * (i + 1) <= BEFORE:
+                word = first[i]
+            else:
+                word = tl.inline_asm_elementwise(
                     FUNCTION_ASM, "=r,r,r", [words[i], others[i]], dtype=tl.int32, is_pure=True, pack=1
-                ),
-            )
+                )
+                if WIDTH * i < BEFORE:
+                    word |= first[i]  # f(0) is 0
+            done += (word,)  # type: ignore[assignment]
         words = done
     if WHOLE:
         i = tl.arange(0, 1024)
@@ -182,7 +193,12 @@ def quantize_kernel(
 
 
 def quantized(
-    x: Tensor, dtype: torch.dtype, whole: bool, function: str = "", other: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype,
+    whole: bool,
+    function: str = "",
+    other: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (M, K) of 16 bits, K % 8 == 0, quantized to int8 or float8 e4m3, as `Intx(8)` or `Float8()` do.
 
@@ -191,6 +207,7 @@ def quantized(
     whole: with one scale for all of x, which is then the scale of every row.
     function: one of `FUNCTIONS`; not "": f(x), times `other` (M, K) if there is one, rounded to x's dtype, is quantized, and then
         not as a whole. Both may be columns of a larger matrix.
+    before: (M, J), J % 8 == 0, of x's dtype; rows of both, one after the other, (M, J + K), are quantized. With a function.
     """
     m, k = x.shape
     device = x.device.index
@@ -200,14 +217,19 @@ def quantized(
     if apart or stride % 8 or (whole and stride != k):
         x, *others = (t.clone(memory_format=torch.contiguous_format) for t in given)
         other, stride = (others[0] if others else None), k
-    codes = torch.empty(m, k, dtype=dtype, device=x.device)
+    first = 0 if before is None else before.shape[1]
+    if before is not None and (before.data_ptr() % 16 or not before.is_contiguous()):
+        before = before.clone(memory_format=torch.contiguous_format)
+    codes = torch.empty(m, first + k, dtype=dtype, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    largest, quantize, count = _launches(m, k, stride, dtype, x.dtype, whole, function, other is not None, device)
+    largest, quantize, count = _launches(
+        m, k, stride, first, dtype, x.dtype, whole, function, other is not None, device
+    )
     tops = scale
     if whole:
         tops = torch.empty(count, dtype=torch.int32, device=x.device)
         largest(device, x, tops, m * k // 8)
-    quantize(device, x, x if other is None else other, tops, codes, scale, m, count)
+    quantize(device, x, x if other is None else other, x if before is None else before, tops, codes, scale, m, count)
     return codes, scale
 
 
@@ -230,16 +252,18 @@ def share_of(words: int) -> Share:
 
 @functools.lru_cache(4096)
 def _launches(
-    m: int, k: int, stride: int, dtype: torch.dtype, x: torch.dtype, whole: bool, function: str, gated: bool, device: int
+    m: int, k: int, stride: int, before: int, dtype: torch.dtype, x: torch.dtype, whole: bool, function: str, gated: bool,
+    device: int,
 ) -> tuple[Launch, Launch, int]:  # fmt: skip
     block = 2048
     count = min(cdiv(m * k, 2 * block), 4 * multiprocessors(torch.device("cuda", device)), 1024) if whole else 0
     largest = Launch(largest_kernel, (count,), num_warps=8, views={0: torch.int32}, B=block)
-    half, float8, share = x == torch.float16, dtype.is_floating_point, share_of(k // 2)
+    words = (before + k) // 2
+    half, float8, share = x == torch.float16, dtype.is_floating_point, share_of(words)
     quantize = Launch(
         quantize_kernel, (cdiv(m, share.rows),), num_warps=share.warps, early=whole,
-        views={0: torch.int32, 1: torch.int32, 3: torch.int16}, WORDS=k // 2, STRIDE=stride // 2, ROWS=share.rows,
-        WIDTH=share.width, FLOAT=float8, HALF=half, WHOLE=whole, GATED=gated,
+        views={0: torch.int32, 1: torch.int32, 2: torch.int32, 4: torch.int16}, WORDS=words, BEFORE=before // 2,
+        STRIDE=stride // 2, ROWS=share.rows, WIDTH=share.width, FLOAT=float8, HALF=half, WHOLE=whole, GATED=gated,
         FUNCTION_ASM=_function_asm(half, function, gated) if function else "", CODES_ASM=_codes_asm(half, float8),
     )  # fmt: skip
     return largest, quantize, count

@@ -31,7 +31,12 @@ def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tenso
     return q.qdata, q.scale
 
 
-FUNCTIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+FUNCTIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+}
 
 
 def quantized_activation(x, other, function, dtype, before=None):
@@ -147,6 +152,10 @@ AFTER_A_FUNCTION = {
     "GELU by tanh": (lambda h, g: F.gelu(h, approximate="tanh"), True),
     "SiLU and a gate": (lambda h, g: F.silu(h) * g, True),
     "a gate and GELU": (lambda h, g: g * F.gelu(h), True),
+    "quick GELU": (lambda h, g: h * torch.sigmoid(1.702 * h), True),
+    "SiLU by hand, and a gate": (lambda h, g: torch.sigmoid(h) * h * g, True),
+    "another factor": (lambda h, g: h * torch.sigmoid(2 * h), False),
+    "a sigmoid of others": (lambda h, g: h * torch.sigmoid(g), False),
     "GELU of GELU": (lambda h, g: F.gelu(F.gelu(h)), False),
     "ReLU": (lambda h, g: F.relu(h), False),
     "a number": (lambda h, g: F.silu(h) * 2, False),

@@ -293,7 +293,9 @@ _FUNCTIONS = {"aten.gelu.default": "gelu", "aten.silu.default": "silu"}
 
 
 def _function_of(node: torch.fx.Node) -> tuple[str, torch.fx.Node] | None:
-    """An activation function and what it is of, from the operators into which PyTorch took it apart."""
+    """An activation function and what it is of, from the operators into which PyTorch took it apart or that it is written in."""
+    if (written := _by_sigmoid(node)) is not None:
+        return written
     origin = _origin(node)
     if origin not in _FUNCTIONS:
         return None
@@ -308,6 +310,23 @@ def _function_of(node: torch.fx.Node) -> tuple[str, torch.fx.Node] | None:
     if len(given) != 1 or len(curves) != 1:  # such as a GELU of a GELU
         return None
     return "gelu_tanh" if curves[0] == aten.tanh.default else _FUNCTIONS[origin], given[0]
+
+
+_BY_SIGMOID = {1.0: "silu", 1.702: "quick_gelu"}
+"""x * sigmoid(factor * x), by the factor."""
+
+
+def _by_sigmoid(node: Any) -> tuple[str, torch.fx.Node] | None:
+    """Such a function and its x."""
+    if node.target != aten.mul.Tensor:
+        return None
+    for x, other in (node.args, reversed(node.args)):
+        if isinstance(other, torch.fx.Node) and other.target == aten.sigmoid.default:
+            inner: Any = other.args[0]
+            times = inner.args if inner is not x and inner.target == aten.mul.Tensor else (inner, 1.0)
+            if times[0] is x and times[1] in _BY_SIGMOID:
+                return _BY_SIGMOID[times[1]], x
+    return None
 
 
 def _origin(node: torch.fx.Node) -> str:

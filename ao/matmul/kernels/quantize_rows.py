@@ -23,6 +23,7 @@ from .launch import Launch, cdiv
 FUNCTIONS = {
     "gelu": (1.59268828, 0.0757802666, -9.80643607e-4, 8.83877912e-6),
     "gelu_tanh": (1.5957691216, 0.0713548162726),
+    "quick_gelu": (1.702,),
     "silu": (1.0,),
 }
 """What may be done to an activation before it is quantized: f(x) = x / (1 + exp(-p(x))), by the odd coefficients of p.

@@ -625,13 +625,22 @@ class Tile(NamedTuple):
     apart: bool
 
 
-def tile_of(reading: Reading) -> Tile:
-    """For a weight: enough warps for all slices of 128, up to 16. More bits and scales take more registers."""
+def tile_of(reading: Reading, device: torch.device, tokens: int = 1) -> Tile:
+    """For a weight, or all rows of a launch: enough warps for all slices of 128, up to 16. More bits and scales take more
+    registers. tokens: that run side by side."""
     words = reading.bits + (0 if reading.by_row else 1 if reading.group % 32 == 0 else 2)
     apart = reading.k > (8192 if words < 9 else 4096)
     ahead = 8 if apart and words < 9 else 4
     kept = 4 if words < 6 or ahead == 4 else 2
-    return Tile(8, 2, 128, ahead, kept, apart) if reading.k <= 2048 else Tile(16, 1, 128, ahead, kept, apart)
+    tile = Tile(16, 1, 128, ahead, kept, apart)
+    half = tile._replace(warps=8, programs=2)
+    if reading.k <= 2048:
+        return half
+    # Where lanes share a scale, two programs of half as many warps are the faster, if they have no tile more to do.
+    if _together(reading) > 1 and 3072 < reading.k <= 4096:
+        halves, wholes = (_rounds([reading.n], each, device, tokens) for each in (half, tile))
+        return half if 2 * halves <= wholes else tile
+    return tile
 
 
 def _ring(slices: int, most: int) -> tuple[int, int]:
@@ -647,11 +656,20 @@ def _together(reading: Reading) -> int:
     return next(n for n in (4, 2, 1) if n == 1 or reading.group % (32 * n) == 0)
 
 
+def _at_once(tile: Tile, device: torch.device, tokens: int) -> int:
+    """The programs of one of `tokens` that run side by side."""
+    return max(1, multiprocessors(device) * tile.programs // tokens)
+
+
+def _rounds(rows: Sequence[int], tile: Tile, device: torch.device, tokens: int) -> int:
+    """The tiles of a program, if each has as many."""
+    return cdiv(sum(cdiv(n, 16) for n in rows), _at_once(tile, device, tokens))
+
+
 def programs_of(rows: Sequence[int], tile: Tile, device: torch.device, tokens: int = 1) -> list[int]:
     """The programs of each weight of a launch; of one of `tokens` that run side by side."""
-    tiles = [cdiv(n, 16) for n in rows]
-    at_once = max(1, multiprocessors(device) * tile.programs // tokens)
-    rounds = cdiv(sum(tiles), at_once)
+    tiles, at_once = [cdiv(n, 16) for n in rows], _at_once(tile, device, tokens)
+    rounds = _rounds(rows, tile, device, tokens)
     while sum(cdiv(t, rounds) for t in tiles) > max(at_once, len(tiles)):
         rounds += 1  # each weight has a last program that is done sooner
     return [cdiv(t, rounds) for t in tiles]
@@ -694,7 +712,7 @@ def aligned(x: Tensor) -> Tensor:
 def gemv(x: Tensor, reading: Reading, fields: Fields, tile: Tile | None = None) -> Tensor:
     """One token, or each of a few in one launch. x: (M, K) -> (M, N)."""
     m, n = x.shape[0], reading.n
-    tile = tile or tile_of(reading)
+    tile = tile or tile_of(reading, x.device, m)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     (programs,) = programs_of([n], tile, x.device, m)
     launch(
@@ -706,7 +724,8 @@ def gemv(x: Tensor, reading: Reading, fields: Fields, tile: Tile | None = None) 
 
 def gemv_launch(reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
     """One token, for weights of the form of these, x (..., K) -> (..., N): what it decides is decided once."""
-    device, n, tile = fields[0].device, reading.n, tile_of(reading)
+    device, n = fields[0].device, reading.n
+    tile = tile_of(reading, device)
     start = Launch(
         gemv_halves_kernel, tuple(programs_of([n], tile, device)), num_warps=tile.warps, registers=tile.registers,
         **constants_of(reading, tile, True, device),
@@ -726,7 +745,7 @@ def gemv_joined(x: Tensor, reading: Reading, weights: Sequence[Fields]) -> Tenso
     """One token and two or three weights in one launch, whose readings are the same but for n: x (1, K) -> (1, N) for the sum of
     their rows."""
     rows = [fields[0].shape[0] for fields in weights]
-    tile = tile_of(reading)
+    tile = tile_of(reading._replace(n=sum(rows)), x.device)
     programs = programs_of(rows, tile, x.device)
     out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
     parts = [(*given(fields), n, p) for fields, n, p in zip(weights, rows, programs)]

@@ -179,7 +179,7 @@ def _form(
 ) -> tuple[Any, int, dict[str, Any]]:
     """The kernel for so many rows, the programs of each, and the constants. wide: as of `constants_of`."""
     if not plain and not reading.in_integers:
-        cut = tile_of(reading)
+        cut = tile_of(reading, device, rows)
         (programs,) = programs_of([reading.n], cut, device, rows)
         constants = constants_of(reading, cut, wide, device)
         return routed_halves_kernel, programs, constants | {"num_warps": cut.warps, "registers": cut.registers}

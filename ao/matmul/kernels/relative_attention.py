@@ -44,6 +44,11 @@ IN_ROWS = Tile(64, 4, 3, registers=168)
 IN_WINDOWS = Tile(64, 4, 3, registers=168, rows=4)
 """Of the two kernels."""
 
+LARGE = Tile(64, 4, 2, rows=4)
+"""Of either, for more numbers in a tile of keys than `SMALL`: 168 registers are too few for these."""
+
+SMALL = 64 * 96
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -227,7 +232,8 @@ def relative_attention(
     low, high = halves(d)
     out = torch.empty(b, tokens, heads * d, dtype=qkv.dtype, device=qkv.device)
     in_windows = max(height, width) <= WINDOW
-    tile = IN_WINDOWS if in_windows else IN_ROWS
+    keys = 64 if in_windows else _span(width)
+    tile = LARGE if keys * d > SMALL else IN_WINDOWS if in_windows else IN_ROWS
     grid = (cdiv(tokens, tile.queries) * heads * b,)
     sizes: dict[str, Any] = {
         "H": height, "W": width, "SCALE": scale, "D": d, "LOW": low, "HIGH": high, "HIGH_TILE": high or 16,
@@ -241,7 +247,7 @@ def relative_attention(
     by_row = torch.empty(b, heads, height, tokens, dtype=qkv.dtype, device=qkv.device)
     launch(
         rows_kernel, grid, qkv, table_h, table_w, by_row, out, heads, features, **sizes,
-        SPAN_H=_span(2 * height - 1), SPAN_W=_span(2 * width - 1), COLUMNS=_span(width), BM=tile.queries, STAGES=tile.stages,
+        SPAN_H=_span(2 * height - 1), SPAN_W=_span(2 * width - 1), COLUMNS=keys, BM=tile.queries, STAGES=tile.stages,
         num_warps=tile.warps, registers=tile.registers,
     )  # fmt: skip
     return out

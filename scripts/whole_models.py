@@ -271,7 +271,7 @@ MODELS = {
         (1,),
         "a step of Flux's transformer at 1024 x 1024",
         compiled=lambda module: (*module.transformer_blocks, *module.single_transformer_blocks),
-        # Those of norms are for one token, and what they compute multiplies all others: they cost accuracy, and no time.
+        # Those of norms, for one token, and those before and after the blocks take little time, and accuracy.
         quantized=lambda layer, name: (
             isinstance(layer, nn.Linear) and "transformer_blocks" in name and "norm" not in name
         ),

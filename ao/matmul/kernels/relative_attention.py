@@ -63,6 +63,14 @@ def _tile(ptr, rows, there, stride, START: tl.constexpr, SIZE: tl.constexpr, MAS
 
 
 @triton.jit
+def _place(heads, T: tl.constexpr, BM: tl.constexpr):
+    """Which image, head, and tile of BM of its T queries a program is for."""
+    TILES: tl.constexpr = (T + BM - 1) // BM
+    part = tl.program_id(0) // TILES
+    return part // heads, part % heads, tl.program_id(0) % TILES * BM + tl.arange(0, BM)
+
+
+@triton.jit
 def _scores(
     q_low, q_high, ptr, rows, there, stride, LOW: tl.constexpr, HIGH: tl.constexpr, HIGH_TILE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -88,11 +96,8 @@ def rows_kernel(
     T: tl.constexpr = H * W
     MASKED: tl.constexpr = COLUMNS != W
     ragged: tl.constexpr = T % BM != 0
-    TILES: tl.constexpr = (T + BM - 1) // BM
-    head = tl.program_id(0) // TILES % heads
-    image = tl.program_id(0) // TILES // heads
+    image, head, query = _place(heads, T, BM)
     qkv_ptr += image.to(tl.int64) * T * stride + head * D
-    query = tl.program_id(0) % TILES * BM + tl.arange(0, BM)
     inside = query < T
     q_low = _tile(qkv_ptr, query, inside, stride, 0, LOW, ragged)
     q_high = _tile(qkv_ptr, query, inside, stride, D - HIGH_TILE, HIGH_TILE, ragged)
@@ -168,11 +173,8 @@ def window_kernel(
     """A tile of BM queries of a head, and all keys of its window, ROWS rows of 16 columns at a time. H and W are at most 16."""
     T: tl.constexpr = H * W
     dtype = qkv_ptr.dtype.element_ty
-    TILES: tl.constexpr = (T + BM - 1) // BM
-    head = tl.program_id(0) // TILES % heads
-    image = tl.program_id(0) // TILES // heads
+    image, head, query = _place(heads, T, BM)
     qkv_ptr += image.to(tl.int64) * T * stride + head * D
-    query = tl.program_id(0) % TILES * BM + tl.arange(0, BM)
     inside = query < T
     q_low = _tile(qkv_ptr, query, inside, stride, 0, LOW, True)
     q_high = _tile(qkv_ptr, query, inside, stride, D - HIGH_TILE, HIGH_TILE, True)

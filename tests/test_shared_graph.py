@@ -73,3 +73,29 @@ def test_training_and_export_hold_plain_operators():
     assert calls(torch.export.export(net, (x,)).graph_module) == 0
     with torch.no_grad():
         assert calls(torch.export.export(net, (x,)).run_decompositions().graph_module) == 0
+
+
+class Region(nn.Module):
+    """A block that the compiler is told to compile once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
+@pytest.mark.parametrize("spec", [Intx(8, act=Intx(8)), Intx(4, (1, 32))], ids=str)
+def test_nothing_is_shared_in_a_region_of_somebody_else(spec):
+    """In a subgraph of a subgraph PyTorch leaves operators as they are, which Inductor does not take. And all regions are one
+    subgraph: of more than eight that are not, Dynamo says that something is wrong."""
+    net, x = nn.Sequential(*[Region() for _ in range(10)]), weight((4, 64), 9, torch.bfloat16)
+    ao.quantize_(net, ao.SpecConfig(spec))
+    with torch.no_grad():
+        (graph,), out = traced(net, x)
+        assert calls(graph) == 10 and subgraphs(graph) == 1
+        (region,) = (m for m in graph.children() if isinstance(m, torch.fx.GraphModule))
+        assert calls(region) == 0
+        assert ao.compute_error(net(x), out) > 30

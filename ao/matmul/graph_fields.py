@@ -18,7 +18,8 @@ graph, a copy that nobody writes to: so that input is put in order once, and mul
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -103,6 +104,8 @@ class _Trace:
     """What the trace that runs knows of the parameter that it met last."""
 
     direct = False
+    of: Callable[[], Any] = staticmethod(lambda: None)
+    """The graph that is being traced, as long as it is there."""
 
 
 def direct() -> bool:
@@ -120,16 +123,29 @@ def met(context: Any) -> None:
     """
     from torch._dynamo.guards import install_guard
 
-    frame = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().symbolic_locals
-    layer, own, name = (frame[local].realize() for local in ("self", "own", "name"))
+    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    layer, own, name = (tracer.symbolic_locals[local].realize() for local in ("self", "own", "name"))
     name = name.as_python_constant()
     there = next((weight for key, weight in own.items.items() if key.vt.as_python_constant() == name), None)
     from_module = own.source is not None and getattr(getattr(there, "source", None), "base", None) == own.source
     module, source = getattr(layer, "value", None), layer.source
     direct = from_module and source is not None and isinstance(module, nn.Module) and name in refreshed(module)
     _Trace.direct = direct
+    if _Trace.of() is not tracer.output:
+        _Trace.of = weakref.ref(tracer.output)
+        _refresh_all(tracer.output.root_tx.f_locals.values())
     if direct:
         install_guard(source.make_guard(_guard_of(name)))
+
+
+def _refresh_all(given: Iterable[Any]) -> None:
+    """Put what all modules in `given` keep right: where blocks are regions that are compiled once
+    (`torch.compiler.nested_compile_region`), Dynamo does not run the code of a second block, but looks for the tensors of the
+    first one there."""
+    for root in given:
+        for module in root.modules() if isinstance(root, nn.Module) else ():
+            if any(isinstance(parameter, QTensor) for parameter in module._parameters.values()):
+                refreshed(module)
 
 
 @functools.cache

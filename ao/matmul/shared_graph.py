@@ -71,7 +71,7 @@ def shared_tuple(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., t
     def call(*args: Any) -> tuple[Tensor, ...]:
         context = torch._guards.TracingContext.try_get()
         inline = _invoke is None or context is None or _inline.get() or torch.is_grad_enabled()
-        if inline or torch.compiler.is_exporting():
+        if inline or torch.compiler.is_exporting() or _in_region():
             return function(*args)
         assert context is not None
         from torch.fx.experimental.symbolic_shapes import free_symbols  # sympy: only where something is traced
@@ -95,6 +95,15 @@ def shared_tuple(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., t
         return out
 
     return call
+
+
+def _in_region() -> bool:
+    """Whether a subgraph is being traced that is not ours, such as one of `torch.compiler.nested_compile_region`: PyTorch does
+    not decompose the operators of a subgraph in a subgraph."""
+    from torch.fx.experimental import proxy_tensor
+
+    tracer = proxy_tensor._CURRENT_MAKE_FX_TRACER
+    return tracer is not None and tracer.is_hop_subgraph_tracer()
 
 
 @contextmanager

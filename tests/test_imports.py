@@ -49,6 +49,7 @@ KERNELS = {
     "decode_attention",
     "few_tokens",
     "hopper",
+    "normalize_rows",
     "quantize_rows",
     "cast",
     "f16_products",

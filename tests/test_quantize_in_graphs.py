@@ -19,6 +19,8 @@ SCHEMAS = {
     "quantized": "(Tensor x, ScalarType dtype, bool whole) -> (Tensor, Tensor)",
     "quantized_activation": "(Tensor x, Tensor? other, str function, ScalarType dtype, Tensor? before=None)"
     " -> (Tensor, Tensor)",
+    "quantized_norm": "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, bool added, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
     "scaled_product": "(Tensor x, Tensor rows, Tensor qdata, Tensor columns, ScalarType dtype, Tensor? bias=None) -> Tensor",
     "dynamic_product": "(Tensor x, Tensor qdata, Tensor columns, bool whole, Tensor? bias=None) -> Tensor",
 }
@@ -45,6 +47,15 @@ def quantized_activation(x, other, function, dtype, before=None):
     return quantized(out if before is None else torch.cat([before, out], 1), dtype, False)
 
 
+def quantized_norm(x, weight, bias, eps, centered, added, dtype):
+    wide = x.float()
+    out = wide - wide.mean(1, keepdim=True) if centered else wide
+    out = out * (out.square().mean(1, keepdim=True) + eps).rsqrt()
+    weight, bias = (None if t is None else t.float().repeat_interleave(len(x) // len(t), 0) for t in (weight, bias))
+    out = out if weight is None else out * (weight + added)
+    return quantized((out if bias is None else out + bias).to(x.dtype), dtype, False)
+
+
 def scaled_product(x, rows, qdata, columns, dtype, bias=None):
     out = (x.float() @ qdata.float().t()) * rows * columns.t()
     return (out if bias is None else out + bias.float()).to(dtype)
@@ -57,6 +68,10 @@ def dynamic_product(x, qdata, columns, whole, bias=None):
 FAKES = {
     "quantized": lambda x, dtype, whole: (
         torch.empty_like(x, dtype=dtype),
+        x.new_empty(len(x), 1, dtype=torch.float32),
+    ),
+    "quantized_norm": lambda x, weight, bias, eps, centered, added, dtype: (
+        x.new_empty(x.shape, dtype=dtype),
         x.new_empty(len(x), 1, dtype=torch.float32),
     ),
     "quantized_activation": lambda x, other, function, dtype, before=None: (
@@ -284,6 +299,87 @@ def test_rows_that_are_too_long(called, monkeypatch):
     assert calls == ["dynamic_product"]
 
 
+def rms_norm(x: Tensor, w: Tensor) -> Tensor:
+    """As transformers writes it."""
+    wide = x.float()
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def gemma_norm(x: Tensor, w: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + w.float())).type_as(x)
+
+
+def modulated(x: Tensor, w: Tensor, shift: Tensor) -> Tensor:
+    """A norm of a diffusion transformer: a weight and a bias for each image."""
+    return F.layer_norm(x, (64,)) * (1 + w[:, None]) + shift[:, None]
+
+
+NORMS = {
+    "LayerNorm": lambda x, w, m: F.layer_norm(x, (64,), w, m[0, 0]),
+    "without a bias": lambda x, w, m: F.layer_norm(x, (64,), w),
+    "without a weight": lambda x, w, m: F.layer_norm(x, (64,)),
+    "one for both": lambda x, w, m: F.layer_norm(x, (64,), w, w),
+    "RMSNorm": lambda x, w, m: F.rms_norm(x, (64,), w, eps=1e-3),
+    "as written": lambda x, w, m: rms_norm(x, w),
+    "1 + weight": lambda x, w, m: gemma_norm(x, w),
+    "modulated": lambda x, w, m: modulated(x, *m.chunk(2, 1)),
+    "modulated by parts of a product": lambda x, w, m: modulated(x, *(m @ m.t() @ m).split([64, 64], 1)),
+}
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["of an input", "of a sum"])
+@pytest.mark.parametrize("name", list(NORMS))
+def test_norms_of_long_rows_are_part_of_what_quantizes(called, monkeypatch, name, residual):
+    monkeypatch.setattr(quantize_in_graphs, "LONGEST", 32)
+    calls, _ = called
+    layers = Product(16, 64), Product(32, 64, seed=3)
+    x, w = weight((2, 3, 64), 1, torch.bfloat16), weight((64,), 2, torch.bfloat16)
+    m = weight((2, 128), 5, torch.bfloat16)
+    m = m if "modulated" in name else m[:, None, :64].contiguous()
+
+    def network(x: Tensor, w: Tensor, m: Tensor) -> list[Tensor]:
+        x = x + torch.tanh(x) if residual else x
+        h = NORMS[name](x, w, m)
+        return [*(layer(h) for layer in layers), x + 1]
+
+    got, expected = torch.compile(network)(x, w, m), network(x, w, m)
+    calls = calls[: calls.index("dynamic_product")]
+    assert calls == ["quantized_norm", "scaled_product", "scaled_product"]
+    for one, other in zip(got, expected):
+        assert compute_error(other.float(), one.float()) > 35
+
+
+NOT_SUCH_NORMS = {
+    "kept": lambda x, w: F.layer_norm(x, (64,), w),
+    "of tokens": lambda x, w: F.layer_norm(x.transpose(1, 2), (64,)).transpose(1, 2) if x.shape[1] == 64 else x * w,
+    "times rows": lambda x, w: F.layer_norm(x, (64,)) * x,
+    "twice": lambda x, w: F.layer_norm(x, (64,), w) * w,
+    "biased before": lambda x, w: (F.layer_norm(x, (64,)) + w) * w,
+    "of other sums": lambda x, w: x * torch.rsqrt(x.float().abs().mean(-1, keepdim=True) + 1e-5),
+    "times vectors of another dim": lambda x, w: (
+        (F.layer_norm(x, (64,))[:, None].expand(2, 2, 64, 64)) * (1 + x[:, :1].repeat(1, 1, 1))
+    ).flatten(0, 1),
+    "unbiased": lambda x, w: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", list(NOT_SUCH_NORMS))
+def test_what_is_no_such_norm(called, monkeypatch, name):
+    monkeypatch.setattr(quantize_in_graphs, "LONGEST", 32)
+    calls, _ = called
+    layer = Product(16, 64)
+    x, w = weight((2, 64, 64), 1, torch.bfloat16), weight((64,), 2, torch.bfloat16)
+
+    def network(x: Tensor, w: Tensor) -> list[Tensor]:
+        h = NOT_SUCH_NORMS[name](x, w).to(x.dtype)
+        return [layer(h), *([h] if name == "kept" else [])]
+
+    got, expected = torch.compile(network)(x, w), network(x, w)
+    assert calls == ["dynamic_product"] * 2
+    assert compute_error(expected[0].float(), got[0].float()) > 30
+
+
 @pytest.mark.parametrize("dtype", list(SPECS), ids=str)
 def test_the_codes_are_those_of_the_spec(called, dtype, monkeypatch):
     """To the bit, of an activation that comes as it is."""
@@ -334,12 +430,12 @@ def test_a_block_on_a_gpu(config, width, mode):
     expected = block(x)
     got, code = run_and_get_code(torch.compile(block, mode=mode), x)
     text = "\n".join(code)
-    by_us = width > quantize_in_graphs.LONGEST
-    assert text.count("torch.ops.ao.dynamic_product.default(") == by_us
-    assert text.count("torch.ops.ao.scaled_product.default(") == 2 - by_us
+    assert "torch.ops.ao.dynamic_product.default(" not in text
+    assert text.count("torch.ops.ao.scaled_product.default(") == 2
+    assert text.count("torch.ops.ao.quantized_norm.default(") == (width > quantize_in_graphs.LONGEST)
     assert text.count("torch.ops.ao.quantized_activation.default(") == 1
     assert "torch.ops.ao.quantized.default(" not in text
-    # The norm, with the codes of rows that are not long; the residual is another.
+    # The norm, with the codes, of rows that are not long; the residual is another.
     assert text.count("@triton.jit") <= 2
     assert compute_error(expected.float(), got.float()) > 35
 
@@ -390,3 +486,28 @@ def test_activation_functions_on_a_gpu(function, form, dtype):
         there = torch.arange(36, device="cuda") != 3
         assert compute_error(expected.scale[there], scale[there]) > 50 and scale[3].isnan().all()
         assert compute_error(expected.dequantize()[there].float(), (codes.float() * scale)[there]) > 45
+
+
+@pytest.mark.gpu
+@HOPPER
+@pytest.mark.parametrize("dtype", list(SPECS), ids=str)
+@pytest.mark.parametrize("of", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("centered", [True, False], ids=["LayerNorm", "RMSNorm"])
+def test_norms_on_a_gpu(dtype, of, centered):
+    """To what rounding to bfloat16 and to codes loses where a number is near the middle between two."""
+    from ao.matmul.kernels import operators
+
+    for k in (72, 1152, 1280, 3072, 4096, 14336):
+        x = (weight((36, k), 0) * 3 + 0.5).to(of).cuda()
+        x[3, 5] = float("nan")
+        parts = weight((4, 3 * k), 1, of).cuda()
+        one, each = parts[:1, :k], parts.chunk(3, 1)
+        for w, added, b in ((None, False, None), (one, False, one), (one, True, None), (each[1], True, each[2])):
+            exact = quantized_norm(
+                x.cpu(), w if w is None else w.cpu(), b if b is None else b.cpu(), 1e-5, centered, added, dtype
+            )
+            codes, scale = operators.quantized_norm(x, w, b, 1e-5, centered, added, dtype)
+            there = torch.arange(36) != 3
+            assert compute_error(exact[1][there], scale[there].cpu()) > 45 and scale[3].isnan().all()
+            expected = (exact[0].float() * exact[1])[there]
+            assert compute_error(expected, (codes.float() * scale).cpu()[there]) > (45 if dtype == torch.int8 else 35)

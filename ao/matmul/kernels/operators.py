@@ -22,6 +22,7 @@ from . import (
     few_tokens,
     hopper,
     joined,
+    normalize_rows,
     one_token,
     quantize_in_graphs,
     quantize_rows,
@@ -325,6 +326,21 @@ def routed_rows(x: Tensor, where: Tensor, ends: bool, *fields: Any) -> Tensor:
 def quantized(x: Tensor, dtype: torch.dtype, whole: bool) -> tuple[Tensor, Tensor]:
     """The codes (M, K) of x and their scales (M, 1): `quantize_rows.quantized`."""
     return quantize_rows.quantized(x, dtype, whole)
+
+
+@_operator(
+    "quantized_norm",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, bool added, ScalarType dtype) -> (Tensor, Tensor)",
+    lambda x, weight, bias, eps, centered, added, dtype: (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape[0], 1, dtype=torch.float32),
+    ),
+)
+def quantized_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool, added: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The codes (M, K) of a norm of x and their scales (M, 1): `normalize_rows.normalized`."""
+    return normalize_rows.normalized(x, dtype, eps, centered, weight, added, bias)
 
 
 @_operator(

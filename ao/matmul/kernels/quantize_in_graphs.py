@@ -4,7 +4,8 @@
 weight that it meets. Where Inductor makes a graph of such products, it asks how to lower each of them:
 
     after a norm    of rows that are not long: they are reduced already, so that their largest numbers are found, and codes are
-                    written, in the same kernel, in place of the activation
+                    written, in the same kernel, in place of the activation; of long rows, by our kernel, which computes the
+                    norm too, with a weight and a bias, or those of each image as in a diffusion transformer
     after a GELU or SiLU of a product or of some of its columns, which another product or others of its columns may multiply,
     and which may come after other columns
                     by our kernel, which computes that too: Inductor would compute it once for the largest number and once
@@ -24,7 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from . import joined
+from . import joined, norms_in_graphs
 
 LONGEST = 1024
 """Numbers of a row, at most: Inductor reads longer ones anew for each thing that it computes of them, which takes longer than our
@@ -102,6 +103,8 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
     if key not in found:
         if not whole and k <= LONGEST and dtype in _RANGES and follows_norm(token, k):
             found[key] = quantized(x, dtype)
+        elif not whole and alone and (normed := _lowered_norm(token, k)) is not None:
+            found[key] = call("quantized_norm", *normed, dtype)
         elif not whole and alone and (made := activation_of(token, products)) is not None:
             parts = (_lowered_columns(part, products) for part in (made.source, made.other))
             found[key] = call("quantized_activation", *parts, made.function, dtype, _rows(befores.get(made.before)))
@@ -153,6 +156,41 @@ def follows_norm(node: torch.fx.Node, k: int) -> bool:
 
 def _is_pointwise(node: torch.fx.Node) -> bool:
     return node.target in _MOVES or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _lowered_norm(token: Any, k: int) -> tuple[Any, ...] | None:
+    """`norms_in_graphs.norm_of` with what the compiler knows of its nodes: x (M, K), weight and bias (B, K), and the rest."""
+    norm = norms_in_graphs.norm_of(token, k)
+    if norm is None:
+        return None
+    values = [_value(norm.source), *(each and _value(each) for each in (norm.weight, norm.bias))]
+    if any(value is None and node is not None for value, node in zip(values, norm)):
+        return None
+    x, weight, bias = (value and _rows(value, whole=i == 0) for i, value in enumerate(values))
+    return x, weight, bias, *norm[3:]
+
+
+def _value(node: Any) -> Any:
+    """What the compiler has made of a node before; None where it has forgotten that."""
+    from torch._inductor.ir import StorageBox, TensorBox
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    if node in V.graph.env:
+        return V.graph.env[node]
+    if node.op == "placeholder":
+        return V.graph.graph_inputs.get(V.graph.qualify_name(node.target))
+    made = next((buffer for buffer in V.graph.buffers if buffer.get_origin_node() is node), None)
+    if made is not None:
+        return TensorBox(StorageBox(made))
+    views = (*joined.VIEWS, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int)
+    part = node.target == operator.getitem and node.args[0].target in _SPLITS
+    source = _value(node.args[0].args[0] if part else node.args[0]) if part or node.target in views else None
+    if source is None:
+        return None
+    if part:
+        return lowerings[node.args[0].target](source, *node.args[0].args[1:], **node.args[0].kwargs)[node.args[1]]
+    return lowerings[node.target](source, *node.args[1:], **node.kwargs)
 
 
 class Columns(NamedTuple):
@@ -274,16 +312,16 @@ def _columns(before: Any, last: Any) -> Any:
 _columns._inductor_lowering_function = True  # type: ignore[attr-defined]
 
 
-def _rows(x: Any) -> Any:
-    """What the compiler knows (..., J) as rows that follow each other."""
+def _rows(x: Any, whole: bool = True) -> Any:
+    """What the compiler knows (..., J) as rows, which follow each other where it is to be `whole`."""
     from torch._inductor.ir import ExternKernel
     from torch._inductor.lowering import lowerings
 
     if x is None:
         return None
     *shape, columns = x.get_size()
-    rows = lowerings[aten.reshape.default](x, [math.prod(shape), columns])
-    return ExternKernel.require_contiguous(ExternKernel.realize_input(rows))
+    rows = ExternKernel.realize_input(lowerings[aten.reshape.default](x, [math.prod(shape), columns]))
+    return ExternKernel.require_contiguous(rows) if whole else rows
 
 
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)

@@ -133,6 +133,38 @@ def _words(row, at, FIRST: tl.constexpr, LAST: tl.constexpr, WORDS: tl.constexpr
     return words
 
 
+@triton.jit
+def _largest(words, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The largest magnitude of each of ROWS rows, as `largest_kernel` gives it. words: of the rows, WIDTH at a time."""
+    tops = tl.zeros((ROWS, WIDTH), tl.int32)
+    for i in tl.static_range(len(words)):
+        tops = _larger(tops, words[i])
+    return tl.max(tl.maximum(tops & 0xFFFF, (tops >> 16) & 0xFFFF), 1)
+
+
+@triton.jit
+def _store_codes(
+    words, top, codes_ptr, scale_ptr, M, WORDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, FLOAT: tl.constexpr,
+    HALF: tl.constexpr, CODES_ASM: tl.constexpr,
+):  # fmt: skip
+    """The codes and scales of the ROWS rows of a program, whose largest magnitudes are `top`."""
+    m = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1)[:, None]
+    at = tl.arange(0, WIDTH)[None, :]
+    row = m.to(tl.int64)
+    scale = _number(top, HALF) * (1 / 448 if FLOAT else 1 / 127.5)
+    inverse = tl.where(scale < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))[:, None]
+    for i in tl.static_range(len(words)):
+        codes = tl.inline_asm_elementwise(
+            CODES_ASM, "=r,r,r,f,f", [words[i], inverse], dtype=tl.int16, is_pure=True, pack=2
+        )
+        to = codes_ptr + row * WORDS + (WIDTH * i + at)
+        if WIDTH * (i + 1) <= WORDS:
+            tl.store(to, codes)
+        else:
+            tl.store(to, codes, mask=at < WORDS - WIDTH * i)
+    tl.store(scale_ptr + tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1), scale)
+
+
 @triton.jit(do_not_specialize=["M", "TOPS"])
 def quantize_kernel(
     words_ptr, other_ptr, before_ptr, top_ptr, codes_ptr, scale_ptr, M, TOPS, WORDS: tl.constexpr, BEFORE: tl.constexpr,
@@ -175,22 +207,8 @@ def quantize_kernel(
         gdc_wait()
         top = tl.zeros((ROWS,), tl.int32) + tl.max(tl.load(top_ptr + i, mask=i < TOPS, other=0), 0)
     else:
-        tops = tl.zeros((ROWS, WIDTH), tl.int32)
-        for i in tl.static_range(PIECES):
-            tops = _larger(tops, words[i])
-        top = tl.max(tl.maximum(tops & 0xFFFF, (tops >> 16) & 0xFFFF), 1)
-    scale = _number(top, HALF) * (1 / 448 if FLOAT else 1 / 127.5)
-    inverse = tl.where(scale < 1.1754943508222875e-38, 0.0, (1.0 / scale.to(tl.float64)).to(tl.float32))[:, None]
-    for i in tl.static_range(PIECES):
-        codes = tl.inline_asm_elementwise(
-            CODES_ASM, "=r,r,r,f,f", [words[i], inverse], dtype=tl.int16, is_pure=True, pack=2
-        )
-        to = codes_ptr + row * WORDS + (WIDTH * i + at)
-        if WIDTH * (i + 1) <= WORDS:
-            tl.store(to, codes)
-        else:
-            tl.store(to, codes, mask=at < WORDS - WIDTH * i)
-    tl.store(scale_ptr + tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1), scale)
+        top = _largest(words, ROWS, WIDTH)
+    _store_codes(words, top, codes_ptr, scale_ptr, M, WORDS, ROWS, WIDTH, FLOAT, HALF, CODES_ASM)
 
 
 def quantized(

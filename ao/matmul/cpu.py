@@ -428,7 +428,7 @@ def _integers(w: QTensor) -> Tensor:
     operand = cpu_decode.fast(w)
     if operand is not None:
         return _in_order(operand, lambda q: q)
-    operand = w.spec.operand(w)
+    operand = int8_operand(w)
     assert operand is not None
     return operand.codes.float()
 

@@ -21,7 +21,7 @@ from .launch import Launch, cdiv, launch, power_of_two
 from .read_once import _fetched, _no_later
 from .reading import Fields, Reading
 from .several import of_three
-from .template import _E4M3, _FIXED, _PLAIN, _outer, _scale_of, given
+from .template import _E4M3, _FIXED, _PLAIN, _column_of, _outer, _scale_of, given
 
 
 def _integers_asm(bits: int, signed: bool = False) -> str:
@@ -64,13 +64,14 @@ _ASM_OPERANDS = tl.constexpr("=r,=r" + ",r" * 24)
 
 
 @triton.jit
-def _words(q_ptr, row, unit, U: tl.constexpr, BITS: tl.constexpr):
+def _words(q_ptr, row, unit, K: tl.constexpr, BITS: tl.constexpr):
     """The words of 32 codes of a row, (J,) each; those beyond BITS are the first. They are read once."""
-    at = q_ptr + row * (U * BITS)
+    U: tl.constexpr = (K + 31) // 32
+    at = q_ptr + row * (K * BITS // 32)
     J: tl.constexpr = unit.shape[0]
     if BITS == 4:
         word = tl.arange(0, 4 * J)
-        w = tl.load(at + word, mask=word < 4 * U, other=0, eviction_policy="evict_first")
+        w = tl.load(at + word, mask=word < K // 8, other=0, eviction_policy="evict_first")
         even, odd = tl.split(tl.reshape(w, (J, 2, 2)))  # the last dim
         w0, w2 = tl.split(even)
         w1, w3 = tl.split(odd)
@@ -82,6 +83,8 @@ def _words(q_ptr, row, unit, U: tl.constexpr, BITS: tl.constexpr):
         even, odd = tl.split(tl.reshape(w, (J, 2, 2)))  # the last dim
         w0, w2 = tl.split(even)
         w1, w3 = tl.split(odd)
+        if K % 32 != 0:
+            there = (unit < K // 32)[:, None]
         w = tl.load(at + 4, mask=there, other=0, eviction_policy="evict_first")
         even, odd = tl.split(tl.reshape(w, (J, 2, 2)))
         w4, w6 = tl.split(even)
@@ -139,22 +142,23 @@ def _ahead(
 ):  # fmt: skip
     """What is loaded of a row before it is needed: the words, and scales and zero points of both halves, as they are stored, each
     with what the scale itself is scaled by."""
-    U: tl.constexpr = K // 32
+    U: tl.constexpr = (K + 31) // 32
     row = tl.minimum(row, N - 1)
-    words = _words(q_ptr, row, unit, U, BITS)
+    words = _words(q_ptr, row, unit, K, BITS)
     if NG == 1:
         scale = tl.load(scale_ptr + row // RG)
         zero = _zero_at(zero_ptr + row // RG) if ZERO else scale
         return words, scale, zero, scale, zero, _outer(scale2_ptr, zero2_ptr, row, 0, NG, NESTED, RG2, NG2), (0,)
     elif K // NG == 16 and (NESTED == _PLAIN or NESTED == _E4M3):  # noqa: SIM109
         at = row // RG * NG
-        scale0, scale1 = _of_both_halves(scale_ptr + at, unit, U)
+        scale0, scale1 = _of_both_halves(scale_ptr + at, unit, NG)
         zero0, zero1 = scale0, scale1
         if ZERO and zero_ptr.dtype.element_ty.primitive_bitwidth == 8:
-            first = at + _group_of(unit, 0, K, NG)
-            zero0, zero1 = _zero_at(zero_ptr + first), _zero_at(zero_ptr + first + 1)
+            first = zero_ptr + (at + _group_of(unit, 0, K, NG))
+            second = first + 1 if NG % 2 == 0 else zero_ptr + (at + _group_of(unit, 1, K, NG))
+            zero0, zero1 = _zero_at(first), _zero_at(second)
         elif ZERO:
-            zero0, zero1 = _of_both_halves(zero_ptr + at, unit, U)
+            zero0, zero1 = _of_both_halves(zero_ptr + at, unit, NG)
         return words, scale0, zero0, scale1, zero1, (0,), (0,)
     else:
         at = row // RG * NG
@@ -181,11 +185,15 @@ def _zero_at(at):
 
 
 @triton.jit
-def _of_both_halves(at, unit, U: tl.constexpr):
-    """What is stored of the groups of both halves of units, at once. at: where a row begins."""
+def _of_both_halves(at, unit, NG: tl.constexpr):
+    """What is stored of the groups of both halves of units, at once; of the last half one, twice. at: where a row begins."""
     J: tl.constexpr = unit.shape[0]
     half = tl.arange(0, 2 * J)
-    return tl.split(tl.reshape(tl.load(at + half, mask=half < 2 * U, other=0), (J, 2)))
+    if NG % 2 == 0:
+        stored = tl.load(at + half, mask=half < NG, other=0)
+    else:
+        stored = tl.load(at + tl.minimum(half, NG - 1), mask=half <= NG, other=0)
+    return tl.split(tl.reshape(stored, (J, 2)))
 
 
 @triton.jit
@@ -237,11 +245,14 @@ def _gemv_codes(
     of a unit is exact.
     A tile is four rows, each of which is a vector over the units: so Triton gives a thread the same units of all.
     """
-    U: tl.constexpr = K // 32
     unit = tl.arange(0, J)
     # What is needed first is asked for first.
-    at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
-    x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0)
+    word, byte = (tl.arange(0, 8) * 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    if K % 32 == 0:
+        column, in_row = (unit * 32)[:, None, None] + word + byte, (unit < K // 32)[:, None, None]
+    else:
+        column, in_row = _column_of(unit[:, None, None], word + byte, K, BITS)
+    x = tl.load(x_ptr + column, mask=in_row, other=0.0)
     ahead = ()
     for k in tl.static_range(4):
         row = first * 4 + k
@@ -326,7 +337,7 @@ def _gemv_constants(
 ) -> tuple[list[int], dict[str, Any]]:
     """The programs of each weight (rows, k) of a launch and the tile of `_gemv_codes`. A multiprocessor has some 20 warps at a
     time. Where several `tokens` run side by side, each on its part of the GPU, the programs are those of one."""
-    units = max(32, power_of_two(k // 32))
+    units = max(32, power_of_two(cdiv(k, 32)))
     warps = min(16, max(1, units // 32))
     tiles = [cdiv(n, 4) for n in rows]
     at_once = max(1, multiprocessors(device) * max(1, 20 // warps) // tokens)

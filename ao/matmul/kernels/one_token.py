@@ -69,9 +69,14 @@ def _words(q_ptr, row, unit, K: tl.constexpr, BITS: tl.constexpr):
     U: tl.constexpr = (K + 31) // 32
     at = q_ptr + row * (K * BITS // 32)
     J: tl.constexpr = unit.shape[0]
-    if BITS == 4:
+    if BITS == 4 and K % 32 != 0:  # rows are multiples of 8 bytes, and the last unit has as many
+        at = at + (unit * 4)[:, None] + tl.arange(0, 2)[None, :]
+        w0, w1 = tl.split(tl.load(at, mask=(unit < U)[:, None], other=0, eviction_policy="evict_first"))
+        w2, w3 = tl.split(tl.load(at + 2, mask=(unit < K // 32)[:, None], other=0, eviction_policy="evict_first"))
+        return w0, w1, w2, w3, w0, w0, w0, w0
+    elif BITS == 4:
         word = tl.arange(0, 4 * J)
-        w = tl.load(at + word, mask=word < K // 8, other=0, eviction_policy="evict_first")
+        w = tl.load(at + word, mask=word < 4 * U, other=0, eviction_policy="evict_first")
         even, odd = tl.split(tl.reshape(w, (J, 2, 2)))  # the last dim
         w0, w2 = tl.split(even)
         w1, w3 = tl.split(odd)
@@ -149,16 +154,15 @@ def _ahead(
         scale = tl.load(scale_ptr + row // RG)
         zero = _zero_at(zero_ptr + row // RG) if ZERO else scale
         return words, scale, zero, scale, zero, _outer(scale2_ptr, zero2_ptr, row, 0, NG, NESTED, RG2, NG2), (0,)
-    elif K // NG == 16 and (NESTED == _PLAIN or NESTED == _E4M3):  # noqa: SIM109
+    elif K // NG == 16 and NG % 2 == 0 and (NESTED == _PLAIN or NESTED == _E4M3):  # noqa: SIM109
         at = row // RG * NG
-        scale0, scale1 = _of_both_halves(scale_ptr + at, unit, NG)
+        scale0, scale1 = _of_both_halves(scale_ptr + at, unit, U)
         zero0, zero1 = scale0, scale1
         if ZERO and zero_ptr.dtype.element_ty.primitive_bitwidth == 8:
-            first = zero_ptr + (at + _group_of(unit, 0, K, NG))
-            second = first + 1 if NG % 2 == 0 else zero_ptr + (at + _group_of(unit, 1, K, NG))
-            zero0, zero1 = _zero_at(first), _zero_at(second)
+            first = at + _group_of(unit, 0, K, NG)
+            zero0, zero1 = _zero_at(zero_ptr + first), _zero_at(zero_ptr + first + 1)
         elif ZERO:
-            zero0, zero1 = _of_both_halves(zero_ptr + at, unit, NG)
+            zero0, zero1 = _of_both_halves(zero_ptr + at, unit, U)
         return words, scale0, zero0, scale1, zero1, (0,), (0,)
     else:
         at = row // RG * NG
@@ -185,15 +189,11 @@ def _zero_at(at):
 
 
 @triton.jit
-def _of_both_halves(at, unit, NG: tl.constexpr):
-    """What is stored of the groups of both halves of units, at once; of the last half one, twice. at: where a row begins."""
+def _of_both_halves(at, unit, U: tl.constexpr):
+    """What is stored of the groups of both halves of units, at once. at: where a row begins."""
     J: tl.constexpr = unit.shape[0]
     half = tl.arange(0, 2 * J)
-    if NG % 2 == 0:
-        stored = tl.load(at + half, mask=half < NG, other=0)
-    else:
-        stored = tl.load(at + tl.minimum(half, NG - 1), mask=half <= NG, other=0)
-    return tl.split(tl.reshape(stored, (J, 2)))
+    return tl.split(tl.reshape(tl.load(at + half, mask=half < 2 * U, other=0), (J, 2)))
 
 
 @triton.jit

@@ -242,11 +242,13 @@ def decode_any_kernel(
     value *= _scales(scale_ptr, scale2_ptr, zero2_ptr, row[:, None], group, there, RG, NG, NESTED, RG2, NG2)[:, :, None]
     k = first + tl.arange(0, BK)
     out = tl.reshape(value, (BN, BK)).to(out_ptr.dtype.element_ty)
-    if K % 32 == 0:
-        in_row = k < K
-    else:
-        k, in_row = _column_of(k // 32, k % 32, K, BITS)
-    tl.store(out_ptr + rn[:, None] * K + k[None, :], out, mask=(rn < N)[:, None] & in_row[None, :])
+    IN_PLACE: tl.constexpr = K // 32 * 32 if BITS == 4 else K
+    tl.store(out_ptr + rn[:, None] * K + k[None, :], out, mask=(rn < N)[:, None] & (k < IN_PLACE)[None, :])
+    if IN_PLACE < K:
+        if first + BK > IN_PLACE:
+            column, in_row = _column_of(k // 32, k % 32, K, BITS)
+            of_half = in_row & (k >= IN_PLACE)
+            tl.store(out_ptr + rn[:, None] * K + column[None, :], out, mask=(rn < N)[:, None] & of_half[None, :])
 
 
 def _run(reading: Reading, most: int) -> int:
@@ -265,7 +267,7 @@ def decoded(reading: Reading, fields: Fields, dtype: torch.dtype) -> Tensor:
 
 def _decode_kernel(reading: Reading, fields: Fields) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid and the constants of `decode_any_kernel`."""
-    wide = min(512, power_of_two(reading.k))
+    wide = max(32, min(512, power_of_two(reading.k)))
     height = 4096 // wide
     known = reading.constants(fields[2] is not None)
     return (cdiv(reading.n, height), cdiv(reading.k, wide)), {

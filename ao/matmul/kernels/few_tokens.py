@@ -64,7 +64,18 @@ def _read_ahead(
         second = first
         if g % 2 != 0:
             second = _stored(
-                scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, _group_of_half(half + 1, K, NG), ZERO, RG, NG, NESTED, RG2, NG2
+                scale_ptr,
+                zero_ptr,
+                scale2_ptr,
+                zero2_ptr,
+                row,
+                _group_of_half(half + 1, K, NG),
+                ZERO,
+                RG,
+                NG,
+                NESTED,
+                RG2,
+                NG2,
             )
         return words, first, second
 

@@ -267,14 +267,15 @@ def few_joined(x: Tensor, *fields: Any) -> Tensor:
 def few_at_once(x: Tensor, fields: Fields, reading: Reading, bias: Tensor | None = None) -> Tensor:
     """`few` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    codes = _bytes(reading, fields) if rows.shape[0] > 16 and x.dtype == torch.bfloat16 else None
-    if codes is not None and is_for_hopper(*rows.shape, codes, *fields[1:3]) and _is_aligned(x, codes):
-        (out,) = hopper.parts_product(rows, [codes], [fields[1]], bias)
-    elif rows.shape[0] > FEW:
+    m, (_, scale, zero_point, *_) = rows.shape[0], fields
+    codes = _bytes(reading, fields) if m > 16 and x.dtype == torch.bfloat16 else None
+    if codes is not None and is_for_hopper(m, reading.k, codes, scale, zero_point) and _is_aligned(x, codes):
+        (out,) = hopper.parts_product(rows, [codes], [scale], bias)
+    elif m > FEW:
         out = F.linear(rows, _decoded(reading, fields, x.dtype), _as(bias, x.dtype))
     elif reading.kind == "trits":
         out = _plus(trits.product(rows, reading, fields, x.dtype), bias)
-    elif rows.shape[0] == 1 and reading.for_one_token:
+    elif m == 1 and reading.for_one_token:
         out = _plus(one_token.gemv_each(rows, reading, fields), bias)
     else:
         out = _plus(few_tokens.few(rows, reading, fields), bias)

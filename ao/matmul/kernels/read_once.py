@@ -104,8 +104,8 @@ def _words(at, BITS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _words_of_chunk(at, chunk, K: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr):
-    """`_words` of a chunk of rows of K. Of half a chunk at their end, the words that it has take the place of the others, which are
-    those of the next row; there x is zero."""
+    """`_words` of a chunk of rows of K. Half a chunk at their end has its own words in place of those of the next row: there x is
+    zero."""
     if K % 32 == 0:
         return _words(at, BITS, WIDE)
     rest = at + tl.where(chunk == K // 32, 0, BITS // 2)

@@ -88,7 +88,18 @@ def _ahead(
     second = first
     if G % 2 != 0:
         second = _stored(
-            scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, _group_of_half(chunk * 2 + 1, K, NG), ZERO, RG, NG, NESTED, RG2, NG2
+            scale_ptr,
+            zero_ptr,
+            scale2_ptr,
+            zero2_ptr,
+            row,
+            _group_of_half(chunk * 2 + 1, K, NG),
+            ZERO,
+            RG,
+            NG,
+            NESTED,
+            RG2,
+            NG2,
         )
     return words, first, second
 

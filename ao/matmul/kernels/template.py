@@ -230,7 +230,9 @@ def decode_any_kernel(
     row = tl.minimum(rn, N - 1)
     first = tl.program_id(1) * BK
     chunk = first // 32 + tl.arange(0, BK // 32)
-    value = _numbers(_codes(q_ptr, row, chunk, chunk < (K + 31) // 32, K, BITS), table_ptr, KIND, BITS, EXPONENT, SIGNED)
+    value = _numbers(
+        _codes(q_ptr, row, chunk, chunk < (K + 31) // 32, K, BITS), table_ptr, KIND, BITS, EXPONENT, SIGNED
+    )
     run = first + tl.arange(0, BK // RUN) * RUN
     group = (run // (K // NG))[None, :]
     there = (run < (K + 31) // 32 * 32)[None, :]
@@ -244,7 +246,7 @@ def decode_any_kernel(
     out = tl.reshape(value, (BN, BK)).to(out_ptr.dtype.element_ty)
     IN_PLACE: tl.constexpr = K // 32 * 32 if BITS == 4 else K
     tl.store(out_ptr + rn[:, None] * K + k[None, :], out, mask=(rn < N)[:, None] & (k < IN_PLACE)[None, :])
-    if IN_PLACE < K:
+    if IN_PLACE < K:  # noqa: SIM102
         if first + BK > IN_PLACE:
             column, in_row = _column_of(k // 32, k % 32, K, BITS)
             of_half = in_row & (k >= IN_PLACE)

@@ -67,7 +67,7 @@ class Reading(NamedTuple):
             return False  # others are as fast
         if self.in_integers:
             return self.k <= 65536 and (self.kind == "affine" or self.bits >= 4)
-        # In one_token_mma.py a tile has 16 rows, all chunks are whole, x of whole rows stays on the multiprocessor, and every code
+        # In one_token_mma.py a tile has 16 rows, all chunks are whole, x of whole rows stays on the multiprocessor, and each code
         # also meets zeros in place of x, which makes NaN of the infinities of float8 e5m2.
         infinite = self.kind == "float" and self.exponent == 5
         return self.k <= 16384 and self.k % 32 == 0 and self.bits >= 4 and self.n >= 16 and not infinite

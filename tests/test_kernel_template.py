@@ -241,12 +241,109 @@ def test_one_token_of_few_or_long_rows(spec, n, k):
     assert worst(x, q, F.linear(x, q)) > 42
 
 
-def test_rows_that_end_in_half_a_chunk():
-    """No kernel reads those."""
-    for spec in (Intx(4), Intx(3, (1, 16))):
-        x, q = case(spec, 64, 4304, 5)
-        assert path_name(x, q) == "dequantize"
-        assert worst(x, q, F.linear(x, q)) > 42
+IN_HALVES = [
+    Intx(4, (1, 16)),
+    Intx(4, (1, 16), signed=False, scale_dtype="bfloat16"),
+    Intx(4, (1, 16), zero_point="joint"),
+    Intx(4),
+    Intx(4, (8, 16)),
+    NVFP4,
+    FloatX(2, 1, (1, 16), "e4m3"),
+    Codebook("nf4", (1, 16)),
+    Codebook("nf4", (1, 16), Intx(8, (1, 1), signed=False, symmetric=False, zero_point="float")),
+    Intx(8),
+    Intx(8, signed=False, symmetric=False),
+    Intx(8, (1, 16)),
+    Intx(8, (-1, -1)),
+    Float8(),
+    Float8("e5m2"),
+    Float8(block=(1, 16)),
+]
+"""Formats of 4 and 8 bits, whose rows may end in half a chunk."""
+
+
+@pytest.mark.parametrize("spec", IN_HALVES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(40, 16), (24, 48), (72, 80), (1000, 240), (208, 4304), (64, 9232)])
+def test_rows_that_end_in_half_a_chunk(spec, n, k):
+    from ao.matmul.kernels.reading import reading_of
+
+    for m, dtype in (
+        (1, torch.bfloat16), (1, torch.float16), (2, torch.bfloat16), (5, torch.float16), (8, torch.bfloat16),
+        (9, torch.float16), (13, torch.bfloat16), (17, torch.bfloat16), (40, torch.float16), (64, torch.bfloat16),
+    ):  # fmt: skip
+        x, q = case(spec, n, k, m, dtype)
+        integers = isinstance(spec, Intx) and (spec.bits == 4 or not reading_of(q)[0].by_row)
+        assert path_name(x, q) == ("gemv_codes" if m == 1 and integers else "few")
+        assert worst(x, q, F.linear(x, q)) > 40, (m, dtype)  # a sum of few numbers may be near zero
+    x, q = case(spec, n, k, 100)
+    assert torch.equal(F.linear(x, q), F.linear(x, q.dequantize()))
+    x, q = case(Intx(3, (1, 16)), n, k, 5)
+    assert path_name(x, q) == "dequantize"
+
+
+HALF_SPECS = [Intx(4, (1, 16)), Intx(4), NVFP4, Intx(8), Intx(8, (1, 16))]
+
+
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("spec", HALF_SPECS, ids=str)
+def test_tiles_of_rows_that_end_in_half_a_chunk(spec, name):
+    """Each gives the product, of codes that begin anywhere."""
+    from ao.matmul.kernels.device import is_hopper
+    from ao.matmul.kernels.few_tokens import Tile, few_in_tiles
+
+    tile = Tile(*TILES[name])
+    for k in (48, 1392):
+        x, q = case(spec, 80, k, 21)
+        if tile.hopper and not is_hopper(x.device):
+            pytest.skip("needs Hopper")
+        for reading, fields in read_anywhere(q):
+            assert worst(x, q, few_in_tiles(x, reading, [fields], tile)[0]) > 40
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("spec", HALF_SPECS, ids=str)
+def test_slices_of_rows_that_end_in_half_a_chunk(spec, name):
+    from ao.matmul.kernels.slices_of_k import Cut, sliced
+
+    for k in (48, 1392):
+        for m, dtype in ((2, torch.bfloat16), (13, torch.bfloat16), (7, torch.float16)):
+            x, q = case(spec, 80, k, m, dtype)
+            for reading, fields in read_anywhere(q):
+                assert worst(x, q, sliced(x, reading, [fields], Cut(*CUTS[name]))[0]) > 40
+
+
+def read_anywhere(q):
+    """How a weight is read, and with codes that begin at no multiple of 16 bytes."""
+    from ao.matmul.kernels.reading import reading_of
+
+    reading, (codes, *others) = reading_of(q)
+    shifted = torch.empty(codes.numel() + 1, dtype=codes.dtype, device=codes.device)[1:].view(codes.shape)
+    return (reading, (codes, *others)), (reading, (shifted.copy_(codes), *others))
+
+
+@pytest.mark.parametrize("spec", [Float8(), Float8(block=(1, 16)), NVFP4, Intx(4, (1, 16)), Intx(8, (1, 16))], ids=str)
+def test_what_follows_half_a_chunk_is_of_another_row(spec):
+    """Rows that are no numbers make none of the row before: neither their codes nor their scales are read."""
+    from ao.matmul.kernels.few_tokens import few
+    from ao.matmul.kernels.reading import reading_of
+
+    for m in (1, 7, 16, 30, 64):
+        x, q = case(spec, 48, 80, m)
+        reading, (codes, *others) = reading_of(q)
+        if isinstance(spec, Float8):
+            codes.view(torch.uint8)[::2] = 0x7F
+        else:  # float8 or float32, of which either is not a number
+            others[0].view(torch.uint8)[::2] = 0x7F if others[0].dtype == torch.uint8 else 0xFF
+        for out in (F.linear(x, q), few(x, reading, (codes, *others))):
+            assert out[:, ::2].isnan().all() and not out[:, 1::2].isnan().any(), m
+
+
+@pytest.mark.parametrize("spec", [Intx(4, (1, 16)), Intx(8), NVFP4, Float8()], ids=str)
+def test_rows_that_end_in_half_a_chunk_compiled(spec):
+    compiled = torch.compile(F.linear, fullgraph=True, dynamic=True)
+    for m in (1, 5, 17, 64, 256, 700):
+        x, q = case(spec, 208, 4304, m)
+        assert worst(x, q, compiled(x, q)) > 42, m
 
 
 @pytest.mark.parametrize("spec", [Intx(3, (1, 64)), NF4, MXFP4, NVFP4, FP6, Intx(8, (1, 16)), Ternary()], ids=str)

@@ -7,8 +7,8 @@ from cases import CASES, SHAPE, weight
 from torch import nn
 
 import ao.matmul.linear as linear
-from ao.dtypes import NF4, Float8, Int4Prepacked, Intx, QTensor, linear_nf4, to_nf4
-from ao.matmul import made, path_name
+from ao.dtypes import NF4, NVFP4, Float8, Int4Prepacked, Intx, QTensor, linear_nf4, to_nf4
+from ao.matmul import gpu, made, path_name
 from ao.quant import compute_error
 
 N, K = SHAPE
@@ -230,6 +230,39 @@ def test_paths_on_a_gpu():
         x = weight((tokens, K), 1).cuda()
         assert path_name(x, q) == "int_mm"
         assert torch.equal(F.linear(x.cpu(), q.cpu()), F.linear(x, q).cpu())
+
+
+@pytest.mark.parametrize(
+    ("spec", "k", "one", "some"),
+    [
+        (Intx(8), 128, "gemv", "fused"),
+        (Intx(8), 80, "few", "few"),
+        (Intx(8), 72, "dequantize", "dequantize"),
+        (Intx(8, signed=False, symmetric=False), 80, "few", "few"),
+        (Intx(8, (1, 16)), 80, "gemv_codes", "few"),
+        (Float8(), 48, "few", "few"),
+        (Intx(4), 80, "gemv_codes", "few"),
+        (Intx(4, (1, 16)), 16, "gemv_codes", "few"),
+        (Intx(4, (1, 16)), 80, "gemv_codes", "few"),
+        (Intx(4, (1, 8)), 72, "dequantize", "dequantize"),
+        (NVFP4, 64, "gemv_codes", "few"),
+        (NVFP4, 80, "few", "few"),
+        (Intx(6), 64, "gemv_codes", "few"),
+        (Intx(6), 80, "dequantize", "dequantize"),
+        (Intx(3, (1, 16)), 80, "dequantize", "dequantize"),
+        (Intx(8, act=Intx(8)), 80, "gemv", None),
+        (Float8(act=Float8()), 80, "gemv", None),
+        (Intx(4, act=Intx(8)), 80, "gemv_codes", "few"),
+    ],
+    ids=str,
+)
+def test_kernels_for_rows_of_any_length(spec, k, one, some, monkeypatch):
+    """On a GPU that is not there: rows that end in half a chunk of 32 have kernels in 4 and 8 bits."""
+    monkeypatch.setattr(gpu, "has_kernels", lambda device: True)
+    monkeypatch.setitem(linear.PATHS, "cpu", gpu.PATHS)
+    q = spec.quantize(weight((32, k), dtype=torch.bfloat16))
+    for tokens, path in ((1, one), (2, some), (600, some)):
+        assert path is None or path_name(weight((tokens, k), 1, torch.bfloat16), q) == path
 
 
 def test_int8_dynamic_against_float32():

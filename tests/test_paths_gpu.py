@@ -126,6 +126,20 @@ def test_quantized_activations(spec, dtype):
                 assert sqnr(rounded.float(), q, out) > 40
 
 
+@pytest.mark.parametrize("spec", DYNAMIC[:4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_quantized_activations_of_rows_that_end_within_a_step(spec, dtype):
+    linear = torch.compile(F.linear, dynamic=True)
+    for n, k in ((48, 48), (208, 80), (1152, 4304)):
+        q = case(spec, n, k, dtype)
+        for m in (1, 2, 17, 40, 130, 300, 700):
+            x = weight((m, k), 1).to(dtype).cuda()
+            assert path_name(x, q) == dynamic_path(m, q)
+            rounded = spec.act.quantize(x).dequantize()
+            for out in (F.linear(x, q), linear(x, q)):
+                assert sqnr(rounded.float(), q, out) > 36  # a sum of few numbers may be near zero
+
+
 HOPPER = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
@@ -153,6 +167,29 @@ def test_more_tokens_on_hopper(spec):
             assert sqnr(x, q, F.linear(x, q)) > 44
         x[1, 5] = float("nan")
         out = F.linear(x, q)
+        assert out[1].isnan().all() and not out[0].isnan().any()
+
+
+@HOPPER
+@pytest.mark.parametrize("spec", [Intx(8), Float8()], ids=str)
+def test_bytes_of_any_number_of_rows_on_hopper(spec):
+    """No multiple of a block of rows, and rows that are none of a step."""
+    from ao.matmul.kernels import operators
+    from ao.matmul.kernels.reading import reading_of
+
+    for n, k in ((40, 48), (200, 256), (1152, 4304), (4304, 1152), (1000, 9232)):
+        q, bias = case(spec, n, k), weight((n,), 2).cuda()
+        reading, fields = reading_of(q)
+        for m in (17, 33, 65, 129, 200, 256, 300, 512):
+            x = activation(m, k)
+            product = operators.few(x, *fields, reading.text, None)
+            assert sqnr(x, q, product) > 42, (n, k, m)
+            added = operators.few(x, *fields, reading.text, bias)
+            assert compute_error(product.float() + bias, added.float()) > 40
+            codes = operators.fused(x, q.qdata, q.scale, None, 0, None) if k % 128 == 0 else product
+            assert torch.equal(codes, product)  # both by `hopper.parts_product`
+        x[1, 5] = float("nan")
+        out = operators.few(x, *fields, reading.text, None)
         assert out[1].isnan().all() and not out[0].isnan().any()
 
 

@@ -44,18 +44,19 @@ def _linear_codes(w: QTensor, words: bool = False) -> Operand | None:
     return operand if packed_dim(operand.codes.shape, w.shape) == 1 else None
 
 
-def _packed(w: QTensor, words: bool = False) -> Operand | None:
+def _packed(w: QTensor, words: bool = False, ends: bool = False) -> Operand | None:
     """The operand of a weight that the Triton kernels read: contiguous 4- or 8-bit codes, scales per row or group. words: as of
-    `_linear_codes`."""
+    `_linear_codes`. ends: also rows of bytes that end within a step of 128."""
     operand = _linear_codes(w, words) if has_kernels(w.device) and w.numel() < 2**31 else None
     if operand is None:
         return None
     n, k = (int(size) for size in w.shape)  # int: a graph may have any number of tokens, but one shape of the weight
     groups = operand.scale.shape[1]
     group = 128 if groups == 1 else k // groups
+    step = 16 if ends and groups == 1 and operand.bits == 8 else group
     fits = (
         group in (32, 64, 128, 256)
-        and k % group == 0
+        and k % step == 0
         and operand.scale.shape[0] == n
         and all(t.is_contiguous() for t in w.fields().values())
     )
@@ -74,7 +75,8 @@ def _weight(operand: Operand | None) -> tuple[Tensor, Tensor, Tensor | None, int
 def gemv_accepts(x: Tensor, w: QTensor) -> bool:
     if not (known(x.shape[0] == 1) and x.dtype in (torch.bfloat16, torch.float16)):
         return False
-    operand = _packed(w, words=True)
+    # Without an activation to quantize, slices_of_k.py is for rows that end within a step.
+    operand = _packed(w, words=True, ends=w.spec.act is not None)
     return (
         operand is not None
         and (w.spec.act is None or row_cast(w) is not None)

@@ -24,11 +24,11 @@ from .bf16_pairs import OPERANDS, decoding, pairs_asm
 from .column_order import gathered
 from .device import is_hopper, multiprocessors
 from .launch import Launch, cdiv, launch, power_of_two, tile_reader
-from .read_once import _factor_and_term, _scale, _stored, _table_words, _words
+from .read_once import _factor_and_term, _group_of_half, _scale, _stored, _table_words, _words_of_chunk
 from .reading import Fields, Reading
 from .several import counted, cut, of_three
 from .slices_of_k import sliced, sliced_launch, takes
-from .template import _SCALED, given
+from .template import _SCALED, _column_of, given
 
 _OPERANDS = tl.constexpr(OPERANDS)
 
@@ -43,26 +43,39 @@ def _read_ahead(
     C: tl.constexpr,
 ):  # fmt: skip
     """Step t of rows (BN, 1): the words of its C chunks, and what is stored of the groups of both halves."""
-    U: tl.constexpr = K // 32
+    U: tl.constexpr = (K + 31) // 32
     T: tl.constexpr = (U + C - 1) // C
     t = tl.minimum(t, T - 1)
     # The scalar and the row come first: the rest is then the same for all steps, or an offset that the load itself adds.
     chunk = tl.arange(0, C)[None, :]
     if U % C != 0:
         chunk = tl.minimum(chunk, U - 1 - t * C)
-    words = _words((q_ptr + t * (C * BITS)) + row * (U * BITS) + chunk * BITS, BITS, WIDE)
+    words = _words_of_chunk(
+        (q_ptr + t * (C * BITS)) + row * (K * BITS // 32) + chunk * BITS, chunk + t * C, K, BITS, WIDE
+    )
     if NG == 1:
         return words, (0,), (0,)
     else:
         half = chunk * 2 + t * (2 * C)
-        g: tl.constexpr = U * 2 // NG  # halves of chunks in a group
+        g: tl.constexpr = K // 16 // NG  # halves of chunks in a group
         if g % (2 * C) == 0:  # one group for a step
             half = tl.full((1, 1), 0, tl.int32) + t * (2 * C)
         first = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, half // g, ZERO, RG, NG, NESTED, RG2, NG2)
         second = first
         if g % 2 != 0:
             second = _stored(
-                scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, (half + 1) // g, ZERO, RG, NG, NESTED, RG2, NG2
+                scale_ptr,
+                zero_ptr,
+                scale2_ptr,
+                zero2_ptr,
+                row,
+                _group_of_half(half + 1, K, NG),
+                ZERO,
+                RG,
+                NG,
+                NESTED,
+                RG2,
+                NG2,
             )
         return words, first, second
 
@@ -108,7 +121,8 @@ def _few(
     place = tl.arange(0, 32)
     k = place // 4 * 32 + place % 4
     here = (rm < M)[None, :]
-    x_at = x_ptr + rm[None, :] * K + k[:, None]
+    x_row = x_ptr + rm[None, :] * K
+    x_at = x_row + k[:, None]
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, BM), tl.float32)
     ahead = _read_ahead(
@@ -135,8 +149,14 @@ def _few(
             low, high = _pairs(
                 words, f0, z0, f1, z1, table, ASM0 if j == 0 else ASM1 if j == 1 else ASM2 if j == 2 else ASM3
             )
-            acc = _times(acc, low, x_at + (t * 256 + 4 * j), there)
-            acc = _times(acc, high, x_at + (t * 256 + 4 * j + 16), there)
+            if K % 32 == 0:
+                acc = _times(acc, low, x_at + (t * 256 + 4 * j), there)
+                acc = _times(acc, high, x_at + (t * 256 + 4 * j + 16), there)
+            else:
+                column, in_row = _column_of(t * 8 + place // 4, place % 4 + 4 * j, K, BITS)
+                acc = _times(acc, low, x_row + column[:, None], here & in_row[:, None])
+                column, in_row = _column_of(t * 8 + place // 4, place % 4 + (4 * j + 16), K, BITS)
+                acc = _times(acc, high, x_row + column[:, None], here & in_row[:, None])
     if EARLY:
         gdc_launch_dependents()
     if NG == 1:
@@ -204,8 +224,8 @@ def _times(acc, w, x_at, there):
 
 @triton.jit
 def arrange_kernel(
-    x_ptr, order_ptr, out_ptr, K: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr,
-    ORDERED: tl.constexpr,
+    x_ptr, order_ptr, out_ptr, K: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """A token of x (M, K) as `some_kernel` meets it: out (M / BM, PARTS, BM, K, rounded up to whole steps), bfloat16.
 
@@ -220,10 +240,10 @@ def arrange_kernel(
     of_a_half: tl.constexpr = 4 * CHUNKS
     chunk = p // step * CHUNKS + p % of_a_half // 16 * 4 + p % 8 // 2
     code = p % step // (8 * CHUNKS) * 4 + p % (8 * CHUNKS) // of_a_half * 16 + p % 16 // 8 * 2 + p % 2
-    k = chunk * 32 + code
+    k, there = _column_of(chunk, code, K, BITS)
     if ORDERED:
-        k = tl.load(order_ptr + k, mask=chunk < K // 32, other=0)
-    x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=chunk < K // 32, other=0.0)
+        k = tl.load(order_ptr + k, mask=there, other=0)
+    x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=there, other=0.0)
     width: tl.constexpr = (K + step - 1) // step * step
     out_ptr += (m // BM * (PARTS * BM) + m % BM).to(tl.int64) * width + p
     high = x.to(tl.bfloat16)
@@ -484,8 +504,8 @@ def few_in_tiles(
             m if count == 1 else tiles * count * tile.tokens, width, dtype=torch.bfloat16, device=x.device
         )
         launch(
-            arrange_kernel, (m, cdiv(width, 1024)), x, x if order is None else order, arranged, K=reading.k, B=1024,
-            BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks, ORDERED=order is not None,
+            arrange_kernel, (m, cdiv(width, 1024)), x, x if order is None else order, arranged, K=reading.k,
+            BITS=reading.bits, B=1024, BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks, ORDERED=order is not None,
         )  # fmt: skip
         launch(
             some_joined_kernel if joined else some_kernel, grid,

@@ -133,15 +133,15 @@ def split_kernel(x_ptr, parts_ptr, step_ptr, K: tl.constexpr, BM: tl.constexpr, 
 def _parts(
     parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, block, tile, M, N, TOTAL, K: tl.constexpr, BM: tl.constexpr,
     PARTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * q[n] * scale[n] over 1 / SPLIT of K, the first with bias[n], for a block of
     BN rows of q and a tile of BM tokens.
 
     parts: x in PARTS (1 or 2) parts, in boxes (PARTS BM, BK); q (N, K) in boxes (BN, BK).
-    TOTAL: rows of the output, of all weights.
+    TOTAL: rows of the output, of all weights. SHORT: whether the last block has fewer than BN rows.
     """
-    T: tl.constexpr = K // BK
+    T: tl.constexpr = (K + BK - 1) // BK  # what the copy engine reads beyond K is zero
     TS: tl.constexpr = (T + SPLIT - 1) // SPLIT
     n0 = block * BN
     t0 = tl.program_id(1) * TS
@@ -169,24 +169,27 @@ def _parts(
             y = high.to(tl.float32) * 256.0 + low.to(tl.float32)
     rn = n0 + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
-    scale = tl.load(scale_ptr + rn).to(tl.float32)
+    in_block = rn < N
+    scale = (tl.load(scale_ptr + rn, mask=in_block, other=0.0) if SHORT else tl.load(scale_ptr + rn)).to(tl.float32)
     y = y * tl.load(step_ptr + rm, mask=rm < M, other=0.0)[None, :] * scale[:, None]  # in the order of `int_mm`
     if BIAS:
-        y += _of_first_part(bias_ptr + rn)[:, None]
+        y += _of_first_part(bias_ptr + (tl.minimum(rn, N - 1) if SHORT else rn))[:, None]
     out = out_ptr + tl.program_id(1) * M * TOTAL + rm[None, :] * N + rn[:, None]
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :])
+    there = (rm < M)[None, :]
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=there & in_block[:, None] if SHORT else there)
 
 
 @triton.jit(do_not_specialize=["M", "TILES"])
 def parts_kernel(
     parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, M, N, TILES, K: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr, BIAS: tl.constexpr,
+    SHORT: tl.constexpr,
 ):  # fmt: skip
     """`_parts` of one weight. TILES of tokens share a block of q and are neighbours."""
     i = tl.program_id(0)
     _parts(
         parts, step_ptr, q, scale_ptr, bias_ptr, out_ptr, i // TILES, i % TILES, M, N, N, K, BM, PARTS, BN, BK, SPLIT, STAGES,
-        FLOAT, BIAS,
+        FLOAT, BIAS, SHORT,
     )  # fmt: skip
 
 
@@ -208,7 +211,7 @@ def parts_joined_kernel(
         parts, step_ptr, q, of_three(block, first, second, scale0, scale1, scale2), scale0,
         out_ptr + M * of_three(block, first, second, 0, n0, n0 + n1), block - of_three(block, first, second, 0, first, second),
         tl.program_id(0) % TILES, M, of_three(block, first, second, n0, n1, n2), n0 + n1 + n2, K, BM, PARTS, BN, BK, SPLIT,
-        STAGES, FLOAT, False,
+        STAGES, FLOAT, False, False,
     )  # fmt: skip
 
 
@@ -273,7 +276,7 @@ def many_codes_product(
     x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
     """(x @ qdata.T) * rows * columns.T + bias, int8 or float8 e4m3: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1), bias
-    (N,) -> (M, N). K % 128 == 0."""
+    (N,) -> (M, N). K % 16 == 0."""
     (m, k), n = x.shape, qdata.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     start, copied = _many_launch(
@@ -303,7 +306,7 @@ def parts_product(
     x: Tensor, qdata: Sequence[Tensor], scale: Sequence[Tensor], bias: Tensor | None = None
 ) -> list[Tensor]:
     """x (M, K) bfloat16 times one, two or three qdata (N, K) int8 or float8 e4m3 with scale (N, 1), in one launch -> (M, N) each.
-    K % 128 == N % 64 == 0. bias: (N,), of one weight."""
+    K % 16 == 0; of several N % 64 == 0. bias: (N,), of one weight."""
     m, k = x.shape
     sizes = [q.shape[0] for q in qdata]
     n, wide = sum(sizes), all(size % 128 == 0 for size in sizes)
@@ -364,13 +367,13 @@ def _parts_launch(
 ) -> tuple[Launch, int]:  # fmt: skip
     """The launch and in how many parts of K. Fewer stages where three programs then share a multiprocessor, or four if that
     makes room for all at once."""
-    programs = n // height * cdiv(m, tokens)
+    programs = cdiv(n, height) * cdiv(m, tokens)
     size = (parts * tokens + height) * 128
-    split = _splits(programs, k // 128, 2 if size * stages <= 116_000 else 1)
+    split = _splits(programs, cdiv(k, 128), 2 if size * stages <= 116_000 else 1)
     share = 57_000 if 396 < programs * split <= 528 else 76_000
     if programs * split > 264 and size * 3 <= share:
         stages = min(stages, share // size)
-    more: dict[str, Any] = {"BIAS": bias is not None} if weights == 1 else {}
+    more: dict[str, Any] = {"BIAS": bias is not None, "SHORT": n % height != 0} if weights == 1 else {}
     tiles = {0: (parts * tokens, 128), **dict.fromkeys((2,) if weights == 1 else (3, 6, 9), (height, 128))}
     start = Launch(
         parts_kernel if weights == 1 else parts_joined_kernel, (programs, split), num_warps=warps, early=True, tiles=tiles,
@@ -384,7 +387,8 @@ def codes_product(
     bias: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """(x @ qdata.T) * rows * columns.T for up to 512 tokens, int8 or float8 e4m3, of one, two or three weights in one launch: x
-    (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N) each. K % 128 == N % 64 == 0. bias: (N,), of one weight."""
+    (M, K), rows (M, 1), qdata (N, K), columns (N, 1) -> (M, N) each. K % 16 == 0; of several N % 64 == 0. bias: (N,), of
+    one weight."""
     m, k = x.shape
     sizes = [q.shape[0] for q in qdata]
     n, wide = sum(sizes), all(size % 128 == 0 for size in sizes)

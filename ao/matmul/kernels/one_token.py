@@ -21,7 +21,7 @@ from .launch import Launch, cdiv, launch, power_of_two
 from .read_once import _fetched, _no_later
 from .reading import Fields, Reading
 from .several import of_three
-from .template import _E4M3, _FIXED, _PLAIN, _outer, _scale_of, given
+from .template import _E4M3, _FIXED, _PLAIN, _column_of, _outer, _scale_of, given
 
 
 def _integers_asm(bits: int, signed: bool = False) -> str:
@@ -64,11 +64,17 @@ _ASM_OPERANDS = tl.constexpr("=r,=r" + ",r" * 24)
 
 
 @triton.jit
-def _words(q_ptr, row, unit, U: tl.constexpr, BITS: tl.constexpr):
+def _words(q_ptr, row, unit, K: tl.constexpr, BITS: tl.constexpr):
     """The words of 32 codes of a row, (J,) each; those beyond BITS are the first. They are read once."""
-    at = q_ptr + row * (U * BITS)
+    U: tl.constexpr = (K + 31) // 32
+    at = q_ptr + row * (K * BITS // 32)
     J: tl.constexpr = unit.shape[0]
-    if BITS == 4:
+    if BITS == 4 and K % 32 != 0:  # rows are multiples of 8 bytes, and the last unit has as many
+        at = at + (unit * 4)[:, None] + tl.arange(0, 2)[None, :]
+        w0, w1 = tl.split(tl.load(at, mask=(unit < U)[:, None], other=0, eviction_policy="evict_first"))
+        w2, w3 = tl.split(tl.load(at + 2, mask=(unit < K // 32)[:, None], other=0, eviction_policy="evict_first"))
+        return w0, w1, w2, w3, w0, w0, w0, w0
+    elif BITS == 4:
         word = tl.arange(0, 4 * J)
         w = tl.load(at + word, mask=word < 4 * U, other=0, eviction_policy="evict_first")
         even, odd = tl.split(tl.reshape(w, (J, 2, 2)))  # the last dim
@@ -82,6 +88,8 @@ def _words(q_ptr, row, unit, U: tl.constexpr, BITS: tl.constexpr):
         even, odd = tl.split(tl.reshape(w, (J, 2, 2)))  # the last dim
         w0, w2 = tl.split(even)
         w1, w3 = tl.split(odd)
+        if K % 32 != 0:
+            there = (unit < K // 32)[:, None]
         w = tl.load(at + 4, mask=there, other=0, eviction_policy="evict_first")
         even, odd = tl.split(tl.reshape(w, (J, 2, 2)))
         w4, w6 = tl.split(even)
@@ -139,14 +147,14 @@ def _ahead(
 ):  # fmt: skip
     """What is loaded of a row before it is needed: the words, and scales and zero points of both halves, as they are stored, each
     with what the scale itself is scaled by."""
-    U: tl.constexpr = K // 32
+    U: tl.constexpr = (K + 31) // 32
     row = tl.minimum(row, N - 1)
-    words = _words(q_ptr, row, unit, U, BITS)
+    words = _words(q_ptr, row, unit, K, BITS)
     if NG == 1:
         scale = tl.load(scale_ptr + row // RG)
         zero = _zero_at(zero_ptr + row // RG) if ZERO else scale
         return words, scale, zero, scale, zero, _outer(scale2_ptr, zero2_ptr, row, 0, NG, NESTED, RG2, NG2), (0,)
-    elif K // NG == 16 and (NESTED == _PLAIN or NESTED == _E4M3):  # noqa: SIM109
+    elif K // NG == 16 and NG % 2 == 0 and (NESTED == _PLAIN or NESTED == _E4M3):  # noqa: SIM109
         at = row // RG * NG
         scale0, scale1 = _of_both_halves(scale_ptr + at, unit, U)
         zero0, zero1 = scale0, scale1
@@ -237,11 +245,14 @@ def _gemv_codes(
     of a unit is exact.
     A tile is four rows, each of which is a vector over the units: so Triton gives a thread the same units of all.
     """
-    U: tl.constexpr = K // 32
     unit = tl.arange(0, J)
     # What is needed first is asked for first.
-    at = (unit * 32)[:, None, None] + (tl.arange(0, 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
-    x = tl.load(x_ptr + at, mask=(unit < U)[:, None, None], other=0.0)
+    word, byte = (tl.arange(0, 8) * 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    if K % 32 == 0:
+        column, in_row = (unit * 32)[:, None, None] + word + byte, (unit < K // 32)[:, None, None]
+    else:
+        column, in_row = _column_of(unit[:, None, None], word + byte, K, BITS)
+    x = tl.load(x_ptr + column, mask=in_row, other=0.0)
     ahead = ()
     for k in tl.static_range(4):
         row = first * 4 + k
@@ -326,7 +337,7 @@ def _gemv_constants(
 ) -> tuple[list[int], dict[str, Any]]:
     """The programs of each weight (rows, k) of a launch and the tile of `_gemv_codes`. A multiprocessor has some 20 warps at a
     time. Where several `tokens` run side by side, each on its part of the GPU, the programs are those of one."""
-    units = max(32, power_of_two(k // 32))
+    units = max(32, power_of_two(cdiv(k, 32)))
     warps = min(16, max(1, units // 32))
     tiles = [cdiv(n, 4) for n in rows]
     at_once = max(1, multiprocessors(device) * max(1, 20 // warps) // tokens)

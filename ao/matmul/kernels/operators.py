@@ -203,12 +203,13 @@ def is_for_hopper(m: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tens
 
 def _is_for_hopper(m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
     """`is_for_hopper` of weights like this with n rows in all."""
-    if m > SOME or k % 128 or n % 64 or k > 65536 or not is_hopper(qdata.device):
+    if m > SOME or k > 65536 or not is_hopper(qdata.device):
         return False
     if qdata.shape[1] == k:
-        exact = qdata.dtype in (torch.int8, torch.float8_e4m3fn)
+        exact = k % 16 == 0 and qdata.dtype in (torch.int8, torch.float8_e4m3fn)
         return (m > 16 or n >= 16384) and exact and scale.shape[1] == 1 and zero_point is None
-    return m > (8 if k > 8192 else 16) and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128
+    whole = k % 128 == n % 64 == 0 and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128
+    return whole and m > (8 if k > 8192 else 16)
 
 
 @_operator(
@@ -267,15 +268,29 @@ def few_joined(x: Tensor, *fields: Any) -> Tensor:
 def few_at_once(x: Tensor, fields: Fields, reading: Reading, bias: Tensor | None = None) -> Tensor:
     """`few` past PyTorch's dispatcher, x (..., K), on the current device -> (..., N)."""
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    if rows.shape[0] > FEW:
+    m, (_, scale, zero_point, *_) = rows.shape[0], fields
+    codes = _bytes(reading, fields) if m > 16 and x.dtype == torch.bfloat16 else None
+    if codes is not None and is_for_hopper(m, reading.k, codes, scale, zero_point) and _is_aligned(x, codes):
+        (out,) = hopper.parts_product(rows, [codes], [scale], bias)
+    elif m > FEW:
         out = F.linear(rows, _decoded(reading, fields, x.dtype), _as(bias, x.dtype))
     elif reading.kind == "trits":
         out = _plus(trits.product(rows, reading, fields, x.dtype), bias)
-    elif rows.shape[0] == 1 and reading.for_one_token:
+    elif m == 1 and reading.for_one_token:
         out = _plus(one_token.gemv_each(rows, reading, fields), bias)
     else:
         out = _plus(few_tokens.few(rows, reading, fields), bias)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], reading.n)
+
+
+def _bytes(reading: Reading, fields: Fields) -> Tensor | None:
+    """The codes (N, K), int8 or float8 e4m3, which times a scale for each row are the weight; None where they are not."""
+    integers = reading.kind == "affine" and reading.signed and not reading.offset
+    e4m3 = reading.kind == "float" and reading.exponent == 4
+    by_row = reading.by_row and reading.rows == 1 and reading.nested == "none"
+    if reading.bits != 8 or not by_row or not (integers or e4m3) or fields[2] is not None:
+        return None
+    return fields[0].view(torch.int8 if integers else torch.float8_e4m3fn)
 
 
 @_operator(
@@ -411,8 +426,8 @@ def dynamic_product_joined(
 
 
 def _is_for_copies(x: Tensor, qdata: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `hopper.codes_product` is the product for codes x (M, K)."""
-    return _way_of(x, qdata, dtype, False) == "few codes"
+    """Whether `hopper.codes_product` is the product for codes x (M, K) and several weights like this."""
+    return qdata.shape[0] % 64 == 0 and _way_of(x, qdata, dtype, False) == "few codes"
 
 
 def _way_of(x: Tensor, qdata: Tensor, dtype: torch.dtype, bias: bool) -> str:
@@ -427,9 +442,9 @@ _is_hopper = functools.cache(is_hopper)
 @functools.lru_cache(4096)
 def _way(m: int, k: int, n: int, x: torch.dtype, q: torch.dtype, dtype: torch.dtype, bias: bool, copied: bool) -> str:
     """How codes x (m, k) and q (n, k) are multiplied to `dtype`. copied: whether the copy engine can read both."""
-    copied = copied and k % 128 == 0 and x == q != torch.float8_e5m2
+    copied = copied and k % 16 == 0 and x == q != torch.float8_e5m2
     few = 256 if q.is_floating_point and dtype == torch.bfloat16 else 512  # beyond, cuBLAS is faster in float8
-    if copied and m <= few and n % 64 == 0 and k <= 65536:
+    if copied and m <= few and k <= 65536:
         return "few codes"
     if x == torch.int8:
         if m <= 32 and k % 128 == 0:

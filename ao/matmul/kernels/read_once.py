@@ -102,6 +102,30 @@ def _words(at, BITS: tl.constexpr, WIDE: tl.constexpr):
     return w0, w1, w2, w3, w4, w5, w6, w7
 
 
+@triton.jit
+def _words_of_chunk(at, chunk, K: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr):
+    """`_words` of a chunk of rows of K. Half a chunk at their end has its own words in place of those of the next row: there x is
+    zero."""
+    if K % 32 == 0:
+        return _words(at, BITS, WIDE)
+    rest = at + tl.where(chunk == K // 32, 0, BITS // 2)
+    if BITS == 8:
+        w0, w1, w2, w3 = _four_words(at, WIDE)
+        w4, w5, w6, w7 = _four_words(rest, WIDE)
+    else:  # every second row begins between multiples of 16 bytes
+        w0, w1 = _two_words(at, WIDE)
+        w2, w3 = _two_words(rest, WIDE)
+        w4, w5, w6, w7 = w0, w0, w0, w0
+    return w0, w1, w2, w3, w4, w5, w6, w7
+
+
+@triton.jit
+def _group_of_half(half, K: tl.constexpr, NG: tl.constexpr):
+    """The group of a half of a chunk of rows of K; of one that is not there, that of the other."""
+    group = half // (K // 16 // NG)
+    return group if K % 32 == 0 else tl.minimum(group, NG - 1)
+
+
 # Scales and zero points, to what the codes are multiplied with and what is added to them.
 
 

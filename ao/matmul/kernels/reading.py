@@ -67,10 +67,10 @@ class Reading(NamedTuple):
             return False  # others are as fast
         if self.in_integers:
             return self.k <= 65536 and (self.kind == "affine" or self.bits >= 4)
-        # In one_token_mma.py a tile has 16 rows, x of whole rows stays on the multiprocessor, and every code also meets zeros in
-        # place of x, which makes NaN of the infinities of float8 e5m2.
+        # In one_token_mma.py a tile has 16 rows, all chunks are whole, x of whole rows stays on the multiprocessor, and each code
+        # also meets zeros in place of x, which makes NaN of the infinities of float8 e5m2.
         infinite = self.kind == "float" and self.exponent == 5
-        return self.k <= 16384 and self.bits >= 4 and self.n >= 16 and not infinite
+        return self.k <= 16384 and self.k % 32 == 0 and self.bits >= 4 and self.n >= 16 and not infinite
 
     @property
     def in_integers(self) -> bool:
@@ -124,7 +124,9 @@ def reading_of(w: QTensor) -> tuple[Reading, Fields] | None:
         return None
     rows, groups = (int(size) for size in a.scale.shape)
     group = k // groups
-    if n % rows or k % groups or k % 32 or (groups > 1 and group % (TRIT_CHUNK if trits else 16)):
+    if n % rows or k % groups or k % 16 or (groups > 1 and group % (TRIT_CHUNK if trits else 16)):
+        return None
+    if k % 32 and a.bits not in (4, 8):  # in half a chunk at the end the planes of other codes begin within words
         return None
     if trits and nested[0] != "none":
         return None

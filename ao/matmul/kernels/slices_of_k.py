@@ -25,7 +25,7 @@ from .bf16_pairs import decoding
 from .device import is_hopper, multiprocessors
 from .launch import Launch, cdiv, launch
 from .pair_products import operands, products_asm
-from .read_once import _factor_and_term, _scale, _stored, _table_words, _words
+from .read_once import _factor_and_term, _group_of_half, _scale, _stored, _table_words, _words_of_chunk
 from .reading import Fields, Reading
 from .several import cut, of_three
 from .template import _SCALED, _numbers, given
@@ -80,16 +80,26 @@ def _ahead(
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The words of a chunk of a row, and what is stored of the groups of both halves."""
-    U: tl.constexpr = K // 32
-    words = _words(q_ptr + (row * (U * BITS) + chunk * BITS), BITS, WIDE)
-    G: tl.constexpr = U * 2 // NG  # halves of chunks in a group
+    words = _words_of_chunk(q_ptr + (row * (K * BITS // 32) + chunk * BITS), chunk, K, BITS, WIDE)
+    G: tl.constexpr = K // 16 // NG  # halves of chunks in a group
     first = _stored(
         scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, 0 if NG == 1 else chunk * 2 // G, ZERO, RG, NG, NESTED, RG2, NG2
     )  # fmt: skip
     second = first
     if G % 2 != 0:
         second = _stored(
-            scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, (chunk * 2 + 1) // G, ZERO, RG, NG, NESTED, RG2, NG2
+            scale_ptr,
+            zero_ptr,
+            scale2_ptr,
+            zero2_ptr,
+            row,
+            _group_of_half(chunk * 2 + 1, K, NG),
+            ZERO,
+            RG,
+            NG,
+            NESTED,
+            RG2,
+            NG2,
         )
     return words, first, second
 
@@ -120,7 +130,7 @@ def _block_ahead(
 ):  # fmt: skip
     """`_ahead` of slice s of a part of K, of both rows of each tile of a block."""
     lane = tl.arange(0, 32 * WARPS) % 32
-    chunk = tl.minimum(_chunk(part, s, WARPS, SLICES), K // 32 - 1)
+    chunk = tl.minimum(_chunk(part, s, WARPS, SLICES), (K + 31) // 32 - 1)
     ahead = ()
     for tile in tl.static_range(2 * TILES):
         row = tl.minimum(block * (16 * TILES) + tile * 8 + lane // 4, N - 1)
@@ -141,29 +151,35 @@ def _chunk(part, s: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def _met(
-    x_ptr, part, M, s: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
-    HALVES: tl.constexpr, TURNED: tl.constexpr,
+    x_ptr, part, M, s: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, SLICES: tl.constexpr,
+    BLOCKS: tl.constexpr, HALVES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """The 16 words of x that each thread has of slice s of a part of K, for each block of 8 tokens.
 
     HALVES: of float16, which are the sums of two bfloat16 each: those of the first block and of the second.
     TURNED: as codes that are looked up, e and e + 16 in a word, so that words n and n + 8 become two others."""
-    U: tl.constexpr = K // 32
+    U: tl.constexpr = (K + 31) // 32
     chunk = _chunk(part, s, WARPS, SLICES)
     words = ()
     rest = ()
     for block in tl.static_range(1 if HALVES else BLOCKS):
         token = tl.minimum(block * 8 + tl.arange(0, 32 * WARPS) % 32 // 4, M - 1)
-        at = x_ptr + (token * (U * 16) + tl.minimum(chunk, U - 1) * 16)
+        at = x_ptr + (token * (K // 2) + tl.minimum(chunk, U - 1) * 16)
         for i in tl.static_range(4):
+            if K % 32 == 0:
+                eight = at + 4 * i
+            else:  # of half a chunk two eights are there
+                eight = at + tl.where(chunk < K // 32, 4 * i, 4 * (i % 2 if BITS == 8 else i // 2))
             # Not pure: it must stay behind the wait for the kernel that wrote x.
             four = tl.inline_asm_elementwise(
-                "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at + 4 * i],
+                "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [eight],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
             )  # fmt: skip
             for j in tl.static_range(4):
                 word = four[j]
-                if U % (_SLICE * WARPS * SLICES) != 0:
+                if K % 32 != 0 and (i // 2 if BITS == 8 else i % 2) == 1:
+                    word = tl.where(chunk < K // 32, word, 0)
+                elif U % (_SLICE * WARPS * SLICES) != 0:
                     word = tl.where(chunk < U, word, 0)
                 if HALVES:
                     word, low = tl.inline_asm_elementwise(
@@ -280,7 +296,7 @@ def _sliced(
     tokens, or of the two halves of 8 in float16. BUFFERS: of sums in shared memory, one or two. EARLY: whether it begins before
     the kernel before is done, and the next too.
     """
-    PARTS: tl.constexpr = (K // 32 + _SLICE * WARPS * SLICES - 1) // (_SLICE * WARPS * SLICES)
+    PARTS: tl.constexpr = ((K + 31) // 32 + _SLICE * WARPS * SLICES - 1) // (_SLICE * WARPS * SLICES)
     HALVES: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     OUT: tl.constexpr = 1 if HALVES else BLOCKS
     SIZE: tl.constexpr = 512 * TILES * OUT  # bytes of the sums of a warp
@@ -311,7 +327,7 @@ def _sliced(
         gdc_wait()
     met = ()
     for s in tl.static_range(SLICES):
-        met += (_met(x_ptr, 0, M, s, K, WARPS, SLICES, BLOCKS, HALVES, LOOKUP),)  # type: ignore[assignment]
+        met += (_met(x_ptr, 0, M, s, K, BITS, WARPS, SLICES, BLOCKS, HALVES, LOOKUP),)  # type: ignore[assignment]
 
     turn = 0
     for block in tl.range(first, tl.cdiv(N, 16 * TILES), programs):
@@ -344,7 +360,7 @@ def _sliced(
                 )  # fmt: skip
                 if PARTS > 1:
                     later_met += (  # type: ignore[assignment]
-                        _met(x_ptr, next_part, M, s, K, WARPS, SLICES, BLOCKS, HALVES, LOOKUP),
+                        _met(x_ptr, next_part, M, s, K, BITS, WARPS, SLICES, BLOCKS, HALVES, LOOKUP),
                     )  # fmt: skip
             ahead = ()
             for s in tl.static_range(SLICES):

@@ -34,6 +34,22 @@ def given(fields: Fields) -> list[Tensor]:
 
 
 @triton.jit
+def _column_of(chunk, code, K: tl.constexpr, BITS: tl.constexpr):
+    """The column of a code of a chunk, and whether it is there.
+
+    Of half a chunk at the end of rows of K % 32 == 16 the words are the first ones of a chunk: 16 codes of 8 bits, or of 4 bits
+    eight and those that go above them, where a whole chunk has 16 to 23 (bits.py).
+    """
+    if K % 32 == 0:
+        return chunk * 32 + code, chunk < K // 32
+    else:
+        half = chunk == K // 32
+        first = code < 16 if BITS == 8 else code % 16 < 8
+        place = code if BITS == 8 else tl.where(half, code // 16 * 8 + code % 8, code)
+        return chunk * 32 + place, (chunk < K // 32) | (half & first)
+
+
+@triton.jit
 def _section(q_ptr, row, chunk, there, K: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr):
     """S bits of the codes of chunks of rows, which are bits FIRST and above of them: (R, 32 C) int32.
 
@@ -42,7 +58,7 @@ def _section(q_ptr, row, chunk, there, K: tl.constexpr, BITS: tl.constexpr, S: t
     """
     R: tl.constexpr = row.shape[0]
     C: tl.constexpr = chunk.shape[0]
-    at = q_ptr + ((row * (K // 32 * BITS))[:, None] + (chunk * BITS + FIRST)[None, :])
+    at = q_ptr + ((row * (K * BITS // 32))[:, None] + (chunk * BITS + FIRST)[None, :])
     mask = there[None, :]
     if S == 1:
         w = tl.load(at, mask=mask, other=0)
@@ -54,7 +70,11 @@ def _section(q_ptr, row, chunk, there, K: tl.constexpr, BITS: tl.constexpr, S: t
         w0, w1 = tl.split(w)
         w = tl.join(_planes2(w0), _planes2(w1))
     else:
-        w = tl.load(at[:, :, None] + tl.arange(0, S)[None, None, :], mask=mask[:, :, None], other=0)
+        if K % 32 == 0:
+            mask = mask[:, :, None]
+        else:
+            mask = (chunk * S)[None, :, None] + tl.arange(0, S)[None, None, :] < K * S // 32
+        w = tl.load(at[:, :, None] + tl.arange(0, S)[None, None, :], mask=mask, other=0)
         even, odd = tl.split(tl.reshape(w, (R, C, S // 2, 2)))
         w = tl.join(_words_of_parity(even, S), _words_of_parity(odd, S))
     w = tl.join(w, w >> 16)
@@ -210,17 +230,27 @@ def decode_any_kernel(
     row = tl.minimum(rn, N - 1)
     first = tl.program_id(1) * BK
     chunk = first // 32 + tl.arange(0, BK // 32)
-    value = _numbers(_codes(q_ptr, row, chunk, chunk < K // 32, K, BITS), table_ptr, KIND, BITS, EXPONENT, SIGNED)
+    value = _numbers(
+        _codes(q_ptr, row, chunk, chunk < (K + 31) // 32, K, BITS), table_ptr, KIND, BITS, EXPONENT, SIGNED
+    )
     run = first + tl.arange(0, BK // RUN) * RUN
     group = (run // (K // NG))[None, :]
-    there = (run < K)[None, :]
+    there = (run < (K + 31) // 32 * 32)[None, :]
+    if K % 32 != 0:
+        group = tl.minimum(group, NG - 1)
     value = tl.reshape(value, (BN, BK // RUN, RUN))
     if ZERO or OFFSET != 0:
         value -= _zeros(zero_ptr, row[:, None], group, there, BITS, RG, NG, ZERO, OFFSET)[:, :, None]
     value *= _scales(scale_ptr, scale2_ptr, zero2_ptr, row[:, None], group, there, RG, NG, NESTED, RG2, NG2)[:, :, None]
     k = first + tl.arange(0, BK)
     out = tl.reshape(value, (BN, BK)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rn[:, None] * K + k[None, :], out, mask=(rn < N)[:, None] & (k < K)[None, :])
+    IN_PLACE: tl.constexpr = K // 32 * 32 if BITS == 4 else K
+    tl.store(out_ptr + rn[:, None] * K + k[None, :], out, mask=(rn < N)[:, None] & (k < IN_PLACE)[None, :])
+    if IN_PLACE < K:  # noqa: SIM102
+        if first + BK > IN_PLACE:
+            column, in_row = _column_of(k // 32, k % 32, K, BITS)
+            of_half = in_row & (k >= IN_PLACE)
+            tl.store(out_ptr + rn[:, None] * K + column[None, :], out, mask=(rn < N)[:, None] & of_half[None, :])
 
 
 def _run(reading: Reading, most: int) -> int:
@@ -239,7 +269,7 @@ def decoded(reading: Reading, fields: Fields, dtype: torch.dtype) -> Tensor:
 
 def _decode_kernel(reading: Reading, fields: Fields) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid and the constants of `decode_any_kernel`."""
-    wide = min(512, power_of_two(reading.k))
+    wide = max(32, min(512, power_of_two(reading.k)))
     height = 4096 // wide
     known = reading.constants(fields[2] is not None)
     return (cdiv(reading.n, height), cdiv(reading.k, wide)), {

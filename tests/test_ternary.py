@@ -94,3 +94,17 @@ def test_names():
     assert model[0].weight.spec == Ternary(act=Intx(8, narrow=True))
     ao.quantize_(ao.dequantize_(model), ao.TernaryWeightOnlyConfig("bits", ao.PerRow()))
     assert model[0].weight.spec == Ternary((1, -1), "bits")
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_int8_activations_without_integer_dot_products(tokens, monkeypatch):
+    """As on a CPU that has none, whichever this one is."""
+    from ao.matmul import cpu, linear, made
+
+    for module in (cpu, made):
+        monkeypatch.setattr(module, "VNNI", False)
+    monkeypatch.setattr(linear, "_CHOICES", {})
+    spec = Ternary(act=Intx(8, narrow=True))
+    q, x = spec.quantize(weight((52, 256))), weight((tokens, 256), 1)
+    exact = spec.act.quantize(x).dequantize() @ q.dequantize().t()
+    assert torch.allclose(F.linear(x, q), exact, rtol=1e-5, atol=1e-5)

@@ -205,6 +205,11 @@ def _layers(module: Any) -> Any:
     return module.layers
 
 
+def _named(module: nn.Module, *names: str) -> list[nn.Module]:
+    """The parts of a module whose classes have these names."""
+    return [part for part in module.modules() if type(part).__name__ in names]
+
+
 def random_model(model: WholeModel, small: bool, layers: int | None, dtype: torch.dtype, seed: int = 0) -> Any:
     """The module, with weights that keep numbers as large as they come: normal, each row of length 1; those of norms are 1.
 
@@ -258,6 +263,7 @@ MODELS = {
         _sdxl_step,
         (1, 2),
         "a step of SDXL's UNet at 1024 x 1024",
+        compiled=lambda module: _named(module, "Transformer2DModel", "ResnetBlock2D"),
         # Those of the text, for 77 tokens, and those outside of the transformers take little time, and accuracy.
         quantized=lambda layer, name: (
             isinstance(layer, nn.Linear)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bench_kv_cache
 import measure
@@ -36,6 +36,9 @@ import ao
 from ao.dtypes import FP6, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Intx, Ternary
 from ao.matmul.kernels.launch import cdiv
 from ao.matmul.kernels.reading import Reading, fields_of, reading_of
+
+if TYPE_CHECKING:
+    from ao.matmul.kernels.few_tokens import Tile
 
 SPECS: dict[str, Any] = {
     "int2-g32j": Intx(2, (1, 32), signed=False, zero_point="joint"),
@@ -92,20 +95,27 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tiles(m: int) -> list[dict[str, Any]]:
-    """The fields of the tiles to try for m tokens, but for the number of parts of K."""
-    keys = ("hopper", "tokens", "rows", "warps", "stages", "chunks", "dots", "registers")
-    each: list[tuple[Any, ...]]
+def tiles(m: int) -> list[Tile]:
+    """The tiles to try for m tokens, but for the number of parts of K."""
+    from ao.matmul.kernels.few_tokens import Tile
+
     if m <= 16:
-        each = [(False, 16, 32, 2, 3), (False, 16, 64, 2, 3), (True, 16, 64, 4, 3)]
-    elif m <= 32:
-        each = [(True, 32, 64, 4, 2), (True, 32, 64, 4, 3, 4, 2), (True, 32, 64, 4, 5, 4, 2), (True, 32, 128, 8, 2)]
-    else:
-        each = [
-            (True, 64, 128, 8, 2), (True, 64, 128, 8, 2, 4, 2), (True, 64, 128, 8, 2, 4, 4), (True, 64, 128, 8, 2, 4, 1),
-            (True, 64, 64, 4, 2, 4, 2), (True, 64, 128, 4, 2, 4, 2, 168),
+        return [Tile(False, 16, 32, 2), Tile(False, 16, 64, 2), Tile(True, 16, 64, 4, 2, programs=4)]
+    if m <= 32:
+        return [
+            Tile(True, 32, 64, 4, 2, programs=4), Tile(True, 32, 128, 8, 2), Tile(True, 32, 128, 8, chunks=4, dots=1),
         ]  # fmt: skip
-    return [dict(zip(keys, one)) for one in each]
+    long = [
+        Tile(True, 64, 128, 8, 2), Tile(True, 64, 64, 4, 3, programs=4), Tile(True, 64, 128, 8, chunks=4, dots=1),
+        Tile(True, 64, 128, 8, dots=1, registers=255, programs=1),
+    ]  # fmt: skip
+    if m <= 64:
+        return long
+    return [
+        long[0], Tile(True, 128, 128, 8, dots=1, registers=255, programs=1),
+        Tile(True, 128, 128, 8, chunks=4, dots=1, registers=255, programs=1),
+        Tile(True, 256, 128, 8, chunks=4, dots=1, registers=255, programs=1),
+    ]  # fmt: skip
 
 
 def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, Callable[..., Tensor]]]:
@@ -130,20 +140,18 @@ def ways(reading: Reading, m: int, splits: bool = True) -> Iterator[tuple[str, C
             name = f"slices {how.warps}w {how.slices}s {how.tiles}t {how.programs}p"
             yield name, lambda x, fields, how=how: slices_of_k.sliced(x, reading, [fields], how)[0]
         return
-    at_once = (264, 528, 1056) if m <= 16 else (264, 528)  # programs on the GPU that K is cut for
-    for sizes in tiles(m):
-        programs = cdiv(reading.n, sizes["rows"]) * cdiv(m, sizes["tokens"])
-        most = max(1, cdiv(reading.k, few_tokens.STEP) // 2)
-        parts = sorted({max(1, min(16, most, round(full / programs))) for full in at_once} | {1})
-        for split in parts if splits else (1, 2):
-            tile = few_tokens.Tile(split=split, **sizes)
-            name = f"{'wgmma' if tile.hopper else 'mma'} {tile.tokens}x{tile.rows} {tile.warps}w {tile.stages}s"
-            if "chunks" in sizes:
-                name += f" {tile.chunks}c {tile.dots}d {tile.registers}r"
-            yield (
-                f"{name} /{split}",
-                lambda x, fields, tile=tile: few_tokens.few_in_tiles(x, reading, [fields], tile)[0],
-            )
+    for tile in tiles(m):
+        name = f"{'wgmma' if tile.hopper else 'mma'} {tile.tokens}x{tile.rows} {tile.warps}w {tile.stages}s"
+        if tile.hopper:
+            name += f" {tile.chunks}c {tile.dots}d {tile.registers}r"
+            each = {name: tile, f"{name} whole": tile._replace(cut=False)}
+        else:
+            programs = cdiv(reading.n, tile.rows) * cdiv(m, tile.tokens)
+            most = max(1, cdiv(reading.k, few_tokens.STEP) // 2)
+            parts = sorted({max(1, min(16, most, round(full / programs))) for full in (264, 528, 1056)} | {1})
+            each = {f"{name} /{split}": tile._replace(split=split) for split in (parts if splits else (1, 2))}
+        for way, each_tile in each.items():
+            yield way, lambda x, fields, tile=each_tile: few_tokens.few_in_tiles(x, reading, [fields], tile)[0]
 
 
 def ways_of_trits(reading: Reading, m: int, splits: bool) -> Iterator[tuple[str, Callable[..., Tensor]]]:

@@ -105,14 +105,14 @@ def test_a_few_tokens(spec):
 
 
 TILES = {
-    "a part of K": (False, 16, 64, 4, 1),
-    "parts of K": (False, 16, 64, 4, 3),
-    "two warps": (False, 16, 32, 2, 2),
-    "hopper": (True, 16, 64, 4, 1),
-    "hopper, parts of K": (True, 32, 64, 4, 2),
-    "hopper, tall": (True, 64, 128, 8, 1),
-    "hopper, short steps": (True, 64, 128, 8, 1, 2, 4, 2),
-    "hopper, one product of a short step": (True, 32, 64, 4, 2, 3, 4, 1),
+    "a part of K": (False, 16, 64, 4),
+    "parts of K": (False, 16, 64, 4, 3, 3),
+    "two warps": (False, 16, 32, 2, 3, 2),
+    "hopper": (True, 16, 64, 4, 3, 1, 8, 4, 128, 2, False),
+    "hopper, cut": (True, 32, 64, 4, 2),
+    "hopper, tall": (True, 64, 128, 8, 2),
+    "hopper, one product in a step": (True, 128, 128, 8, 3, 1, 8, 1, 255, 1),
+    "hopper, most tokens": (True, 256, 128, 8, 3, 1, 4, 1, 255, 1),
 }
 
 
@@ -132,6 +132,22 @@ def test_tiles_of_a_few_tokens(spec, name):
     shifted = torch.empty(codes.numel() + 1, dtype=codes.dtype, device=codes.device)[1:].view(codes.shape)
     for each in (codes, shifted.copy_(codes)):
         assert worst(x, q, few_in_tiles(x, reading, [(each, *others)], tile)[0]) > 42
+
+
+@pytest.mark.parametrize("spec", [Intx(3, (1, 128)), Intx(4, (1, 128)), NF4, FP6, MXFP8, Intx(8), Ternary()], ids=str)
+def test_some_tokens_in_a_graph(spec):
+    """As a graph calls the product, with a bias: of one tile, of tiles that are cut, and of more than there are programs."""
+    from ao.matmul.kernels.operators import few_at_once
+    from ao.matmul.kernels.reading import reading_of
+
+    for n, k in ((80, 1408), (34000, 1024)):
+        for m in (20, 65, 128, 200, 300):
+            x, q = case(spec, n, k, m)
+            bias = weight((n,), 3).cuda()
+            reading, fields = reading_of(q)
+            expected = x.float() @ q.dequantize().float().t() + bias
+            out = few_at_once(x, fields, reading, bias).float()
+            assert min(compute_error(e, o).item() for e, o in zip(expected, out)) > 42
 
 
 TILES_OF_ONE = {

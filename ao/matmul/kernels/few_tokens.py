@@ -24,7 +24,7 @@ from .bf16_pairs import OPERANDS, decoding, pairs_asm
 from .column_order import gathered
 from .device import is_hopper, multiprocessors
 from .launch import Launch, cdiv, launch, power_of_two, tile_reader
-from .read_once import _factor_and_term, _group_of_half, _scale, _stored, _table_words, _words_of_chunk
+from .read_once import _factor_and_term, _group_of_half, _no_later, _scale, _stored, _table_words, _words_of_chunk
 from .reading import Fields, Reading
 from .several import counted, cut, of_three
 from .slices_of_k import sliced, sliced_launch, takes
@@ -40,9 +40,11 @@ STEP = 256
 def _read_ahead(
     q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t, K: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, WIDE: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Step t of rows (BN, 1): the words of its C chunks, and what is stored of the groups of both halves."""
+    """Step t of rows (BN, 1): the words of its C chunks, and what is stored of the groups of both halves.
+
+    EARLY: as of `_words`."""
     U: tl.constexpr = (K + 31) // 32
     T: tl.constexpr = (U + C - 1) // C
     t = tl.minimum(t, T - 1)
@@ -51,7 +53,7 @@ def _read_ahead(
     if U % C != 0:
         chunk = tl.minimum(chunk, U - 1 - t * C)
     words = _words_of_chunk(
-        (q_ptr + t * (C * BITS)) + row * (K * BITS // 32) + chunk * BITS, chunk + t * C, K, BITS, WIDE
+        (q_ptr + t * (C * BITS)) + row * (K * BITS // 32) + chunk * BITS, chunk + t * C, K, BITS, WIDE, EARLY
     )
     if NG == 1:
         return words, (0,), (0,)
@@ -60,7 +62,9 @@ def _read_ahead(
         g: tl.constexpr = K // 16 // NG  # halves of chunks in a group
         if g % (2 * C) == 0:  # one group for a step
             half = tl.full((1, 1), 0, tl.int32) + t * (2 * C)
-        first = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, half // g, ZERO, RG, NG, NESTED, RG2, NG2)
+        first = _stored(
+            scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, half // g, ZERO, RG, NG, NESTED, RG2, NG2, EARLY
+        )
         second = first
         if g % 2 != 0:
             second = _stored(
@@ -76,6 +80,7 @@ def _read_ahead(
                 NESTED,
                 RG2,
                 NG2,
+                EARLY,
             )
         return words, first, second
 
@@ -264,8 +269,32 @@ def _decoded(
 
 
 @triton.jit
-def _some(
-    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, block, M, N, TOTAL,
+def _share(p, rest, shares, T: tl.constexpr):
+    """The steps of a program, of all steps of the rest, one tile after the other: the first, and the one after the last."""
+    steps = rest * T
+    return tl.minimum(p, shares) * steps // shares, tl.minimum(p + 1, shares) * steps // shares
+
+
+@triton.jit
+def _pieces(begin, end, T: tl.constexpr):
+    """In how many tiles a share is."""
+    return tl.where(end > begin, (end - 1) // T - begin // T + 1, 0)
+
+
+@triton.jit
+def _at(i, p, programs, begin, end, whole, T: tl.constexpr):
+    """What a program does after i others: a tile, the first step and the one after the last."""
+    of_rest = begin // T + i - whole
+    t0, t1 = tl.maximum(begin - of_rest * T, 0), tl.minimum(end - of_rest * T, T)
+    tile = tl.where(i < whole, i * programs + p, whole * programs + of_rest)
+    # Between, so that the compiler knows that no address overflows.
+    t0, t1 = tl.minimum(tl.where(i < whole, 0, t0), T), tl.minimum(tl.where(i < whole, T, t1), T)
+    return tile, t0, t1
+
+
+@triton.jit
+def _piece(
+    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, block, tile, t0, t1, N,
     K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
@@ -273,20 +302,14 @@ def _some(
     ASM3: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
-    """As `few_kernel`, by the tensor cores of Hopper, in steps of 4 or 8 chunks and 1, 2 or 4 products in each.
+    """The products of a block of rows and a tile of tokens over steps t0 to t1 of K: (BN, BM), float32.
 
-    x: of `arrange_kernel`, in boxes (PARTS BM, 32 CHUNKS / DOTS), of 16 rows or more.
+    By the tensor cores of Hopper, in steps of 4 or 8 chunks and 1 or 4 products in each. x: of `arrange_kernel`, in boxes
+    (PARTS BM, 32 CHUNKS / DOTS) of 16 rows or more.
     """
-    T: tl.constexpr = (K + 32 * CHUNKS - 1) // (32 * CHUNKS)
     WIDTH: tl.constexpr = 32 * CHUNKS // DOTS
-    part = tl.cdiv(T, tl.num_programs(2))
-    rn = block * BN + tl.arange(0, BN)
-    row = tl.minimum(rn, N - 1)[:, None]
-    m0 = tl.program_id(1) * (PARTS * BM)
-    t0 = tl.maximum(
-        tl.minimum(tl.program_id(2) * part, T), 0
-    )  # between, so that the compiler knows that no address overflows
-    t1 = tl.minimum(t0 + part, T)
+    row = tl.minimum(block * BN + tl.arange(0, BN), N - 1)[:, None]
+    m0 = tile * (PARTS * BM)
     table = _table_words(table_ptr, KIND, BITS)
     acc = tl.zeros((BN, PARTS * BM), tl.float32)
     ahead = _read_ahead(
@@ -302,18 +325,17 @@ def _some(
         words, first, second = ahead
         ahead = _read_ahead(
             q_ptr, scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, t + 1, K, BITS, ZERO, RG, NG, NESTED, RG2, NG2, WIDE,
-            CHUNKS,
+            CHUNKS, True,
         )  # fmt: skip
+        _no_later()
         if NG > 1:
             f0, z0 = _factor_and_term(first, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
             f1, z1 = f0, z0
             if K // NG % 32 != 0:
                 f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
         for i in tl.static_range(DOTS):
-            w = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i * (4 // DOTS))
-            if DOTS == 2:
-                w = tl.join(w, _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i * 2 + 1))
-            elif DOTS == 1:
+            w = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i)
+            if DOTS == 1:
                 w1 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 1)
                 w2 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 2)
                 w3 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 3)
@@ -321,7 +343,10 @@ def _some(
             w = tl.reshape(w, (BN, CHUNKS // 4, 4, 2, 2, 2, 4 // DOTS))  # c, t, h, l, half, j
             w = tl.reshape(tl.permute(w, (0, 6, 5, 1, 3, 2, 4)), (BN, WIDTH))
             acc = tl.dot(w, x.load([m0, t * (32 * CHUNKS) + WIDTH * i]).T, acc)
-    gdc_launch_dependents()
+        if DOTS > 1:
+            # One product is in flight while the next step is decoded. Of more, none may be where a step ends: the assembler,
+            # which sees the registers of the first operand written meanwhile, would wait for every 16 places of K.
+            acc = _same(acc)
     if PARTS == 2:
         high, low = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))  # within a thread: nothing moves
         acc = high + low
@@ -331,51 +356,125 @@ def _some(
         acc *= tl.load(scale2_ptr).to(tl.float32)
     if LAST_POWER != 0:
         acc *= 2.0**LAST_POWER
-    rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    out = out_ptr + tl.program_id(2) * M * TOTAL + rm[None, :] * N + rn[:, None]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rm < M)[None, :] & (rn < N)[:, None])
+    return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def _same(x):
+    """x, in a way that Triton does not see through."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _put(
+    acc, out_ptr, parts_ptr, block, tile, first, whole, M, N, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Store a tile: where it is whole in out (M, N), else in parts (programs, 2, BM, BN), float32, the first piece of a tile as
+    the second of its program."""
+    m, n = tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None]
+    if whole:
+        rm, rn = tile * BM + m, block * BN + n
+        tl.store(out_ptr + rm * N + rn, acc.to(out_ptr.dtype.element_ty), mask=(rm < M) & (rn < N))
+    else:
+        place = tl.program_id(0) * 2 + tl.where(first, 1, 0)
+        tl.store(parts_ptr + place.to(tl.int64) * (BM * BN) + m * BN + n, acc)
+
+
+@triton.jit(do_not_specialize=["M", "TILES", "WHOLE", "REST", "SHARES"])
 def some_kernel(
-    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, M, N, K: tl.constexpr, BITS: tl.constexpr,
+    x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, bias_ptr, out_ptr, parts_ptr, M, N, TILES, WHOLE, REST,
+    SHARES, K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
     ASM3: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, DOTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr,
+    DOTS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """`_some` of one weight."""
-    _some(
-        x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, out_ptr, tl.program_id(0), M, N, N,
-        K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
-        NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES,
-        PARTS, CHUNKS, DOTS,
-    )  # fmt: skip
+    """out (M, N) = x times the weight + bias, in tiles of BM tokens and BN rows, of which TILES share the rows.
+
+    A program makes WHOLE tiles, and its share of the steps of the REST, which are cut among SHARES programs: so all have as much
+    to do. Pieces of tiles go to parts, for `meet_kernel`."""
+    T: tl.constexpr = (K + 32 * CHUNKS - 1) // (32 * CHUNKS)
+    p, programs = tl.program_id(0), tl.num_programs(0)
+    begin, end = _share(p, REST, SHARES, T)
+    for i in tl.range(0, WHOLE + _pieces(begin, end, T)):
+        tile, t0, t1 = _at(i, p, programs, begin, end, WHOLE, T)
+        block, tile = tile // TILES, tile % TILES
+        acc = _piece(
+            x, q_ptr, scale_ptr, zero_ptr, table_ptr, scale2_ptr, zero2_ptr, block, tile, t0, t1, N,
+            K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
+            NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES,
+            PARTS, CHUNKS, DOTS,
+        )  # fmt: skip
+        if BIAS:
+            n = block * BN + tl.arange(0, BN)
+            acc += tl.load(bias_ptr + n, mask=(n < N) & (t0 == 0), other=0.0).to(tl.float32)[:, None]
+        _put(acc, out_ptr, parts_ptr, block, tile, t0 == 0, t1 - t0 == T, M, N, BM, BN)
+    gdc_launch_dependents()
 
 
-@triton.jit(do_not_specialize=["M", "n0", "n1", "n2", "p0", "p1"])
+@triton.jit(do_not_specialize=["M", "n0", "n1", "n2", "p0", "p1", "TILES", "WHOLE", "REST", "SHARES"])
 def some_joined_kernel(
     x, out_ptr, q0, scale0, zero0, table0, outer0, outer_zero0, n0, q1, scale1, zero1, table1, outer1, outer_zero1, n1,
-    q2, scale2, zero2, table2, outer2, outer_zero2, n2, M, p0, p1, K: tl.constexpr, BITS: tl.constexpr,
+    q2, scale2, zero2, table2, outer2, outer_zero2, n2, parts_ptr, M, p0, p1, TILES, WHOLE, REST, SHARES,
+    K: tl.constexpr, BITS: tl.constexpr,
     KIND: tl.constexpr, EXPONENT: tl.constexpr, SIGNED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     RG: tl.constexpr, NG: tl.constexpr, NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, SHIFT: tl.constexpr,
     POWER: tl.constexpr, LAST_POWER: tl.constexpr, ASM0: tl.constexpr, ASM1: tl.constexpr, ASM2: tl.constexpr,
     ASM3: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
-    """`_some` of two or three weights one below the other, of n rows; the first two have p programs. Of two, n2 is 0."""
-    i = tl.program_id(0)
+    """`some_kernel` of two or three weights one below the other, of n rows; the first two have p blocks. Of two, n2 is 0."""
+    T: tl.constexpr = (K + 32 * CHUNKS - 1) // (32 * CHUNKS)
+    p, programs = tl.program_id(0), tl.num_programs(0)
+    begin, end = _share(p, REST, SHARES, T)
     first, second = p0, p0 + p1
-    _some(
-        x, of_three(i, first, second, q0, q1, q2), of_three(i, first, second, scale0, scale1, scale2),
-        of_three(i, first, second, zero0, zero1, zero2), of_three(i, first, second, table0, table1, table2),
-        of_three(i, first, second, outer0, outer1, outer2), of_three(i, first, second, outer_zero0, outer_zero1, outer_zero2),
-        out_ptr + M * of_three(i, first, second, 0, n0, n0 + n1), i - of_three(i, first, second, 0, first, second), M,
-        of_three(i, first, second, n0, n1, n2), n0 + n1 + n2, K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
-        NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES,
-        PARTS, CHUNKS, DOTS,
-    )  # fmt: skip
+    for i in tl.range(0, WHOLE + _pieces(begin, end, T)):
+        tile, t0, t1 = _at(i, p, programs, begin, end, WHOLE, T)
+        block, tile = tile // TILES, tile % TILES
+        acc = _piece(
+            x, of_three(block, first, second, q0, q1, q2), of_three(block, first, second, scale0, scale1, scale2),
+            of_three(block, first, second, zero0, zero1, zero2), of_three(block, first, second, table0, table1, table2),
+            of_three(block, first, second, outer0, outer1, outer2),
+            of_three(block, first, second, outer_zero0, outer_zero1, outer_zero2),
+            block - of_three(block, first, second, 0, first, second), tile, t0, t1, of_three(block, first, second, n0, n1, n2),
+            K, BITS, KIND, EXPONENT, SIGNED, ZERO, OFFSET, RG, NG,
+            NESTED, RG2, NG2, SHIFT, POWER, LAST_POWER, ASM0, ASM1, ASM2, ASM3, WIDE, BM, BN, STAGES, PARTS, CHUNKS, DOTS,
+        )  # fmt: skip
+        _put(
+            acc, out_ptr + M * of_three(block, first, second, 0, n0, n0 + n1), parts_ptr,
+            block - of_three(block, first, second, 0, first, second), tile, t0 == 0, t1 - t0 == T, M,
+            of_three(block, first, second, n0, n1, n2), BM, BN,
+        )  # fmt: skip
+    gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=["M", "n0", "n1", "n2", "p0", "p1", "TILES", "BEFORE", "REST", "SHARES", "T"])
+def meet_kernel(
+    parts_ptr, out_ptr, M, n0, n1, n2, p0, p1, TILES, BEFORE, REST, SHARES, T, BM: tl.constexpr, BN: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
+    """The sums of the pieces of the REST of the tiles, BEFORE which there are others, in order.
+
+    n, p: as of `some_joined_kernel`."""
+    of_rest = tl.program_id(0)
+    steps = REST * T
+    first = ((of_rest * T + 1) * SHARES + steps - 1) // steps - 1  # the program whose share has the first step
+    last = ((of_rest + 1) * T * SHARES + steps - 1) // steps - 1
+    if last > first:
+        block, tile = (BEFORE + of_rest) // TILES, (BEFORE + of_rest) % TILES
+        n = of_three(block, p0, p0 + p1, n0, n1, n2)
+        out_ptr += M * of_three(block, p0, p0 + p1, 0, n0, n0 + n1)
+        block -= of_three(block, p0, p0 + p1, 0, p0, p0 + p1)
+        i = tl.program_id(1) * B + tl.arange(0, B)
+        rm, rn = tile * BM + i // BN, block * BN + i % BN
+        there = (rm < M) & (rn < n)
+        gdc_wait()
+        acc = tl.load(parts_ptr + (first * 2 + 1).to(tl.int64) * (BM * BN) + i, mask=there, other=0.0)
+        for p in tl.range(first + 1, last + 1):
+            acc += tl.load(parts_ptr + (p * 2).to(tl.int64) * (BM * BN) + i, mask=there, other=0.0)
+        tl.store(out_ptr + rm * n + rn, acc.to(out_ptr.dtype.element_ty), mask=there)
 
 
 # Launches.
@@ -391,60 +490,88 @@ def _constants(reading: Reading, zero: torch.dtype | None) -> Mapping[str, Any]:
 class Tile(NamedTuple):
     """How a product is cut.
 
-    hopper: by `some_kernel`. tokens, rows: of a tile. warps: of a program. split: in how many parts K is.
+    hopper: by `some_kernel`. tokens, rows: of a tile. warps: of a program.
     stages: steps of which x is in shared memory at a time.
-    chunks: of a step of `some_kernel`, 4 or 8. dots: of a step, 1, 2 or 4.
-    registers: of a thread of `some_kernel`, at most.
+    split: in how many parts K is, of `few_kernel`.
+    Of `some_kernel`: chunks of a step, 4 or 8, and dots, its products, 1 or 4. registers: of a thread, at most. programs: on a
+    multiprocessor at a time.
+    cut: whether the tiles that fill no round are cut, so that all programs have as much to do.
     """
 
     hopper: bool
     tokens: int
     rows: int
     warps: int
-    split: int
     stages: int = 3
+    split: int = 1
     chunks: int = 8
     dots: int = 4
     registers: int = 128
+    programs: int = 2
+    cut: bool = True
 
 
 @functools.cache
 def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
     """For m tokens. half: whether they are float16, which `few_kernel` takes apart in every warp."""
     hopper = is_hopper(device)
-    tokens = max(16, min(32 if half else 64, power_of_two(m)))
-    rows, warps, stages = 64, 4, 3
-    if hopper and tokens >= 32:  # what a step loads is large: fewer steps are ahead, and more rows share it
-        rows, warps, stages = (128, 8, 2) if tokens == 64 else (64, 4, 2)
-    tiles = cdiv(reading.n, rows) * cdiv(m, tokens)
-    # K is cut for 16 warps of a multiprocessor.
-    split = max(1, min(8, round(16 // warps * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
-    # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which codes and scales whose loads share
-    # lines need: shorter steps for these.
-    large = stages * tokens * (2 if half else 1) * 2 * STEP > 48 * 1024
-    shares = reading.bits not in (1, 2, 4) or (not reading.by_row and reading.group <= 16)
-    chunks, dots = (4, 2) if hopper and large and shares else (8, 4)
-    return Tile(hopper, tokens, rows, warps, split, stages, chunks, dots)
+    tokens = max(16, min(32 if half else 256 if hopper else 64, power_of_two(m)))
+    if not hopper:
+        tiles = cdiv(reading.n, 64) * cdiv(m, tokens)
+        # K is cut for 16 warps of a multiprocessor.
+        split = max(1, min(8, round(4 * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
+        return Tile(False, tokens, 64, 4, split=split)
+    if tokens <= 32:  # what a step loads is small, but of float16
+        tile = Tile(True, tokens, 64, 4, stages=2, programs=3 if half else 4)
+    elif tokens == 64:
+        tile = Tile(True, tokens, 128, 8, stages=2)
+    else:
+        # Sums of 256 tokens take half of all registers: one program to a multiprocessor, whose next step is decoded meanwhile.
+        tile = Tile(True, tokens, 128, 8, chunks=8 if tokens == 128 else 4, dots=1, registers=255, programs=1)
+    tiles, places = cdiv(reading.n, tile.rows) * cdiv(m, tokens), multiprocessors(device) * tile.programs
+    return tile._replace(cut=(places - tiles % places) * reading.k >= LESS * places)
 
 
-def few(x: Tensor, reading: Reading, fields: Fields, order: Tensor | None = None) -> Tensor:
-    """x @ decode(w).T in x's dtype, a 16-bit one. x: (M, K), contiguous -> (M, N).
+LESS = 1500
+"""Columns of K that the longest program is spared, at least, where tiles are cut: their sums take as long to write and add up."""
 
-    order: (K,) integers; x[:, order] is multiplied, which costs no launch where x is arranged before.
+
+def columns(reading: Reading, m: int, device: torch.device) -> float:
+    """How many columns of K a program of more than 64 tokens goes through; what its sums cost besides counts as so many."""
+    tile = _tile(reading, m, False, device)
+    step = 32 * tile.chunks
+    tiles = cdiv(reading.n, tile.rows) * cdiv(m, tile.tokens)
+    _, whole, rest, shares = _shared_out(tiles, cdiv(reading.k, step), tile, device)
+    return (whole + rest / shares) * reading.k + (1000 if rest < shares else 0)
+
+
+def few(
+    x: Tensor, reading: Reading, fields: Fields, order: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """x @ decode(w).T + bias in x's dtype, a 16-bit one. x: (M, K), contiguous -> (M, N).
+
+    order: (K,) integers; x[:, order] is multiplied, which costs no launch where x is arranged before. bias: (N,).
     """
-    (out,) = few_joined(x, reading, [fields], order)
+    (out,) = few_joined(x, reading, [fields], order, bias)
     return out
 
 
-def few_joined(x: Tensor, reading: Reading, weights: Sequence[Fields], order: Tensor | None = None) -> list[Tensor]:
-    """`few` of one, two or three weights in one launch, whose readings are the same but for n."""
-    if takes(reading, x.shape[0], x.dtype == torch.float16):
-        return sliced(x if order is None else gathered(x, order), reading, weights)
+def few_joined(
+    x: Tensor, reading: Reading, weights: Sequence[Fields], order: Tensor | None = None, bias: Tensor | None = None
+) -> list[Tensor]:  # fmt: skip
+    """`few` of one, two or three weights in one launch, whose readings are the same but for n. bias: of one weight."""
     whole = reading._replace(n=sum(fields[0].shape[0] for fields in weights))
-    tile = _tile(whole, x.shape[0], x.dtype == torch.float16, x.device)
-    if order is not None and not tile.hopper:
-        x, order = gathered(x, order), None
-    return few_in_tiles(x, reading, weights, tile, order)
+    tile = None
+    if takes(whole, x.shape[0], x.dtype == torch.float16):
+        out = sliced(x if order is None else gathered(x, order), reading, weights)
+    else:
+        tile = _tile(whole, x.shape[0], x.dtype == torch.float16, x.device)
+        if order is not None and not tile.hopper:
+            x, order = gathered(x, order), None
+        out = few_in_tiles(x, reading, weights, tile, order, bias)
+    if bias is not None and (tile is None or not tile.hopper):
+        out[0].add_(bias)
+    return out
 
 
 def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> Callable[[Tensor, Fields], Tensor]:
@@ -454,7 +581,7 @@ def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> 
     if m and takes(reading, m, half):
         return sliced_launch(m, half, reading, fields)
     device, n = fields[0].device, reading.n
-    tile = _tile(reading, m, half, device)._replace(hopper=False, split=1)
+    tile = Tile(False, 16, 64, 4)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
         **_constants(reading, zero), "WIDE": True, "BM": tile.tokens, "BN": tile.rows, "STAGES": tile.stages,
@@ -474,50 +601,83 @@ def few_launch(m: int, dtype: torch.dtype, reading: Reading, fields: Fields) -> 
 
 
 def few_in_tiles(
-    x: Tensor, reading: Reading, weights: Sequence[Fields], tile: Tile, order: Tensor | None = None
-) -> list[Tensor]:
-    """`few_joined`, cut as it is told. order: only for `some_kernel`."""
+    x: Tensor, reading: Reading, weights: Sequence[Fields], tile: Tile, order: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """`few_joined`, cut as it is told. order, bias: only for `some_kernel`."""
     m, fields = x.shape[0], weights[0]
     rows = [each[0].shape[0] for each in weights]
     split, size, joined = tile.split, m * sum(rows), len(weights) > 1
-    early = split > 1 and is_hopper(x.device)
     out = torch.empty(size, dtype=x.dtype, device=x.device)
-    parts = out if split == 1 else torch.empty(split, size, dtype=torch.float32, device=x.device)
     zero = None if fields[2] is None else fields[2].dtype
     constants = {
         **_constants(reading, zero), "WIDE": all(each[0].data_ptr() % 16 == 0 for each in weights), "BM": tile.tokens,
         "BN": tile.rows, "STAGES": tile.stages,
     }  # fmt: skip
     tiles, blocks = cdiv(m, tile.tokens), counted(rows, tile.rows)
-    grid = (sum(blocks), tiles, split)
-    if joined:
-        last = [] if len(weights) == 3 else [*given(weights[1]), 0]
-        each = [arg for fields, n in zip(weights, rows) for arg in (*given(fields), n)]
-        args = [parts, *each, *last, m, *blocks[:2]]
-    else:
-        args = [*given(fields), parts, m, *rows]
+    last = [] if len(weights) == 3 else [*given(weights[-1]), 0]
+    each = [arg for fields, n in zip(weights, rows) for arg in (*given(fields), n)]
     if tile.hopper:
         count = 2 if x.dtype == torch.float16 else 1
         step = 32 * tile.chunks
-        width = cdiv(reading.k, step) * step
+        steps = cdiv(reading.k, step)
         arranged = torch.empty(
-            m if count == 1 else tiles * count * tile.tokens, width, dtype=torch.bfloat16, device=x.device
+            m if count == 1 else tiles * count * tile.tokens, steps * step, dtype=torch.bfloat16, device=x.device
         )
         launch(
-            arrange_kernel, (m, cdiv(width, 1024)), x, x if order is None else order, arranged, K=reading.k,
+            arrange_kernel, (m, cdiv(steps * step, 1024)), x, x if order is None else order, arranged, K=reading.k,
             BITS=reading.bits, B=1024, BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks, ORDERED=order is not None,
         )  # fmt: skip
+        programs, whole, rest, shares = _shared_out(sum(blocks) * tiles, steps, tile, x.device)
+        pieces = 0 < rest < shares
+        room = 2 * shares * tile.tokens * tile.rows if pieces else 0
+        parts = torch.empty(room, dtype=torch.float32, device=x.device)
+        work = [parts, m, *(blocks[:2] if joined else rows), tiles, whole, rest, shares]
+        reader = tile_reader(arranged, (count * tile.tokens, step // tile.dots))
+        more: dict[str, Any] = {} if joined else {"BIAS": bias is not None}
+        if joined:
+            args = [out, *each, *last, *work]
+        else:
+            args = [*given(fields), fields[0] if bias is None else bias, out, *work]
         launch(
-            some_joined_kernel if joined else some_kernel, grid,
-            tile_reader(arranged, (count * tile.tokens, step // tile.dots)), *args, num_warps=tile.warps,
+            some_joined_kernel if joined else some_kernel, (programs,), reader, *args, num_warps=tile.warps,
             registers=tile.registers, early=True, **constants, PARTS=count, CHUNKS=tile.chunks, DOTS=tile.dots,
+            **more,
         )  # fmt: skip
-    else:
-        launch(
-            few_joined_kernel if joined else few_kernel, grid, x, *args, num_warps=tile.warps, **constants, EARLY=early
-        )  # fmt: skip
+        if pieces:
+            launch(
+                meet_kernel, (rest, cdiv(tile.tokens * tile.rows, 1024)), parts, out, m, *[*rows, 0, 0][:3], *blocks[:2], tiles,
+                whole * programs, rest, shares, steps, early=True, BM=tile.tokens, BN=tile.rows, B=1024,
+            )  # fmt: skip
+        return cut(out, m, rows)
+    early = split > 1 and is_hopper(x.device)
+    parts = out if split == 1 else torch.empty(split, size, dtype=torch.float32, device=x.device)
+    args = [parts, *each, *last, m, *blocks[:2]] if joined else [*given(fields), parts, m, *rows]
+    launch(
+        few_joined_kernel if joined else few_kernel, (sum(blocks), tiles, split), x, *args, num_warps=tile.warps, **constants,
+        EARLY=early,
+    )  # fmt: skip
     if split > 1:
         launch(
             sum_kernel, (cdiv(size, 1024),), parts, out, size, early=early, SPLIT=split, B=1024, EARLY=early
         )  # fmt: skip
     return cut(out, m, rows)
+
+
+LEAST = 512
+"""Columns of K in a share of a tile that is cut, at least."""
+
+
+def _shared_out(tiles: int, steps: int, tile: Tile, device: torch.device) -> tuple[int, int, int, int]:
+    """How tiles of so many steps are shared out: the programs, how many whole tiles each has, the rest of the tiles and among how
+    many programs it is cut."""
+    places, step = multiprocessors(device) * tile.programs, 32 * tile.chunks
+    whole, rest = divmod(tiles, places)
+    shares = rest
+    if tile.cut and rest:
+        shares = max(rest, min(places, rest * steps * step // LEAST))
+        each = shares // rest
+        # A program of two pieces has two sums to write, which takes as long as some columns more of one piece do.
+        if (steps / each - steps * rest / shares) * step <= LEAST:
+            shares = rest * each
+    return (places if whole else shares), whole, rest, max(1, shares)

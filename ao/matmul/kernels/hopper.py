@@ -428,16 +428,31 @@ def _nibbles_launch(
 ) -> tuple[Launch, int, int]:  # fmt: skip
     """The launch, in how many parts of K, and the tokens of a tile."""
     group = 128
-    tokens = max(16, min(256, power_of_two(m)))
-    height, warps = (128, 8) if tokens == 64 and n >= 16384 and n % 128 == 0 else (64, 4)
-    programs = n // height * cdiv(m, tokens)
-    split = _splits(programs, k // (2 * group), 3 if tokens <= 64 else 2 if tokens == 128 else 1)
+    tokens, height, warps, programs, split, _ = _nibbles_tiles(m, n, k)
     start = Launch(
         nibbles_kernel, (programs, split), num_warps=warps, views={1: torch.int16},
         tiles={0: (tokens, 128), 1: (height, 32)}, K=k, G=group, ZERO=zero is not None,
         OFFSET=offset, BIAS=bias is not None, BM=tokens, BN=height, SPLIT=split, STAGES=3 if split > 1 or m > 64 else 4,
     )  # fmt: skip
     return start, split, tokens
+
+
+def _nibbles_tiles(m: int, n: int, k: int) -> tuple[int, int, int, int, int, int]:
+    """The tokens and rows of a tile, the warps of a program, the programs, in how many parts K is, and how many programs share a
+    multiprocessor."""
+    tokens = max(16, min(256, power_of_two(m)))
+    height, warps = (128, 8) if tokens == 64 and n >= 16384 and n % 128 == 0 else (64, 4)
+    programs = n // height * cdiv(m, tokens)
+    places = 3 if tokens <= 64 else 2 if tokens == 128 else 1
+    return tokens, height, warps, programs, _splits(programs, k // 256, places), places
+
+
+def nibbles_columns(m: int, n: int, k: int) -> float:
+    """How many columns of K a program of `nibbles_kernel` goes through for more than 64 tokens, as `few_tokens.columns` counts.
+
+    A program there has twice the rows, and takes 1.1 times as long for a tile of 128 tokens, 1.7 times for one of 256."""
+    tokens, _, _, programs, split, places = _nibbles_tiles(m, n, k)
+    return cdiv(programs * split, 132 * places) * k / split / (1.1 if tokens == 128 else 1.7)
 
 
 def _splits(programs: int, steps: int, places: int) -> int:

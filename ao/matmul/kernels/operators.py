@@ -120,9 +120,10 @@ def fused_at_once(
     rows = x if x.dim() == 2 else x.view(-1, k)
     m = rows.shape[0]
     of_hopper = of_hopper and _is_aligned(x, qdata)
-    reading = None if m > FEW else _reading_of_nibbles(n, k, qdata.shape[1], scale.shape[1], offset)
-    if reading is not None:
-        out = _plus(few_tokens.few(rows, reading, (qdata.view(torch.int32), scale, zero_point, None, None, None)), bias)
+    reading = _reading_of_codes(n, k, qdata, scale.shape[1], offset)
+    if reading is not None and _is_for_few(reading, m, of_hopper, x.device):
+        fields = (qdata.view(torch.int32), scale, zero_point, None, None, None)
+        out = few_tokens.few(rows, reading, fields, bias=bias)
     elif of_hopper and qdata.shape[1] == k:
         (out,) = hopper.parts_product(rows, [qdata], [scale], bias)
     elif of_hopper:
@@ -156,10 +157,10 @@ def fused_joined(
     (m, k), n = x.shape, sum(q.shape[0] for q in qdata)
     weights = list(itertools.zip_longest(qdata, scale, zero_point))
     codes, scales, zero = weights[0]
-    reading = _reading_of_nibbles(n, k, codes.shape[1], scales.shape[1], offset)
+    reading = _reading_of_codes(n, k, codes, scales.shape[1], offset)
     if m > FEW:
         return _as_one([fused_at_once(x, *w, offset, is_for_hopper(m, k, *w)) for w in weights])
-    if reading is not None:
+    if reading is not None and reading.bits == 4:
         fields = [(q.view(torch.int32), s, z, None, None, None) for q, s, z in weights]
         return _as_one(few_tokens.few_joined(x, reading, fields))
     of_hopper = codes.shape[1] == k and _is_for_hopper(m, n, k, codes, scales, zero)
@@ -168,12 +169,37 @@ def fused_joined(
     return _as_one(ampere.fused_joined(x, None, weights, offset, x.dtype))
 
 
-@functools.cache
-def _reading_of_nibbles(n: int, k: int, width: int, groups: int, offset: int) -> Reading | None:
-    """How few_tokens.py reads 4-bit codes (n, k / 2) with scales (n, groups); None for those that it does not."""
-    if width != k // 2 or k % 32 or (groups > 1 and k // groups % 16):
+def _reading_of_codes(n: int, k: int, qdata: Tensor, groups: int, offset: int) -> Reading | None:
+    """How few_tokens.py reads codes (n, k) of 8 bits, or (n, k / 2) of 4, with scales (n, groups); None where it does not."""
+    if k % 32 or (groups > 1 and k // groups % 16):
         return None
-    return Reading(n, k, 4, "affine", 0, False, float(offset), 1, groups)
+    return _reading(n, k, qdata.shape[1], qdata.dtype, groups, offset)
+
+
+@functools.cache
+def _reading(n: int, k: int, width: int, dtype: torch.dtype, groups: int, offset: int) -> Reading:
+    if dtype.is_floating_point:
+        return Reading(n, k, 8, "float", 4 if dtype == torch.float8_e4m3fn else 5, False, 0.0, 1, groups)
+    return Reading(n, k, 8 * width // k, "affine", 0, width == k and dtype == torch.int8, float(offset), 1, groups)
+
+
+def _is_for_few(reading: Reading, m: int, of_hopper: bool, device: torch.device) -> bool:
+    """Whether few_tokens.py multiplies codes of 4 or 8 bits. of_hopper: whether hopper.py could."""
+    n, k = reading.n, reading.k
+    if m > most(device) or (reading.bits == 8 and m <= 16):  # 8 bits have other kernels
+        return False
+    if slices_of_k.takes(reading, m, half=False) or (reading.bits == 4 and m <= FEW):
+        return True
+    if not of_hopper:
+        return is_hopper(device) and (m <= FEW or n * k >= SMALL)
+    if reading.bits == 8:
+        return m > 128 and n * k >= LARGE
+    return few_tokens.columns(reading, m, device) < hopper.nibbles_columns(m, n, k)
+
+
+def most(device: torch.device) -> int:
+    """The largest number of tokens whose weight is decoded on its way to the tensor cores; beyond, it is decoded to memory."""
+    return SOME if is_hopper(device) else FEW
 
 
 def nibbles_launch(
@@ -181,23 +207,30 @@ def nibbles_launch(
 ) -> Callable[..., Tensor] | None:
     """`fused` of m tokens and 4-bit codes by slices of K, in one launch, for weights of the form of these. None where that kernel
     is not for them."""
-    reading = _reading_of_nibbles(n, k, qdata.shape[1], scale.shape[1], offset)
-    if reading is None or not slices_of_k.takes(reading, m, half=False):
+    reading = _reading_of_codes(n, k, qdata, scale.shape[1], offset)
+    if m > 16 or reading is None or reading.bits == 8 or not slices_of_k.takes(reading, m, half=False):
         return None
     run = slices_of_k.sliced_launch(m, False, reading, (qdata, scale, zero_point, None, None, None))
     return lambda x, qdata, scale, zero_point: run(x, (qdata, scale, zero_point, None, None, None))
 
 
 FEW = 64
-"""The largest number of tokens for which weights are decoded on their way to the tensor cores."""
+"""The largest number of tokens for which weights are decoded on their way to the tensor cores, on most GPUs and in float16."""
 
 SOME = 512
-"""The same on Hopper, for the formats that hopper.py knows; beyond, the weight is decoded to memory first."""
+"""The same of bfloat16 on Hopper; beyond, the weight is decoded to memory first."""
+
+SMALL = 2**23
+"""Elements of a weight below which it is decoded to memory for more than 64 tokens: two launches, where the others are three."""
+
+LARGE = 2**26
+"""Elements of a weight of 8 bits from which it is decoded for more than 128 tokens. Below, x is in two parts of 8 bits: twice the
+products, at twice the rate, by programs of which more find room."""
 
 
 def is_for_hopper(m: int, k: int, qdata: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
-    """Whether hopper.py has the kernel that is the fastest for m tokens and this weight (N, k): the same for all m of a class, up
-    to 16 and from there to the next power of two, for which eager mode decides it once."""
+    """Whether hopper.py multiplies m tokens and this weight (N, k): the same for all m of a class, up to 16 and from there to the
+    next power of two, for which eager mode decides it once."""
     return _is_for_hopper(m, qdata.shape[0], k, qdata, scale, zero_point)
 
 
@@ -270,16 +303,17 @@ def few_at_once(x: Tensor, fields: Fields, reading: Reading, bias: Tensor | None
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
     m, (_, scale, zero_point, *_) = rows.shape[0], fields
     codes = _bytes(reading, fields) if m > 16 and x.dtype == torch.bfloat16 else None
-    if codes is not None and is_for_hopper(m, reading.k, codes, scale, zero_point) and _is_aligned(x, codes):
+    of_hopper = codes is not None and is_for_hopper(m, reading.k, codes, scale, zero_point) and _is_aligned(x, codes)
+    if codes is not None and of_hopper and not _is_for_few(reading, m, of_hopper, x.device):
         (out,) = hopper.parts_product(rows, [codes], [scale], bias)
-    elif m > FEW:
+    elif not _in_registers(reading, rows):
         out = F.linear(rows, _decoded(reading, fields, x.dtype), _as(bias, x.dtype))
     elif reading.kind == "trits":
         out = _plus(trits.product(rows, reading, fields, x.dtype), bias)
     elif m == 1 and reading.for_one_token:
         out = _plus(one_token.gemv_each(rows, reading, fields), bias)
     else:
-        out = _plus(few_tokens.few(rows, reading, fields), bias)
+        out = few_tokens.few(rows, reading, fields, bias=bias)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], reading.n)
 
 
@@ -291,6 +325,14 @@ def _bytes(reading: Reading, fields: Fields) -> Tensor | None:
     if reading.bits != 8 or not by_row or not (integers or e4m3) or fields[2] is not None:
         return None
     return fields[0].view(torch.int8 if integers else torch.float8_e4m3fn)
+
+
+def _in_registers(reading: Reading, x: Tensor) -> bool:
+    """Whether a weight is decoded on its way to the tensor cores, for x (M, K)."""
+    m, half = x.shape[0], x.dtype == torch.float16
+    if m <= FEW or half or reading.kind == "trits":
+        return m <= FEW
+    return slices_of_k.takes(reading, m, half) or (m <= most(x.device) and reading.n * reading.k >= SMALL)
 
 
 @_operator(

@@ -12,6 +12,16 @@ _FETCH_ASM = tl.constexpr(
     tuple(f"ld.global{how}.{kind} $0, [$1];" for how in (".nc", "") for kind in ("s8", "u8", "u16", "b16", "b32"))
 )
 
+_WORDS_ASM = tl.constexpr(
+    tuple(
+        f"ld.global{how}{hint}.{form};"
+        for form in ("b32 $0, [$1]", "v2.b32 {$0, $1}, [$2]", "v4.b32 {$0, $1, $2, $3}, [$4]")
+        for hint in (".L1::no_allocate", "")
+        for how in (".nc", "")
+    )
+)
+"""Loads of one, two and four words, by `FLAGS`: 1 before `_no_later`, 2 to be kept in the first cache."""
+
 
 @triton.jit
 def _fetched(at, EARLY: tl.constexpr = False):
@@ -43,78 +53,82 @@ def _no_later():
 
 
 @triton.jit
-def _word(at):
-    """A word that is read once."""
+def _word(at, FLAGS: tl.constexpr = 0):
+    """A word of the weight. FLAGS: of `_words`."""
     return tl.inline_asm_elementwise(
-        "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
-    )
+        _WORDS_ASM[FLAGS], "=r,l", [at], dtype=tl.int32, is_pure=FLAGS % 2 == 0, pack=1
+    )  # fmt: skip
 
 
 @triton.jit
-def _two_words(at, WIDE: tl.constexpr):
+def _two_words(at, WIDE: tl.constexpr, FLAGS: tl.constexpr = 0):
     """The word at each address, and the next. WIDE: addresses are multiples of theirs."""
     if WIDE:
         return tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at], dtype=(tl.int32, tl.int32),
-            is_pure=True, pack=1,
-        )  # fmt: skip
+            _WORDS_ASM[4 + FLAGS], "=r,=r,l", [at], dtype=(tl.int32, tl.int32), is_pure=FLAGS % 2 == 0, pack=1
+        )
     else:
-        return _word(at), _word(at + 1)
+        return _word(at, FLAGS), _word(at + 1, FLAGS)
 
 
 @triton.jit
-def _four_words(at, WIDE: tl.constexpr):
+def _four_words(at, WIDE: tl.constexpr, FLAGS: tl.constexpr = 0):
     if WIDE:
         return tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+            _WORDS_ASM[8 + FLAGS], "=r,=r,=r,=r,l", [at], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=FLAGS % 2 == 0, pack=1,
         )  # fmt: skip
     else:
-        return _word(at), _word(at + 1), _word(at + 2), _word(at + 3)
+        return _word(at, FLAGS), _word(at + 1, FLAGS), _word(at + 2, FLAGS), _word(at + 3, FLAGS)
 
 
 @triton.jit
-def _words(at, BITS: tl.constexpr, WIDE: tl.constexpr):
-    """The words of chunks; those beyond BITS are the first."""
+def _words(at, BITS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr = False):
+    """The words of chunks; those beyond BITS are the first. EARLY: as of `_fetched`."""
+    # Of a chunk that takes more than one load each sector of memory is read by several: the first cache keeps it for them.
+    FLAGS: tl.constexpr = (1 if EARLY else 0) + (0 if BITS == 4 or BITS == 2 else 2)
     if BITS == 8:
-        w0, w1, w2, w3 = _four_words(at, WIDE)
-        w4, w5, w6, w7 = _four_words(at + 4, WIDE)
+        w0, w1, w2, w3 = _four_words(at, WIDE, FLAGS)
+        w4, w5, w6, w7 = _four_words(at + 4, WIDE, FLAGS)
     elif BITS == 4:
-        w0, w1, w2, w3 = _four_words(at, WIDE)
+        w0, w1, w2, w3 = _four_words(at, WIDE, FLAGS)
         w4, w5, w6, w7 = w0, w0, w0, w0
     elif BITS == 6:
-        w0, w1 = _two_words(at, WIDE)
-        w2, w3 = _two_words(at + 2, WIDE)
-        w4, w5 = _two_words(at + 4, WIDE)
+        w0, w1 = _two_words(at, WIDE, FLAGS)
+        w2, w3 = _two_words(at + 2, WIDE, FLAGS)
+        w4, w5 = _two_words(at + 4, WIDE, FLAGS)
         w6, w7 = w0, w0
     elif BITS == 2:
-        w0, w1 = _two_words(at, WIDE)
+        w0, w1 = _two_words(at, WIDE, FLAGS)
         w2, w3, w4, w5, w6, w7 = w0, w0, w0, w0, w0, w0
     else:
-        w0 = _word(at)
-        w1 = _word(at + 1) if BITS > 1 else w0
-        w2 = _word(at + 2) if BITS > 2 else w0
-        w3 = _word(at + 3) if BITS > 3 else w0
-        w4 = _word(at + 4) if BITS > 4 else w0
-        w5 = _word(at + 5) if BITS > 5 else w0
-        w6 = _word(at + 6) if BITS > 6 else w0
+        w0 = _word(at, FLAGS)
+        w1 = _word(at + 1, FLAGS) if BITS > 1 else w0
+        w2 = _word(at + 2, FLAGS) if BITS > 2 else w0
+        w3 = _word(at + 3, FLAGS) if BITS > 3 else w0
+        w4 = _word(at + 4, FLAGS) if BITS > 4 else w0
+        w5 = _word(at + 5, FLAGS) if BITS > 5 else w0
+        w6 = _word(at + 6, FLAGS) if BITS > 6 else w0
         w7 = w0
     return w0, w1, w2, w3, w4, w5, w6, w7
 
 
 @triton.jit
-def _words_of_chunk(at, chunk, K: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr):
+def _words_of_chunk(
+    at, chunk, K: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr = False
+):  # fmt: skip
     """`_words` of a chunk of rows of K. Half a chunk at their end has its own words in place of those of the next row: there x is
     zero."""
     if K % 32 == 0:
-        return _words(at, BITS, WIDE)
+        return _words(at, BITS, WIDE, EARLY)
     rest = at + tl.where(chunk == K // 32, 0, BITS // 2)
+    FLAGS: tl.constexpr = 3 if EARLY else 2
     if BITS == 8:
-        w0, w1, w2, w3 = _four_words(at, WIDE)
-        w4, w5, w6, w7 = _four_words(rest, WIDE)
+        w0, w1, w2, w3 = _four_words(at, WIDE, FLAGS)
+        w4, w5, w6, w7 = _four_words(rest, WIDE, FLAGS)
     else:  # every second row begins between multiples of 16 bytes
-        w0, w1 = _two_words(at, WIDE)
-        w2, w3 = _two_words(rest, WIDE)
+        w0, w1 = _two_words(at, WIDE, FLAGS)
+        w2, w3 = _two_words(rest, WIDE, FLAGS)
         w4, w5, w6, w7 = w0, w0, w0, w0
     return w0, w1, w2, w3, w4, w5, w6, w7
 
@@ -132,17 +146,17 @@ def _group_of_half(half, K: tl.constexpr, NG: tl.constexpr):
 @triton.jit
 def _stored(
     scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, group, ZERO: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr,
-    NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr,
+    NESTED: tl.constexpr, RG2: tl.constexpr, NG2: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Scales and zero points of groups of rows as they are stored, and the scales and zero points of the scales."""
     at = row // RG * NG + group
-    scale = _fetched(scale_ptr + at)
-    zero = _fetched(zero_ptr + at) if ZERO else scale
+    scale = _fetched(scale_ptr + at, EARLY)
+    zero = _fetched(zero_ptr + at, EARLY) if ZERO else scale
     if NESTED == _INTEGERS:
         outer = row // RG2 * NG2
         if NG2 > 1:
             outer += group // (NG // NG2)
-        return scale, zero, _fetched(scale2_ptr + outer), _fetched(zero2_ptr + outer)
+        return scale, zero, _fetched(scale2_ptr + outer, EARLY), _fetched(zero2_ptr + outer, EARLY)
     else:
         return scale, zero, scale, scale
 

@@ -302,6 +302,10 @@ def _sliced(
     SIZE: tl.constexpr = 512 * TILES * OUT  # bytes of the sums of a warp
     if EARLY:
         gdc_launch_dependents()
+    before = tl.program_id(1) * (8 * OUT)  # tokens of other programs
+    x_ptr += before * K
+    out_ptr += before * N
+    M = tl.minimum(M - before, 8 * OUT)
     x_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
@@ -458,10 +462,25 @@ class Cut(NamedTuple):
 
 def takes(reading: Reading, m: int, half: bool) -> bool:
     """Whether `sliced` is for m tokens. half: whether they are float16."""
-    if m <= 8 or half:
-        return m <= 8
+    if m <= 8:
+        return True
     # Shared memory does not hold a table and the sums of two tiles of more tokens, and K in many parts wants two tiles.
-    return m <= 16 and (reading.k <= 8192 or not reading.looks_up_pairs)
+    if not half and m <= 16 and (reading.k <= 8192 or not reading.looks_up_pairs):
+        return True
+    # One launch in place of three, where groups of tokens find room on the GPU beside each other.
+    return m <= MANY and cdiv(reading.n, 16) * cdiv(m, _tokens(half)) * cdiv(reading.k, 2048) <= ROUNDS * 132
+
+
+MANY = 128
+"""Tokens beyond which no weight is small enough."""
+
+ROUNDS = 4
+"""Of programs with 2048 columns on 132 multiprocessors, in which three launches are done too."""
+
+
+def _tokens(half: bool) -> int:
+    """Of a program, at most."""
+    return 8 if half else 16
 
 
 @functools.cache
@@ -471,10 +490,14 @@ def cut_for(reading: Reading, m: int, half: bool, device: torch.device) -> Cut:
     warps = 16 if slices >= 16 else 8
     programs = 16 // warps
     each = cdiv(slices, warps)
-    # x of one more slice costs registers, of which more tokens and codes of more bits leave fewer.
-    more = m > 8 or half
+    # x of one more slice costs registers, of which more tokens and codes of more bits leave fewer, and codes whose words are
+    # loaded one by one.
+    odd = reading.bits in (3, 5, 7)
+    more = m > 8 or half or odd
     at_once = 2 if (each == 2 if more else each % 2 == 0) else 1
-    one_tile = (at_once == 2 and (more or reading.bits > 4)) or (m > 8 and reading.looks_up_pairs)
+    one_tile = (at_once == 2 and (more or reading.bits > 4)) or m > 16 or (m > 8 and reading.looks_up_pairs)
+    if odd and m <= 8 and not one_tile:
+        return Cut(warps, at_once, 2, programs)  # as many of their loads are on the way as of the others with one
     places = multiprocessors(device) * programs
     tiles = 1 if one_tile else min((2, 1), key=lambda t: cdiv(cdiv(reading.n, 16 * t), places) * t)
     return Cut(warps, at_once, tiles, programs)
@@ -487,7 +510,7 @@ def _constants(
     scaled = reading.groups > 1 and reading.group % 128 != 0
     constants, how = decoding(reading, zero, scaled, in_shared=True)
     lookup = how[0] == "lookup"
-    sums = 2 if m > 8 else 1  # blocks of 8 tokens
+    sums = 2 if m > 8 and not half else 1  # blocks of 8 tokens
     blocks = 2 if half else sums
     size, table = 512 * cut.tiles * sums, _TABLE_BYTES if lookup else 0
     buffers = 2 if table + 2 * size * cut.warps <= _ROOM else 1
@@ -499,10 +522,10 @@ def _constants(
     }  # fmt: skip
 
 
-def _programs(rows: Sequence[int], cut: Cut, device: torch.device) -> list[int]:
+def _programs(rows: Sequence[int], cut: Cut, device: torch.device, groups: int = 1) -> list[int]:
     """The programs for each weight of a launch: as many rounds for each, and a program for each place if possible."""
     blocks = [cdiv(n, 16 * cut.tiles) for n in rows]
-    places = multiprocessors(device) * cut.programs
+    places = max(1, multiprocessors(device) * cut.programs // groups)
     rounds = cdiv(sum(blocks), places)
     while sum(cdiv(b, rounds) for b in blocks) > max(places, len(blocks)):
         rounds += 1
@@ -525,7 +548,8 @@ def sliced(x: Tensor, reading: Reading, weights: Sequence[Fields], how: Cut | No
     if x.data_ptr() % 16:
         x = x.clone()
     out = torch.empty(m * sum(rows), dtype=x.dtype, device=x.device)
-    programs, early = _programs(rows, how, x.device), is_hopper(x.device)
+    groups = max(1, cdiv(m, _tokens(half)))
+    programs, early = _programs(rows, how, x.device, groups), is_hopper(x.device)
     zero = None if fields[2] is None else fields[2].dtype
     wide = all(each[0].data_ptr() % 16 == 0 for each in weights)
     constants = _constants(reading, zero, wide, m, half, how, early)
@@ -537,7 +561,8 @@ def sliced(x: Tensor, reading: Reading, weights: Sequence[Fields], how: Cut | No
             parts.append((*given(weights[1]), 0, 0))
         kernel, args = sliced_joined_kernel, [x, out, *itertools.chain(*parts), m]
     launch(
-        kernel, (sum(programs) if m else 0,), *args, num_warps=how.warps, early=early, registers=_registers(how), **constants
+        kernel, (sum(programs) if m else 0, groups), *args, num_warps=how.warps, early=early, registers=_registers(how),
+        **constants,
     )  # fmt: skip
     return cut(out, m, rows)
 
@@ -549,9 +574,10 @@ def sliced_launch(m: int, half: bool, reading: Reading, fields: Fields) -> Calla
     device, n = fields[0].device, reading.n
     how, early = cut_for(reading, m, half, device), is_hopper(device)
     zero = None if fields[2] is None else fields[2].dtype
+    groups = max(1, cdiv(m, _tokens(half)))
     start = Launch(
-        sliced_kernel, tuple(_programs([n], how, device)), num_warps=how.warps, early=early, registers=_registers(how),
-        views={1: torch.int32}, **_constants(reading, zero, True, m, half, how, early),
+        sliced_kernel, (*_programs([n], how, device, groups), groups), num_warps=how.warps, early=early,
+        registers=_registers(how), views={1: torch.int32}, **_constants(reading, zero, True, m, half, how, early),
     )  # fmt: skip
 
     def run(x: Tensor, fields: Fields) -> Tensor:

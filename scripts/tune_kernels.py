@@ -106,7 +106,8 @@ def tiles(m: int) -> list[Tile]:
             Tile(True, 32, 64, 4, 2, programs=4), Tile(True, 32, 128, 8, 2), Tile(True, 32, 128, 8, chunks=4, dots=1),
         ]  # fmt: skip
     long = [
-        Tile(True, 64, 128, 8, 2), Tile(True, 64, 64, 4, 3, programs=4), Tile(True, 64, 128, 8, chunks=4, dots=1),
+        Tile(True, 64, 128, 8, 2), Tile(True, 64, 128, 8, 2, chunks=4, dots=2),
+        Tile(True, 64, 64, 4, 3, chunks=4, dots=2, programs=4), Tile(True, 64, 128, 8, chunks=4, dots=1),
         Tile(True, 64, 128, 8, dots=1, registers=255, programs=1),
     ]  # fmt: skip
     if m <= 64:

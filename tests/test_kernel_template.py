@@ -111,6 +111,7 @@ TILES = {
     "hopper": (True, 16, 64, 4, 3, 1, 8, 4, 128, 2, False),
     "hopper, cut": (True, 32, 64, 4, 2),
     "hopper, tall": (True, 64, 128, 8, 2),
+    "hopper, short steps": (True, 64, 128, 8, 2, 1, 4, 2),
     "hopper, one product in a step": (True, 128, 128, 8, 3, 1, 8, 1, 255, 1),
     "hopper, most tokens": (True, 256, 128, 8, 3, 1, 4, 1, 255, 1),
 }
@@ -194,7 +195,10 @@ def test_slices_of_k(spec, name):
     from ao.matmul.kernels.reading import reading_of
     from ao.matmul.kernels.slices_of_k import Cut, sliced
 
-    for m, dtype in ((2, torch.bfloat16), (8, torch.bfloat16), (13, torch.bfloat16), (7, torch.float16)):
+    for m, dtype in (
+        (2, torch.bfloat16), (8, torch.bfloat16), (13, torch.bfloat16), (40, torch.bfloat16), (7, torch.float16),
+        (21, torch.float16),
+    ):  # fmt: skip
         x, q = case(spec, 80, 1408, m, dtype)
         reading, (codes, *others) = reading_of(q)
         shifted = torch.empty(codes.numel() + 1, dtype=codes.dtype, device=codes.device)[1:].view(codes.shape)

@@ -375,8 +375,9 @@ def few_accepts(x: Tensor, w: QTensor) -> bool:
 
 
 def few(x: Tensor, w: QTensor, bias: Tensor | None = None) -> Tensor:
-    """x @ decode(w).T, in any format. Up to 64 tokens the weights are decoded in registers, a tile at a time; beyond, to memory,
-    by one kernel. In registers their numbers become bfloat16, with x in float16 too: 51 dB against float64."""
+    """x @ decode(w).T, in any format. Up to 64 tokens (512 of bfloat16 on Hopper, in graphs) the weights are decoded in
+    registers, a tile at a time; beyond, to memory, by one kernel. In registers their numbers become bfloat16, with x in float16
+    too: 51 dB against float64."""
     from .kernels import operators
 
     reading, fields = _reading(w)

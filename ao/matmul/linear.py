@@ -37,7 +37,8 @@ A product takes the first path in `PATHS` of its device that accepts it:
         block_scaled  MX and NVFP4 activation x such a weight, on chips that multiply blocks (Blackwell)
         emulated    the same elsewhere, in bfloat16 with a float32 sum
         decode      4- and 8-bit weights: decode by one kernel, then a floating-point product
-        few         any other format that has an operand: decoded on the way to the tensor cores, beyond 64 tokens to memory
+        few         any other format that has an operand: decoded on the way to the tensor cores, beyond 64 tokens (512 on Hopper)
+                    to memory
     on any device, after those
         float8      float8 x float8 in float32, where the chip has no float8
         dequantize  decode the weight, then a floating-point product; always accepts

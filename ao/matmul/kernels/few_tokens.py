@@ -304,7 +304,7 @@ def _piece(
 ):  # fmt: skip
     """The products of a block of rows and a tile of tokens over steps t0 to t1 of K: (BN, BM), float32.
 
-    By the tensor cores of Hopper, in steps of 4 or 8 chunks and 1 or 4 products in each. x: of `arrange_kernel`, in boxes
+    By the tensor cores of Hopper, in steps of 4 or 8 chunks and 1, 2 or 4 products in each. x: of `arrange_kernel`, in boxes
     (PARTS BM, 32 CHUNKS / DOTS) of 16 rows or more.
     """
     WIDTH: tl.constexpr = 32 * CHUNKS // DOTS
@@ -334,8 +334,10 @@ def _piece(
             if K // NG % 32 != 0:
                 f1, z1 = _factor_and_term(second, BITS, KIND, SIGNED, ZERO, OFFSET, NG > 1, NESTED, SHIFT, POWER)
         for i in tl.static_range(DOTS):
-            w = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i)
-            if DOTS == 1:
+            w = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i * (4 // DOTS))
+            if DOTS == 2:
+                w = tl.join(w, _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, i * 2 + 1))
+            elif DOTS == 1:
                 w1 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 1)
                 w2 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 2)
                 w3 = _decoded(words, f0, z0, f1, z1, table, ASM0, ASM1, ASM2, ASM3, 3)
@@ -493,7 +495,7 @@ class Tile(NamedTuple):
     hopper: by `some_kernel`. tokens, rows: of a tile. warps: of a program.
     stages: steps of which x is in shared memory at a time.
     split: in how many parts K is, of `few_kernel`.
-    Of `some_kernel`: chunks of a step, 4 or 8, and dots, its products, 1 or 4. registers: of a thread, at most. programs: on a
+    Of `some_kernel`: chunks of a step, 4 or 8, and dots, its products, 1, 2 or 4. registers: of a thread, at most. programs: on a
     multiprocessor at a time.
     cut: whether the tiles that fill no round are cut, so that all programs have as much to do.
     """
@@ -521,18 +523,24 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
         # K is cut for 16 warps of a multiprocessor.
         split = max(1, min(8, round(4 * multiprocessors(device) / tiles), cdiv(reading.k, STEP) // 2))
         return Tile(False, tokens, 64, 4, split=split)
-    if tokens <= 32:  # what a step loads is small, but of float16
-        tile = Tile(True, tokens, 64, 4, stages=2, programs=3 if half else 4)
-    elif tokens == 64:
-        tile = Tile(True, tokens, 128, 8, stages=2)
-    else:
+    if tokens > 64:
         # Sums of 256 tokens take half of all registers: one program to a multiprocessor, whose next step is decoded meanwhile.
         tile = Tile(True, tokens, 128, 8, chunks=8 if tokens == 128 else 4, dots=1, registers=255, programs=1)
+    else:
+        # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which scales whose loads share lines
+        # need, and words of many loads: shorter steps for these.
+        large = tokens * (2 if half else 1) == 64
+        short = large and (reading.bits > 4 or (not reading.by_row and reading.group <= 16))
+        tile = Tile(True, tokens, 64, 4, stages=2, programs=3 if half else 4)
+        if tokens == 64:
+            tile = Tile(True, tokens, 128, 8, stages=2)
+        if short:
+            tile = tile._replace(chunks=4, dots=2)
     tiles, places = cdiv(reading.n, tile.rows) * cdiv(m, tokens), multiprocessors(device) * tile.programs
-    return tile._replace(cut=(places - tiles % places) * reading.k >= LESS * places)
+    return tile._replace(cut=(places - tiles % places) * reading.k >= SPARED * places)
 
 
-LESS = 1500
+SPARED = 1500
 """Columns of K that the longest program is spared, at least, where tiles are cut: their sums take as long to write and add up."""
 
 

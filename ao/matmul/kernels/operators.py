@@ -183,6 +183,7 @@ def _reading(n: int, k: int, width: int, dtype: torch.dtype, groups: int, offset
     return Reading(n, k, 8 * width // k, "affine", 0, width == k and dtype == torch.int8, float(offset), 1, groups)
 
 
+@functools.cache
 def _is_for_few(reading: Reading, m: int, of_hopper: bool, device: torch.device) -> bool:
     """Whether few_tokens.py multiplies codes of 4 or 8 bits. of_hopper: whether hopper.py could."""
     n, k = reading.n, reading.k

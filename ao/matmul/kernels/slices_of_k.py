@@ -3,7 +3,8 @@
 Each warp of a program has slices of K, of 4 chunks of 32 elements, one for every four lanes, and keeps x of these in registers,
 where the tensor cores of every GPU take both sides from (pair_products.py). It goes through tiles of 16 rows, whose words are on
 their way long before. The sums of the warps meet in shared memory, once per block of rows: no second kernel is needed, and there
-is a program for each multiprocessor, which begins to read the weight before the kernel before is done.
+is a program for each multiprocessor, which begins to read the weight before the kernel before is done. More tokens of a small
+weight are groups of so many, each for programs of its own.
 
 Tensors have one dim with an element for each thread: Triton gives thread i element i.
 """

@@ -67,20 +67,9 @@ def _read_ahead(
         )
         second = first
         if g % 2 != 0:
+            half = _group_of_half(half + 1, K, NG)
             second = _stored(
-                scale_ptr,
-                zero_ptr,
-                scale2_ptr,
-                zero2_ptr,
-                row,
-                _group_of_half(half + 1, K, NG),
-                ZERO,
-                RG,
-                NG,
-                NESTED,
-                RG2,
-                NG2,
-                EARLY,
+                scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, half, ZERO, RG, NG, NESTED, RG2, NG2, EARLY
             )
         return words, first, second
 

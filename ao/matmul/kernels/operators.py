@@ -240,7 +240,9 @@ def _is_for_hopper(m: int, n: int, k: int, qdata: Tensor, scale: Tensor, zero_po
     if m > SOME or k > 65536 or not is_hopper(qdata.device):
         return False
     if qdata.shape[1] == k:
-        exact = k % 16 == 0 and qdata.dtype in (torch.int8, torch.float8_e4m3fn)
+        # Rows that end within a step, of more tokens: 46.9 us for 4304 x 4304 at 256 on an H200, more than decoding it takes.
+        fits = k % 128 == 0 or (k % 16 == 0 and m <= FEW)
+        exact = fits and qdata.dtype in (torch.int8, torch.float8_e4m3fn)
         return (m > 16 or n >= 16384) and exact and scale.shape[1] == 1 and zero_point is None
     whole = k % 128 == n % 64 == 0 and qdata.shape[1] == k // 2 and scale.shape[1] == k // 128
     return whole and m > (8 if k > 8192 else 16)

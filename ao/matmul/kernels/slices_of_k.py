@@ -88,20 +88,8 @@ def _ahead(
     )  # fmt: skip
     second = first
     if G % 2 != 0:
-        second = _stored(
-            scale_ptr,
-            zero_ptr,
-            scale2_ptr,
-            zero2_ptr,
-            row,
-            _group_of_half(chunk * 2 + 1, K, NG),
-            ZERO,
-            RG,
-            NG,
-            NESTED,
-            RG2,
-            NG2,
-        )
+        group = _group_of_half(chunk * 2 + 1, K, NG)
+        second = _stored(scale_ptr, zero_ptr, scale2_ptr, zero2_ptr, row, group, ZERO, RG, NG, NESTED, RG2, NG2)
     return words, first, second
 
 

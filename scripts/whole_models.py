@@ -264,7 +264,7 @@ MODELS = {
         (1, 2),
         "a step of SDXL's UNet at 1024 x 1024",
         compiled=lambda module: _named(module, "Transformer2DModel", "ResnetBlock2D"),
-        # Those of the text, for 77 tokens, and those outside of the transformers take little time, and accuracy.
+        # Not those of the text, for 77 tokens, nor those outside of the transformers: there is little to gain of them.
         quantized=lambda layer, name: (
             isinstance(layer, nn.Linear)
             and "transformer_blocks" in name

@@ -219,6 +219,33 @@ def test_the_operator_quantizes_as_the_spec_does(spec):
     assert not quantized(torch.zeros(3, 128, device="cuda", dtype=torch.bfloat16), codes.dtype, False)[0].float().any()
 
 
+@HOPPER
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("spec", [Intx(8), Float8()], ids=str)
+def test_codes_that_meet_several_weights(spec, out):
+    from ao.matmul.kernels import hopper, operators
+
+    least = 45 if isinstance(spec, Intx) else 30  # sums of float8 have some 14 bits
+    for m, n, k in ((129, 640, 1280), (700, 328, 512), (1500, 1280, 336), (257, 100, 4096)):
+        x = spec.quantize(activation(m, k, torch.float16 if out == torch.float16 else torch.bfloat16))
+        weights = [spec.quantize(weight((n, k), i).cuda()) for i in range(3)]
+        bias = [weight((n,), 7 + i, torch.bfloat16).cuda() for i in range(3)]
+        codes, columns = [w.qdata for w in weights], [w.scale for w in weights]
+        for some in (bias, [bias[0], None, bias[2]], [None] * 3, bias[:2], bias[:1], [None]):
+            count = len(some)
+            each = hopper.many_codes_product(x.qdata, x.scale, codes[:count], columns[:count], out, some)
+            for got, w, b in zip(each, weights, some):
+                expected = x.dequantize().double() @ w.dequantize().double().t() + (0 if b is None else b.double())
+                assert got.dtype == out and compute_error(expected, got.double()) > least
+                alone = hopper.many_codes_product(x.qdata, x.scale, [w.qdata], [w.scale], out, [b])
+                assert torch.equal(got, alone[0])
+            if count > 1:
+                joined = operators.scaled_product_joined(x.qdata, x.scale, codes[:count], columns[:count], out, some)
+                for got, w, b in zip(joined.view(count, m, n), weights, some):
+                    alone = operators.scaled_product(x.qdata, x.scale, w.qdata, w.scale, out, b)
+                    assert compute_error(alone.double(), got.double()) > least
+
+
 def test_int4_weight_and_int8_activation():
     spec = Intx(4, (1, 32), symmetric=True, act=Intx(8, symmetric=False))
     x, q = activation(1), case(spec)

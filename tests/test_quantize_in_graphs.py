@@ -22,6 +22,8 @@ SCHEMAS = {
     "quantized_norm": "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centered, bool added, ScalarType dtype)"
     " -> (Tensor, Tensor)",
     "scaled_product": "(Tensor x, Tensor rows, Tensor qdata, Tensor columns, ScalarType dtype, Tensor? bias=None) -> Tensor",
+    "scaled_product_joined": "(Tensor x, Tensor rows, Tensor[] qdata, Tensor[] columns, ScalarType dtype, Tensor?[] biases)"
+    " -> Tensor",
     "dynamic_product": "(Tensor x, Tensor qdata, Tensor columns, bool whole, Tensor? bias=None) -> Tensor",
 }
 SPECS = {torch.int8: Intx(8), torch.float8_e4m3fn: Float8()}
@@ -61,6 +63,11 @@ def scaled_product(x, rows, qdata, columns, dtype, bias=None):
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
+def scaled_product_joined(x, rows, qdata, columns, dtype, biases):
+    out = [scaled_product(x, rows, *each, dtype, bias) for *each, bias in zip(qdata, columns, biases)]
+    return torch.cat([each.flatten() for each in out])
+
+
 def dynamic_product(x, qdata, columns, whole, bias=None):
     return scaled_product(*quantized(x, qdata.dtype, whole), qdata, columns, x.dtype, bias)
 
@@ -79,6 +86,9 @@ FAKES = {
         x.new_empty(len(x), 1, dtype=torch.float32),
     ),
     "scaled_product": lambda x, rows, qdata, columns, dtype, bias=None: x.new_empty(len(x), len(qdata), dtype=dtype),
+    "scaled_product_joined": lambda x, rows, qdata, columns, dtype, biases: x.new_empty(
+        len(x) * sum(map(len, qdata)), dtype=dtype
+    ),
     "dynamic_product": lambda x, qdata, *_: x.new_empty(len(x), len(qdata)),
 }
 
@@ -272,6 +282,24 @@ NOT_AFTER_A_NORM = {
 }
 
 
+def test_weights_of_one_shape_meet_the_codes_in_one_launch(called, monkeypatch):
+    calls, _ = called
+    asked = []
+    monkeypatch.setattr(quantize_in_graphs, "joins", lambda *args: not asked.append(args))
+    q, k, v, other, last = (Product(96 if i == 3 else 64, 64, torch.int8, i) for i in range(5))
+    k.bias = None
+
+    def blocks(x):
+        return q(x) * torch.tanh(k(x)), other(x)[..., :64] + v(x) - last(x)
+
+    x = weight((2, 3, 64))
+    got = torch.compile(blocks)(x)
+    # Three in one launch; the one of 96 rows, and the fourth of 64, are alone.
+    assert sorted(calls) == ["quantized", "scaled_product", "scaled_product", "scaled_product_joined"]
+    torch.testing.assert_close(got, blocks(x))
+    assert asked[0][:3] == (6, 64, 64) and {args[5] for args in asked} == {True, False}
+
+
 def test_what_counts_as_after_a_norm(called):
     calls, _ = called
     layer = Product(16, 64)
@@ -436,6 +464,37 @@ def test_a_block_on_a_gpu(config, width, mode):
     # The norm, with the codes, of rows that are not long; the residual is another.
     assert text.count("@triton.jit") <= 2
     assert compute_error(expected.float(), got.float()) > 35
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (part(h).unflatten(-1, (-1, 64)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.gpu
+@HOPPER
+@pytest.mark.parametrize(("width", "tokens"), [(1024, 197), (1280, 1000)])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_attention_on_a_gpu(width, tokens, mode):
+    torch.compiler.reset()
+    block = Attention(width).to("cuda", torch.bfloat16).requires_grad_(False)
+    ao.quantize_(block, ao.Int8DynamicActivationInt8WeightConfig())
+    x = weight((4, tokens, width), 0, torch.bfloat16).cuda()
+    expected = block(x)
+    compiled = torch.compile(block, mode=mode)
+    _, code = run_and_get_code(compiled, x)
+    text = "\n".join(code)
+    assert text.count("torch.ops.ao.scaled_product_joined.default(") == 1
+    assert text.count("torch.ops.ao.scaled_product.default(") + text.count("torch.ops.ao.dynamic_product.default(") == 1
+    for _ in range(3):  # recorded, and replayed
+        assert compute_error(expected.float(), compiled(x).float()) > 35
 
 
 @pytest.mark.gpu

@@ -237,6 +237,7 @@ def arrange_kernel(
     k, there = _column_of(chunk, code, K, BITS)
     if ORDERED:
         k = tl.load(order_ptr + k, mask=there, other=0)
+    gdc_wait()
     x = tl.load(x_ptr + m.to(tl.int64) * K + k, mask=there, other=0.0)
     width: tl.constexpr = (K + step - 1) // step * step
     out_ptr += (m // BM * (PARTS * BM) + m % BM).to(tl.int64) * width + p
@@ -463,8 +464,13 @@ def meet_kernel(
         there = (rm < M) & (rn < n)
         gdc_wait()
         acc = tl.load(parts_ptr + (first * 2 + 1).to(tl.int64) * (BM * BN) + i, mask=there, other=0.0)
-        for p in tl.range(first + 1, last + 1):
-            acc += tl.load(parts_ptr + (p * 2).to(tl.int64) * (BM * BN) + i, mask=there, other=0.0)
+        for p in tl.range(first + 1, last + 1, 4):  # four loads are on their way at a time
+            parts = ()
+            for j in tl.static_range(4):
+                at = parts_ptr + ((p + j) * 2).to(tl.int64) * (BM * BN) + i
+                parts += (tl.load(at, mask=there & (p + j <= last), other=0.0),)  # type: ignore[assignment]
+            for j in tl.static_range(4):
+                acc += parts[j]
         tl.store(out_ptr + rm * n + rn, acc.to(out_ptr.dtype.element_ty), mask=there)
 
 
@@ -520,6 +526,8 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
         # need, and words of many loads: shorter steps for these.
         large = tokens * (2 if half else 1) == 64
         short = large and (reading.bits > 4 or (not reading.by_row and reading.group <= 16))
+        # So are those of programs that have few.
+        short |= tokens == 64 and cdiv(reading.n, 128) * cdiv(m, 64) * reading.k < 1024 * 2 * multiprocessors(device)
         tile = Tile(True, tokens, 64, 4, stages=2, programs=3 if half else 4)
         if tokens == 64:
             tile = Tile(True, tokens, 128, 8, stages=2)
@@ -623,7 +631,7 @@ def few_in_tiles(
         )
         launch(
             arrange_kernel, (m, cdiv(steps * step, 1024)), x, x if order is None else order, arranged, K=reading.k,
-            BITS=reading.bits, B=1024, BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks, ORDERED=order is not None,
+            BITS=reading.bits, B=1024, BM=tile.tokens, PARTS=count, CHUNKS=tile.chunks, ORDERED=order is not None, early=True,
         )  # fmt: skip
         programs, whole, rest, shares = _shared_out(sum(blocks) * tiles, steps, tile, x.device)
         pieces = 0 < rest < shares

@@ -51,23 +51,34 @@ def _of_first_part(ptr):
 
 @triton.jit(do_not_specialize=["M"])
 def codes_kernel(
-    x, row_ptr, q, column_ptr, bias_ptr, out, out_ptr, M, N, K: tl.constexpr, FLOAT: tl.constexpr, BIAS: tl.constexpr,
-    COPIED: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, row_ptr, q0, q1, q2, column0, column1, column2, bias0, bias1, bias2, out0, out1, out2, out_ptr, M, N, K: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIASES: tl.constexpr, COPIED: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = row[m] * column[n] * sum of x[m] * q[n] + bias[n], int8 with an int32 sum, or float8.
+    """out[w, m, n] = row[m] * column w[n] * sum of x[m] * q w[n] + bias w[n], int8 with an int32 sum, or float8.
 
-    x, q and, where it is COPIED, out: tensor descriptors. Each of PROGRAMS programs, which all run at a time, makes tile after
-    tile: so the loads of the next one begin before the sums of this one are stored. BAND tiles of rows share a column of tiles,
-    which then stays in the cache. Tiles are stored by halves, which takes fewer registers.
+    Of one, two or three WEIGHTS q (N, K) of one shape. BIASES: bit w says whether weight w has one. x, q and, where they are
+    COPIED, out0 to out2: tensor descriptors. Each of PROGRAMS programs, which all run at a time, makes tile after tile: so the
+    loads of the next one begin before the sums of this one are stored. BAND tiles of rows share a column of tiles, which then
+    stays in the cache. Tiles are stored by halves, which takes fewer registers.
     """
+    gdc_launch_dependents()
+    gdc_wait()
     down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    band = BAND * across
-    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True, num_stages=STAGES):
+    band = BAND * across * WEIGHTS
+    for tile in tl.range(tl.program_id(0), down * across * WEIGHTS, PROGRAMS, flatten=True, num_stages=STAGES):
         first = tile // band * BAND
         height = tl.minimum(down - first, BAND)
         m0 = (first + tile % band % height) * BM
-        n0 = (tile % band // height) * BN
+        block = tile % band // height
+        weight = block // across
+        n0 = (block - weight * across) * BN
+        q, out = q0, out0
+        if WEIGHTS > 1:  # a descriptor can't be an operand of tl.where
+            if weight == 1:
+                q, out = q1, out1
+            elif weight == 2:
+                q, out = q2, out2
         if FLOAT:
             acc = tl.zeros((BM, BN), tl.float32)
         else:
@@ -77,14 +88,18 @@ def codes_kernel(
                 acc = tl.dot(x.load([m0, k]), q.load([n0, k]).T, acc)
             else:
                 acc = tl.dot(x.load([m0, k]), q.load([n0, k]).T, acc, out_dtype=tl.int32)
+        column_ptr = of_three(weight, 1, 2, column0, column1, column2)
+        bias_ptr = of_three(weight, 1, 2, bias0, bias1, bias2)
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-        _store_scaled(left, row_ptr, column_ptr, bias_ptr, out, out_ptr, m0, n0, M, N, BIAS, COPIED)
-        _store_scaled(right, row_ptr, column_ptr, bias_ptr, out, out_ptr, m0, n0 + BN // 2, M, N, BIAS, COPIED)
+        _store_scaled(left, row_ptr, column_ptr, bias_ptr, out, out_ptr, weight, m0, n0, M, N, BIASES, COPIED)
+        _store_scaled(
+            right, row_ptr, column_ptr, bias_ptr, out, out_ptr, weight, m0, n0 + BN // 2, M, N, BIASES, COPIED
+        )
 
 
 @triton.jit
 def _store_scaled(
-    acc, row_ptr, column_ptr, bias_ptr, out, out_ptr, m0, n0, M, N, BIAS: tl.constexpr, COPIED: tl.constexpr
+    acc, row_ptr, column_ptr, bias_ptr, out, out_ptr, weight, m0, n0, M, N, BIASES: tl.constexpr, COPIED: tl.constexpr
 ):  # fmt: skip
     """Sums to the result."""
     rm = m0 + tl.arange(0, acc.shape[0])
@@ -92,13 +107,14 @@ def _store_scaled(
     row = tl.load(row_ptr + rm, mask=rm < M, other=0.0)
     column = tl.load(column_ptr + rn, mask=rn < N, other=0.0)
     y = acc.to(tl.float32) * row[:, None] * column[None, :]
-    if BIAS:
-        y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    if BIASES:
+        there = (rn < N) & ((BIASES >> weight & 1) != 0)
+        y += tl.load(bias_ptr + rn, mask=there, other=0.0).to(tl.float32)[None, :]
     if COPIED:
         out.store([m0, n0], y.to(out_ptr.dtype.element_ty))
     else:
         there = (rm < M)[:, None] & (rn < N)[None, :]
-        at = out_ptr + rm[:, None].to(tl.int64) * N + rn[None, :]
+        at = out_ptr + (weight * M + rm[:, None]).to(tl.int64) * N + rn[None, :]
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=there)
 
 
@@ -273,31 +289,40 @@ def nibbles_kernel(
 
 
 def many_codes_product(
-    x: Tensor, rows: Tensor, qdata: Tensor, columns: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
-    """(x @ qdata.T) * rows * columns.T + bias, int8 or float8 e4m3: x (M, K), rows (M, 1), qdata (N, K), columns (N, 1), bias
-    (N,) -> (M, N). K % 16 == 0."""
-    (m, k), n = x.shape, qdata.shape[0]
-    out = torch.empty(m, n, dtype=dtype, device=x.device)
-    start, copied = _many_launch(
-        m, n, k, x.dtype, rows.dtype, columns.dtype, dtype, None if bias is None else bias.dtype, x.device.index
-    )
-    start(x.device.index, x, rows, qdata, columns, columns if bias is None else bias, out if copied else x, out, m, n)
-    return out
+    x: Tensor, rows: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype,
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:  # fmt: skip
+    """(x @ qdata.T) * rows * columns.T + bias, int8 or float8 e4m3, of one, two or three weights of one shape in one launch: x
+    (M, K), rows (M, 1), qdata (N, K), columns (N, 1), bias (N,) or None -> (M, N) each. K % 16 == 0."""
+    (m, k), n, count = x.shape, qdata[0].shape[0], len(qdata)
+    out = torch.empty(count * m, n, dtype=dtype, device=x.device)
+    added = tuple(None if bias is None else bias.dtype for bias in biases)
+    start, copied = _many_launch(m, n, k, x.dtype, rows.dtype, columns[0].dtype, dtype, added, x.device.index)
+    outs = [out] if count == 1 else list(out.split(m))
+    some = next((bias for bias in biases if bias is not None), columns[0])
+    each = [qdata, columns, [some if bias is None else bias for bias in biases], outs if copied else [x] * count]
+    start(x.device.index, x, rows, *itertools.chain.from_iterable(map(_three, each)), out, m, n)
+    return outs
+
+
+def _three(given: Sequence[Tensor]) -> list[Tensor]:
+    """One, two or three, the last of which is there more than once."""
+    return [*given, given[-1], given[-1]][:3]
 
 
 @functools.lru_cache(4096)
 def _many_launch(
     m: int, n: int, k: int, codes: torch.dtype, rows: torch.dtype, columns: torch.dtype, out: torch.dtype,
-    bias: torch.dtype | None, device: int,
+    biases: tuple[torch.dtype | None, ...], device: int,
 ) -> tuple[Launch, bool]:  # fmt: skip
     """The launch, and whether the copy engine stores its result."""
-    copied = out.itemsize == 2 and n % 8 == 0
+    copied, count = out.itemsize == 2 and n % 8 == 0, len(biases)
     programs = 2 * multiprocessors(torch.device("cuda", device))
-    tiles = {0: (128, 128), 2: (128, 128), 5: (128, 64 if copied else 128)}
+    tiles = dict.fromkeys((0, 2, 3, 4), (128, 128)) | dict.fromkeys((11, 12, 13), (128, 64 if copied else 128))
     start = Launch(
-        codes_kernel, (min(programs, cdiv(m, 128) * cdiv(n, 128)),), num_warps=4, tiles=tiles, K=k, FLOAT=codes.is_floating_point,
-        BIAS=bias is not None, COPIED=copied, PROGRAMS=programs, BM=128, BN=128, BK=128, BAND=8, STAGES=3,
+        codes_kernel, (min(programs, count * cdiv(m, 128) * cdiv(n, 128)),), num_warps=4, early=True, tiles=tiles, K=k,
+        WEIGHTS=count, BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None), COPIED=copied,
+        PROGRAMS=programs, BM=128, BN=128, BK=128, BAND=8, STAGES=3, FLOAT=codes.is_floating_point,
     )  # fmt: skip
     return start, copied
 

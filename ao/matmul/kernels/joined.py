@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,7 +48,7 @@ def join_in_compiled_graphs() -> None:
 def lower(x: Any, *weight: Any) -> Any:
     """The product, as the compiler knows it."""
     from torch._inductor.ir import ExternKernel
-    from torch._inductor.lowering import fallback_handler, lowerings
+    from torch._inductor.lowering import fallback_handler
     from torch._inductor.virtualized import V
 
     graph = V.graph
@@ -60,37 +61,49 @@ def lower(x: Any, *weight: Any) -> Any:
     if len(nodes) == 1:
         return fallback_handler(node.target, add_to_fallback_set=False)(x, *weight)
 
-    def value(arg: Any) -> Any:
-        """Of a field, which may be a view that is not lowered yet."""
-        return graph.env[arg] if arg in graph.env else lowerings[arg.target](value(arg.args[0]), *arg.args[1:])
-
     fields = [[value(arg) for arg in each if arg is not None] for each in zip(*map(_fields, nodes))]
     joined = getattr(torch.ops.ao, f"{_name(node)}_joined").default
     rest = weight[len(fields) :][: len(joined._schema.arguments) - 1 - len(fields)]  # without a bias
-    out, start, tokens = fallback_handler(joined, add_to_fallback_set=False)(x, *fields, *rest), 0, x.get_size()[0]
-    for other in nodes:
-        n = _rows(other)
-        part = lowerings[torch.ops.aten.slice.Tensor](out, 0, start, start + tokens * n)
-        found[other] = lowerings[torch.ops.aten.view.default](part, [tokens, n])
-        start = start + tokens * n
+    out = fallback_handler(joined, add_to_fallback_set=False)(x, *fields, *rest)
+    found |= zip(nodes, parts_of(out, x.get_size()[0], list(map(_rows, nodes))))
     return found.pop(node)
+
+
+def value(arg: Any) -> Any:
+    """Of a field, which may be a view that is not lowered yet."""
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    there = V.graph.env
+    return there[arg] if arg in there else lowerings[arg.target](value(arg.args[0]), *arg.args[1:])
+
+
+def parts_of(out: Any, tokens: Any, rows: Sequence[int]) -> Iterator[Any]:
+    """The products (tokens, n) of weights with so many rows, which stand in `out` one after the other."""
+    from torch._inductor.lowering import lowerings
+
+    start = 0
+    for n in rows:
+        part = lowerings[torch.ops.aten.slice.Tensor](out, 0, start, start + tokens * n)
+        yield lowerings[torch.ops.aten.view.default](part, [tokens, n])
+        start = start + tokens * n
 
 
 def products_of_same_tokens(node: torch.fx.Node, there: Any) -> list[torch.fx.Node]:
     """This product and those of the same tokens after it that one launch can do. there: the nodes that are computed already."""
     form, nodes = _form(node), []
-    if form is None or not _is_ready(node, there):
+    if form is None or not is_ready(_fields(node), there):
         return [node]
-    for other in _users(viewed(node.args[0]), node.target):
-        if _form(other) == form and _is_ready(other, there) and other not in there:
+    for other in users_of(viewed(node.args[0]), node.target):
+        if _form(other) == form and is_ready(_fields(other), there) and other not in there:
             nodes.append(other)
     first = nodes.index(node)
     return nodes[first : first + AT_ONCE]
 
 
-def _is_ready(node: torch.fx.Node, there: Any) -> bool:
+def is_ready(fields: Iterable[Any], there: Any) -> bool:
     """Whether the fields of a product are there, or what they are views of."""
-    for field in _fields(node):
+    for field in fields:
         while field is not None and field not in there:
             if field.target != torch.ops.aten.view.dtype:
                 return False
@@ -105,12 +118,12 @@ def viewed(node: Any) -> torch.fx.Node:
     return node
 
 
-def _users(tokens: torch.fx.Node, product: Any) -> list[torch.fx.Node]:
+def users_of(tokens: torch.fx.Node, product: Any) -> list[torch.fx.Node]:
     """The products of tokens by an operator, through their views, in the order of the graph."""
     found = []
     for user in tokens.users:
         if user.target in VIEWS:
-            found += _users(user, product)
+            found += users_of(user, product)
         elif user.target == product and user.args[0] is tokens:
             found.append(user)
     return sorted(found, key=operator.attrgetter("_sort_key"))

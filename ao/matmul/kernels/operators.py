@@ -34,6 +34,7 @@ from . import (
 )
 from .device import is_hopper, on_its_device
 from .reading import Fields, Reading, reading_from
+from .ways_of_codes import way_of_codes
 
 
 def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
@@ -420,6 +421,24 @@ def quantized_activation(
 
 
 @_operator(
+    "scaled_product_joined",
+    "(Tensor x, Tensor rows, Tensor[] qdata, Tensor[] columns, ScalarType dtype, Tensor?[] biases) -> Tensor",
+    lambda x, rows, qdata, columns, dtype, biases: x.new_empty(x.shape[0] * sum(map(len, qdata)), dtype=dtype),
+)
+def scaled_product_joined(
+    x: Tensor, rows: Tensor, qdata: Sequence[Tensor], columns: Sequence[Tensor], dtype: torch.dtype,
+    biases: Sequence[Tensor | None],
+) -> Tensor:  # fmt: skip
+    """`scaled_product` of two or three weights of one shape, in one launch where `joins` says so."""
+    ways = {_way_of(x, q, dtype, bias is not None) for q, bias in zip(qdata, biases)}
+    if ways == {"many codes"}:
+        return _as_one(hopper.many_codes_product(x, rows, qdata, columns, dtype, biases))
+    if ways == {"few codes"} and all(bias is None and len(q) % 64 == 0 for q, bias in zip(qdata, biases)):
+        return _as_one(hopper.codes_product(x, rows, qdata, columns, dtype))
+    return _as_one([_scaled_product(x, rows, q, c, dtype, bias) for q, c, bias in zip(qdata, columns, biases)])
+
+
+@_operator(
     "scaled_product",
     "(Tensor x, Tensor rows, Tensor qdata, Tensor columns, ScalarType dtype, Tensor? bias=None) -> Tensor",
     lambda x, rows, qdata, columns, dtype, bias=None: x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype),
@@ -476,28 +495,9 @@ def _is_for_copies(x: Tensor, qdata: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _way_of(x: Tensor, qdata: Tensor, dtype: torch.dtype, bias: bool) -> str:
-    device = x.device
-    copied = _is_hopper(device) and _is_aligned(x, qdata)
-    return _way(*x.shape, qdata.shape[0], x.dtype, qdata.dtype, dtype, bias, copied)
-
-
-_is_hopper = functools.cache(is_hopper)
-
-
-@functools.lru_cache(4096)
-def _way(m: int, k: int, n: int, x: torch.dtype, q: torch.dtype, dtype: torch.dtype, bias: bool, copied: bool) -> str:
-    """How codes x (m, k) and q (n, k) are multiplied to `dtype`. copied: whether the copy engine can read both."""
-    copied = copied and k % 16 == 0 and x == q != torch.float8_e5m2
-    few = 256 if q.is_floating_point and dtype == torch.bfloat16 else 512  # beyond, cuBLAS is faster in float8
-    if copied and m <= few and k <= 65536:
-        return "few codes"
-    if x == torch.int8:
-        if m <= 32 and k % 128 == 0:
-            return "fused"
-        return "many codes" if m > 128 and copied else "int_mm"
-    if m > 256 and copied and bias:
-        return "many codes"
-    return "scaled_mm" if m > 256 and dtype == torch.bfloat16 else "float32"
+    return way_of_codes(
+        *x.shape, qdata.shape[0], x.dtype, qdata.dtype, dtype, bias, _is_aligned(x, qdata), x.device
+    )  # fmt: skip
 
 
 def _scaled_product(
@@ -505,7 +505,8 @@ def _scaled_product(
 ) -> Tensor:
     way = _way_of(x, qdata, dtype, bias is not None)
     if way == "many codes":
-        return hopper.many_codes_product(x, rows, qdata, columns, dtype, bias)
+        (out,) = hopper.many_codes_product(x, rows, [qdata], [columns], dtype, [bias])
+        return out
     if way == "few codes":
         (out,) = hopper.codes_product(x, rows, [qdata], [columns], dtype, bias)
         return out

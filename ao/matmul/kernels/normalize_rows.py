@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .launch import Launch, cdiv
 from .quantize_rows import _codes_asm, _largest, _store_codes, _words, share_of
@@ -45,7 +45,6 @@ def normalize_kernel(
     """
     PIECES: tl.constexpr = (WORDS + WIDTH - 1) // WIDTH
     gdc_launch_dependents()
-    gdc_wait()
     m = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1)[:, None]  # the last row may be done twice
     at = tl.arange(0, WIDTH)[None, :]
     words = _words(words_ptr + m.to(tl.int64) * WORDS, at, 0, WORDS, WORDS, WIDTH)
@@ -137,7 +136,7 @@ def _launch(
 ) -> Launch:  # fmt: skip
     half, float8, share = x == torch.float16, dtype.is_floating_point, share_of(k // 2)
     return Launch(
-        normalize_kernel, (cdiv(m, share.rows),), num_warps=share.warps, early=True,
+        normalize_kernel, (cdiv(m, share.rows),), num_warps=share.warps,
         views={0: torch.int32, 1: torch.int32, 2: torch.int32, 3: torch.int16}, EPS=eps, CENTERED=centered, WEIGHTED=weighted,
         ADDED=added, BIASED=biased, WEIGHT_STRIDE=weight_stride, BIAS_STRIDE=bias_stride, WORDS=k // 2, ROWS=share.rows,
         WIDTH=share.width, FLOAT=float8, HALF=half,

@@ -179,8 +179,6 @@ def quantize_kernel(
     """
     PIECES: tl.constexpr = (WORDS + WIDTH - 1) // WIDTH
     gdc_launch_dependents()
-    if not WHOLE:
-        gdc_wait()
     m = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1)[:, None]  # the last row may be done twice
     at = tl.arange(0, WIDTH)[None, :]
     row = m.to(tl.int64)
@@ -282,7 +280,7 @@ def _launches(
     words = (before + k) // 2
     half, float8, share = x == torch.float16, dtype.is_floating_point, share_of(words)
     quantize = Launch(
-        quantize_kernel, (cdiv(m, share.rows),), num_warps=share.warps, early=True,
+        quantize_kernel, (cdiv(m, share.rows),), num_warps=share.warps, early=whole,
         views={0: torch.int32, 1: torch.int32, 2: torch.int32, 4: torch.int16}, WORDS=words, BEFORE=before // 2,
         STRIDE=stride // 2, ROWS=share.rows, WIDTH=share.width, FLOAT=float8, HALF=half, WHOLE=whole, GATED=gated,
         FUNCTION_ASM=_function_asm(half, function, gated) if function else "", CODES_ASM=_codes_asm(half, float8),

@@ -3,7 +3,7 @@
 That file holds what scripts/bench_models.py wrote.
 
 .venv/bin/python scripts/headline_page.py                 rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
-.venv/bin/python scripts/headline_page.py --add FILE ...  take runs of bench_models.py in first, for what there is of these batches
+.venv/bin/python scripts/headline_page.py --add FILE ...  take runs of bench_models.py in, in place of the same batches
 .venv/bin/python scripts/headline_page.py --check         exit with an error if the tables would change
 """
 

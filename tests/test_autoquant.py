@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -503,6 +504,37 @@ def test_real_run(tmp_path, monkeypatch, device):
     assert specs(plain) == specs(model._orig_mod)
 
 
+def test_what_layers_meet_and_what_comes_before():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o, self.up, self.down, self.last = (nn.Linear(K, K) for _ in range(7))
+            self.scale = nn.Parameter(torch.ones(K))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.layer_norm(x, (K,)) * 2 + 1
+            x = x + self.o(torch.softmax(self.q(h) * self.k(h), -1) * self.v(h))
+            h = self.scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)).to(
+                x.dtype
+            )  # RMSNorm, written out
+            return self.last(x + self.down(F.gelu(self.up(h)) * 2))
+
+    block = Block()
+    weights, _ = recording.find_weights(block, None)
+    recorder = recording.Recorder(weights)
+    with recorder:
+        block(torch.randn(2, 3, K))
+    found = {w.names[0]: (p.tokens, p.sharing, p.after) for (w, p), count in recorder.calls.items() if count == 1}
+    assert found == {
+        **dict.fromkeys("qkv", (6, 3, "norm")), "o": (6, 1, ""), "up": (6, 1, "norm"), "down": (6, 1, "activation"),
+        "last": (6, 1, ""),
+    }  # fmt: skip
+    for (w, product), count in recorder.calls.items():
+        w.calls[product] += count
+        w.forget_neighbours()
+        assert [(p.sharing, p.after) for p in w.products()] == [(1, "")]
+
+
 def test_timing_of_products(device):
     """Every variant gets a time or a reason."""
     from ao.quant.compiled import compiler_of
@@ -514,11 +546,12 @@ def test_timing_of_products(device):
         raise ValueError("\n no such format\n")
 
     variants = {"float32": lambda: linear.weight, "int8": lambda: Intx(8).quantize(linear.weight), "broken": fail}
-    found = timing.time_products(
-        product, torch.randn(2, K, device=device), variants, compiler_of(linear), 10 * 4 * K * K
-    )
-    assert found.pop("broken") == "ValueError: no such format"
-    assert found.keys() == {"float32", "int8"} and all(0 < t < 1 for t in found.values())
+    for each in (product, dataclasses.replace(product, sharing=3, after="norm")):
+        found = timing.time_products(
+            each, torch.randn(2, K, device=device), variants, compiler_of(linear), 10 * 4 * K * K
+        )
+        assert found.pop("broken") == "ValueError: no such format"
+        assert found.keys() == {"float32", "int8"} and all(0 < t < 1 for t in found.values())
 
 
 @pytest.mark.gpu
@@ -583,9 +616,10 @@ def test_cache_survives_nonsense(times, tmp_path, monkeypatch):
 def test_cache_keys():
     product = Product(4, 64, 32, torch.bfloat16, torch.bfloat16, True, None, torch.device("cpu"))
     key = cache.product_key(product, 1000)
-    assert "4 x 64 x 32, bfloat16 by bfloat16, autocast None, bias True, model 768" in key
+    assert "4 x 64 x 32, bfloat16 by bfloat16, autocast None, bias True, sharing 1, after nothing, model 768" in key
     assert cache.device_name(torch.device("cpu")) in key
-    assert key != cache.product_key(product, 4000)
+    others = dataclasses.replace(product, sharing=3), dataclasses.replace(product, after="norm")
+    assert len({key, cache.product_key(product, 4000), *(cache.product_key(p, 1000) for p in others)}) == 4
 
 
 def test_cache_directory(monkeypatch, tmp_path):

@@ -222,6 +222,22 @@ def test_an_activation_function_is_part_of_what_quantizes(called, name):
     assert compute_error(expected.float(), got.float()) > 30
 
 
+def test_an_activation_function_of_what_the_graph_is_given(called):
+    calls, _ = called
+    down = Product(32, 64).bfloat16()
+    down.scale = down.scale.float()
+
+    def network(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return down(F.silu(x[..., 64:]) * x[..., :64]), down(F.gelu(y)), down(F.silu(y.transpose(0, 1)))
+
+    given = weight((2, 3, 128), dtype=torch.bfloat16), weight((2, 3, 64), 1, torch.bfloat16)
+    expected = network(*given)
+    calls.clear()
+    for e, got in zip(expected, torch.compile(network)(*given)):
+        assert compute_error(e.float(), got.float()) > 30
+    assert sorted(calls) == ["dynamic_product", *["quantized_activation"] * 2, *["scaled_product"] * 2]
+
+
 def test_columns_of_a_product_are_read_where_they_are(called):
     up, down = Product(64, 64), Product(64, 32)
     up.bias, down.bias = up.bias.bfloat16(), down.bias.bfloat16()

@@ -6,8 +6,8 @@ weight that it meets. Where Inductor makes a graph of such products, it asks how
     after a norm    of rows that are not long: they are reduced already, so that their largest numbers are found, and codes are
                     written, in the same kernel, in place of the activation; of long rows, by our kernel, which computes the
                     norm too, with a weight and a bias, or those of each image as in a diffusion transformer
-    after a GELU or SiLU of a product or of some of its columns, which another product or others of its columns may multiply,
-    and which may come after other columns
+    after a GELU or SiLU of a product, of what the graph is given, or of some columns of these, which others may multiply, and
+    which may come after other columns
                     by our kernel, which computes that too: Inductor would compute it once for the largest number and once
                     more for the codes
     elsewhere       by our kernel
@@ -230,7 +230,7 @@ def _value(node: Any) -> Any:
 
 
 class Columns(NamedTuple):
-    """`size` columns of a product (M, N), from `first` on."""
+    """`size` columns of a product (M, N), or of what a graph is given, (..., N), from `first` on."""
 
     product: torch.fx.Node
     first: int
@@ -248,7 +248,7 @@ class Activation(NamedTuple):
 
 
 def activation_of(token: Any, products: Any) -> Activation | None:
-    """How `token` comes from columns of `products`; None where it is something else."""
+    """How `token` comes from columns of `products`, or of what the graph is given; None where it is something else."""
     before = None
     if token.target == _columns:
         before, token = token, joined.viewed(token.args[1])
@@ -266,7 +266,8 @@ def activation_of(token: Any, products: Any) -> Activation | None:
         if part is None:
             return None
         given = part.product.meta["val"]
-        same = given.dtype == made.dtype and given.shape[0] * part.size == made.numel() and part.size == made.shape[-1]
+        rows = given.numel() // given.shape[-1]
+        same = given.dtype == made.dtype and rows * part.size == made.numel() and part.size == made.shape[-1]
         if not same or given.dtype not in (torch.bfloat16, torch.float16):
             return None
         parts.append(part)
@@ -274,7 +275,8 @@ def activation_of(token: Any, products: Any) -> Activation | None:
 
 
 def columns_of(node: Any, products: Any) -> Columns | None:
-    """Which columns of which of `products` a node is; they begin where 16 bytes do, as a kernel reads them."""
+    """Which columns of which of `products`, or of what the graph is given, a node is; they begin where 16 bytes do, as a kernel
+    reads them."""
     node = whole = joined.viewed(node)
     size, first = getattr(node.meta["val"], "shape", (None,))[-1], 0
     if node.target == operator.getitem and node.args[0].target in _SPLITS:
@@ -288,9 +290,9 @@ def columns_of(node: Any, products: Any) -> Columns | None:
             return None
     if whole is not node:
         shown, whole = whole.meta["val"], joined.viewed(whole)
-        if dim not in (-1, shown.dim() - 1) or whole not in products or shown.shape[-1] != whole.meta["val"].shape[-1]:
+        if dim not in (-1, shown.dim() - 1) or shown.shape[-1] != whole.meta["val"].shape[-1]:
             return None
-    if whole not in products:
+    if whole not in products and whole.op != "placeholder":
         return None
     n = whole.meta["val"].shape[-1]
     if not (isinstance(first, int) and isinstance(size, int) and isinstance(n, int)):
@@ -309,7 +311,11 @@ def _lowered_columns(part: Columns | None, products: Any) -> Any:
 
     if part is None:
         return None
-    product = products[part.product]
+    product = products.get(part.product)
+    if product is None:
+        given = _value(part.product)
+        *shape, n = given.get_size()
+        product = lowerings[aten.reshape.default](given, [math.prod(shape), n])
     if part.size == part.product.meta["val"].shape[-1]:
         return product
     return lowerings[aten.slice.Tensor](product, 1, part.first, part.first + part.size)

@@ -66,7 +66,8 @@ def product_key(product: Product, model_bytes: int) -> str:
     shape = f"{product.tokens} x {product.out_features} x {product.in_features}"
     floats = f"{product.dtype} by {product.weight_dtype}, autocast {product.autocast}".replace("torch.", "")
     digits = max(0, model_bytes.bit_length() - 2)
-    return f"{device_name(product.device)}, {shape}, {floats}, bias {product.bias}, model {model_bytes >> digits << digits}"
+    more = f"sharing {product.sharing}, after {product.after or 'nothing'}, model {model_bytes >> digits << digits}"
+    return f"{device_name(product.device)}, {shape}, {floats}, bias {product.bias}, {more}"
 
 
 @functools.cache

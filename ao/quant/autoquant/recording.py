@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...dtypes import QTensor
 from ...matmul import set_parameter
@@ -23,6 +24,21 @@ from .timing import Product
 
 SAMPLE_ROWS = 64
 """The activations kept per weight, at most."""
+
+SHARING = 4
+"""Weights that meet one activation, at most, as far as it is told apart."""
+
+_SOURCES = {
+    "layer_norm": "norm", "rms_norm": "norm", "rsqrt": "norm",
+    "gelu": "activation", "silu": "activation", "sigmoid": "activation",
+}  # fmt: skip
+"""Functions by name, and what an activation that comes from them is after. Norms that are written out have a `rsqrt`."""
+
+_PASSING = {
+    "mul", "rmul", "add", "radd", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "view", "reshape",
+    "flatten", "unflatten", "unsqueeze", "squeeze", "dropout",
+}  # fmt: skip
+"""Functions that a graph computes along with what they are of."""
 
 
 @dataclass(eq=False)
@@ -55,6 +71,13 @@ class Weight:
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return Product(x.numel() // k, n, k, x.dtype, self.parameter.dtype, bias, autocast, x.device)
+
+    def forget_neighbours(self) -> None:
+        """Count calls alike whatever computes x and whatever else meets it."""
+        calls = Counter[Product]()
+        for product, count in self.calls.items():
+            calls[replace(product, sharing=1, after="")] += count
+        self.calls = calls
 
     def keep(self, x: Tensor) -> None:
         """Add rows of an activation, evenly spaced, to the sample. x: (..., K)."""
@@ -129,19 +152,47 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.weights = {id(w.parameter): w for w in weights}
         self.calls: Counter[tuple[Weight, Product]] = Counter()
+        self._after: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what tensors come from, as `_SOURCES` says
+        self._x: Tensor | None = None
+        self._met: list[tuple[Weight, Product]] = []  # by x, one after the other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func is F.linear:
             self._record(*args, **kwargs)
+        elif isinstance(out, Tensor) and (after := self._after_of(getattr(func, "__name__", ""), args)):
+            self._after[out] = after
         return out
 
+    def __exit__(self, *error: Any) -> None:
+        self._count()
+        super().__exit__(*error)
+
+    def _after_of(self, name: str, args: tuple[Any, ...]) -> str:
+        name = name.strip("_")
+        if name in _SOURCES:
+            return _SOURCES[name]
+        if name not in _PASSING:
+            return ""
+        given = {self._after.get(arg, "") for arg in args if isinstance(arg, Tensor)}
+        return "activation" if "activation" in given else "norm" if "norm" in given else ""
+
     def _record(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        if input is not self._x:
+            self._count()
+            self._x = input
         known = self.weights.get(id(weight))
         if known is not None and input.numel() > 0:
-            self.calls[known, known.product(input, bias is not None)] += 1
+            product = known.product(input, bias is not None)
+            self._met.append((known, replace(product, after=self._after.get(input, ""))))
             known.keep(input)
+
+    def _count(self) -> None:
+        """Those that met one activation."""
+        for known, product in self._met:
+            self.calls[known, replace(product, sharing=min(len(self._met), SHARING))] += 1
+        self._met, self._x = [], None
 
 
 class Call:

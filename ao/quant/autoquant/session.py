@@ -63,10 +63,12 @@ def autoquant(
     qtensor_class_list: another name of `candidates`. set_inductor_config: accepted and without effect.
 
     While it records, the model runs uncompiled and computes what it always did. Then every format is timed on every shape
-    (tokens, in, out) that ran, with weights that are cold in the cache, side by side with the unquantized layer; the sum
-    over shapes, times how often each ran, decides, and a format must win by 3 %. At last the whole model is timed on the
-    recorded calls against what was given. If it is slower, the least certain half of the choices is taken back, again and
-    again, to the original model if need be. The report has all numbers. Tied weights are chosen for together and stay tied.
+    (tokens, in, out) that ran, with weights that are cold in the cache, side by side with the unquantized layer. On a GPU, where
+    the model is compiled, layers that meet one activation are timed together, and a norm or an activation function that comes
+    before a layer is timed with it, as a graph may quantize there. The sum over shapes, times how often each ran, decides,
+    and a format must win by 3 %. At last the whole model is timed on the recorded calls against what was given. If it is
+    slower, the least certain half of the choices is taken back, again and again, to the original model if need be. The
+    report has all numbers. Tied weights are chosen for together and stay tied.
 
     Until then the original weights are kept beside the quantized ones, with up to 64 activations of each layer and the
     arguments of up to four calls.
@@ -226,6 +228,9 @@ class _Session:
                 seen = [w for w in self.weights if w.calls]
                 runs = self.model if self.caller is None or is_compiled(self.model) else self.caller
                 compiler = compiler_of(runs)
+                for w in seen:
+                    if compiler.is_eager or w.parameter.device.type != "cuda":
+                        w.forget_neighbours()
                 cache = TimingCache(self.directory, compiler)
                 timings = measure(seen, self.candidates, compiler, cache, self.notes)
                 found = choose(seen, self.candidates, timings, self.min_sqnr, self.notes)

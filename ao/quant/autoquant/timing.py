@@ -34,6 +34,8 @@ class Product:
     bias: whether there is one.
     autocast: the dtype that autocast computes in, or None.
     device: of all of them.
+    sharing: how many weights meet this x one after the other, as those of queries, keys and values do.
+    after: what computes x, as far as a compiled graph may quantize it there: a key of `BEFORE`.
     """
 
     tokens: int
@@ -44,6 +46,16 @@ class Product:
     bias: bool
     autocast: torch.dtype | None
     device: torch.device
+    sharing: int = 1
+    after: str = ""
+
+
+BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "activation": F.silu,
+}
+"""What is timed with a product."""
 
 
 def time_products(
@@ -83,8 +95,11 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def _linears(xs: list[Tensor], ws: list[Tensor], bias: Tensor | None) -> list[Tensor]:
-    return [F.linear(x, w, bias) for x, w in zip(xs, ws)]
+def _linears(
+    xs: list[Tensor], ws: list[list[Tensor]], bias: Tensor | None, before: Callable[[Tensor], Tensor]
+) -> list[list[Tensor]]:
+    made = [before(x) for x in xs]
+    return [[F.linear(x, w, bias) for w in each] for x, each in zip(made, ws)]
 
 
 _number = itertools.count()
@@ -95,8 +110,9 @@ def _timer(product: Product, x: Tensor, weight: Tensor, compiler: Compiler, mode
     # A call of compiled code costs some 50 us of Python, which a layer within a model does not pay. A CUDA graph has none
     # of it; elsewhere several small layers, each with an input of its own, share a call.
     together = 4 if product.device.type != "cuda" and weight.numel() < 2**22 else 1
+    sharing = product.sharing
     copies = _copies(weight.nbytes, product, model_bytes)
-    copies = together * math.ceil(copies / together)
+    copies = together * sharing * math.ceil(copies / (together * sharing))
     data = weight.detach()
     weights = [data, *(data.clone() for _ in range(copies - 1))]
     xs = [x.clone() for _ in range(together)]
@@ -106,8 +122,9 @@ def _timer(product: Product, x: Tensor, weight: Tensor, compiler: Compiler, mode
     function: Function = compiler.compile(types.FunctionType(code, _linears.__globals__, code.co_name))
 
     def turn() -> None:
-        for i in range(0, copies, together):
-            function(xs, weights[i : i + together], bias)
+        for i in range(0, copies, together * sharing):
+            groups = [weights[j : j + sharing] for j in range(i, i + together * sharing, sharing)]
+            function(xs, groups, bias, BEFORE[product.after])
 
     turn()  # compiles
     replays = product.device.type == "cuda" and not compiler.is_eager

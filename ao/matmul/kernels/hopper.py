@@ -49,8 +49,8 @@ def _of_first_part(ptr):
 # 8-bit activations.
 
 
-@triton.jit(do_not_specialize=["M"])
-def codes_kernel(
+@triton.jit
+def _codes_of_many(
     x, row_ptr, q0, q1, q2, column0, column1, column2, bias0, bias1, bias2, out0, out1, out2, out_ptr, M, N, K: tl.constexpr,
     WEIGHTS: tl.constexpr, BIASES: tl.constexpr, COPIED: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
@@ -94,6 +94,32 @@ def codes_kernel(
         _store_scaled(
             right, row_ptr, column_ptr, bias_ptr, out, out_ptr, weight, m0, n0 + BN // 2, M, N, BIASES, COPIED
         )
+
+
+@triton.jit(do_not_specialize=["M"])
+def codes_kernel(
+    x, row_ptr, q, column_ptr, bias_ptr, out, out_ptr, M, N, K: tl.constexpr, WEIGHTS: tl.constexpr, BIASES: tl.constexpr,
+    COPIED: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+    STAGES: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """`_codes_of_many` of one weight."""
+    _codes_of_many(
+        x, row_ptr, q, q, q, column_ptr, column_ptr, column_ptr, bias_ptr, bias_ptr, bias_ptr, out, out, out, out_ptr, M, N, K,
+        WEIGHTS, BIASES, COPIED, PROGRAMS, BM, BN, BK, BAND, STAGES, FLOAT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def codes_joined_kernel(
+    x, row_ptr, q0, q1, q2, column0, column1, column2, bias0, bias1, bias2, out0, out1, out2, out_ptr, M, N, K: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIASES: tl.constexpr, COPIED: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """`_codes_of_many` of two or three weights; of two, the third is the second."""
+    _codes_of_many(
+        x, row_ptr, q0, q1, q2, column0, column1, column2, bias0, bias1, bias2, out0, out1, out2, out_ptr, M, N, K, WEIGHTS,
+        BIASES, COPIED, PROGRAMS, BM, BN, BK, BAND, STAGES, FLOAT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -297,16 +323,16 @@ def many_codes_product(
     out = torch.empty(count * m, n, dtype=dtype, device=x.device)
     added = tuple(None if bias is None else bias.dtype for bias in biases)
     start, copied = _many_launch(m, n, k, x.dtype, rows.dtype, columns[0].dtype, dtype, added, x.device.index)
-    outs = [out] if count == 1 else list(out.split(m))
+    if count == 1:
+        (q,), (column,), (bias,) = qdata, columns, biases
+        start(x.device.index, x, rows, q, column, column if bias is None else bias, out if copied else x, out, m, n)
+        return [out]
+    outs = list(out.split(m))
     some = next((bias for bias in biases if bias is not None), columns[0])
     each = [qdata, columns, [some if bias is None else bias for bias in biases], outs if copied else [x] * count]
-    start(x.device.index, x, rows, *itertools.chain.from_iterable(map(_three, each)), out, m, n)
+    three = [[*given, given[-1]][:3] for given in each]
+    start(x.device.index, x, rows, *itertools.chain(*three), out, m, n)
     return outs
-
-
-def _three(given: Sequence[Tensor]) -> list[Tensor]:
-    """One, two or three, the last of which is there more than once."""
-    return [*given, given[-1], given[-1]][:3]
 
 
 @functools.lru_cache(4096)
@@ -317,11 +343,13 @@ def _many_launch(
     """The launch, and whether the copy engine stores its result."""
     copied, count = out.itemsize == 2 and n % 8 == 0, len(biases)
     programs = 2 * multiprocessors(torch.device("cuda", device))
-    tiles = dict.fromkeys((0, 2, 3, 4), (128, 128)) | dict.fromkeys((11, 12, 13), (128, 64 if copied else 128))
+    read, stored = ((0, 2), (5,)) if count == 1 else ((0, 2, 3, 4), (11, 12, 13))
+    tiles = dict.fromkeys(read, (128, 128)) | dict.fromkeys(stored, (128, 64 if copied else 128))
+    kernel = codes_kernel if count == 1 else codes_joined_kernel
     start = Launch(
-        codes_kernel, (min(programs, count * cdiv(m, 128) * cdiv(n, 128)),), num_warps=4, tiles=tiles, K=k,
-        WEIGHTS=count, BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None), COPIED=copied,
-        PROGRAMS=programs, BM=128, BN=128, BK=128, BAND=8, STAGES=3, FLOAT=codes.is_floating_point,
+        kernel, (min(programs, count * cdiv(m, 128) * cdiv(n, 128)),), num_warps=4, tiles=tiles, K=k, WEIGHTS=count,
+        BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None), COPIED=copied, PROGRAMS=programs, BM=128,
+        BN=128, BK=128, BAND=8, STAGES=3, FLOAT=codes.is_floating_point,
     )  # fmt: skip
     return start, copied
 

@@ -72,6 +72,8 @@ SPARSE = {
 }
 BLOCK, BLOCKS_OF_ZEROS = 64, 0.8
 NEW_TOKENS = 32
+WARM = 1.5
+"""Seconds of calls on a GPU before those that are timed: one that rested is faster at first than it stays."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -251,6 +253,9 @@ class Rung:
     def row(self) -> dict[str, Any]:
         """The numbers. Nothing else may run on the device meanwhile."""
         measure.reset_peak(self.device)
+        start = time.perf_counter()
+        while self.device.type == "cuda" and time.perf_counter() - start < WARM:
+            self.seconds(self.call)
         if self.case.decodes:
             self.call()
             seconds = statistics.median(self.generate() for _ in range(max(3, self.args.calls // 4)))

@@ -316,6 +316,24 @@ def test_weights_of_one_shape_meet_the_codes_in_one_launch(called, monkeypatch):
     assert asked[0][:3] == (6, 64, 64) and {args[5] for args in asked} == {True, False}
 
 
+def test_halves_of_one_launch_meet_in_an_activation_function(called, monkeypatch):
+    calls, _ = called
+    monkeypatch.setattr(quantize_in_graphs, "joins", lambda *args: True)
+    gate, up, down = (Product(64, 64, torch.int8, i).bfloat16() for i in range(3))
+    for layer in (gate, up, down):
+        layer.scale = layer.scale.float()
+
+    def network(x: Tensor) -> Tensor:
+        return down(F.silu(gate(x)) * up(x))
+
+    x = weight((2, 3, 64), dtype=torch.bfloat16)
+    expected = network(x)
+    calls.clear()
+    got = torch.compile(network)(x)
+    assert calls == ["quantized", "scaled_product_joined", "quantized_activation", "scaled_product"]
+    assert compute_error(expected.float(), got.float()) > 30
+
+
 def test_what_counts_as_after_a_norm(called):
     calls, _ = called
     layer = Product(16, 64)

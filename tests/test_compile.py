@@ -31,9 +31,6 @@ from ao.dtypes import (
 from ao.quant import compute_error
 
 N, K = SHAPE
-every = pytest.mark.parametrize("case", CASES, ids=str)
-
-
 ALIKE = {
     Intx(8, (1, 32)),
     Intx(8, narrow=True),
@@ -56,13 +53,18 @@ ALIKE = {
     Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 2), narrow=True, scale_dtype="float16")),
     Sparse24(prune=True),
 }
-"""Formats that others stand for when each is compiled to loops, which takes seconds: of their class, with the same packing of
-bits and the same kinds of scales and zero points, or with more of them."""
-
-
-@pytest.mark.parametrize(
+"""Formats that others stand for where each is compiled, which takes seconds: of their class, with the same packing of bits and
+the same kinds of scales and zero points, or with more of them."""
+every = pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.slow] * (c.spec in ALIKE)) for c in CASES], ids=str
 )
+
+
+def test_others_stand_for_what_is_slow():
+    assert sum(c.spec in ALIKE for c in CASES) == len(ALIKE)
+
+
+@every
 def test_quantize_and_dequantize_bitwise(case, device):
     """One graph of both, which share no tensor, so that the loops of each are those that it has alone."""
     w = weight().to(device)
@@ -101,7 +103,11 @@ def test_one_graph_for_all_batches(case):
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.spec in (Intx(8), Intx(4, (1, 32)), NF4, Intx(8, act=Intx(8)), Float8(act=Float8()))],
+    [
+        pytest.param(c, marks=[pytest.mark.slow] * (c.spec in (Intx(8), Float8(act=Float8()))))
+        for c in CASES
+        if c.spec in (Intx(8), Intx(4, (1, 32)), NF4, Intx(8, act=Intx(8)), Float8(act=Float8()))
+    ],
     ids=str,
 )
 def test_linear_with_inductor(case, device):
@@ -353,7 +359,3 @@ def test_editing_a_dtype_recompiles(tmp_path):
     assert edited != source
     path.write_text(edited)
     assert run() == pytest.approx(2 * first)
-
-
-def test_others_stand_for_what_is_slow():
-    assert len(ALIKE) == sum(c.spec in ALIKE for c in CASES) == 20

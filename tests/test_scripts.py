@@ -409,7 +409,7 @@ def test_whole_models(name, tmp_path):
 
 @pytest.mark.parametrize("models", [["vit-l"], pytest.param(["vit-l", "dinov2-l"], marks=pytest.mark.slow)], ids=len)
 def test_rungs_get_ready_side_by_side(models, tmp_path, capfd):
-    """Four at once, of one model or two: all have rows, in the order that was asked for, and a rung that fails leaves others alone."""
+    """Four at once, of one model or two: all have rows, in the order asked for, and one that fails leaves others alone."""
     file = tmp_path / "models.json"
     words = [
         "--small",

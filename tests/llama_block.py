@@ -22,6 +22,18 @@ class FeedForward(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
+class Gate(nn.Module):
+    """x + silu(gate(norm(x))): one layer, which compiles in a third of the time of three."""
+
+    def __init__(self, dim: int = 128) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim)
+        self.gate = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.gate(self.norm(x)))
+
+
 class Attention(nn.Module):
     """x + out(causal attention of norm(x))."""
 

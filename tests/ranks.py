@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint"]
 
 
 def spawn(
@@ -24,7 +27,10 @@ def spawn(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_run, (worker, world, port, backend, environment, args), nprocs=world)
+    # A process that has imported PyTorch, and has done nothing else, is where all ranks of all tests fork from.
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    given = (worker, world, port, backend, environment, args)
+    mp.start_processes(_run, given, nprocs=world, start_method="forkserver")
 
 
 def _run(

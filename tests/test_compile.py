@@ -9,26 +9,69 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, SHAPE, weight
+from cases import BYTES, CASES, SHAPE, SIXTEENTHS, weight
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import ao
-from ao.dtypes import MXFP4, NF4, Float8, Intx, QTensor
+from ao.dtypes import (
+    MXFP4,
+    MXFP6,
+    NF4,
+    Codebook,
+    DynamicTree,
+    Float8,
+    Intx,
+    MXInt,
+    QTensor,
+    Shifted,
+    Sparse24,
+)
 from ao.quant import compute_error
 
 N, K = SHAPE
-every = pytest.mark.parametrize("case", CASES, ids=str)
+ALIKE = {
+    Intx(8, (1, 32)),
+    Intx(8, narrow=True),
+    Intx(6, (32, 32)),
+    Intx(5),
+    Intx(4, (1, 128), signed=False),
+    Intx(4, (1, 64), symmetric=True, clip=False),
+    Intx(4, (1, 64), zero_point="float"),
+    Intx(4, (1, 32), signed=False, zero_point="joint"),
+    Intx(3, (1, 64)),
+    Intx(2, (1, 32), symmetric=True),
+    Intx(2, (-1, -1), symmetric=True, narrow=True),
+    Codebook(),
+    Codebook(SIXTEENTHS, (1, 32)),
+    Codebook(scale_spec=Codebook(BYTES, (1, -1), offset=True)),
+    DynamicTree(4, True, (1, 32)),
+    MXFP6,
+    MXInt(scale_rule="rceil"),
+    Shifted(4, (1, 32), scale_dtype="float16"),
+    Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 2), narrow=True, scale_dtype="float16")),
+    Sparse24(prune=True),
+}
+"""Formats that others stand for where each is compiled, which takes seconds: of their class, with the same packing of bits and
+the same kinds of scales and zero points, or with more of them."""
+every = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c.spec in ALIKE)) for c in CASES], ids=str
+)
+
+
+def test_others_stand_for_what_is_slow():
+    assert sum(c.spec in ALIKE for c in CASES) == len(ALIKE)
 
 
 @every
 def test_quantize_and_dequantize_bitwise(case, device):
+    """One graph of both, which share no tensor, so that the loops of each are those that it has alone."""
     w = weight().to(device)
-    q = torch.compile(case.spec.quantize, fullgraph=True)(w)
     eager = case.spec.quantize(w)
+    q, values = torch.compile(lambda w, q: (case.spec.quantize(w), q.dequantize()), fullgraph=True)(w, eager)
     assert isinstance(q, QTensor) and torch.equal(q, eager)
-    assert torch.equal(torch.compile(lambda t: t.dequantize(), fullgraph=True)(q), eager.dequantize())
+    assert torch.equal(values, eager.dequantize())
 
 
 @every
@@ -60,7 +103,11 @@ def test_one_graph_for_all_batches(case):
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.spec in (Intx(8), Intx(4, (1, 32)), NF4, Intx(8, act=Intx(8)), Float8(act=Float8()))],
+    [
+        pytest.param(c, marks=[pytest.mark.slow] * (c.spec in (Intx(8), Float8(act=Float8()))))
+        for c in CASES
+        if c.spec in (Intx(8), Intx(4, (1, 32)), NF4, Intx(8, act=Intx(8)), Float8(act=Float8()))
+    ],
     ids=str,
 )
 def test_linear_with_inductor(case, device):

@@ -19,6 +19,8 @@ FORMATS = {
     "float8": ao.Float8WeightOnlyConfig(),
     "int8-dynamic": ao.Int8DynamicActivationInt8WeightConfig(),
 }
+QUICK = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+"""Headers take longer to compile ahead than a package does, and what calls the loops need not be fast."""
 BATCH = ({0: torch.export.Dim("batch", min=1, max=1024)},)
 
 pytestmark = pytest.mark.filterwarnings(
@@ -99,7 +101,11 @@ def package(forms: list[str], tmp_path, whole: bool = True) -> None:
         for form in forms:
             model, x = net(form, torch.float32, whole), torch.randn(4, 64)
             program = torch.export.export(model, (x,), dynamic_shapes=BATCH)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / f"{form}.pt2"))
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(tmp_path / f"{form}.pt2"),
+                inductor_configs=QUICK,
+            )
             expected[form] = x, model(x)
     torch.save(expected, tmp_path / "expected")
     elsewhere(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import run_and_get_code
 
 import ao
@@ -103,9 +105,9 @@ def test_compiled_attention_is_the_plain_one(name, group, tokens, dim, dtype):
             assert out.dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_graph_reads_the_codes(name):
-    """One token that is written and attends, compiled: by the operator that reads codes, and as in eager mode."""
+    """One token that is written and attends, compiled to loops: by the operator that reads codes, and as in eager mode."""
     q, k, v = (t[..., :1, :] for t in states(1))
     caches = [cache_of(name) for _ in range(2)]
     for cache in caches:
@@ -117,6 +119,28 @@ def test_a_graph_reads_the_codes(name):
 
     got, (code,) = run_and_get_code(torch.compile(functools.partial(step, caches[0]), fullgraph=True), q, k, v)
     assert attention_cpu.can(D, ({"int8": "int8", "int4": "uint4"}[name],) * 2) == ("kv_decode" in code)
+    torch.testing.assert_close(got, step(caches[1], q, k, v))
+
+
+def test_a_graph_with_rotations_reads_the_codes():
+    """The same of 4 bits, in the operators of a graph: the loops of a rotation take the compiler most of a minute."""
+    q, k, v = (t[..., :1, :] for t in states(1))
+    caches, graphs = [cache_of("int4") for _ in range(2)], []
+    for cache in caches:
+        cache.update(*states(40, 1)[1:])
+
+    def step(cache, q, k, v):
+        cache.update(k, v, check=False)
+        return cache.attend(q)
+
+    def backend(graph, inputs):
+        graphs.append("".join(m.code for m in graph.modules() if isinstance(m, torch.fx.GraphModule)))
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
+    with torch.no_grad():
+        got = compiled(caches[0], q, k, v)
+    assert attention_cpu.can(D, ("uint4", "uint4")) == ("kv_decode" in graphs[0])
     torch.testing.assert_close(got, step(caches[1], q, k, v))
 
 

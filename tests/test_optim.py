@@ -797,7 +797,7 @@ def test_stochastic_rounding_is_reproducible():
 # Compiled.
 
 
-@pytest.mark.parametrize("cls", [AdamW8bit, AdamW4bit, AdamWFp8])
+@pytest.mark.parametrize("cls", [AdamW8bit, pytest.param(AdamW4bit, marks=pytest.mark.slow), AdamWFp8])
 def test_compiled_equals_eager_in_few_graphs(cls, inductor):
     """Ten sizes, a scheduler, a float and a tensor lr, changed betas: two graphs, and the result of eager code."""
     kernel._compiled.clear()

@@ -44,8 +44,12 @@ def subgraphs(graph: torch.fx.GraphModule) -> int:
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(
+    ("spec", "mode"),
+    [(spec, torch.no_grad) for spec in SPECS]
+    + [pytest.param(spec, torch.inference_mode, marks=[pytest.mark.slow] * (spec.act is None)) for spec in SPECS],
+    ids=str,
+)
 def test_layers_share_a_subgraph(spec, mode, tokens):
     net, x = model(spec), weight((tokens, 128), 9, torch.bfloat16)
     with mode():

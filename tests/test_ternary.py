@@ -60,8 +60,15 @@ def test_shapes_that_do_not_fit():
         Ternary(scale_dtype="int8")
 
 
-@pytest.mark.parametrize("packing", ["trits", "bits"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("packing", "dtype"),
+    [
+        ("trits", torch.float32),
+        pytest.param("bits", torch.float32, marks=pytest.mark.slow),
+        pytest.param("trits", torch.bfloat16, marks=pytest.mark.slow),
+        ("bits", torch.bfloat16),
+    ],
+)
 def test_inference_is_what_training_computed(packing, dtype):
     """Bit for bit, eager and compiled, and the product is one of integers."""
     torch.manual_seed(0)

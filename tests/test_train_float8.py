@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from llama_block import Attention, FeedForward, block, gradients
+from llama_block import Attention, FeedForward, Gate, block, gradients
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -254,7 +254,7 @@ def test_gradient_accumulation_and_checkpointing():
 @every
 def test_compiled(recipe):
     """One graph without breaks, equal to eager code up to the rounding that a fused kernel leaves out."""
-    model = convert(FeedForward(128, 128), recipe)
+    model = convert(Gate(128), recipe)
     x, g = data(1, 128, 128, dtype=torch.float32), data(1, 128, 128, seed=1, dtype=torch.float32)
     expected = gradients(model, x, g)
     model.compile(fullgraph=True, backend="aot_eager")
@@ -273,7 +273,7 @@ def test_compiled_layers_share_a_graph():
 
 
 def test_compiled_under_checkpointing_and_autocast():
-    model = convert(FeedForward(), "rowwise")
+    model = convert(Gate(), "rowwise")
 
     def step(x):
         with torch.autocast("cpu", torch.bfloat16):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from llama_block import Attention, FeedForward, block, gradients
+from llama_block import Attention, FeedForward, Gate, block, gradients
 from torch import nn
 
 from ao.dtypes import Intx, QTensor
@@ -74,7 +74,7 @@ def test_stochastic_gradients_are_unbiased():
 
 def test_compiled(device):
     for config in (int8_mixed_precision_training(), BitNetTrainingConfig()):
-        model = convert_to_low_precision_training(FeedForward(64, 64).to(device), config)
+        model = convert_to_low_precision_training(Gate(64).to(device), config)
         x, g = data(1, 32, 64).to(device), data(1, 32, 64, seed=1).to(device)
         expected = gradients(model, x, g)
         model.compile(fullgraph=True, backend="aot_eager")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from llama_block import FeedForward, block, gradients
+from llama_block import Gate, block, gradients
 from torch import Tensor, nn
 
 import ao
@@ -102,7 +102,7 @@ def test_stochastic_gradients_are_unbiased():
 
 
 def test_compiled_and_by_quantize():
-    model = FeedForward(64, 64)
+    model = Gate(64)
     ao.quantize_(model, NVFP4TrainingConfig())
     x, g = data(1, 32, 64), data(1, 32, 64, seed=1)
     expected = gradients(model, x, g)

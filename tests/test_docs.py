@@ -61,12 +61,11 @@ def run_page(page, folder):
 @pytest.mark.parametrize("page", [page for page in RUN if page.stem != "training"], ids=lambda page: page.stem)
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # A cache of its own, but for what is the same and takes seconds.
     kernels = cache_directory() / "kernels"
     kernels.mkdir(parents=True, exist_ok=True)
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "kernels").symlink_to(
-        kernels
-    )  # a cache of its own, but for what is the same and takes seconds
+    (tmp_path / "cache" / "kernels").symlink_to(kernels)
     monkeypatch.setenv("AO_CACHE_DIR", str(tmp_path / "cache"))
     if page.stem == "command-line":  # what its lines compile, they also run
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -265,7 +265,7 @@ MODELS = {
         "a step of SDXL's UNet at 1024 x 1024",
         compiled=lambda module: _named(module, "Transformer2DModel", "ResnetBlock2D"),
         # Not those of the text, for 77 tokens, nor those outside of the transformers: there is little to gain of them. After
-        # attention, to quantize its result takes longer than what the product is faster, and costs 3 dB.
+        # attention, to quantize its result takes longer than what the product is faster, and costs 2 dB.
         quantized=lambda layer, name: (
             isinstance(layer, nn.Linear)
             and "transformer_blocks" in name

@@ -114,7 +114,8 @@ class Few(nn.Module):
 @pytest.mark.parametrize(
     ("name", "tokens", "dynamic", "zero_points"),
     [
-        ("gemv", 1, False, False), ("gemv", 1, False, True), ("fused", 8, False, False), ("fused", 64, False, True),
+        pytest.param("gemv", 1, False, False, marks=pytest.mark.slow), ("gemv", 1, False, True),
+        pytest.param("fused", 8, False, False, marks=pytest.mark.slow), ("fused", 64, False, True),
         ("fused", 8, True, True), ("dynamic_product", 8, False, False),
     ],
 )  # fmt: skip
@@ -198,10 +199,18 @@ def test_what_is_not_alike_stays_alone(on_a_cpu):
     assert all(compute_error(e, g) > 60 for e, g in zip(expected, got))
 
 
+FORMATS = [NF4, Intx(3, (1, 64)), NVFP4, Intx(2, (1, 32), signed=False, zero_point="joint")]
+
+
 @pytest.mark.parametrize(
-    "spec", [NF4, Intx(3, (1, 64)), NVFP4, Intx(2, (1, 32), signed=False, zero_point="joint")], ids=str
+    ("spec", "tokens"),
+    [
+        pytest.param(spec, tokens, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, spec in enumerate(FORMATS)
+        for j, tokens in enumerate((1, 8))
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("tokens", [1, 8])
 def test_the_compiler_joins_any_format(on_a_cpu, spec, tokens):
     import torch._inductor.graph
 

@@ -184,6 +184,7 @@ AFTER_A_FUNCTION = {
     "GELU of GELU": (lambda h, g: F.gelu(F.gelu(h)), False),
     "ReLU": (lambda h, g: F.relu(h), False),
     "a number": (lambda h, g: F.silu(h) * 2, False),
+    "one of the numbers": (lambda h, g: F.silu(h) * g[0, 0, 0], False),
     "a row": (lambda h, g: F.silu(h) * g[:, :1], False),
     "a part of a row": (lambda h, g: F.silu(torch.cat([h, g], -1)[..., 8:72]), False),
     "halves": (lambda h, g: (lambda a, b: F.silu(a) * b)(*h.chunk(2, -1)), True),
@@ -236,6 +237,17 @@ def test_an_activation_function_of_what_the_graph_is_given(called):
     for e, got in zip(expected, torch.compile(network)(*given)):
         assert compute_error(e.float(), got.float()) > 30
     assert sorted(calls) == ["dynamic_product", *["quantized_activation"] * 2, *["scaled_product"] * 2]
+
+
+def test_a_size_that_is_unknown_multiplies_an_activation_function(called):
+    calls, _ = called
+    down = Product(32, 64).bfloat16()
+    down.scale = down.scale.float()
+    compiled = torch.compile(lambda x: down(F.silu(x) * x.shape[1]), dynamic=True)
+    for tokens in (3, 5):
+        x = weight((2, tokens, 64), dtype=torch.bfloat16)
+        assert compute_error(down(F.silu(x) * tokens).float(), compiled(x).float()) > 30
+    assert "quantized_activation" not in calls
 
 
 def test_columns_of_a_product_are_read_where_they_are(called):

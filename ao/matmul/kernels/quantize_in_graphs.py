@@ -117,8 +117,8 @@ def _lower(x: Any, qdata: Any, columns: Any, whole: bool, bias: Any = None) -> A
             found[key] = call("quantized", x, dtype, whole)
     together = _together(node, token, products) if key in found and isinstance(tokens, int) else [node]
     if len(together) > 1:
-        weights = ([each and joined.value(each) for each in given] for given in zip(*map(_weight, together)))
-        all_qdata, all_columns, biases = weights
+        given = zip(*map(_weight, together))
+        all_qdata, all_columns, biases = ([each and joined.value(each) for each in fields] for fields in given)
         out = call("scaled_product_joined", *found[key], all_qdata, all_columns, x.get_dtype(), biases)
         products |= zip(together, joined.parts_of(out, tokens, [qdata.get_size()[0]] * len(together)))
     elif key in found:
@@ -278,7 +278,10 @@ def columns_of(node: Any, products: Any) -> Columns | None:
     """Which columns of which of `products`, or of what the graph is given, a node is; they begin where 16 bytes do, as a kernel
     reads them."""
     node = whole = joined.viewed(node)
-    size, first = getattr(node.meta["val"], "shape", (None,))[-1], 0
+    shown = node.meta["val"]
+    if not isinstance(shown, torch.Tensor) or not shown.dim():
+        return None
+    size, first = shown.shape[-1], 0
     if node.target == operator.getitem and node.args[0].target in _SPLITS:
         split, index = node.args
         whole, dim = split.args[0], _argument(split, 2, "dim", 0)
@@ -295,7 +298,7 @@ def columns_of(node: Any, products: Any) -> Columns | None:
     if whole not in products and whole.op != "placeholder":
         return None
     n = whole.meta["val"].shape[-1]
-    if not (isinstance(first, int) and isinstance(size, int) and isinstance(n, int)):
+    if not (isinstance(first, int) and isinstance(size, int) and isinstance(n, int) and n):
         return None
     apart = first >= 0 and first % 8 == 0 and n % 8 == 0
     return Columns(whole, first, size) if apart or size == n else None

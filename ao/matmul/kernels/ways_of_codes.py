@@ -8,15 +8,13 @@ import torch
 
 from .device import is_hopper
 
-_is_hopper = functools.cache(is_hopper)
-
 
 @functools.lru_cache(4096)
 def way_of_codes(
     m: int, k: int, n: int, x: torch.dtype, q: torch.dtype, dtype: torch.dtype, bias: bool, aligned: bool, device: torch.device
 ) -> str:  # fmt: skip
     """How codes x (m, k) and q (n, k) are multiplied to `dtype`. aligned: whether both begin where the copy engine can read."""
-    copied = aligned and _is_hopper(device) and k % 16 == 0 and x == q != torch.float8_e5m2
+    copied = aligned and is_hopper(device) and k % 16 == 0 and x == q != torch.float8_e5m2
     few = 256 if q.is_floating_point and dtype == torch.bfloat16 else 512  # beyond, cuBLAS is faster in float8
     if copied and m <= few and k <= 65536:
         return "few codes"

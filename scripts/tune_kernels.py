@@ -107,7 +107,7 @@ def tiles(m: int) -> list[Tile]:
         ]  # fmt: skip
     long = [
         Tile(True, 64, 128, 8, 2), Tile(True, 64, 128, 8, 2, chunks=4, dots=2),
-        Tile(True, 64, 64, 4, 3, chunks=4, dots=2, programs=4), Tile(True, 64, 128, 8, chunks=4, dots=1),
+        Tile(True, 64, 128, 4, 2, chunks=4, dots=2, registers=255), Tile(True, 64, 128, 8, chunks=4, dots=1),
         Tile(True, 64, 128, 8, dots=1, registers=255, programs=1),
     ]  # fmt: skip
     if m <= 64:
@@ -169,15 +169,13 @@ def ways_of_trits(reading: Reading, m: int, splits: bool) -> Iterator[tuple[str,
         for most in (13, 10, 7, 4):
             yield f"gemv {most}", by_words(most)
     tokens = max(16, min(64, 1 << (m - 1).bit_length()))
-    for rows, warps, stages, words in (
-        (64, 4, 3, 16), (64, 4, 2, 16), (64, 4, 4, 8), (64, 4, 3, 8), (128, 4, 3, 16), (128, 8, 3, 16), (128, 8, 3, 8)
-    ):  # fmt: skip
+    for rows, warps, stages in ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 3), (128, 8, 2)):
         programs = cdiv(reading.n, rows) * cdiv(m, tokens)
-        most = max(1, cdiv(reading.k * 13 // 64, 4 * words) // 2)
+        most = max(1, cdiv(reading.k * 13 // 64, 64) // 2)
         parts = sorted({max(1, min(8, most, round(full / programs))) for full in (264, 528, 1056)} | {1})
         for split in parts if splits else (1, 2):
-            tile = trits.Tile(tokens, rows, warps, split, stages, words)
-            yield f"trits {tokens}x{rows} {warps}w {stages}s {words} /{split}", by_tile(tile)
+            tile = trits.Tile(tokens, rows, warps, split, stages)
+            yield f"trits {tokens}x{rows} {warps}w {stages}s /{split}", by_tile(tile)
 
 
 def compile_few(name: str, k: int, m: int) -> list[str]:

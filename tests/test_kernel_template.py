@@ -112,6 +112,7 @@ TILES = {
     "hopper, cut": (True, 32, 64, 4, 2),
     "hopper, tall": (True, 64, 128, 8, 2),
     "hopper, short steps": (True, 64, 128, 8, 2, 1, 4, 2),
+    "hopper, few warps": (True, 64, 128, 4, 2, 1, 4, 2, 255),
     "hopper, one product in a step": (True, 128, 128, 8, 3, 1, 8, 1, 255, 1),
     "hopper, most tokens": (True, 256, 128, 8, 3, 1, 4, 1, 255, 1),
 }

@@ -100,10 +100,10 @@ def test_other_scales_of_the_activation():
 TILES = {
     "a part of K": (16, 64, 4, 1),
     "parts of K": (16, 64, 4, 3),
-    "many tokens": (64, 64, 4, 1, 3, 8),
+    "many tokens": (64, 128, 4, 1, 2),
     "tall": (32, 128, 8, 2),
     "tall, few warps": (16, 128, 4, 1),
-    "short steps": (32, 64, 4, 2, 4, 8),
+    "two steps ahead": (32, 64, 4, 2, 2),
 }
 
 

@@ -522,16 +522,14 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
         # Sums of 256 tokens take half of all registers: one program to a multiprocessor, whose next step is decoded meanwhile.
         tile = Tile(True, tokens, 128, 8, chunks=8 if tokens == 128 else 4, dots=1, registers=255, programs=1)
     else:
-        # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which scales whose loads share lines
-        # need, and words of many loads: shorter steps for these.
-        large = tokens * (2 if half else 1) == 64
-        short = large and (reading.bits > 4 or (not reading.by_row and reading.group <= 16))
-        # So are those of programs that have few.
-        short |= tokens == 64 and cdiv(reading.n, 128) * cdiv(m, 64) * reading.k < 1024 * 2 * multiprocessors(device)
         tile = Tile(True, tokens, 64, 4, stages=2, programs=3 if half else 4)
         if tokens == 64:
-            tile = Tile(True, tokens, 128, 8, stages=2)
-        if short:
+            # Warps of 32 rows meet each number of x twice. Where programs have few steps, more warps wait for less.
+            few = cdiv(reading.n, 128) * cdiv(m, 64) * reading.k < 1024 * 2 * multiprocessors(device)
+            tile = Tile(True, tokens, 128, 8 if few else 4, stages=2, chunks=4, dots=2, registers=128 if few else 255)
+        elif tokens == 32 and half and (reading.bits > 4 or (not reading.by_row and reading.group <= 16)):
+            # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which scales whose loads share lines
+            # need, and words of many loads: shorter steps for these.
             tile = tile._replace(chunks=4, dots=2)
     tiles, places = cdiv(reading.n, tile.rows) * cdiv(m, tokens), multiprocessors(device) * tile.programs
     return tile._replace(cut=(places - tiles % places) * reading.k >= SPARED * places)

@@ -21,7 +21,7 @@ from .ampere import _act_scale
 from .device import is_hopper, multiprocessors
 from .hopper import _magnitude
 from .launch import Launch, cdiv, launch, power_of_two
-from .read_once import _fetched, _four_words, _two_words, _word
+from .read_once import _fetched, _four_words, _word
 from .reading import Fields, Reading
 from .trits_ptx import digits, pairs, times_word
 
@@ -226,23 +226,23 @@ def gemv_trits_kernel(
 @triton.jit
 def arrange_kernel(
     x_ptr, out_ptr, row_ptr, K: tl.constexpr, ACT: tl.constexpr, LEVELS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, WORDS: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    HIGH: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A token of x (M, K) as `few_trits_kernel` meets it: out (M, steps, 5, 4 WORDS), of 16 bits. ACT, LOW, HIGH: as of
+    """A token of x (M, K) as `few_trits_kernel` meets it: out (M, steps, 5, 64), of 16 bits. ACT, LOW, HIGH: as of
     `meet_kernel`; codes are numbers in out, and with 1 their scale goes to row (M,).
 
-    A step has WORDS words of a row, of which each of four threads reads WORDS / 4 neighbours. Place k of a digit is byte
+    A step has 16 words of a row, of which each of four threads reads 4 neighbours. Place k of a digit is byte
     k // 8 % 2 * 2 + k % 2 of word k // 16 of thread k // 2 % 4.
     """
     if EARLY:
         gdc_launch_dependents()
-    T: tl.constexpr = (K // 64 * 13 + 4 * WORDS - 1) // (4 * WORDS)
+    T: tl.constexpr = (K // 64 * 13 + 63) // 64
     m = tl.program_id(0).to(tl.int64)
     x_ptr += m * K
     place = tl.program_id(1) * B + tl.arange(0, B)
-    k = place % (4 * WORDS)
-    i = place // (4 * WORDS) % 5
-    word = place // (20 * WORDS) * WORDS + k // 2 % 4 * (WORDS // 4) + k // 16
+    k = place % 64
+    i = place // 64 % 5
+    word = place // 320 * 16 + k // 2 % 4 * 4 + k // 16
     p = word * 4 + k // 8 % 2 * 2 + k % 2
     chunk = p // 13
     there = (p < K // 64 * 13) & ((p - chunk * 13 < 12) | (i < 4))
@@ -253,7 +253,7 @@ def arrange_kernel(
         x = _rounded(x.to(tl.float32), inverse, LOW, HIGH)
     if ACT != 0:
         x = x.to(tl.float32)
-    tl.store(out_ptr + m * (T * 20 * WORDS) + place, x.to(out_ptr.dtype.element_ty), mask=place < T * 20 * WORDS)
+    tl.store(out_ptr + m * (T * 320) + place, x.to(out_ptr.dtype.element_ty), mask=place < T * 320)
 
 
 _DIGITS_ASM = tl.constexpr(digits())
@@ -296,33 +296,29 @@ def _bytes(at, first, last: tl.constexpr):
 
 
 @triton.jit
-def _read_ahead(q_ptr, row, t, K: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr):
-    """Step t of rows (BN, 1): WORDS / 4 words of each of 4 threads, (BN, 4) each. Beyond a row is any of it, which meets 0."""
+def _read_ahead(q_ptr, row, t, K: tl.constexpr, WIDE: tl.constexpr):
+    """Step t of rows (BN, 1): 4 words of each of 4 threads, (BN, 4) each. Beyond a row is any of it, which meets 0."""
     P: tl.constexpr = K // 64 * 13
-    T: tl.constexpr = (P + 4 * WORDS - 1) // (4 * WORDS)
-    EACH: tl.constexpr = WORDS // 4
+    T: tl.constexpr = (P + 63) // 64
     t = tl.minimum(t, T - 1)
-    first = tl.arange(0, 4)[None, :] * EACH
+    first = tl.arange(0, 4)[None, :] * 4
     if P % 4 != 0:
         at = q_ptr + row * P
         words = ()
-        for c in tl.static_range(EACH):
-            words += (_bytes(at, (t * WORDS + first + c) * 4, P - 1),)  # type: ignore[assignment]
+        for c in tl.static_range(4):
+            words += (_bytes(at, (t * 16 + first + c) * 4, P - 1),)  # type: ignore[assignment]
         return words
     else:
-        at = (q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + t * WORDS) + row * (P // 4)
-        if P // 4 % EACH != 0:
+        at = (q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + t * 16) + row * (P // 4)
+        if P // 4 % 4 != 0:
             words = ()
-            for c in tl.static_range(EACH):
-                words += (_word(at + tl.minimum(first + c, P // 4 - 1 - t * WORDS)),)  # type: ignore[assignment]
+            for c in tl.static_range(4):
+                words += (_word(at + tl.minimum(first + c, P // 4 - 1 - t * 16)),)  # type: ignore[assignment]
             return words
         else:
-            if P // 4 % WORDS != 0:
-                first = tl.minimum(first, P // 4 - EACH - t * WORDS)
-            if EACH == 4:
-                return _four_words(at + first, WIDE)
-            else:
-                return _two_words(at + first, WIDE)
+            if P // 4 % 16 != 0:
+                first = tl.minimum(first, P // 4 - 4 - t * 16)
+            return _four_words(at + first, WIDE)
 
 
 @triton.jit
@@ -345,7 +341,7 @@ def _group_of(p, K: tl.constexpr, NG: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def few_trits_kernel(
     x_ptr, row_ptr, q_ptr, scale_ptr, out_ptr, M, N, K: tl.constexpr, RG: tl.constexpr, NG: tl.constexpr, ACT: tl.constexpr,
-    WORDS: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of x[m] * trits[n] * scale[n]. x, row: of `arrange_kernel`.
@@ -354,7 +350,7 @@ def few_trits_kernel(
     Those of codes are integers, exact below 2**24. Scales of groups become numbers of x's dtype, and multiply the weight's.
     """
     P: tl.constexpr = K // 64 * 13
-    T: tl.constexpr = (P + 4 * WORDS - 1) // (4 * WORDS)
+    T: tl.constexpr = (P + 63) // 64
     PART: tl.constexpr = (T + SPLIT - 1) // SPLIT
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1)[:, None]
@@ -362,39 +358,31 @@ def few_trits_kernel(
     t0 = tl.minimum(tl.program_id(2) * PART, T)
     t1 = tl.minimum(t0 + PART, T)
     here = (rm < M)[None, :]
-    x_at = x_ptr + rm[None, :] * (T * 20 * WORDS) + tl.arange(0, 4 * WORDS)[:, None]
+    x_at = x_ptr + rm[None, :] * (T * 320) + tl.arange(0, 64)[:, None]
     like: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros((BN, BM), tl.float32)
-    ahead = _read_ahead(q_ptr, row, t0, K, WORDS, WIDE)
+    ahead = _read_ahead(q_ptr, row, t0, K, WIDE)
     if EARLY:
         gdc_wait()
     for t in tl.range(t0, t1, num_stages=STAGES):
         words = ahead
-        ahead = _read_ahead(q_ptr, row, t + 1, K, WORDS, WIDE)
-        d0, d1 = _digits_of(words[0]), _digits_of(words[1])
-        if WORDS == 16:
-            d2, d3 = _digits_of(words[2]), _digits_of(words[3])
+        ahead = _read_ahead(q_ptr, row, t + 1, K, WIDE)
+        d0, d1, d2, d3 = _digits_of(words[0]), _digits_of(words[1]), _digits_of(words[2]), _digits_of(words[3])
         if NG > 1:
-            word = t * WORDS + tl.arange(0, 4)[None, :] * (WORDS // 4)
+            word = t * 16 + tl.arange(0, 4)[None, :] * 4
             s0 = _scales_of(scale_ptr, row, word, K, RG, NG, like)
             s1 = _scales_of(scale_ptr, row, word + 1, K, RG, NG, like)
-            if WORDS == 16:
-                s2 = _scales_of(scale_ptr, row, word + 2, K, RG, NG, like)
-                s3 = _scales_of(scale_ptr, row, word + 3, K, RG, NG, like)
+            s2 = _scales_of(scale_ptr, row, word + 2, K, RG, NG, like)
+            s3 = _scales_of(scale_ptr, row, word + 3, K, RG, NG, like)
         for i in tl.static_range(5):
             w0, w1 = _numbers(d0[i], like), _numbers(d1[i], like)
+            w2, w3 = _numbers(d2[i], like), _numbers(d3[i], like)
             if NG > 1:
-                w0, w1 = w0 * s0, w1 * s1
-            if WORDS == 16:
-                w2, w3 = _numbers(d2[i], like), _numbers(d3[i], like)
-                if NG > 1:
-                    w2, w3 = w2 * s2, w3 * s3
-                w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BN, 4, 2, 2, 2, 2)
-                w = tl.permute(tl.reshape(w, (BN, 4, 2, 2, 4)), (0, 4, 2, 1, 3))
-            else:
-                w = tl.permute(tl.join(w0, w1), (0, 4, 2, 1, 3))  # (BN, WORDS / 4, 2, 4, 2)
-            x = tl.load(x_at + (t * (20 * WORDS) + i * 4 * WORDS), mask=here, other=0.0)
-            acc = tl.dot(tl.reshape(w, (BN, 4 * WORDS)), x, acc)
+                w0, w1, w2, w3 = w0 * s0, w1 * s1, w2 * s2, w3 * s3
+            w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BN, 4, 2, 2, 2, 2)
+            w = tl.permute(tl.reshape(w, (BN, 4, 2, 2, 4)), (0, 4, 2, 1, 3))
+            x = tl.load(x_at + (t * 320 + i * 64), mask=here, other=0.0)
+            acc = tl.dot(tl.reshape(w, (BN, 64)), x, acc)
     if SPLIT == 1:
         if ACT != 0:
             acc *= tl.load(row_ptr + rm, mask=rm < M, other=0.0)[None, :]
@@ -557,7 +545,7 @@ class Tile(NamedTuple):
     """How a product of a few tokens is cut.
 
     tokens, rows: of a tile. warps: of a program. split: in how many parts K is. stages: steps of which x is in shared memory at a
-    time. words: of a step, 8 or 16.
+    time.
     """
 
     tokens: int
@@ -565,17 +553,17 @@ class Tile(NamedTuple):
     warps: int
     split: int
     stages: int = 3
-    words: int = 16
 
 
 @functools.cache
 def _tile(reading: Reading, m: int, device: torch.device) -> Tile:
     tokens = max(16, min(64, power_of_two(m)))  # with 8 the tensor cores of Hopper are not taken
-    words = 16 if tokens <= 32 else 8
-    tiles = cdiv(reading.n, 64) * cdiv(m, tokens)
-    steps = cdiv(reading.k // 64 * 13, 4 * words)
-    split = max(1, min(8, round(4 * multiprocessors(device) / tiles), steps // 2))
-    return Tile(tokens, 64, 4, split, 3, words)
+    # Of 64 tokens x is read once for 128 rows, not for 64: beyond the weight that is most of what is read.
+    rows, programs = (64, 4) if tokens < 64 else (128, 2)
+    tiles = cdiv(reading.n, rows) * cdiv(m, tokens)
+    steps = cdiv(reading.k // 64 * 13, 64)
+    split = max(1, min(8, round(programs * multiprocessors(device) / tiles), steps // 2))
+    return Tile(tokens, rows, 4, split, 3 if tokens == 16 else 2)
 
 
 def few(
@@ -586,14 +574,13 @@ def few(
     m, n, k = x.shape[0], reading.n, reading.k
     tile = tile or _tile(reading, m, x.device)
     early = is_hopper(x.device)
-    width = cdiv(k // 64 * 13, 4 * tile.words) * 20 * tile.words
+    width = cdiv(k // 64 * 13, 64) * 320
     like = x.dtype if act is None and reading.by_row else torch.bfloat16  # which holds codes, and scales of any size
     arranged = torch.empty(m, width, dtype=like, device=x.device)
     if rows is None:
         rows = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     constants = {
         **_act_constants(reading, act),
-        "WORDS": tile.words,
         "B": 1024,
         "BK": _whole(reading, act),
         "EARLY": early,
@@ -602,11 +589,10 @@ def few(
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     parts = out if tile.split == 1 else torch.empty(tile.split, m, n, dtype=torch.float32, device=x.device)
     scaling = {"RG": reading.rows, "NG": reading.groups, "ACT": constants["ACT"]}
-    each = tile.words // 4
     launch(
         few_trits_kernel, (cdiv(n, tile.rows), cdiv(m, tile.tokens), tile.split), arranged, rows, fields[0], fields[1], parts,
-        m, n, num_warps=tile.warps, early=early, K=k, **scaling, WORDS=tile.words,
-        WIDE=fields[0].data_ptr() % (4 * each) == 0, BM=tile.tokens, BN=tile.rows, STAGES=tile.stages, SPLIT=tile.split,
+        m, n, num_warps=tile.warps, early=early, K=k, **scaling,
+        WIDE=fields[0].data_ptr() % 16 == 0, BM=tile.tokens, BN=tile.rows, STAGES=tile.stages, SPLIT=tile.split,
         EARLY=early,
     )  # fmt: skip
     if tile.split > 1:

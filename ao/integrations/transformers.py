@@ -38,6 +38,7 @@ from ..quant.choice import by_default, few, slots_of
 from ..quant.report import Report, storage_bytes
 from . import safetensors as _safetensors  # noqa: F401  teaches it to store quantized tensors
 from . import transformers_cache as _transformers_cache  # noqa: F401  generate's quantized cache
+from . import transformers_stop_check as _transformers_stop_check  # noqa: F401  generate does not wait for the GPU
 from .config_names import AS_STORED, AUTOQUANT, read_quant_type
 from .foreign.checkpoint import ForeignCheckpoint, quantization_config
 from .mapped_memory import MappedFiles

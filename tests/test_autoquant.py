@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from ao.quant import (
     load_plan,
     quantize_,
 )
-from ao.quant.autoquant import cache, end_to_end, recording, timing
+from ao.quant.autoquant import cache, end_to_end, recording, session, timing
 from ao.quant.autoquant.candidates import SETS, candidates_on, label
 from ao.quant.autoquant.choosing import preference
 from ao.quant.autoquant.end_to_end import Comparison
@@ -188,6 +190,35 @@ def test_a_candidate_that_cannot_be_used(times):
     notes = "\n".join(model.autoquant_report.notes)
     assert "Int4WeightOnly(group_size=32) cannot be used on 32 x 32, M = 4: RuntimeError: no kernel" in notes
     assert "Int4WeightOnly(group_size=48) cannot be used for 0: ValueError: weight: " in notes and "block 48" in notes
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_the_original_weights_go_at_once(times, monkeypatch, manual):
+    """Though an error that is kept holds every frame that it came through, and a cycle holds the error."""
+    times[label(INT8)] = 0.5
+    model, x = Net(), torch.randn(4, K)
+    measure = session.measure
+
+    def fails(*args):
+        try:
+            raise ValueError
+        except ValueError as error:
+            cycle = [error]
+            cycle.append(cycle)  # type: ignore[arg-type]
+        return measure(*args)
+
+    monkeypatch.setattr(session, "measure", fails)
+    originals = [weakref.ref(layer.weight) for layer in (model.up, model.down, model.side)]
+    autoquant(model, manual=manual, cache=False)
+    gc.collect()
+    gc.disable()
+    try:
+        model(x, side=True)
+        if manual:
+            finalize_autoquant(model)
+        assert not any(original() is not None for original in originals)
+    finally:
+        gc.enable()
 
 
 def test_tied_weights(times):

@@ -1,8 +1,8 @@
 """`generate` of a quantized model on a CUDA device looks one step late whether it shall stop, so that the GPU never waits for the
 host: while it computes a token, the host queues the next.
 
-transformers has such a check (`DeferredStopCheck`, of one more step of the model at the end, which it takes back), and asks for it
-on other devices alone. Without it a step takes the time of the host and that of the GPU, of which quantization shortens only one.
+transformers has such a check (`DeferredStopCheck`, of one more step of the model at the end, which it takes back), and asks for
+it on other devices alone. Without it a step takes the time of the host and that of the GPU, of which quantization shortens one.
 """
 
 from __future__ import annotations

@@ -524,9 +524,10 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
     else:
         tile = Tile(True, tokens, 64, 4, stages=2, programs=3 if half else 4)
         if tokens == 64:
-            # Warps of 32 rows meet each number of x twice. Where programs have few steps, more warps wait for less.
-            few = cdiv(reading.n, 128) * cdiv(m, 64) * reading.k < 1024 * 2 * multiprocessors(device)
-            tile = Tile(True, tokens, 128, 8 if few else 4, stages=2, chunks=4, dots=2, registers=128 if few else 255)
+            # Warps of 32 rows read each number of x once for two of 16. Small weights are more programs of fewer rows.
+            small = cdiv(reading.n, 128) * cdiv(m, 64) * reading.k < 1024 * 2 * multiprocessors(device)
+            rows, chunks, dots = (64, 8, 4) if small else (128, 4, 2)
+            tile = Tile(True, tokens, rows, 4, stages=2, chunks=chunks, dots=dots, registers=255)
         elif tokens == 32 and half and (reading.bits > 4 or (not reading.by_row and reading.group <= 16)):
             # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which scales whose loads share lines
             # need, and words of many loads: shorter steps for these.

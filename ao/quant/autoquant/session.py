@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,12 @@ class _Session:
         module.__dict__["forward"] = forward
 
     def _record(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = self._recorded(forward, args, kwargs)
+        if not self.manual:
+            self.finalize()
+        return out
+
+    def _recorded(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = None
         caller = compiled_caller(unwrapped(self.model))
         self.caller = self.caller if caller is None else caller
@@ -202,14 +209,19 @@ class _Session:
             self.calls[kind].count += 1
         elif kind and call is not None:
             self.calls[kind] = call
-        if not self.manual:
-            self.finalize()
         return out
 
     # Deciding.
 
     def finalize(self) -> AutoquantReport:
         """Choose from what was recorded, change the model, and return the report."""
+        report = self._decide()
+        # Errors that compilers keep hold frames of ours, and with them the original weights, until cycles are collected.
+        self.weights, self.calls = [], {}
+        gc.collect()
+        return report
+
+    def _decide(self) -> AutoquantReport:
         unseen = [name for w in self.weights if not w.calls for name in w.names]
         if unseen and self.error_on_unseen:
             shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")

@@ -524,16 +524,19 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
     else:
         tile = Tile(True, tokens, 64, 4, stages=2, programs=3 if half else 4)
         if tokens == 64:
-            # Warps of 32 rows read each number of x once for two of 16. Small weights are more programs of fewer rows.
-            small = cdiv(reading.n, 128) * cdiv(m, 64) * reading.k < 1024 * 2 * multiprocessors(device)
-            rows, chunks, dots = (64, 8, 4) if small else (128, 4, 2)
-            tile = Tile(True, tokens, rows, 4, stages=2, chunks=chunks, dots=dots, registers=255)
-        elif tokens == 32 and half and (reading.bits > 4 or (not reading.by_row and reading.group <= 16)):
-            # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which scales whose loads share lines
-            # need, and words of many loads: shorter steps for these.
+            tile = Tile(True, tokens, 128, 8, stages=2)
+            if cdiv(reading.n, 128) * cdiv(m, 64) * reading.k < 1024 * 2 * multiprocessors(device):
+                tile = tile._replace(rows=64, warps=4, registers=255)  # small weights: more programs
+        # Beyond 48 KB of shared memory little is left of the cache of a multiprocessor, which scales whose loads share lines
+        # need, and words of many loads: shorter steps for these.
+        if tokens * (2 if half else 1) == 64 and (reading.bits > 4 or (not reading.by_row and reading.group <= 16)):
             tile = tile._replace(chunks=4, dots=2)
     tiles, places = cdiv(reading.n, tile.rows) * cdiv(m, tokens), multiprocessors(device) * tile.programs
-    return tile._replace(cut=(places - tiles % places) * reading.k >= SPARED * places)
+    tile = tile._replace(cut=(places - tiles % places) * reading.k >= SPARED * places)
+    if tokens == 64 and tile.rows == 128 and (tile.cut or reading.bits == 3):
+        # Warps of 32 rows read each number of x once for two of 16: faster where every multiprocessor has two programs.
+        tile = tile._replace(warps=4, chunks=4, dots=2, registers=255)
+    return tile
 
 
 SPARED = 1500

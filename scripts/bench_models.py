@@ -36,6 +36,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ class Rung:
         self.compiles = rung not in ("float32", "bf16")
         self.reference = folder / f"{name}-{batch}.pt"
         self.facts: dict[str, Any] = {}
+        if self.case.decodes:
+            import_module("ao.integrations.transformers")  # whose `generate` does not wait for the GPU
         with self.device:
             self.module: Any = random_model(self.case, args.small, args.layers, self.dtype)
         self.module.eval().requires_grad_(False)

@@ -55,6 +55,7 @@ README_ROWS = (
     ("whisper-encoder", 16, "int8-dynamic"),
     ("flux", 1, "int8-dynamic"),
     ("sdxl", 2, "int8-dynamic"),
+    ("llama-decode", 1, "int4-g128"),
     ("mixtral-decode", 1, "int4-g128"),
 )
 """The models of the README with their batch sizes, each in the form that is fastest."""

@@ -4,8 +4,9 @@
 
 Per model and batch a row for each rung: float32 (as PyTorch comes, without TF32 in products) and bf16 in eager mode, bf16
 compiled, each format compiled, 2:4 sparsity or blocks of zeros (the weights pruned by magnitude first, which says how fast it is,
-not how good), and autoquant with its choices. Layers whose shapes a format does not take stay as they are. In all but the first
-three SAM's attention adds its relative positions by our kernel. Columns:
+not how good), and autoquant with its choices. A rung such as `torchao:int8-dynamic` has layers of another library, if it is
+installed, in the place of those of ours (see peers.py). Layers whose shapes a format does not take stay as they are. In our rungs
+SAM's attention adds its relative positions by our kernel. Columns:
 
     ms             the median call, or the median token of a model that decodes by `generate` with a static cache
     of float32     how many times faster than eager float32, and of bf16, compiled
@@ -47,6 +48,7 @@ import torch
 from bench_generate_hf import Times
 from bench_linear import reason
 from eval_lm import format_of
+from peers import PEERS
 from tables import markdown
 from torch import Tensor, nn
 from whole_models import MODELS, random_model
@@ -82,7 +84,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="scripts/bench_models.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Rungs: {', '.join((*RUNGS[:3], 'autoquant', *SPARSE))}, and every format:\n{formats.help_text()}",
+        epilog=f"Rungs: {', '.join((*RUNGS[:3], 'autoquant', *SPARSE))}, a library and a format, such as torchao:int8 "
+        f"({', '.join(PEERS)}), and every format:\n{formats.help_text()}",
     )
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), metavar="M",
@@ -122,8 +125,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     known = {*RUNGS[:3], "autoquant", *SPARSE}
     try:
         for rung in args.rungs:
+            library, colon, name = rung.partition(":")
             if rung not in known:
-                format_of(rung)
+                format_of(name if colon and library in PEERS else rung)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -147,9 +151,12 @@ class Rung:
         with self.device:
             self.module: Any = random_model(self.case, args.small, args.layers, self.dtype)
         self.module.eval().requires_grad_(False)
-        if rung not in RUNGS[:3]:
+        peer = rung.partition(":")[0] in PEERS
+        if rung not in RUNGS[:3] and not peer:
             self.case.fuse(self.module)
-        if self.compiles and rung not in ("compiled", "autoquant"):
+        if peer:
+            self._replace(*rung.split(":"))
+        elif self.compiles and rung not in ("compiled", "autoquant"):
             self._quantize()
         if self.compiles and not self.case.decodes:
             for part in self.case.compiled(self.module):
@@ -179,6 +186,19 @@ class Rung:
         if not report.rows:
             raise ValueError(f"no layer of this model has a shape that {self.rung} takes")
         self.facts["layers"] = len(report.rows)
+
+    def _replace(self, library: str, name: str) -> None:
+        """Put another library's layers in the place of those that its formats take; the others stay as they are."""
+        chosen = linear_layers(16, self.case.quantized)
+        layers = [(fqn, module) for fqn, module in self.module.named_modules() if chosen(module, fqn)]
+        for fqn, layer in layers:
+            made = PEERS[library](layer.weight.detach(), name)
+            if made is None:
+                raise ValueError(f"{library} has no {name}")
+            made = made[0] if isinstance(made, nn.Sequential) else made
+            made.bias = layer.bias
+            self.module.set_submodule(fqn, made)
+        self.facts["layers"] = len(layers)
 
     def _autoquant(self) -> float:
         """Choose the formats by measuring. Returns the seconds that it took."""

@@ -436,6 +436,34 @@ def test_rungs_get_ready_side_by_side(models, tmp_path, capfd):
     assert [lines[i + 2 : i + 4] for i in range(0, len(lines), 4)] == [["float32", "bf16"]] * len(models)
 
 
+def test_a_rung_of_another_library(tmp_path, monkeypatch):
+    """Its layers get the weights and biases of those that the format is for."""
+
+    def halves(weight, name):
+        if name != "int8":
+            return None
+        layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
+        layer.weight = torch.nn.Parameter(weight / 2, requires_grad=False)
+        return torch.nn.Sequential(layer)
+
+    monkeypatch.setitem(bench_models.PEERS, "halves", halves)
+    words = ["--small", "--models", "vit-l", "--batch", "1", "--calls", "1", "--device", "cpu"]
+    args = bench_models.parse([*words, "--rungs", "halves:int8"])
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: None)
+    made, own = (bench_models.Rung("vit-l", rung, 1, tmp_path, args) for rung in ("halves:int8", "bf16"))
+    pairs = [
+        (m, own.module.get_submodule(name))
+        for name, m in made.module.named_modules()
+        if isinstance(m, torch.nn.Linear) and not torch.equal(m.weight, own.module.get_submodule(name).weight)
+    ]
+    assert len(pairs) == made.row()["layers"] > 0
+    assert all(torch.equal(m.weight, o.weight / 2) and torch.equal(m.bias, o.bias) for m, o in pairs)
+    with pytest.raises(ValueError, match="halves has no int4-g128"):
+        bench_models.Rung("vit-l", "halves:int4-g128", 1, tmp_path, args)
+    with pytest.raises(SystemExit):
+        bench_models.parse([*words, "--rungs", "halves:int9"])
+
+
 def test_a_rung_whose_process_dies_is_an_error(tmp_path):
     args = bench_models.parse(["--small", "--models", "vit-l", "--batch", "2", "--calls", "1", "--device", "cpu"])
     process = bench_models.Process("vit-l", "bf16", 2, tmp_path, args)

@@ -151,11 +151,12 @@ class Rung:
         with self.device:
             self.module: Any = random_model(self.case, args.small, args.layers, self.dtype)
         self.module.eval().requires_grad_(False)
-        peer = rung.partition(":")[0] in PEERS
+        library, _, layers = rung.partition(":")
+        peer = library in PEERS
         if rung not in RUNGS[:3] and not peer:
             self.case.fuse(self.module)
         if peer:
-            self._replace(*rung.split(":"))
+            self._replace(library, layers)
         elif self.compiles and rung not in ("compiled", "autoquant"):
             self._quantize()
         if self.compiles and not self.case.decodes:

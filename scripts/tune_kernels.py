@@ -108,7 +108,7 @@ def tiles(m: int) -> list[Tile]:
     long = [
         Tile(True, 64, 128, 8, 2), Tile(True, 64, 128, 8, 2, chunks=4, dots=2),
         Tile(True, 64, 128, 4, 2, chunks=4, dots=2, registers=255), Tile(True, 64, 128, 8, chunks=4, dots=1),
-        Tile(True, 64, 128, 8, dots=1, registers=255, programs=1),
+        Tile(True, 64, 128, 8, dots=1, registers=255, programs=1), Tile(True, 64, 64, 4, 2, registers=255),
     ]  # fmt: skip
     if m <= 64:
         return long

@@ -534,7 +534,8 @@ def _tile(reading: Reading, m: int, half: bool, device: torch.device) -> Tile:
     tiles, places = cdiv(reading.n, tile.rows) * cdiv(m, tokens), multiprocessors(device) * tile.programs
     tile = tile._replace(cut=(places - tiles % places) * reading.k >= SPARED * places)
     if tokens == 64 and tile.rows == 128 and (tile.cut or reading.bits == 3):
-        # Warps of 32 rows read each number of x once for two of 16: faster where every multiprocessor has two programs.
+        # Warps of 32 rows read each number of x once for two of 16: faster where every multiprocessor has two programs, and for
+        # three bits everywhere.
         tile = tile._replace(warps=4, chunks=4, dots=2, registers=255)
     return tile
 

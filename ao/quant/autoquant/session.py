@@ -216,7 +216,7 @@ class _Session:
     def finalize(self) -> AutoquantReport:
         """Choose from what was recorded, change the model, and return the report."""
         report = self._decide()
-        # Errors that compilers keep hold frames of ours, and with them the original weights, until cycles are collected.
+        # A cycle may hold frames of ours, as an error that was kept does, and with them the original weights: collect it.
         self.weights, self.calls = [], {}
         gc.collect()
         return report

@@ -15,7 +15,7 @@ SAM's attention adds its relative positions by our kernel. Columns:
     first s        the first call, with what it compiles; for autoquant with what it measures
     dB             signal to noise of the output against that of bf16
 
-Weights are random, of one seed. Every rung runs in a process of its own, since compiling is most of the time and takes one core:
+Weights are random, of one seed; `--models flux --model DIR` takes those of a folder. Every rung runs in a process of its own, since compiling is most of the time and takes one core:
 `--at-once N` lets N of them, of any of the models, build, compile and make their first calls side by side, and then times one
 after the other, while the others wait. A first call beside others says little, so that `first s` is then left out, but for
 autoquant, which always runs alone. They must fit in the memory of the device. Each row is in the file of --json as soon as it is
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -51,7 +52,7 @@ from eval_lm import format_of
 from peers import PEERS
 from tables import markdown
 from torch import Tensor, nn
-from whole_models import MODELS, random_model
+from whole_models import MODELS, pretrained_model, random_model
 
 import ao
 from ao.quant import SpecConfig, finalize_autoquant
@@ -91,6 +92,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--models", nargs="+", default=list(MODELS), metavar="M",
         help=f"{', '.join(MODELS)}; vit-l:64 is that one at batch 64 alone",
     )  # fmt: skip
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR",
+        help="the weights of the one model of --models, as its library saves them, in place of random ones; inputs stay random",
+    )  # fmt: skip
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), metavar="R", help="in this order")
     parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="default: those of the model")
     parser.add_argument("--layers", type=int, metavar="L", help="only so many blocks")
@@ -107,6 +112,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a few narrow layers, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups here (.svg, .png)")
     args = parser.parse_args(argv)
     named = [model.partition(":") for model in args.models]
     for name, colon, batch in named:
@@ -120,6 +126,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for name, colon, batch in named
         for b in ([int(batch)] if colon else args.batch or MODELS[name].batches)
     ]
+    if args.model is not None and (len(args.models) != 1 or not (args.model / "config.json").is_file()):
+        parser.error(
+            f"--model: one model of --models and a folder with its config.json, got {args.models}, {args.model}"
+        )
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     if args.at_once < 1:
         parser.error(f"--at-once must be 1 or more, got {args.at_once}")
     known = {*RUNGS[:3], "autoquant", *SPARSE}
@@ -149,7 +161,11 @@ class Rung:
         if self.case.decodes:
             import_module("ao.integrations.transformers")  # whose `generate` does not wait for the GPU
         with self.device:
-            self.module: Any = random_model(self.case, args.small, args.layers, self.dtype)
+            self.module: Any = (
+                random_model(self.case, args.small, args.layers, self.dtype)
+                if args.model is None
+                else pretrained_model(self.case, str(args.model), self.dtype)
+            )
         self.module.eval().requires_grad_(False)
         library, _, layers = rung.partition(":")
         peer = library in PEERS
@@ -191,8 +207,9 @@ class Rung:
     def _replace(self, library: str, name: str) -> None:
         """Put another library's layers in the place of those that its formats take; the others stay as they are."""
         chosen = linear_layers(16, self.case.quantized)
-        layers = [(fqn, module) for fqn, module in self.module.named_modules() if chosen(module, fqn)]
-        for fqn, layer in layers:
+        layers = [fqn for fqn, module in self.module.named_modules() if chosen(module, fqn)]
+        for fqn in layers:
+            layer = self.module.get_submodule(fqn)
             made = PEERS[library](layer.weight.detach(), name)
             if made is None:
                 raise ValueError(f"{library} has no {name}")
@@ -248,12 +265,15 @@ class Rung:
 
     def generate(self) -> float:
         """Some tokens. Returns the seconds between two of them, the median: without what a call of generate begins with."""
-        ids = self.inputs["input_ids"]
-        times = Times()
+        # That of Whisper itself is for hours of speech, and takes no streamer.
+        generate: Any = import_module("transformers").GenerationMixin.generate
+        inputs, times = dict(self.inputs), Times()
+        if "input_ids" in inputs:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():
-            self.module.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+            generate(
+                self.module,
+                **inputs,
                 max_new_tokens=NEW_TOKENS,
                 min_new_tokens=NEW_TOKENS,
                 do_sample=False,
@@ -411,6 +431,39 @@ def table(rows: Sequence[dict[str, Any]], batch: int) -> str:
     )  # fmt: skip
 
 
+def draw(models: dict[str, dict[str, Any]], path: Path) -> None:
+    """How many times as fast as bf16, compiled, each rung is, a panel per model and batch size. Needs matplotlib."""
+    matplotlib: Any = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ao", "font.size": 9})
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    panels: dict[tuple[str, int], dict[str, float]] = {}
+    for name, model in models.items():
+        for row in model["rows"]:
+            panels.setdefault((name, row["batch"]), {})[row["rung"]] = row["ms"]
+    panels = {of: {rung: ms["compiled"] / t for rung, t in ms.items()} for of, ms in panels.items() if "compiled" in ms}
+    colors = {rung: f"C{i % 10}" for i, rung in enumerate(dict.fromkeys(r for bars in panels.values() for r in bars))}
+    columns = min(3, max(1, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
+    tallest = max((len(bars) for bars in panels.values()), default=1)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(3.6 * columns, (0.24 * tallest + 0.7) * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, ((name, batch), bars) in zip(axes.flat, panels.items()):
+        drawn = axis.barh(list(bars), list(bars.values()), color=[colors[rung] for rung in bars])
+        axis.bar_label(drawn, [f"{speed:.2f}" for speed in bars.values()], padding=2)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_title(f"{name}, batch {batch}")
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.2 * max(bars.values()))
+    figure.supxlabel("speed, bf16 compiled = 1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+    pyplot.close(figure)
+
+
 def save(path: Path, data: dict[str, Any]) -> None:
     """Write it as a whole or not at all: whoever cuts the run off keeps what was there."""
     part = path.with_name(path.name + ".part")
@@ -440,6 +493,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         for name, run in runs.items():
             print(tables(name, run["rows"], args), flush=True)
+        if args.plot is not None:
+            draw(runs, args.plot)
     return 0 if any(run["rows"] for run in runs.values()) else 1
 
 

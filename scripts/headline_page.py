@@ -10,11 +10,12 @@ That file holds what scripts/bench_models.py wrote.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from bench_models import table
+from bench_models import draw, table
 from measure import write_json
 from tables import ROOT, fill, markdown
 
@@ -84,8 +85,12 @@ def summary(data: dict[str, Any]) -> str:
 
 
 def write(page: Path, data: dict[str, Any], check: bool = False) -> None:
-    """Fill in `page`."""
-    fill(page, {"models": lambda: ladders(data)}, check)
+    """Fill in `page`, and draw its plot beside it where matplotlib is installed."""
+    plot = page.with_suffix(".svg")
+    if not check and importlib.util.find_spec("matplotlib"):
+        draw(data["models"], plot)
+    picture = f"![speed of whole models, bf16 compiled = 1]({plot.name})" if plot.exists() else "No plot was drawn."
+    fill(page, {"plot": lambda: picture, "models": lambda: ladders(data)}, check)
 
 
 def main() -> None:

@@ -21,11 +21,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 class WholeModel:
     """A model by its name.
 
-    build: (small, layers) -> the module, on the default device in the default dtype. small: a few narrow layers, for a test.
-        layers: that many blocks, or None for all.
+    build: (small, layers) -> the module of its library, on the default device in the default dtype. small: a few narrow layers,
+        for a test. layers: that many blocks, or None for all.
     inputs: (module, batch, small) -> the keyword arguments of a call, in float32 or integers.
     batches: what people run it with.
     unit: what one call does.
+    part: what runs of that module, by its name; empty for the whole.
     decodes: a call is one step of `generate`, rather than `module(**inputs)`.
     compiled: the parts that are compiled: the whole module, or each of its blocks, which takes less time to compile where many
         are alike, as one graph serves all of these.
@@ -37,6 +38,7 @@ class WholeModel:
     inputs: Callable[[Any, int, bool], dict[str, Tensor]]
     batches: tuple[int, ...]
     unit: str
+    part: str = ""
     decodes: bool = False
     compiled: Callable[[Any], Iterable[nn.Module]] = lambda module: (module,)
     quantized: Callable[[nn.Module, str], bool] | None = None
@@ -44,8 +46,7 @@ class WholeModel:
 
 
 def _sam(small: bool, layers: int | None) -> nn.Module:
-    from transformers import SamVisionConfig
-    from transformers.models.sam.modeling_sam import SamVisionEncoder
+    from transformers import SamConfig, SamModel, SamVisionConfig
 
     size: dict[str, Any] = {
         "hidden_size": 1280,
@@ -58,9 +59,8 @@ def _sam(small: bool, layers: int | None) -> nn.Module:
         size = {"hidden_size": 64, "num_attention_heads": 2, "mlp_dim": 128, "image_size": 128, "window_size": 4}
     depth = layers or (2 if small else 32)
     whole = sorted({depth * i // 4 - 1 for i in range(1, 5)} - {-1})
-    return SamVisionEncoder(
-        SamVisionConfig(num_hidden_layers=depth, global_attn_indexes=whole, use_rel_pos=True, **size)
-    )
+    encoder = SamVisionConfig(num_hidden_layers=depth, global_attn_indexes=whole, use_rel_pos=True, **size)
+    return SamModel(SamConfig(vision_config=encoder.to_dict()))
 
 
 def _fuse_positions(module: nn.Module) -> None:
@@ -119,16 +119,17 @@ def _flux(small: bool, layers: int | None) -> nn.Module:
     )  # fmt: skip
 
 
-def _whisper(small: bool, layers: int | None) -> Any:
-    from transformers import WhisperConfig, WhisperModel
+def _whisper(small: bool, layers: int | None) -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     size = _width(small, d_model=(1280, 64), encoder_ffn_dim=(5120, 128), decoder_ffn_dim=(5120, 128))
     heads = 2 if small else 20
     depth = layers or (2 if small else 32)
-    return WhisperModel(
+    return WhisperForConditionalGeneration(
         WhisperConfig(
             vocab_size=51866, num_mel_bins=128, encoder_layers=depth, decoder_layers=depth, encoder_attention_heads=heads,
-            decoder_attention_heads=heads, max_source_positions=100 if small else 1500, **size,
+            decoder_attention_heads=heads, max_source_positions=100 if small else 1500, eos_token_id=None, pad_token_id=0,
+            **size,
         )
     )  # fmt: skip
 
@@ -194,6 +195,12 @@ def _speech(module: Any, batch: int, small: bool) -> dict[str, Tensor]:
     return {"input_features": torch.randn(batch, 128, 2 * module.config.max_source_positions)}
 
 
+def _transcription(module: Any, batch: int, small: bool) -> dict[str, Tensor]:
+    """Of speech, what its decoder begins with: a transcript, its language, the task, no timestamps."""
+    begin = torch.arange(4) + module.config.vocab_size // 2
+    return {**_speech(module, batch, small), "decoder_input_ids": begin.repeat(batch, 1)}
+
+
 def _tokens(length: int) -> Callable[[Any, int, bool], dict[str, Tensor]]:
     def inputs(module: Any, batch: int, small: bool) -> dict[str, Tensor]:
         return {"input_ids": torch.randint(1, module.config.vocab_size, (batch, 16 if small else length))}
@@ -210,6 +217,15 @@ def _named(module: nn.Module, *names: str) -> list[nn.Module]:
     return [part for part in module.modules() if type(part).__name__ in names]
 
 
+def pretrained_model(model: WholeModel, folder: str, dtype: torch.dtype) -> Any:
+    """The module with the weights that are in `folder`, as its library saves them, on the default device."""
+    with torch.device("meta"):
+        kind: Any = type(model.build(True, None))
+    dtype_name = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
+    module = kind.from_pretrained(folder, **{dtype_name: dtype}).to(torch.get_default_device())
+    return module.get_submodule(model.part)
+
+
 def random_model(model: WholeModel, small: bool, layers: int | None, dtype: torch.dtype, seed: int = 0) -> Any:
     """The module, with weights that keep numbers as large as they come: normal, each row of length 1; those of norms are 1.
 
@@ -217,7 +233,7 @@ def random_model(model: WholeModel, small: bool, layers: int | None, dtype: torc
     `dtype`, and never whole in another: the same numbers, rounded, whatever the dtype. Buffers are those of the library.
     """
     with _default_dtype(dtype):
-        module: Any = model.build(small, layers)
+        module: Any = model.build(small, layers).get_submodule(model.part)
     torch.manual_seed(seed)
     with torch.no_grad():
         for owner in module.modules():
@@ -246,6 +262,7 @@ MODELS = {
         _image,
         (1, 8, 32),
         "an image of 1024 x 1024 through SAM's encoder",
+        part="vision_encoder",
         compiled=_layers,
         fuse=_fuse_positions,
     ),
@@ -284,11 +301,21 @@ MODELS = {
         ),
     ),
     "whisper-encoder": WholeModel(
-        lambda small, layers: _whisper(small, layers).encoder,
+        _whisper,
         _speech,
         (1, 16),
         "30 s of speech through Whisper-large-v3's encoder",
+        part="model.encoder",
         compiled=_layers,
+    ),
+    "whisper-decode": WholeModel(
+        _whisper,
+        _transcription,
+        (1, 16),
+        "a token of Whisper-large-v3's decoder by generate",
+        decodes=True,
+        # The encoder runs once a call, before the first token.
+        quantized=lambda layer, name: isinstance(layer, nn.Linear) and "encoder.layers" not in name,
     ),
     "llama-prefill": WholeModel(_llama, _tokens(2048), (1,), "a prompt of 2,048 tokens through Llama-3.1-8B"),
     "llama-decode": WholeModel(_llama, _tokens(16), (1,), "a token of Llama-3.1-8B by generate", decodes=True),

@@ -395,7 +395,10 @@ def test_generate_on_a_gpu(words):
     assert torch.equal(found[0][:, :130], found[1][:, :130])
 
 
-@pytest.mark.parametrize("name", ["sam-vit-h", "vit-l", "dinov2-l", "sdxl", "flux", "whisper-encoder", "llama-prefill"])
+@pytest.mark.parametrize(
+    "name",
+    ["sam-vit-h", "vit-l", "dinov2-l", "sdxl", "flux", "whisper-encoder", "whisper-decode", "llama-prefill"],
+)
 def test_whole_models(name, tmp_path):
     """Each model in small: a row in float32 and bfloat16, whose outputs are close, and the ladder of both."""
     if name in ("sdxl", "flux"):
@@ -405,6 +408,24 @@ def test_whole_models(name, tmp_path):
     assert [row["rung"] for row in rows] == ["bf16", "float32"] and rows[1]["sqnr_db"] > 10
     lines = bench_models.table(rows, 2).splitlines()
     assert len(lines) == 4 and lines[3].split("|")[3].strip() == "1.00"
+
+
+@pytest.mark.parametrize("name", ["sam-vit-h", "sdxl"])
+def test_weights_of_a_folder(name, tmp_path):
+    """What its library saved there runs; a part of it, where the model is one."""
+    if name == "sdxl":
+        pytest.importorskip("diffusers")
+    case = whole_models.MODELS[name]
+    with torch.random.fork_rng():
+        saved = case.build(True, None)
+        saved.save_pretrained(tmp_path)
+    words = ["--small", "--models", name, "--calls", "1", "--device", "cpu", "--model"]
+    rung = bench_models.Rung(name, "bf16", 1, tmp_path, bench_models.parse([*words, str(tmp_path)]))
+    pairs = zip(rung.module.parameters(), saved.get_submodule(case.part).parameters(), strict=True)
+    assert all(p.dtype == torch.bfloat16 and torch.equal(p, q.bfloat16()) for p, q in pairs)
+    for wrong in ([*words, str(tmp_path / "none")], [*words, str(tmp_path), "--models", name, "vit-l"]):
+        with pytest.raises(SystemExit):
+            bench_models.parse(wrong)
 
 
 @pytest.mark.parametrize("models", [["vit-l"], pytest.param(["vit-l", "dinov2-l"], marks=pytest.mark.slow)], ids=len)
@@ -511,6 +532,16 @@ def test_the_page_of_sparsity_is_what_was_measured(tmp_path):
     page.write_text(sparsity_page.PAGE.read_text().replace("| bf16 dense", "| nothing", 1))
     with pytest.raises(SystemExit, match="stale"):
         sparsity_page.write(page, sparsity_page.MEASURED, check=True)
+
+
+def test_whole_models_are_drawn(tmp_path):
+    """A panel for each model and batch size with a compiled bf16 rung, and how fast the others are beside it."""
+    pytest.importorskip("matplotlib")
+    rows = [{"batch": 8, "rung": "compiled", "ms": 3.0}, {"batch": 8, "rung": "int8", "ms": 2.0}]
+    models = {"vit-l": {"rows": rows}, "flux": {"rows": rows[1:]}}
+    bench_models.draw(models, tmp_path / "new" / "models.svg")
+    drawn = (tmp_path / "new" / "models.svg").read_text()
+    assert "vit-l, batch 8" in drawn and ">1.50<" in drawn and "flux" not in drawn
 
 
 def test_the_page_of_whole_models(tmp_path):

@@ -15,11 +15,11 @@ SAM's attention adds its relative positions by our kernel. Columns:
     first s        the first call, with what it compiles; for autoquant with what it measures
     dB             signal to noise of the output against that of bf16
 
-Weights are random, of one seed; `--models flux --model DIR` takes those of a folder. Every rung runs in a process of its own, since compiling is most of the time and takes one core:
-`--at-once N` lets N of them, of any of the models, build, compile and make their first calls side by side, and then times one
-after the other, while the others wait. A first call beside others says little, so that `first s` is then left out, but for
-autoquant, which always runs alone. They must fit in the memory of the device. Each row is in the file of --json as soon as it is
-known.
+Weights are random, of one seed; `--models flux --model DIR` takes those of a folder. Every rung runs in a process of its own,
+since compiling is most of the time and takes one core: `--at-once N` lets N of them, of any of the models, build, compile and
+make their first calls side by side, and then times one after the other, while the others wait. A first call beside others says
+little, so that `first s` is then left out, but for autoquant, which always runs alone. They must fit in the memory of the
+device. Each row is in the file of --json as soon as it is known.
 """
 
 from __future__ import annotations

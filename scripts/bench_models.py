@@ -103,6 +103,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--at-once", type=int, default=1, metavar="N", help="so many rungs get ready side by side; default: 1"
     )
     parser.add_argument(
+        "--patience", type=float, default=1800, metavar="S",
+        help="leave a rung out that is not ready after so many seconds; default: 1800",
+    )  # fmt: skip
+    parser.add_argument(
         "--mode", choices=("default", "reduce-overhead"), default="default", metavar="MODE",
         help="of torch.compile: reduce-overhead, by CUDA graphs, leaves the time of the host out, which for small models or a "
         "slow host is more than that of the GPU",
@@ -356,12 +360,16 @@ class Process:
         self.connection, its = context.Pipe()
         self.process = context.Process(target=serve, args=(its, name, rung, batch, folder, args))
         self.process.start()
+        self.began = time.monotonic()
         its.close()
 
-    def answer(self) -> Any:
-        """The next message. Raises RuntimeError where it says that the rung failed, or where the process has died."""
+    def answer(self, patience: float = float("inf")) -> Any:
+        """The next message. Raises RuntimeError where it says that the rung failed, where none came in `patience` seconds since the
+        process began, and where the process has died."""
         try:
             while not self.connection.poll(0.5):
+                if time.monotonic() - self.began > patience:
+                    raise RuntimeError(f"it was not ready after {patience:g} s (--patience)")
                 if not self.process.is_alive() and not self.connection.poll():
                     raise EOFError
             message = self.connection.recv()
@@ -397,9 +405,10 @@ def rows_of(folder: Path, args: argparse.Namespace) -> Generator[tuple[str, str,
             ready = []
             for each in processes:
                 try:
-                    each.answer()
+                    each.answer(args.patience)
                     ready.append(each)
                 except RuntimeError as error:
+                    each.end()  # nothing runs beside what is timed
                     yield each.name, each.rung, each.batch, str(error)
             for each in ready:
                 try:

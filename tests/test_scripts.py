@@ -485,13 +485,17 @@ def test_a_rung_of_another_library(tmp_path, monkeypatch):
         bench_models.parse([*words, "--rungs", "halves:int9"])
 
 
-def test_a_rung_whose_process_dies_is_an_error(tmp_path):
+def test_a_rung_whose_process_dies_or_is_late_is_an_error(tmp_path):
     args = bench_models.parse(["--small", "--models", "vit-l", "--batch", "2", "--calls", "1", "--device", "cpu"])
     process = bench_models.Process("vit-l", "bf16", 2, tmp_path, args)
     process.process.kill()
     with pytest.raises(RuntimeError, match="ended with exit code -9"):
         process.answer()
     process.end()
+    late = bench_models.Process("vit-l", "bf16", 2, tmp_path, args)
+    with pytest.raises(RuntimeError, match="not ready after 0 s"):
+        late.answer(patience=0)
+    late.end()
 
 
 @pytest.mark.parametrize("name", ["vit-l", "mixtral-decode"])

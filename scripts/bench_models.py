@@ -364,8 +364,8 @@ class Process:
         its.close()
 
     def answer(self, patience: float = float("inf")) -> Any:
-        """The next message. Raises RuntimeError where it says that the rung failed, where none came in `patience` seconds since the
-        process began, and where the process has died."""
+        """The next message. Raises RuntimeError where it says that the rung failed, where none came in `patience` seconds since
+        the process began, and where the process has died."""
         try:
             while not self.connection.poll(0.5):
                 if time.monotonic() - self.began > patience:

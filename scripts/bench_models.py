@@ -441,15 +441,15 @@ def table(rows: Sequence[dict[str, Any]], batch: int) -> str:
 
 
 def draw(models: dict[str, dict[str, Any]], path: Path) -> None:
-    """How many times as fast as bf16, compiled, each rung is, a panel per model and batch size. Needs matplotlib."""
+    """How many times as fast as bf16, compiled, each rung is, a panel per model, batch size and run. Needs matplotlib."""
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ao", "font.size": 9})
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    panels: dict[tuple[str, int], dict[str, float]] = {}
+    panels: dict[tuple[str, int, int], dict[str, float]] = {}
     for name, model in models.items():
-        for row in model["rows"]:
-            panels.setdefault((name, row["batch"]), {})[row["rung"]] = row["ms"]
+        for row in sorted(model["rows"], key=lambda row: (row["batch"], row["rung"] != "float32")):
+            panels.setdefault((name, row["batch"], row.get("run", 0)), {})[row["rung"]] = row["ms"]
     panels = {of: {rung: ms["compiled"] / t for rung, t in ms.items()} for of, ms in panels.items() if "compiled" in ms}
     colors = {rung: f"C{i % 10}" for i, rung in enumerate(dict.fromkeys(r for bars in panels.values() for r in bars))}
     columns = min(3, max(1, len(panels)))
@@ -460,7 +460,7 @@ def draw(models: dict[str, dict[str, Any]], path: Path) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, ((name, batch), bars) in zip(axes.flat, panels.items()):
+    for axis, ((name, batch, _), bars) in zip(axes.flat, panels.items()):
         drawn = axis.barh(list(bars), list(bars.values()), color=[colors[rung] for rung in bars])
         axis.bar_label(drawn, [f"{speed:.2f}" for speed in bars.values()], padding=2)
         axis.axvline(1, color="black", linewidth=1)

@@ -3,7 +3,7 @@
 That file holds what scripts/bench_models.py wrote.
 
 .venv/bin/python scripts/headline_page.py                 rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
-.venv/bin/python scripts/headline_page.py --add FILE ...  take runs of bench_models.py in, in place of the same batches
+.venv/bin/python scripts/headline_page.py --add FILE ...  take runs of bench_models.py in, in place of ladders of the same rungs
 .venv/bin/python scripts/headline_page.py --check         exit with an error if the tables would change
 """
 
@@ -23,14 +23,27 @@ MEASURED = ROOT / "docs" / "measured" / "models-h200.json"
 PAGE = ROOT / "docs" / "headline.md"
 
 
+def by_ladder(rows: list[dict[str, Any]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """The rows of each batch size and run, by batch size and then as they were taken in; float32 leads."""
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["batch"], row["run"], row["rung"] != "float32")):
+        found.setdefault((row["batch"], row["run"]), []).append(row)
+    return found
+
+
 def add(data: dict[str, Any], run: dict[str, Any]) -> None:
-    """Take the models of one run in: each row knows the run that it is of, and those of a batch size are of one run."""
+    """Take the models of one run in: each row knows the run that it is of. A ladder whose rungs it has all is replaced."""
     data["runs"].append(run["runs"][0])
     for name, model in run["models"].items():
         rows = [{**row, "run": len(data["runs"]) - 1} for row in model["rows"]]
-        batches = {row["batch"] for row in rows}
         before = data["models"].get(name, {"rows": []})["rows"]
-        data["models"][name] = {**model, "rows": [row for row in before if row["batch"] not in batches] + rows}
+        kept = [
+            old
+            for ladder in by_ladder(before).values()
+            if not {(row["batch"], row["rung"]) for row in ladder} <= {(row["batch"], row["rung"]) for row in rows}
+            for old in ladder
+        ]
+        data["models"][name] = {**model, "rows": kept + rows}
     rows = [row for model in data["models"].values() for row in model["rows"]]
     used = sorted({row["run"] for row in rows})
     data["runs"] = [data["runs"][i] for i in used]
@@ -39,12 +52,12 @@ def add(data: dict[str, Any], run: dict[str, Any]) -> None:
 
 
 def ladders(data: dict[str, Any]) -> str:
-    """A table per model and batch size."""
+    """A table per model, batch size and run."""
     parts = []
     for name, model in data["models"].items():
-        for batch in sorted({row["batch"] for row in model["rows"]}):
-            parts.append(f"**{name}, batch {batch}**: {model['unit']}\n\n{table(model['rows'], batch)}")
-            run = data["runs"][next(row["run"] for row in model["rows"] if row["batch"] == batch)]
+        for (batch, number), rows in by_ladder(model["rows"]).items():
+            parts.append(f"**{name}, batch {batch}**: {model['unit']}\n\n{table(rows, batch)}")
+            run = data["runs"][number]
             command = run["command"].split(" --json")[0]
             parts.append(f"{run['device']}, torch {run['torch']}, triton {run['triton']}, {run['date']}: `{command}`")
     return "\n\n".join(parts)
@@ -69,7 +82,12 @@ def summary(data: dict[str, Any]) -> str:
         model = data["models"].get(name)
         if model is None:
             continue
-        ms = {row["rung"]: row["ms"] for row in model["rows"] if row["batch"] == batch}
+        ladders = [
+            {row["rung"]: row["ms"] for row in rows}
+            for (of, _), rows in by_ladder(model["rows"]).items()
+            if of == batch
+        ]
+        ms = next(ladder for ladder in reversed(ladders) if rung in ladder)
         eager = "float32" if "float32" in ms else "bf16"
         unit = f"{model['unit']}, batch {batch}"
         body.append(

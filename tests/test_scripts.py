@@ -551,14 +551,21 @@ def test_whole_models_are_drawn(tmp_path):
 def test_the_page_of_whole_models(tmp_path):
     data = json.loads(headline_page.MEASURED.read_text())
     headline_page.write(headline_page.PAGE, data, check=True)
-    name, model = next(iter(data["models"].items()))
-    row, others = model["rows"][0], [r for r in model["rows"] if r["batch"] != model["rows"][0]["batch"]]
-    more = [{**row, "batch": 99, "rung": "compiled"}, {**row, "batch": 99}]
-    for again in ({**model, "rows": more}, {**model, "rows": [row]}):
-        headline_page.add(data, {"runs": [{**data["runs"][0], "date": "later"}], "models": {name: again}})
-    rows = data["models"][name]["rows"]
-    later = [r["batch"] for r in rows if data["runs"][r["run"]]["date"] == "later"]
-    assert later == [99, 99, row["batch"]] and len(rows) == 3 + len(others)  # the rows of a batch size are of one run
-    assert {r["run"] for m in data["models"].values() for r in m["rows"]} == set(range(len(data["runs"])))
+    row = {"batch": 8, "rung": "bf16", "ms": 1.0, "run": 0}
+    small = {
+        "runs": [{"date": "first"}],
+        "models": {"vit-l": {"rows": [row, {**row, "rung": "compiled"}, {**row, "batch": 1}]}},
+    }
+    for date, rungs in (("second", ["bf16", "int8"]), ("third", ["bf16", "int8", "int4"])):
+        rows = [{**row, "rung": rung} for rung in rungs]
+        headline_page.add(small, {"runs": [{"date": date}], "models": {"vit-l": {"rows": rows}}})
+    ladders = {
+        (batch, small["runs"][run]["date"]): [each["rung"] for each in rows]
+        for (batch, run), rows in headline_page.by_ladder(small["models"]["vit-l"]["rows"]).items()
+    }
+    # The third has all that the second has, and not all of the first.
+    first = {(1, "first"): ["bf16"], (8, "first"): ["bf16", "compiled"]}
+    assert ladders == {**first, (8, "third"): ["bf16", "int8", "int4"]}
+    data["models"]["vit-l"]["rows"][0]["ms"] += 1
     with pytest.raises(SystemExit, match="stale"):
         headline_page.write(headline_page.PAGE, data, check=True)

@@ -263,7 +263,7 @@ def test_compiled(recipe):
 
 
 def test_compiled_layers_share_a_graph():
-    layers = nn.Sequential(*(FeedForward(32, 64) for _ in range(12)))
+    layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(12)))
     convert(layers, "tensorwise")
     counter = CompileCounterWithBackend("aot_eager")
     for layer in layers:

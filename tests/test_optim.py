@@ -102,7 +102,10 @@ STEPS = [PositiveSteps(bits, (1, -1)) for bits in range(2, 9)]
 def test_numbers_beyond_the_map_take_its_ends(spec):
     x = torch.tensor([[-1e30, -3.0, -1.01, 1.01, 3.0, 1e6, 1e30, 0.0]]) * spec.values[-1]
     low, high = spec.values[0], spec.values[-1]
-    for encode in (spec.encode, torch.compile(spec.encode, backend="aot_eager")):
+    encoders = [spec.encode]
+    if spec.bits in (4, 8):  # the least and the most steps that the optimizers compile
+        encoders.append(torch.compile(spec.encode, backend="aot_eager"))
+    for encode in encoders:
         q = spec.wrap(encode(x, scale=torch.ones(1, 1)), torch.float32, x.shape)
         assert q.dequantize().tolist() == [[low] * 3 + [high] * 4 + [0.0]]
 
@@ -797,7 +800,9 @@ def test_stochastic_rounding_is_reproducible():
 # Compiled.
 
 
-@pytest.mark.parametrize("cls", [AdamW8bit, pytest.param(AdamW4bit, marks=pytest.mark.slow), AdamWFp8])
+@pytest.mark.parametrize(
+    "cls", [AdamW8bit, *(pytest.param(cls, marks=pytest.mark.slow) for cls in (AdamW4bit, AdamWFp8))]
+)
 def test_compiled_equals_eager_in_few_graphs(cls, inductor):
     """Ten sizes, a scheduler, a float and a tensor lr, changed betas: two graphs, and the result of eager code."""
     kernel._compiled.clear()

@@ -35,33 +35,38 @@ def product(x, q):
     return F.linear(x, q)
 
 
+def _slow(spec):
+    """One that differs from another by what is a number to the kernel: a table, exponents, a size."""
+    return pytest.param(spec, marks=pytest.mark.slow)
+
+
 SPECS = pytest.mark.parametrize(
     "spec",
     [
         Intx(8),
         Intx(8, (1, 32), symmetric=False),
-        Intx(8, (1, 16), signed=False),
+        _slow(Intx(8, (1, 16), signed=False)),
         *(Intx(bits, (1, 32), signed=bits % 2 == 0) for bits in range(1, 8)),
         Intx(4, (1, 16), symmetric=True),
         Intx(4, (1, 320), zero_point="float", scale_dtype="bfloat16"),
         NF4,
-        Codebook(table=tuple(i * i * i / 100 for i in range(-7, 1)), block=(1, 32)),
+        _slow(Codebook(table=tuple(i * i * i / 100 for i in range(-7, 1)), block=(1, 32))),
         Codebook(table=tuple(i / 32 for i in range(-31, 33)), block=(1, 32)),
         Float8(),
         Float8("e5m2", block=(-1, -1)),
         FloatX(2, 1, block=(1, 32)),
-        FloatX(3, 2, block=(1, 32)),
+        _slow(FloatX(3, 2, block=(1, 32))),
         FloatX(2, 3, block=(1, 16)),
-        FloatX(5, 2, block=(1, 32)),
+        _slow(FloatX(5, 2, block=(1, 32))),
         MXINT8,
-        FloatX(4, 3, block=(1, 32), scale="e8m0"),
+        _slow(FloatX(4, 3, block=(1, 32), scale="e8m0")),
         FloatX(2, 1, block=(1, 32), scale="e8m0"),
         Ternary(),
         Ternary((1, 64)),
         Shifted(4, (1, 32), scale_dtype="float16"),
-        Shifted(4, (1, 64), centered=True, scale_dtype="bfloat16"),
+        _slow(Shifted(4, (1, 64), centered=True, scale_dtype="bfloat16")),
         Q4_K,
-        Shifted(2, (1, 16), scale_spec=Intx(4, (1, 16), **HALF), shift_spec=Intx(4, (1, 16), **HALF)),
+        _slow(Shifted(2, (1, 16), scale_spec=Intx(4, (1, 16), **HALF), shift_spec=Intx(4, (1, 16), **HALF))),
         Shifted(3, (1, 16), symmetric=True, scale_spec=Intx(6, (1, 16), symmetric=True, scale_dtype="float16")),
         Shifted(6, (1, 16), symmetric=True, scale_spec=Intx(8, (1, 16), scale_dtype="float16")),
     ],

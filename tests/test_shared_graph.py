@@ -43,11 +43,18 @@ def subgraphs(graph: torch.fx.GraphModule) -> int:
     return sum(isinstance(m, torch.fx.GraphModule) for m in graph.children())
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
+QUICK = [[(torch.no_grad, 16)] + [(torch.inference_mode, 16)] * (spec.act is not None) for spec in SPECS]
+QUICK[0].append((torch.no_grad, 1))
+
+
 @pytest.mark.parametrize(
-    ("spec", "mode"),
-    [(spec, torch.no_grad) for spec in SPECS]
-    + [pytest.param(spec, torch.inference_mode, marks=[pytest.mark.slow] * (spec.act is None)) for spec in SPECS],
+    ("spec", "mode", "tokens"),
+    [
+        pytest.param(spec, mode, tokens, marks=[] if (mode, tokens) in quick else pytest.mark.slow)
+        for spec, quick in zip(SPECS, QUICK)
+        for mode in (torch.no_grad, torch.inference_mode)
+        for tokens in (1, 16)
+    ],
     ids=str,
 )
 def test_layers_share_a_subgraph(spec, mode, tokens):

@@ -437,7 +437,8 @@ def test_a_model_is_measured_as_it_runs(monkeypatch, tmp_path):
         return {name: 1.0 if name == "float32" else 0.5 for name in variants}
 
     def compare(model, calls, devices, before, after):
-        wholes.append(not is_compiled(model))
+        (call,) = calls
+        wholes.append(not is_compiled(model if call.caller is None else call.caller))
         return Comparison(1.4, 22.6, 0.01)
 
     monkeypatch.setattr(timing, "time_products", time_products)
@@ -456,9 +457,87 @@ def test_a_model_is_measured_as_it_runs(monkeypatch, tmp_path):
             assert set(specs(model).values()) == {None}
         # A compiled function around the model counts, too.
         model = autoquant(nn.Sequential(nn.Linear(K, K)), candidates=[INT8], cache=tmp_path)
-        torch.compile(lambda x: model(x), backend="eager")(x)
+        torch.compile(lambda x: model(x))(x)
         assert model.autoquant_report.mode == "compiled" and wholes.pop() is False
     assert len(list(tmp_path.iterdir())) == 2  # eager, and compiled in the default mode
+
+
+def test_each_call_is_repeated_as_it_was_made(monkeypatch):
+    """As `generate` makes them: a prompt eagerly, and steps by a function that is compiled around the model, in some mode."""
+    calls, modes = [], []
+
+    def time_products(product, rows, variants, compiler, model_bytes):
+        modes.append(compiler.key)
+        return {name: 1.0 if name == "float32" else 0.5 for name in variants}
+
+    def compare(model, made, devices, before, after):
+        calls.extend((call.count, call.caller) for call in made)
+        ran = []
+        handle = model.register_forward_pre_hook(lambda *_: ran.append(torch.compiler.is_compiling()))
+        for call in made:
+            end_to_end._timed(model, call, devices, 1)
+        handle.remove()
+        assert ran == [False, True]
+        return Comparison(2.0, 1.0, 0.01)
+
+    monkeypatch.setattr(timing, "time_products", time_products)
+    monkeypatch.setattr(end_to_end, "compare", compare)
+    model = nn.Sequential(nn.Linear(K, K))
+    autoquant(model, candidates=[INT8], cache=False, manual=True)
+    step = torch.compile(lambda x: model(x), backend="eager", options=None)
+    with torch.no_grad():
+        model(torch.randn(16, K))
+        for _ in range(3):
+            step(torch.randn(1, K))
+    model.finalize_autoquant()
+    (prompts, eager), (steps, compiled) = calls
+    assert (prompts, eager) == (1, None) and steps == 3
+    assert compiled.dynamo_ctx is not None and compiled._orig_mod is model
+    assert set(modes) == {None}  # the backend of the function, of which nothing more is known
+
+
+def test_a_mode_of_the_code_around():
+    """A wrapper with the same settings, the same one each time."""
+    from ao.quant.compiled import compiled_caller, compiler_of
+
+    model, found = nn.Linear(K, K), []
+    known = torch.compiler.disable(lambda: found.append(compiled_caller(model, found[-1] if found else None)))
+    known()
+    assert found == [None]
+    for mode in (None, "max-autotune", None):
+        step = torch.compile(lambda: known(), mode=mode)
+        step(), step()
+    _, default, again, tuned, tuned_again, other, _ = found
+    assert default is again and tuned is tuned_again is not default and other is not default
+    assert compiler_of(default).key == "{}" and "max_autotune" in compiler_of(tuned).key
+
+
+class Cache:
+    """An object that a call changes, as a cache of keys and values is."""
+
+    def __init__(self) -> None:
+        self.keys = torch.arange(4.0).expand(2, 4)
+        self.length = torch.zeros((), dtype=torch.int64)
+        self.also = self.keys[:, 1:]
+
+    def __call__(self) -> None:
+        self.keys[0] += 1
+        self.length += 1
+
+
+def test_arguments_are_as_they_were_and_where_they_were():
+    """A graph that reads a tensor where it lies can be replayed for the next copy of an object."""
+    cache = Cache()
+    call = recording.Call((cache,), {})
+    seen: list[Cache] = []
+    for _ in range(3):
+        call.fresh()(lambda cache: (seen.append(cache), cache()))
+        assert seen[-1].keys[1].tolist() == [1, 2, 3, 4] and seen[-1].also[0].tolist() == [2, 3, 4]
+        assert seen[-1].length == 1 and seen[-1].keys.stride() == (0, 1)
+    assert cache.length == 0 and len({id(c) for c in seen}) == 3
+    for name in ("keys", "length", "also"):
+        (place,) = {getattr(c, name).data_ptr() for c in seen}
+        assert place != getattr(cache, name).data_ptr()
 
 
 def in_place(model: nn.Module) -> nn.Module:

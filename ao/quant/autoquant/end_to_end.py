@@ -43,7 +43,8 @@ def compare(
 ) -> Comparison:
     """Time the model as `before()` leaves it and as `after()` leaves it. Leaves it as `after()` does.
 
-    It runs as it is, compiled or not. Its buffers and the state of the random number generators are put back.
+    It runs as it is, compiled or not, and calls that compiled code around it made are made by such code. Its buffers and the
+    state of the random number generators are put back.
     """
     import torch._dynamo.config as dynamo
 
@@ -75,8 +76,9 @@ def compare(
     return Comparison(statistics.median(samples["before"]), statistics.median(samples["after"]), tolerance)
 
 
-def _timed(run: Callable[..., object], call: Call, devices: Collection[torch.device], repeats: int) -> float:
+def _timed(model: nn.Module, call: Call, devices: Collection[torch.device], repeats: int) -> float:
     """Seconds per call."""
+    run = model if call.caller is None else call.caller
     calls = [call.fresh() for _ in range(repeats)]
 
     def all_of_them() -> None:

@@ -199,12 +199,15 @@ class Call:
     """A call of the model, kept so that it can be repeated: its arguments, and the modes it ran in.
 
     count: how often the model was called like this.
+    caller: the model as compiled code around it has it, where that made the call.
     plain: whether the arguments are only tensors, numbers, strings, and containers of them.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: nn.Module | None = None) -> None:
         self.count = 1
+        self.caller = caller
         self._arguments = _copied((args, dict(kwargs)))
+        self._places = _SamePlaces()
         self.plain = all(
             isinstance(leaf, (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None)))
             for leaf in tree_leaves(self._arguments)
@@ -216,9 +219,14 @@ class Call:
         }
 
     def fresh(self) -> Callable[[Callable[..., Any]], Any]:
-        """A function that calls its argument with what this call had."""
+        """A function that calls its argument with what this call had. Of arguments that are not plain, the one made before is
+        of no use any more."""
         # The call may change what it is given: a list by appending to it, an object such as a cache in any way.
-        args, kwargs = tree_map(lambda leaf: leaf, self._arguments) if self.plain else _copied(self._arguments)
+        if self.plain:
+            args, kwargs = tree_map(lambda leaf: leaf, self._arguments)
+        else:
+            with self._places:
+                args, kwargs = _copied(self._arguments)
         return lambda model: model(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -244,3 +252,23 @@ def signature_of(arguments: Any) -> tuple[Any, ...]:
 def _copied(arguments: Any) -> Any:
     """A deep copy, in which tensors are cut from the autograd graph."""
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf), arguments)
+
+
+class _SamePlaces(TorchFunctionMode):
+    """While it is entered, a tensor within an object that is copied again goes where its first copy is: a CUDA graph, which reads
+    a cache where it lies, would be recorded anew for another place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or type(args[0]) is not Tensor:
+            return func(*args, **(kwargs or {}))
+        of, memo = args
+        before, size = self.copies.get(id(of)), of.untyped_storage().nbytes()
+        if before is not None and before[0] is of and before[1].untyped_storage().nbytes() == size:
+            before[1].untyped_storage().copy_(of.untyped_storage())
+            return memo.setdefault(id(of), before[1])
+        self.copies[id(of)] = of, func(of, memo)
+        return self.copies[id(of)][1]

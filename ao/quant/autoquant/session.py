@@ -152,6 +152,7 @@ class _Session:
         self.calls: dict[frozenset[Any], Call] = {}
         self.signatures: set[tuple[Any, ...]] = set()
         self.directory = directory
+        self.is_compiled = is_compiled(model)
         self.caller: nn.Module | None = None
         self._forwards: list[tuple[nn.Module, Any]] = []
 
@@ -189,12 +190,12 @@ class _Session:
 
     def _recorded(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = None
-        caller = compiled_caller(unwrapped(self.model))
+        caller = None if self.is_compiled else compiled_caller(unwrapped(self.model), self.caller)
         self.caller = self.caller if caller is None else caller
         signature = signature_of((args, kwargs))
         if signature not in self.signatures and len(self.calls) < CALLS and len(self.signatures) < 4 * CALLS:
             try:
-                call = Call(args, kwargs)
+                call = Call(args, kwargs, caller)
             except Exception as error:
                 why = timing.reason(error)
                 self.notes.add(f"a call is not part of the end-to-end check, for its arguments cannot be copied: {why}")
@@ -238,15 +239,14 @@ class _Session:
                 for kind in {w.parameter.device.type for w in self.weights}:
                     modes.enter_context(torch.autocast(kind, torch.bfloat16, enabled=False))
                 seen = [w for w in self.weights if w.calls]
-                runs = self.model if self.caller is None or is_compiled(self.model) else self.caller
-                compiler = compiler_of(runs)
+                compiler = compiler_of(self.model if self.caller is None else self.caller)
                 for w in seen:
                     if compiler.is_eager or w.parameter.device.type != "cuda":
                         w.forget_neighbours()
                 cache = TimingCache(self.directory, compiler)
                 timings = measure(seen, self.candidates, compiler, cache, self.notes)
                 found = choose(seen, self.candidates, timings, self.min_sqnr, self.notes)
-                report = install_checked(runs, list(self.calls.values()), found, self.notes)
+                report = install_checked(self.model, list(self.calls.values()), found, self.notes)
         except BaseException:
             self.notes = recorded
             self.start()

@@ -430,7 +430,7 @@ def test_moved_while_an_output_is_alive(case):
 @pytest.mark.parametrize(
     ("dtype", "spec"),
     [
-        (torch.float32, Intx(8, (-1, -1))),
+        pytest.param(torch.float32, Intx(8, (-1, -1)), marks=pytest.mark.slow),
         (torch.bfloat16, Intx(8, (-1, -1), act=Intx(8, (-1, -1)))),
         pytest.param(torch.float32, Intx(8, (-1, -1), act=Intx(8, (-1, -1))), marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, Intx(8, (-1, -1)), marks=pytest.mark.slow),

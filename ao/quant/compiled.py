@@ -59,11 +59,9 @@ def compiler_of(model: nn.Module) -> Compiler:
     return Compiler(json.dumps(options, sort_keys=True, default=str), compile)
 
 
-def compiled_caller(model: nn.Module, known: nn.Module | None = None) -> nn.Module | None:
+def compiled_caller(model: nn.Module) -> nn.Module | None:
     """The model as compiled code that is calling it now has it: the wrapper of `torch.compile(model)`, or, where a function
-    around it is compiled, a wrapper with the settings of that. None where nothing compiled is among the callers.
-
-    known: what an earlier call has returned, to be taken again where it has the same settings."""
+    around it is compiled, a new wrapper with the settings of that. None where nothing compiled is among the callers."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     around: Any = None
@@ -76,9 +74,7 @@ def compiled_caller(model: nn.Module, known: nn.Module | None = None) -> nn.Modu
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == OptimizedModule.__module__:
             around = owner
         frame = frame.f_back
-    if around is None or (isinstance(known, OptimizedModule) and known.dynamo_ctx is around):
-        return None if around is None else known
-    return around(model)
+    return None if around is None else around(model)
 
 
 def _compiled_functions(model: nn.Module) -> list[Function]:

@@ -265,7 +265,7 @@ class _SamePlaces(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__ or type(args[0]) is not Tensor:
             return func(*args, **(kwargs or {}))
-        of, memo = args
+        of, memo = args  # kept with its copy, so that no other tensor can have its id
         before, size = self.copies.get(id(of)), of.untyped_storage().nbytes()
         if before is not None and before[0] is of and before[1].untyped_storage().nbytes() == size:
             before[1].untyped_storage().copy_(of.untyped_storage())

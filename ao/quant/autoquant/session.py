@@ -191,7 +191,7 @@ class _Session:
 
     def _recorded(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = None
-        caller = None if self.is_compiled else compiled_caller(unwrapped(self.model), self.caller)
+        caller = None if self.is_compiled else compiled_caller(unwrapped(self.model))
         self.caller = self.caller if caller is None else caller
         signature = signature_of((args, kwargs))
         if signature not in self.signatures and len(self.calls) < CALLS and len(self.signatures) < 4 * CALLS:
